@@ -1,0 +1,281 @@
+"""Typed configuration: YAML files with ``_base_``, then ``section.key=value`` overrides, into frozen models.
+
+Precedence: a default is overridden by ``_base_``, that by the file, that by the command line. Only programs read these
+models; everything below them takes plain arguments. All sizes are global: per-rank values are derived from the world size.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from personmae.errors import UserError
+
+Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # (height, width) in pixels
+Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Section):
+    size: Literal["micro", "small", "base", "large"] = Field("base", description="encoder: micro, ViT-S, ViT-B or ViT-L")
+    img_size: Size = Field((256, 128), description="(height, width) in pixels")
+    patch_size: int = Field(16, gt=0)
+    mean: Triple = Field((0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
+    std: Triple = Field((0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> "Model":
+        if any(side % self.patch_size for side in self.img_size):
+            raise ValueError(f"img_size={self.img_size} must be multiples of patch_size={self.patch_size}")
+        return self
+
+
+class Decoders(Section):
+    depth: int = Field(2, gt=0, description="ViT blocks in each decoder")
+    pixel_dim: int | None = Field(None, gt=0, description="width of the pixel decoder; default min(512, embed_dim)")
+    feature_dim: int | None = Field(None, gt=0, description="width of the feature decoder; default embed_dim")
+
+
+class Regions(Section):
+    max_shift: int = Field(64, ge=0, description="m of Eq. (1), in pixels of the height; the width shifts by half of it")
+    crop_scale: Range = Field((0.8, 1.0), description="area of the global crop, as a share of the picture")
+    crop_ratio: Range = Field((0.375, 0.667), description="width / height of the global crop")
+    flip_prob: Fraction = Field(0.5, description="chance of a horizontal flip")
+
+
+class Mask(Section):
+    kind: Literal["block", "random"] = "block"
+    ratio: float = Field(0.75, gt=0, lt=1, description="share of RegionA's patches that is hidden; r of Eq. (3)")
+    min_block: int = Field(4, gt=0, description="smallest block, in patches")
+
+
+class Loss(Section):
+    feature_weight: float = Field(1.0, ge=0, description="lambda of Eq. (8); 0 leaves the teacher out")
+    beta: float = Field(2.0, gt=0, description="beta of the smooth-L1 of Eq. (7)")
+
+
+class Teacher(Section):
+    momentum: tuple[Fraction, Fraction] = Field((0.999, 0.9999), description="gamma of Eq. (6): start and end")
+    ramp_fraction: Fraction = Field(0.2, description="share of the run over which gamma rises linearly")
+    horizon_scaling: bool = Field(
+        False, description="keep (1 - gamma) * steps as in the paper's 204,100 steps, for much shorter runs"
+    )
+
+
+class Optim(Section):
+    base_lr: float = Field(1.5e-4, gt=0, description="lr = base_lr * global_batch_size / 256")
+    lr: float | None = Field(None, gt=0, description="peak learning rate; overrides base_lr")
+    min_lr: float = Field(1e-5, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    warmup_fraction: Fraction = Field(0.2, description="share of the run with a linear warm-up")
+    max_norm: float | None = Field(None, gt=0, description="gradient clipping; none in the paper's family")
+
+
+class Train(Section):
+    global_batch_size: int = Field(2048, gt=0, description="images per optimizer step over all ranks")
+    max_micro_batch_size: int = Field(256, gt=0, description="most images per rank and forward pass")
+    epochs: float | None = Field(100, gt=0)
+    total_steps: int | None = Field(None, gt=0, description="overrides epochs")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = Field(True, description="torch.compile of student, teacher and region cutting")
+    grad_checkpointing: bool = Field(False, description="recompute the encoder's activations in the backward pass")
+    log_every: int = Field(50, gt=0, description="steps between two log lines")
+
+
+class Data(Section):
+    shards: str = Field(description="directory or s3://bucket/prefix of MDS shards")
+    cache_dir: str = Field("", description="where shards of an object store are kept; default RUN_DIR/shards")
+    num_threads: int = Field(0, ge=0, description="decoding threads per rank; 0 for the cores divided by the local ranks")
+    prefetch_batches: int = Field(4, gt=0)
+    shuffle_block_size: int = Field(1 << 18, gt=0, description="samples that are shuffled among each other")
+    max_bad_ratio: Fraction = Field(0.01, description="share of unreadable pictures above which the run stops")
+
+
+class Deepspeed(Section):
+    zero_stage: Literal[0] = Field(0, description="ZeRO stage; 1 to 3 come with the portable sharded state")
+    extra: dict[str, Any] = Field(default_factory=dict, description="merged last into the generated DeepSpeed dict")
+
+
+class Engine(Section):
+    name: Literal["native", "deepspeed"] = "deepspeed"
+    deepspeed: Deepspeed = Deepspeed()
+
+
+class Checkpoint(Section):
+    every_steps: int = Field(1000, gt=0)
+    keep_last: int = Field(2, gt=0)
+    resume: Literal["auto", "none"] = Field("auto", description="auto: continue the newest valid checkpoint of run_dir")
+
+
+class Pretrain(Section):
+    """PersonMAE pre-training."""
+
+    run_dir: str = Field(description="logs, checkpoints and the resolved configuration")
+    seed: int = Field(0, ge=0)
+    data: Data
+    model: Model = Model()
+    decoders: Decoders = Decoders()
+    regions: Regions = Regions()
+    mask: Mask = Mask()
+    loss: Loss = Loss()
+    teacher: Teacher = Teacher()
+    optim: Optim = Optim()
+    train: Train = Train()
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+
+
+class Head(Section):
+    kind: Literal["mgn", "bnneck"] = "mgn"
+    embed_dim: int = Field(256, gt=0, description="width of each of MGN's eight embeddings")
+    split: Literal["adaptive", "chunk"] = Field("adaptive", description="how MGN cuts rows that its parts do not divide")
+    pool: Literal["cls", "mean", "cls_mean"] = Field("cls", description="token pooling of the bnneck head")
+
+
+class Augment(Section):
+    pad: int = Field(10, ge=0, description="pixels of padding before the random crop")
+    flip_prob: Fraction = 0.5
+    erase_prob: Fraction = 0.5
+
+
+class Batch(Section):
+    num_ids: int = Field(16, gt=0, description="P: identities in a global batch")
+    num_instances: int = Field(16, gt=1, description="K: images of each")
+
+
+class FinetuneOptim(Section):
+    lr: float = Field(5e-3, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    layer_decay: float = Field(0.65, gt=0, le=1)
+    warmup_fraction: Fraction = Field(1 / 6, description="share of the run with a linear warm-up")
+    max_norm: float | None = Field(None, gt=0)
+
+
+class FinetuneTrain(Section):
+    epochs: int = Field(60, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    label_smoothing: Fraction = 0.1
+    drop_path_rate: Fraction = 0.1
+    log_every: int = Field(50, gt=0)
+
+
+class Finetune(Section):
+    """Supervised person re-identification on one benchmark."""
+
+    run_dir: str
+    seed: int = Field(0, ge=0)
+    benchmark: Literal["market1501", "occluded_duke"] = "market1501"
+    root: str = Field(description="directory of the benchmark")
+    init: str = Field(description="a pre-training run or checkpoint, or 'random'")
+    model: Model = Model()
+    head: Head = Head()
+    batch: Batch = Batch()
+    augment: Augment = Augment()
+    optim: FinetuneOptim = FinetuneOptim()
+    train: FinetuneTrain = FinetuneTrain()
+    checkpoint: Checkpoint = Checkpoint()
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read ``path`` and its bases, apply ``section.key=value`` overrides, and validate.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown or a value is wrong; the key, its origin and the
+            nearest valid key are named.
+    """
+    values, origins = _read(Path(path), seen=())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"an override must look like section.key=value; got '{override}'")
+        _merge(values, _nest(key.split("."), _parse_yaml(text, f"the value of {key}")), origins, "the command line")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(kind, error, origins, str(path))) from None
+
+
+def config_hash(config: Section) -> str:
+    """A short digest of the resolved configuration."""
+    return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def dump_yaml(config: Section) -> str:
+    """The resolved configuration as YAML that ``load`` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+    if path in seen:
+        raise UserError(f"_base_ must not lead back to the same file; {path} does")
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none there"
+        raise UserError(f"a configuration file is required; {path} does not exist (yaml files beside it: {known})")
+    own = _parse_yaml(path.read_text(), str(path))
+    if not isinstance(own, dict):
+        raise UserError(f"{path} must hold 'key: value' lines; it holds {type(own).__name__}")
+    base = own.pop("_base_", None)
+    values, origins = _read(path.parent / base, (*seen, path)) if base else ({}, {})
+    _merge(values, own, origins, str(path))
+    return values, origins
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} must be YAML: {error}") from None
+
+
+def _nest(keys: list[str], value: Any) -> dict[str, Any]:
+    return {keys[0]: _nest(keys[1:], value) if len(keys) > 1 else value}
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
+    for key, value in new.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value, origins, origin, f"{path}.")
+        else:
+            into[key] = value
+            origins[path] = origin
+
+
+def _explain(kind: type[BaseModel], error: ValidationError, origins: dict[str, str], file: str) -> str:
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    path = ".".join(keys)
+    origin = next((origins[".".join(keys[:n])] for n in range(len(keys), 0, -1) if ".".join(keys[:n]) in origins), file)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path, _paths(kind), n=1, cutoff=0.0)
+        return f"unknown key '{path}' in {origin}; the nearest known key is '{near[0]}'"
+    if first["type"] == "missing":
+        return f"'{path}' is required and {file} does not set it; add it to the file or give {path}=VALUE"
+    came = first["input"] if isinstance(first["input"], str | int | float | bool | list) else "what came"
+    return f"'{path}' in {origin}: {first['msg'].removeprefix('Value error, ')}; got {came!r}"
+
+
+def _paths(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    paths = []
+    for name, field in kind.model_fields.items():
+        paths.append(f"{prefix}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            paths += _paths(field.annotation, f"{prefix}{name}.")
+    return paths

@@ -1,0 +1,31 @@
+"""JPEG bytes to uint8 canvases, many at a time: the decoder runs without holding the interpreter's lock."""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Canvas = NDArray[np.uint8]  # (H, W, 3), RGB
+_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+class BadImage(ValueError):  # noqa: N818 - names what it is
+    """Bytes that do not decode to a picture."""
+
+
+def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> tuple[int, int]:
+    """Decode a JPEG and resize it to fill ``canvas``; returns the picture's own (height, width).
+
+    Raises:
+        BadImage: the bytes are not a readable picture.
+    """
+    try:
+        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), _FLAGS)
+    except cv2.error as error:
+        raise BadImage(str(error)) from error
+    if image is None:
+        raise BadImage(f"{len(jpeg)} bytes are not a picture")
+    height, width = image.shape[:2]
+    shrinks = height >= canvas.shape[0] and width >= canvas.shape[1]
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
+    cv2.resize(image, (canvas.shape[1], canvas.shape[0]), dst=canvas, interpolation=interpolation)
+    return height, width

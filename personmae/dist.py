@@ -1,0 +1,117 @@
+"""Ranks and process groups: who we are, one flag agreed on by all, and the batch plan that follows from the world size."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as tdist
+
+from personmae.errors import UserError
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all: ``local_*`` counts on this host only."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def read_world() -> World:
+    """Ranks from the environment of ``deepspeed``, ``torchrun`` or nothing at all."""
+    environ = os.environ
+    # The deepspeed launcher exports LOCAL_SIZE only; mosaicml-streaming reads LOCAL_WORLD_SIZE and takes 1 without it.
+    environ.setdefault("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", "1"))
+    local_rank = int(environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return World(
+        rank=int(environ.get("RANK", "0")),
+        world_size=int(environ.get("WORLD_SIZE", "1")),
+        local_rank=local_rank,
+        local_world_size=int(environ["LOCAL_WORLD_SIZE"]),
+        device=device,
+    )
+
+
+def start(world: World) -> None:
+    """Join the process group (nccl and gloo on GPUs, gloo on CPUs) and share this host's cores among its ranks."""
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    else:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_world_size))
+    if world.world_size > 1 and not tdist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+        tdist.init_process_group(backend, timeout=_TIMEOUT)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if tdist.is_initialized():
+        tdist.destroy_process_group()
+
+
+def any_rank(flag: bool) -> bool:
+    """True on all ranks when it is True on one."""
+    if not tdist.is_initialized():
+        return flag
+    value = torch.tensor(int(flag))
+    tdist.all_reduce(value, op=tdist.ReduceOp.MAX)
+    return bool(value)
+
+
+def from_first_rank(value: str) -> str:
+    """Rank 0's string, on all ranks."""
+    if not tdist.is_initialized():
+        return value
+    box = [value]
+    tdist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if tdist.is_initialized():
+        tdist.barrier()
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How a global batch is split: world_size * grad_accum_steps * micro_batch_size images per step."""
+
+    global_batch_size: int
+    world_size: int
+    micro_batch_size: int
+    grad_accum_steps: int
+
+    @property
+    def per_rank(self) -> int:
+        return self.micro_batch_size * self.grad_accum_steps
+
+
+def plan_batch(global_batch_size: int, world_size: int, max_micro_batch_size: int) -> BatchPlan:
+    """The largest micro-batch that divides each rank's part evenly.
+
+    Raises:
+        UserError: the ranks cannot take equal parts; the world sizes that can are listed.
+    """
+    if global_batch_size % world_size:
+        sizes = [n for n in range(1, 2 * world_size + 1) if global_batch_size % n == 0]
+        near = [n * world_size for n in {global_batch_size // world_size, global_batch_size // world_size + 1} if n]
+        raise UserError(
+            f"train.global_batch_size={global_batch_size} must be a multiple of the world size {world_size}; "
+            f"start {' or '.join(map(str, sizes))} ranks, or set train.global_batch_size to "
+            f"{' or '.join(map(str, sorted(near)))}"
+        )
+    per_rank = global_batch_size // world_size
+    micro = max(n for n in range(1, min(per_rank, max_micro_batch_size) + 1) if per_rank % n == 0)
+    return BatchPlan(global_batch_size, world_size, micro, per_rank // micro)

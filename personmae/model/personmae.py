@@ -1,0 +1,178 @@
+"""PersonMAE: from a batch of canvases to both losses (Sec. III). Each equation is named where it stands."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from personmae.model import masking, regions
+from personmae.model.regions import RegionDraws
+from personmae.model.vit import SIZES, Block, VisionTransformer, grid_coords, init_weights, patchify, run_blocks
+from personmae.model.vit import sincos_embedding, take_tokens
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a picture becomes the two regions: sizes in pixels, shares and chances; defaults in ``config.py``."""
+
+    img_size: tuple[int, int]
+    patch_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    max_shift: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip_prob: float
+    mask_kind: str
+    mask_ratio: float
+    min_block: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) in patches."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        """(height, width) a picture is brought to before it is sent to the device: the largest size of Eq. (1)."""
+        return self.img_size[0] + self.max_shift, self.img_size[1] + self.max_shift // 2
+
+
+def normalise(
+    images: Float[Tensor, "B 3 H W"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Tensor, "B 3 H W"]:
+    """Scale pixels of [0, 255] to the network's input range."""
+    mean_255 = torch.tensor(mean, device=images.device)[:, None, None] * 255
+    std_255 = torch.tensor(std, device=images.device)[:, None, None] * 255
+    return (images - mean_255) / std_255
+
+
+class Draws(NamedTuple):
+    """Everything that is random about a batch."""
+
+    regions: RegionDraws
+    ids_keep: Int[Tensor, "B K"]  # ascending indices of RegionA's visible patches
+
+
+def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: View) -> Draws:
+    """Draw regions and masks from the samples' keys; ``native_size`` is (height, width) before the canvas."""
+    drawn = regions.draw_regions(
+        keys,
+        native_size,
+        max_shift=view.max_shift,
+        crop_scale=view.crop_scale,
+        crop_ratio=view.crop_ratio,
+        flip_prob=view.flip_prob,
+    )
+    if view.mask_kind == "block":
+        mask = masking.block_mask(keys, view.grid, view.mask_ratio, min_block=view.min_block)  # M of Eq. (3)
+    else:
+        mask = masking.random_mask(keys, view.grid, view.mask_ratio)
+    num_visible = mask.shape[1] - masking.num_hidden(view.grid, view.mask_ratio)
+    return Draws(drawn, masking.ids_visible(mask, num_visible))
+
+
+def cut_batch(canvas: UInt8[Tensor, "B Hc Wc 3"], draws: Draws, view: View) -> Batch:
+    """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
+
+    Returns ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
+    ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
+    """
+    picture = regions.resize_canvas(canvas, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
+    region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)  # Eq. (2)
+    coords = grid_coords(view.grid, canvas.device)
+    patches_a, patches_b = (patchify(normalise(r, view.mean, view.std), view.patch_size) for r in (region_a, region_b))
+    return {
+        "patches_a": take_tokens(patches_a, draws.ids_keep),  # V_a of Eq. (3)
+        "coords_a": coords[draws.ids_keep],
+        "patches_b": patches_b,
+        "coords_b": regions.region_b_coords(coords, draws.regions.shift, view.patch_size),  # Eq. (4)
+    }
+
+
+class Decoder(nn.Module):
+    """Predicts all of RegionB from the encoded visible tokens: mask tokens with positions, ViT blocks, one linear layer.
+
+    Only the mask tokens carry a position; the visible tokens keep the one they were encoded with (Sec. III-E).
+    """
+
+    def __init__(self, encoder_dim: int, dim: int, depth: int, out_dim: int):
+        super().__init__()
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.blocks = nn.ModuleList(Block(dim, max(1, dim // 64)) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, out_dim)
+        init_weights(self)
+
+    def forward(
+        self, tokens: Float[Tensor, "B T D"], coords_b: Float[Tensor, "B L 2"]
+    ) -> Float[Tensor, "B L out_dim"]:
+        visible = self.embed(tokens)
+        wanted = (self.mask_token + sincos_embedding(coords_b, self.mask_token.shape[-1])).to(visible.dtype)
+        x = run_blocks(self.blocks, torch.cat([visible, wanted], dim=1), recompute=False)
+        return self.head(self.norm(x[:, -coords_b.shape[1] :]))
+
+
+def pixel_target(patches: Float[Tensor, "B L P"]) -> Float[Tensor, "B L P"]:
+    """Eq. (5), left: each patch minus its mean, over its standard deviation (unbiased, variance + 1e-6)."""
+    patches = patches.float()
+    return (patches - patches.mean(dim=-1, keepdim=True)) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def pixel_loss(pred: Float[Tensor, "B L P"], patches_b: Float[Tensor, "B L P"]) -> Float[Tensor, ""]:
+    """Eq. (5): squared error to the normalised patches, as a mean over patches, pixels and samples."""
+    return F.mse_loss(pred.float(), pixel_target(patches_b))
+
+
+def feature_loss(pred: Float[Tensor, "B L D"], target: Float[Tensor, "B L D"], beta: float) -> Float[Tensor, ""]:
+    """Eq. (7): smooth L1 to the teacher's features, as a mean over patches, channels and samples."""
+    return F.smooth_l1_loss(pred.float(), target.float(), beta=beta)
+
+
+class PersonMAE(nn.Module):
+    """The online encoder, both decoders and both losses: one ``forward(batch)`` holds the whole loss computation.
+
+    ``feature_weight`` is lambda of Eq. (8); at 0 there is no feature decoder and no target is needed.
+    """
+
+    def __init__(
+        self,
+        *,
+        size: str,
+        patch_size: int = 16,
+        decoder_depth: int = 2,
+        pixel_dim: int | None = None,
+        feature_dim: int | None = None,
+        feature_weight: float = 1.0,
+        beta: float = 2.0,
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.feature_weight, self.beta, self.compute_dtype = feature_weight, beta, compute_dtype
+        self.encoder = VisionTransformer(**SIZES[size], patch_size=patch_size)
+        dim = self.encoder.embed_dim
+        self.pixel_decoder = Decoder(dim, pixel_dim or min(512, dim), decoder_depth, 3 * patch_size**2)
+        self.feature_decoder = Decoder(dim, feature_dim or dim, decoder_depth, dim) if feature_weight > 0 else None
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses of one batch of ``cut_batch``, with the teacher's ``target`` (B, L, D) in it where lambda > 0."""
+        with torch.autocast(batch["patches_a"].device.type, self.compute_dtype, self.compute_dtype != torch.float32):
+            tokens = self.encoder(batch["patches_a"], batch["coords_a"])  # Eq. (3), normalised
+            pixels = self.pixel_decoder(tokens, batch["coords_b"])  # Z_b
+            features = self.feature_decoder(tokens, batch["coords_b"]) if self.feature_decoder else None  # Y_b
+        loss_p = pixel_loss(pixels, batch["patches_b"])
+        if features is None:
+            return {"loss": loss_p, "pixel_loss": loss_p}
+        loss_f = feature_loss(features, batch["target"], self.beta)
+        loss = loss_p + self.feature_weight * loss_f  # Eq. (8)
+        return {"loss": loss, "pixel_loss": loss_p, "feature_loss": loss_f}
+
+    def predict_pixels(self, batch: Batch) -> Float[Tensor, "B L P"]:
+        """Z_b: the predicted normalised patches of RegionB."""
+        return self.pixel_decoder(self.encoder(batch["patches_a"], batch["coords_a"]), batch["coords_b"])

@@ -1,0 +1,169 @@
+"""RegionA and RegionB: what is random about a picture, and cutting both regions for a whole batch (Sec. III-B).
+
+Everything random about a sample is drawn from its 64-bit key alone, so the same sample gives the same regions on any
+device, in any batch and on any number of ranks.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+# One stream of uniform numbers per purpose: adding draws to one never moves another.
+CROP_STREAM, SHIFT_STREAM, BLOCK_STREAM, FILL_STREAM = range(4)
+
+_CROP_TRIES = 10
+_LOW_32 = (1 << 32) - 1
+_GOLDEN = 0x9E3779B9  # spreads the counter over all bits
+# The multipliers of the "lowbias32" hash; the second is taken modulo 2^32 to a negative one so that a product of 32 bits
+# by it stays inside a signed 64-bit integer.
+_MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
+
+
+def uniforms(keys: Int[Tensor, " B"], stream: int, count: int) -> Float[Tensor, "B count"]:
+    """Independent numbers in [0, 1) for each key: a 32-bit hash of (key, stream, counter), of which 24 bits are used."""
+    counter = torch.arange(count, device=keys.device) + ((stream << 16) + 1)
+    low, high = keys[:, None] & _LOW_32, (keys[:, None] >> 32) & _LOW_32
+    x = _mix(low ^ ((counter * _GOLDEN) & _LOW_32))
+    return (_mix(x ^ high) >> 8).float() * 2.0**-24
+
+
+def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+    x = ((x ^ (x >> 16)) * _MIX_1) & _LOW_32
+    x = ((x ^ (x >> 15)) * _MIX_2) & _LOW_32
+    return x ^ (x >> 16)
+
+
+class RegionDraws(NamedTuple):
+    """What Eq. (1) and (2) leave to chance, one row per sample."""
+
+    boxes: Float[Tensor, "B 4"]  # the global crop: y0, x0, y1, x1 as shares of the picture
+    flip: Bool[Tensor, " B"]
+    scale: Int[Tensor, " B"]  # p of Eq. (1), in pixels
+    shift: Int[Tensor, "B 2"]  # (s_h, s_w) of RegionB in Eq. (2), in pixels
+
+
+def draw_regions(
+    keys: Int[Tensor, " B"],
+    native_size: Int[Tensor, "B 2"],
+    *,
+    max_shift: int,
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+    flip_prob: float,
+) -> RegionDraws:
+    """Draw the global crop, the flip, p ~ U{0..m}, s_h ~ U{0..p} and s_w ~ U{0..p//2} for each sample.
+
+    ``native_size`` is (height, width) of the pictures before they were put on a canvas: ``crop_ratio`` is width / height
+    in the picture's own pixels.
+    """
+    u = uniforms(keys, SHIFT_STREAM, 4)
+    scale = (u[:, 0] * (max_shift + 1)).long()
+    shift_h = (u[:, 1] * (scale + 1)).long()
+    shift_w = (u[:, 2] * (scale // 2 + 1)).long()
+    boxes = draw_boxes(keys, native_size, crop_scale=crop_scale, crop_ratio=crop_ratio)
+    return RegionDraws(boxes, u[:, 3] < flip_prob, scale, torch.stack([shift_h, shift_w], dim=1))
+
+
+def draw_boxes(
+    keys: Int[Tensor, " B"],
+    native_size: Int[Tensor, "B 2"],
+    *,
+    crop_scale: tuple[float, float],
+    crop_ratio: tuple[float, float],
+) -> Float[Tensor, "B 4"]:
+    """Random resized crops as shares of the picture: area uniform, log aspect uniform, the first of ten that fits.
+
+    A picture that none fits is cropped in its middle to the nearest allowed aspect, as torchvision does.
+    """
+    u = uniforms(keys, CROP_STREAM, 4 * _CROP_TRIES).reshape(len(keys), 4, _CROP_TRIES)
+    height, width = native_size.float().unbind(dim=1)
+    area = (crop_scale[0] + u[:, 0] * (crop_scale[1] - crop_scale[0])) * (height * width)[:, None]
+    low, high = math.log(crop_ratio[0]), math.log(crop_ratio[1])
+    ratio = (low + u[:, 1] * (high - low)).exp()
+    crop_h, crop_w = (area / ratio).sqrt() / height[:, None], (area * ratio).sqrt() / width[:, None]
+    fits = (crop_h <= 1) & (crop_w <= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)  # argmax of equal values is the first
+    crop_h, crop_w = crop_h.gather(1, first)[:, 0], crop_w.gather(1, first)[:, 0]
+    y0, x0 = u[:, 2].gather(1, first)[:, 0] * (1 - crop_h), u[:, 3].gather(1, first)[:, 0] * (1 - crop_w)
+    box = torch.stack([y0, x0, y0 + crop_h, x0 + crop_w], dim=1)
+    return torch.where(fits.any(dim=1, keepdim=True), box, _middle_box(width / height, crop_ratio))
+
+
+def _middle_box(aspect: Float[Tensor, " B"], crop_ratio: tuple[float, float]) -> Float[Tensor, "B 4"]:
+    wanted = aspect.clamp(*crop_ratio)
+    half_h, half_w = (aspect / wanted).clamp(max=1) / 2, (wanted / aspect).clamp(max=1) / 2
+    return torch.stack([0.5 - half_h, 0.5 - half_w, 0.5 + half_h, 0.5 + half_w], dim=1)
+
+
+def resize_matrix(
+    start: Float[Tensor, " B"],
+    stop: Float[Tensor, " B"],
+    out_size: Int[Tensor, " B"],
+    *,
+    in_length: int,
+    out_length: int,
+) -> Float[Tensor, "B out_length in_length"]:
+    """The rows of an antialiased bicubic resize of [start, stop) to ``out_size`` pixels, as a matrix.
+
+    ``start`` and ``stop`` are in pixels of the input and need not be whole; rows at or beyond ``out_size`` continue past
+    the crop and hold nothing of use. A pixel outside the crop has no weight, as if the picture had been cropped first.
+    """
+    step = (stop - start) / out_size
+    support = step.clamp(min=1.0)[:, None, None]
+    centre = start[:, None] + (torch.arange(out_length, device=start.device) + 0.5) * step[:, None]
+    pixel = torch.arange(in_length, device=start.device) + 0.5
+    weight = _cubic((centre[:, :, None] - pixel) / support)
+    inside = (pixel > start[:, None] - 0.5) & (pixel < stop[:, None] + 0.5)
+    weight = weight * inside[:, None, :]
+    return weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-3)
+
+
+def _cubic(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Keys' cubic kernel with a = -1/2."""
+    x = x.abs()
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def resize_canvas(
+    canvas: UInt8[Tensor, "B Hc Wc 3"], draws: RegionDraws, *, img_size: tuple[int, int], max_shift: int
+) -> Float[Tensor, "B 3 Hm Wm"]:
+    """Eq. (1): the global crop, flipped and resized to [H + p, W + p/2]; values in [0, 255].
+
+    The result has room for the largest p; beyond a sample's own H + p and W + p/2 it holds nothing of use.
+    """
+    _, canvas_h, canvas_w, _ = canvas.shape
+    y0, x0, y1, x1 = draws.boxes.unbind(dim=1)
+    height, width = img_size
+    rows = resize_matrix(
+        y0 * canvas_h, y1 * canvas_h, height + draws.scale, in_length=canvas_h, out_length=height + max_shift
+    )
+    # A flip mirrors the picture before anything is cut from it.
+    left, right = torch.where(draws.flip, 1 - x1, x0), torch.where(draws.flip, 1 - x0, x1)
+    columns = resize_matrix(
+        left * canvas_w, right * canvas_w, width + draws.scale // 2, in_length=canvas_w, out_length=width + max_shift // 2
+    )
+    columns = torch.where(draws.flip[:, None, None], columns.flip(2), columns)
+    picture = torch.einsum("byh,bhwc->bcyw", rows, canvas.float())
+    return torch.einsum("bcyw,bxw->bcyx", picture, columns).clamp(0, 255)
+
+
+def cut_regions(
+    picture: Float[Tensor, "B 3 Hm Wm"], shift: Int[Tensor, "B 2"], img_size: tuple[int, int]
+) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B 3 H W"]]:
+    """Eq. (2): RegionA at the origin and RegionB at (s_h, s_w), both of size [H, W]."""
+    height, width = img_size
+    windows = picture.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, m + 1, m//2 + 1, H, W), a view
+    samples = torch.arange(len(picture), device=picture.device)
+    return picture[:, :, :height, :width], windows[samples, :, shift[:, 0], shift[:, 1]]
+
+
+def region_b_coords(
+    coords: Float[Tensor, "L 2"], shift: Int[Tensor, "B 2"], patch_size: int
+) -> Float[Tensor, "B L 2"]:
+    """Eq. (4): where RegionB's patches lie when RegionA's upper-left corner is the origin, in units of patches (y, x)."""
+    return coords + shift[:, None, :].float() / patch_size

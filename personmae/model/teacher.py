@@ -1,0 +1,49 @@
+"""The momentum encoder E_m of Eq. (6): an fp32 moving average of the online encoder that never receives a gradient."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from personmae.model.vit import VisionTransformer, grid_coords
+
+
+class Teacher(nn.Module):
+    """Encodes all of RegionB, as a picture of its own, into the feature targets."""
+
+    def __init__(self, encoder: VisionTransformer, grid: tuple[int, int], compute_dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder).float().requires_grad_(False)
+        self.compute_dtype = compute_dtype
+        self.register_buffer("coords", grid_coords(grid), persistent=False)
+        self.coords: Tensor
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, patches_b: Float[Tensor, "B L P"]) -> Float[Tensor, "B L D"]:
+        """F_b of Eq. (6): patch tokens after the last block, each layer-normalised without weights."""
+        with torch.autocast(patches_b.device.type, self.compute_dtype, self.compute_dtype != torch.float32):
+            tokens = self.encoder.forward_features(patches_b, self.coords.expand(len(patches_b), -1, -1))
+        return F.layer_norm(tokens[:, 1:].float(), tokens.shape[-1:])
+
+    @torch.no_grad()
+    def update(self, encoder: VisionTransformer, momentum: float) -> None:
+        """Eq. (6): theta_m <- gamma theta_m + (1 - gamma) theta_o, in fp32."""
+        torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
+
+
+def momentum_at(
+    step: int, total_steps: int, *, momentum: tuple[float, float], ramp_fraction: float, reference_steps: int | None = None
+) -> float:
+    """gamma at a step: linear between the two values over the first ``ramp_fraction`` of the run, then constant.
+
+    With ``reference_steps`` the averaging horizon keeps its share of the run: 1 - gamma is multiplied by
+    ``reference_steps / total_steps`` (at most to gamma = 0.5).
+    """
+    ramp = min(1.0, step / max(1.0, ramp_fraction * total_steps))
+    gamma = momentum[0] + (momentum[1] - momentum[0]) * ramp
+    if reference_steps is None:
+        return gamma
+    return 1.0 - min(0.5, (1.0 - gamma) * reference_steps / total_steps)

@@ -1,0 +1,206 @@
+"""The Vision Transformer that every part of the system shares; its state-dict names are timm's.
+
+Positions are an argument, not a buffer: a token carries its real-valued (y, x) coordinate in units of patches, so shifted
+regions, visible subsets and other input sizes need no special case.
+"""
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SIZES: Final[dict[str, dict[str, int]]] = {
+    "micro": {"embed_dim": 128, "depth": 4, "num_heads": 4},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
+
+
+def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B L P"]:
+    """Cut images into patches, row by row; a patch is flattened as (C, y, x), the order of a convolution's weight."""
+    b, c, height, width = images.shape
+    h, w = height // patch_size, width // patch_size
+    patches = images.reshape(b, c, h, patch_size, w, patch_size)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch_size**2)
+
+
+def unpatchify(patches: Float[Tensor, "B L P"], grid: tuple[int, int], patch_size: int) -> Float[Tensor, "B C H W"]:
+    """Invert ``patchify``; ``grid`` is (h, w) in patches."""
+    b, _, p = patches.shape
+    h, w = grid
+    c = p // patch_size**2
+    images = patches.reshape(b, h, w, c, patch_size, patch_size)
+    return images.permute(0, 3, 1, 4, 2, 5).reshape(b, c, h * patch_size, w * patch_size)
+
+
+def grid_coords(grid: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "L 2"]:
+    """(y, x) of every patch of an unshifted region, row by row, in units of patches."""
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device=device) for n in grid), indexing="ij")
+    return torch.stack([y.flatten(), x.flatten()], dim=-1)
+
+
+def sincos_embedding(coords: Float[Tensor, "*N 2"], dim: int) -> Float[Tensor, "*N D"]:
+    """Fixed 2-D sin-cos embedding of real coordinates: the first half of the channels is y, the second x.
+
+    Each half is [sin(c w_i), cos(c w_i)] with w_i = 10000^(-4i/dim), i = 0 ... dim/4 - 1. ``dim`` is a multiple of 4.
+    """
+    exponent = torch.arange(dim // 4, dtype=torch.float32, device=coords.device) / (dim / 4)
+    angle = coords.float()[..., None] * (10000.0**-exponent)  # (*N, 2, dim/4)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def take_tokens(tokens: Float[Tensor, "B L D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+    """Select the tokens with the given indices from each sample."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def plain_attention(
+    q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h L d"], v: Float[Tensor, "B h L d"]
+) -> Float[Tensor, "B h L d"]:
+    """Attention written out; the softmax is taken in fp32."""
+    weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return weights.float().softmax(dim=-1).to(v.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        b, length, dim = x.shape
+        q, k, v = self.qkv(x).reshape(b, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # On CPU the flash backward cost half of a whole step at these lengths; docs/performance.md has the ratio.
+        attend = F.scaled_dot_product_attention if x.is_cuda else plain_attention
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, length, dim))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; ``drop_path`` is the chance that a sample skips a residual branch in training."""
+
+    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = drop_path
+
+    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        x = x + self._dropped(self.attn(self.norm1(x)))
+        return x + self._dropped(self.mlp(self.norm2(x)))
+
+    def _dropped(self, branch: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * kept.to(branch.dtype) / (1.0 - self.drop_path)
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of flattened patches, stored as the convolution that timm has."""
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+
+    def forward(self, patches: Float[Tensor, "B L P"]) -> Float[Tensor, "B L D"]:
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """The encoder E of Eq. (3) and Eq. (6): patches and their coordinates to tokens, the class token first."""
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.embed_dim, self.patch_size = embed_dim, patch_size
+        self.grad_checkpointing = False
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate) for rate in rates
+        )
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        init_weights(self)
+
+    def embed(
+        self,
+        patches: Float[Tensor, "B K P"],
+        coords: Float[Tensor, "B K 2"],
+    ) -> Float[Tensor, "B 1+K D"]:
+        """Patch embedding plus position; the class token carries no position."""
+        tokens = self.patch_embed(patches)
+        tokens = tokens + sincos_embedding(coords, self.embed_dim).to(tokens.dtype)
+        return torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+
+    def forward_features(
+        self,
+        patches: Float[Tensor, "B L P"],
+        coords: Float[Tensor, "B L 2"],
+        ids_keep: Int[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Tokens after the last block, before the final LayerNorm; only ``ids_keep`` is encoded where it is given."""
+        if ids_keep is not None:
+            patches, coords = take_tokens(patches, ids_keep), take_tokens(coords, ids_keep)
+        return run_blocks(self.blocks, self.embed(patches, coords), self.grad_checkpointing and self.training)
+
+    def forward(
+        self,
+        patches: Float[Tensor, "B L P"],
+        coords: Float[Tensor, "B L 2"],
+        ids_keep: Int[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        return self.norm(self.forward_features(patches, coords, ids_keep))
+
+
+def run_blocks(blocks: nn.ModuleList, x: Float[Tensor, "B L D"], recompute: bool) -> Float[Tensor, "B L D"]:
+    """Apply blocks in order; ``recompute`` trades their stored activations for a second forward pass."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform linear layers (the patch projection as one), zero biases, N(0, 0.02) tokens, unit norms."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight.view(layer.weight.shape[0], -1))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    for name, parameter in module.named_parameters():
+        if name.endswith("_token"):
+            nn.init.normal_(parameter, std=0.02)

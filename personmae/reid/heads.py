@@ -1,0 +1,216 @@
+"""The encoder with a ReID head: BNNeck on pooled tokens, or MGN's three branches. Losses are elsewhere.
+
+Shapes as in ``personmae.model``; T = 1 + L tokens, the class token first; F features.
+"""
+
+import copy
+import re
+from typing import Final, Literal, TypedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from personmae.errors import UserError
+from personmae.model.vit import VisionTransformer, grid_coords, patchify
+
+RowSplit = Literal["adaptive", "chunk"]
+MGN_PARTS: Final = (1, 2, 3)  # horizontal parts of each branch; one part is the whole person
+
+
+class Outputs(TypedDict):
+    """What training needs: class scores of every classifier, and every vector that the triplet loss sees."""
+
+    logits: list[Tensor]
+    embeddings: list[Tensor]
+
+
+class BNNeck(nn.Module):
+    """Pooled tokens, batch normalisation with its bias frozen, linear classifier (arXiv 1903.07071).
+
+    The triplet loss sees the feature before the normalisation. ``pool``: the class token, the mean of the patch tokens,
+    or both one after the other (2 D). ``neck_feat``: the side of the normalisation that the test feature comes from.
+    """
+
+    num_blocks = 0  # blocks taken over from the end of the encoder
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        num_classes: int,
+        *,
+        pool: Literal["cls", "mean", "cls_mean"] = "cls",
+        neck_feat: Literal["before", "after"] = "before",
+    ):
+        super().__init__()
+        self.pool, self.neck_feat = pool, neck_feat
+        self.feature_dim = encoder.embed_dim * (2 if pool == "cls_mean" else 1)
+        self.bn = frozen_bias_bn(self.feature_dim)
+        self.classifier = linear_classifier(self.feature_dim, num_classes)
+
+    def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:
+        before = self.pooled(tokens)
+        return {"logits": [self.classifier(self.bn(before))], "embeddings": [before]}
+
+    def features(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Float[Tensor, "B F"]:
+        before = self.pooled(tokens)
+        return before if self.neck_feat == "before" else self.bn(before)
+
+    def pooled(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B F"]:
+        cls, mean = tokens[:, 0], tokens[:, 1:].mean(dim=1)
+        return {"cls": cls, "mean": mean, "cls_mean": torch.cat([cls, mean], dim=1)}[self.pool]
+
+
+class Branch(nn.Module):
+    """A copy of the encoder's last block and final norm."""
+
+    def __init__(self, encoder: VisionTransformer):
+        super().__init__()
+        self.block = copy.deepcopy(encoder.blocks[-1])
+        self.norm = copy.deepcopy(encoder.norm)
+
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.norm(self.block(tokens))
+
+
+class PartEmbedding(nn.Module):
+    """Projection of one pooled part, batch normalisation with its bias frozen, and a classifier of its own."""
+
+    def __init__(self, in_dim: int, embed_dim: int, num_classes: int):
+        super().__init__()
+        self.proj = nn.Linear(in_dim, embed_dim, bias=False)
+        nn.init.kaiming_normal_(self.proj.weight, mode="fan_out")
+        self.bn = frozen_bias_bn(embed_dim)
+        self.classifier = linear_classifier(embed_dim, num_classes)
+
+    def forward(self, part: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        return self.bn(self.proj(part))
+
+
+class MGN(nn.Module):
+    """Multiple Granularity Network on a ViT (arXiv 1804.01438, with the weights and sizes of LUPerson's recipe).
+
+    Three copies of the last block give three maps: b1 is pooled whole, b2 whole and in 2 parts, b3 whole and in 3.
+    All is on features after batch normalisation. ``split`` cuts rows that 3 does not divide: "adaptive" into equal
+    overlapping parts (16 rows: 0-5, 5-10, 10-15), "chunk" as ``torch.chunk`` does (6, 6, 4 rows).
+    """
+
+    num_blocks = 1
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        num_classes: int,
+        *,
+        embed_dim: int = 256,
+        split: RowSplit = "adaptive",
+    ):
+        super().__init__()
+        self.split: RowSplit = split
+        self.branches = nn.ModuleList(Branch(encoder) for _ in MGN_PARTS)
+        num_vectors = sum(1 if parts == 1 else 1 + parts for parts in MGN_PARTS)
+        self.embeds = nn.ModuleList(
+            PartEmbedding(encoder.embed_dim, embed_dim, num_classes) for _ in range(num_vectors)
+        )
+        self.feature_dim = num_vectors * embed_dim
+
+    def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:
+        vectors = self.vectors(tokens, grid)
+        _, _, _, b21, b22, b31, b32, b33 = vectors
+        triplets = [*vectors[:3], torch.cat([b21, b22], dim=1), torch.cat([b31, b32, b33], dim=1)]
+        classifiers = [embed.get_submodule("classifier") for embed in self.embeds]
+        logits = [classifier(vector) for classifier, vector in zip(classifiers, vectors, strict=True)]
+        return {"logits": logits, "embeddings": triplets}
+
+    def features(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Float[Tensor, "B F"]:
+        return torch.cat(self.vectors(tokens, grid), dim=1)
+
+    def vectors(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> list[Float[Tensor, "B F"]]:
+        """The eight normalised embeddings, in the order b1, b2, b3, b21, b22, b31, b32, b33."""
+        wholes, parts = [], []
+        for branch, num_parts in zip(self.branches, MGN_PARTS, strict=True):
+            maps = branch(tokens)[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+            wholes.append(maps.mean(dim=(2, 3)))
+            if num_parts > 1:
+                parts += split_rows(maps, num_parts, self.split)
+        return [embed(pooled) for embed, pooled in zip(self.embeds, wholes + parts, strict=True)]
+
+
+class ReIDModel(nn.Module):
+    """Images to class scores and embeddings for training, and to one L2-normalised feature for search.
+
+    The encoder is copied. Blocks that the head took over are left out of the copy, with the final norm, so every
+    parameter of the model is trained; ``depth`` is the number of blocks before that, as ``layer_id`` needs it.
+    """
+
+    def __init__(self, encoder: VisionTransformer, head: BNNeck | MGN):
+        super().__init__()
+        self.encoder, self.head = copy.deepcopy(encoder), head
+        self.depth, self.feature_dim = len(encoder.blocks), head.feature_dim
+        if head.num_blocks:
+            self.encoder.blocks = self.encoder.blocks[: -head.num_blocks]
+            self.encoder.register_module("norm", nn.Identity())
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Outputs:
+        """Scores and embeddings of normalised images."""
+        return self.head(*self.encode(images))
+
+    def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+        """Search features in fp32, of length one; call it in evaluation mode."""
+        return F.normalize(self.head.features(*self.encode(images)).float(), dim=1)
+
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B T D"], tuple[int, int]]:
+        """Tokens that the head starts from, and the (h, w) of their grid."""
+        b, _, height, width = images.shape
+        size = self.encoder.patch_size
+        if height % size or width % size:
+            raise UserError(f"img_size=({height}, {width}) must be a multiple of patch_size={size} in both directions")
+        grid = (height // size, width // size)
+        coords = grid_coords(grid, images.device).expand(b, -1, -1)
+        return self.encoder(patchify(images, size), coords), grid
+
+
+def split_rows(maps: Float[Tensor, "B D h w"], num_parts: int, split: RowSplit) -> list[Float[Tensor, "B D"]]:
+    """Mean of each of ``num_parts`` horizontal parts, from top to bottom.
+
+    Raises:
+        UserError: the map has too few rows.
+    """
+    chunks = maps.chunk(num_parts, dim=2)
+    if len(chunks) < num_parts and (split == "chunk" or maps.shape[2] < num_parts):
+        raise UserError(
+            f"{maps.shape[2]} rows of patches do not give {num_parts} parts with split={split!r}; use a taller img_size"
+        )
+    if split == "chunk":
+        return [chunk.mean(dim=(2, 3)) for chunk in chunks]
+    return list(F.adaptive_avg_pool2d(maps, (num_parts, 1)).squeeze(3).unbind(2))
+
+
+def frozen_bias_bn(dim: int) -> nn.BatchNorm1d:
+    """Batch normalisation whose bias stays zero, so that the classifier sees features centred on the origin."""
+    bn = nn.BatchNorm1d(dim)
+    bn.bias.requires_grad_(False)
+    return bn
+
+
+def linear_classifier(in_dim: int, num_classes: int) -> nn.Linear:
+    """Linear layer without bias that starts near equal scores."""
+    classifier = nn.Linear(in_dim, num_classes, bias=False)
+    nn.init.normal_(classifier.weight, std=0.001)
+    return classifier
+
+
+def layer_id(name: str, depth: int) -> int:
+    """Place of a ``ReIDModel`` parameter in layer decay: 0 for the input, k + 1 for block k, else ``depth`` + 1.
+
+    ``depth`` is ``ReIDModel.depth``: the encoder of an MGN model holds one block less. A copied branch block counts as
+    the last block, which it is a copy of.
+    """
+    if name.startswith(("encoder.patch_embed.", "encoder.cls_token")):
+        return 0
+    if match := re.match(r"encoder\.blocks\.(\d+)\.", name):
+        return int(match[1]) + 1
+    if re.match(r"head\.branches\.\d+\.block\.", name):
+        return depth
+    return depth + 1

@@ -1,0 +1,175 @@
+"""From image files to network input: decode and resize on threads, augment as batched tensor operations.
+
+Sizes are (H, W). Training and test resize alike (bicubic). Everything random comes from one explicit generator.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from personmae.errors import UserError
+
+ERASE_AREA: Final = (0.02, 0.4)  # of the image
+ERASE_ASPECT: Final = (0.3, 3.3)  # height / width
+ERASE_ATTEMPTS: Final = 10
+CHUNK: Final = 256  # images decoded at a time while the cache is filled
+
+
+def read_image(path: str, img_size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W"]:
+    """Decode one file to RGB and resize it to (H, W), bicubic, without smoothing where it shrinks.
+
+    Raises:
+        UserError: the file cannot be read or is not an image.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check the data set") from error
+    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
+    if image is None:
+        raise UserError(f"{path} is not an image that can be decoded; replace it or remove it")
+    height, width = img_size
+    if image.shape[:2] != img_size:
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))  # BGR to RGB, channels first
+
+
+def load_images(paths: Sequence[str], img_size: tuple[int, int], pool: ThreadPoolExecutor) -> UInt8[Tensor, "B 3 H W"]:
+    """Decode files on the threads of ``pool``, in order; OpenCV lets go of the GIL.
+
+    Raises:
+        UserError: names the first file that cannot be read.
+    """
+    images = torch.empty(len(paths), 3, *img_size, dtype=torch.uint8)
+    for row, image in zip(images, pool.map(lambda path: read_image(path, img_size), paths), strict=True):
+        row.copy_(torch.from_numpy(image))
+    return images
+
+
+class ImageSet:
+    """Images by index; decoded once into memory where all of them take at most ``cache_bytes``, else on every read."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        img_size: tuple[int, int],
+        *,
+        pool: ThreadPoolExecutor,
+        cache_bytes: int = 2**30,
+    ):
+        self.paths, self.img_size = list(paths), img_size
+        self._pool = pool
+        self._cache: Tensor | None = None
+        if len(self.paths) * 3 * math.prod(img_size) <= cache_bytes:
+            self._cache = torch.empty(len(self.paths), 3, *img_size, dtype=torch.uint8)
+            for start in range(0, len(self.paths), CHUNK):  # in chunks, so that nothing is held twice
+                chunk = slice(start, start + CHUNK)
+                self._cache[chunk] = load_images(self.paths[chunk], img_size, pool)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def cached(self) -> bool:
+        return self._cache is not None
+
+    def load(self, indices: Sequence[int] | Int[np.ndarray, " B"]) -> UInt8[Tensor, "B 3 H W"]:
+        """The images with these indices, in this order.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        if self._cache is not None:
+            return self._cache[torch.tensor(np.asarray(indices), dtype=torch.int64)]
+        return load_images([self.paths[int(i)] for i in indices], self.img_size, self._pool)
+
+
+def normalise(
+    images: UInt8[Tensor, "B C H W"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "B C H W"]:
+    """The test transform: 0 ... 255 to 0 ... 1, minus ``mean``, over ``std`` (per channel, on the 0 ... 1 scale)."""
+    mean_, std_ = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    return (images.float() / 255 - mean_) / std_
+
+
+def augment(
+    images: UInt8[Tensor, "B C H W"],
+    generator: torch.Generator,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    pad: int = 10,
+    flip_prob: float = 0.5,
+    erase_prob: float = 0.5,
+) -> Float[Tensor, "B C H W"]:
+    """The training transform: flip, pad and crop, normalise, erase.
+
+    The draws are made on the generator's device and their number depends on the shape alone.
+    """
+    images = random_flip(images, generator, prob=flip_prob)
+    images = random_shift(images, generator, pad=pad)
+    return random_erase(normalise(images, mean, std), generator, prob=erase_prob)
+
+
+def random_flip(
+    images: UInt8[Tensor, "B C H W"], generator: torch.Generator, *, prob: float
+) -> UInt8[Tensor, "B C H W"]:
+    """Mirror each image left to right with probability ``prob``."""
+    flipped = (torch.rand(len(images), generator=generator, device=generator.device) < prob).to(images.device)
+    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+
+
+def random_shift(images: UInt8[Tensor, "B C H W"], generator: torch.Generator, *, pad: int) -> UInt8[Tensor, "B C H W"]:
+    """Pad each side with ``pad`` black pixels and crop the original size at a random place."""
+    b, c, height, width = images.shape
+    offsets = torch.randint(2 * pad + 1, (2, b, 1), generator=generator, device=generator.device).to(images.device)
+    rows = offsets[0] + torch.arange(height, device=images.device)  # (B, H)
+    columns = offsets[1] + torch.arange(width, device=images.device)  # (B, W)
+    padded = F.pad(images, (pad, pad, pad, pad))
+    padded = padded.gather(2, rows[:, None, :, None].expand(b, c, height, width + 2 * pad))
+    return padded.gather(3, columns[:, None, None, :].expand(b, c, height, width))
+
+
+def random_erase(
+    images: Float[Tensor, "B C H W"], generator: torch.Generator, *, prob: float
+) -> Float[Tensor, "B C H W"]:
+    """Replace one box of each image by N(0, 1) noise, pixel by pixel, with probability ``prob`` (arXiv 1708.04896)."""
+    height, width = images.shape[-2:]
+    boxes = erase_boxes(len(images), (height, width), generator, prob=prob).to(images.device)
+    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
+    y0, x0, y1, x1 = boxes[:, :, None, None].unbind(1)  # (B, 1, 1) each
+    y = torch.arange(height, device=images.device)[:, None]
+    x = torch.arange(width, device=images.device)
+    inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)  # (B, H, W)
+    return torch.where(inside[:, None], noise, images)
+
+
+def erase_boxes(
+    batch_size: int, img_size: tuple[int, int], generator: torch.Generator, *, prob: float
+) -> Int[Tensor, "{batch_size} 4"]:
+    """Boxes (y0, x0, y1, x1) in pixels, end exclusive; an image that keeps all its pixels has an empty box.
+
+    The first of ten proposals that is smaller than the image counts.
+    """
+    height, width = img_size
+    device = generator.device
+    draws = torch.rand(2, batch_size, ERASE_ATTEMPTS, generator=generator, device=device)
+    area = height * width * (ERASE_AREA[0] + draws[0] * (ERASE_AREA[1] - ERASE_AREA[0]))
+    low, high = (math.log(aspect) for aspect in ERASE_ASPECT)
+    aspect = torch.exp(low + draws[1] * (high - low))
+    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (h < height) & (w < width)
+    first = fits & (fits.cumsum(1) == 1)
+    chance, y, x = torch.rand(3, batch_size, generator=generator, device=device)
+    erased = chance < prob
+    h, w = (h * first).sum(1) * erased, (w * first).sum(1) * erased
+    y0, x0 = (y * (height - h + 1)).floor(), (x * (width - w + 1)).floor()
+    return torch.stack([y0, x0, y0 + h, x0 + w], dim=1).long()

@@ -1,0 +1,103 @@
+"""Extraction over a set, and the colour baseline against a loop."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from personmae.model.vit import VisionTransformer
+from personmae.reid.features import colour_histogram, extract, standardise_per_camera
+from personmae.reid.heads import BNNeck, ReIDModel
+from personmae.reid.transforms import ImageSet, normalise
+
+SIZE = (64, 32)
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@pytest.fixture
+def image_set(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [str(tmp_path / f"{i}.png") for i in range(7)]
+    for path in paths:
+        cv2.imwrite(path, rng.integers(0, 256, (*SIZE, 3), dtype=np.uint8))
+    with ThreadPoolExecutor(2) as pool:
+        yield ImageSet(paths, SIZE, pool=pool)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    encoder = VisionTransformer(embed_dim=32, depth=2, num_heads=2, drop_path_rate=0.5)
+    return ReIDModel(encoder, BNNeck(encoder, 3))
+
+
+def run(model: ReIDModel, image_set: ImageSet, batch_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return extract(model, image_set, batch_size=batch_size, device=torch.device("cpu"), mean=MEAN, std=STD, dtype=dtype)
+
+
+def test_extraction_gives_the_features_of_every_image_in_order(model, image_set):
+    features = run(model, image_set, 3)
+    images = normalise(image_set.load(range(7)), MEAN, STD)
+    expected = torch.cat([model.eval().features(image[None]) for image in images])
+    torch.testing.assert_close(features, expected.detach())
+    assert not features.requires_grad
+
+
+def test_extraction_leaves_the_model_in_its_mode_and_state(model, image_set):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for mode in (True, False):
+        model.train(mode)
+        run(model, image_set, 4)
+        assert model.training is mode
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_extraction_in_bf16_is_close_and_comes_back_in_fp32(model, image_set):
+    features = run(model, image_set, 4, torch.bfloat16)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(7))
+    assert (features * run(model, image_set, 4)).sum(dim=1).min() > 0.999
+
+
+def slow_histogram(rgb: np.ndarray) -> np.ndarray:
+    """Six stripes x (RGB, HSV) x 16 bins of one (H, W, 3) image."""
+    height = len(rgb)
+    both = np.concatenate([rgb, cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV_FULL)], axis=2)
+    parts = []
+    for stripe in range(6):
+        rows = [y for y in range(height) if y * 6 // height == stripe]
+        for channel in range(6):
+            counts, _ = np.histogram(both[rows, :, channel], bins=16, range=(0, 256))
+            parts.append(counts / counts.sum())
+    return np.sqrt(np.concatenate(parts))
+
+
+def test_colour_histogram_equals_the_loop(image_set):
+    features = colour_histogram(image_set, np.ones(7, dtype=np.int64), normalise_per_camera=False, batch_size=3)
+    assert features.shape == (7, 6 * 6 * 16)
+    images = image_set.load(range(7)).permute(0, 2, 3, 1).numpy()
+    expected = np.stack([slow_histogram(np.ascontiguousarray(image)) for image in images])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(features.numpy(), expected, atol=1e-6)
+
+
+def test_standardising_takes_out_each_cameras_mean_and_scale():
+    rng = np.random.default_rng(0)
+    camids = np.array([1, 2, 1, 2, 5, 1, 2, 5])
+    features = rng.standard_normal((8, 4)) * camids[:, None] + camids[:, None]
+    expected = np.empty_like(features)
+    for i, camid in enumerate(camids):
+        same = features[camids == camid]
+        expected[i] = (features[i] - same.mean(0)) / same.std(0)
+    np.testing.assert_allclose(standardise_per_camera(torch.from_numpy(features), camids).numpy(), expected, atol=1e-9)
+
+
+def test_per_camera_histograms_have_length_one_and_average_out(image_set):
+    camids = np.array([1, 1, 1, 2, 2, 2, 2])
+    features = colour_histogram(image_set, camids, normalise_per_camera=True)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(7))
+    assert features.isfinite().all()
+    plain = colour_histogram(image_set, camids, normalise_per_camera=False)
+    assert not torch.allclose(features, plain)

@@ -1,0 +1,211 @@
+"""BNNeck and MGN on a small encoder, at 16 x 8 and 8 x 4 patches."""
+
+import pytest
+import torch
+from torch import nn
+
+from personmae.errors import UserError
+from personmae.model.vit import VisionTransformer, grid_coords, patchify
+from personmae.reid.heads import MGN, BNNeck, Branch, PartEmbedding, ReIDModel, layer_id, split_rows
+from personmae.reid.losses import reid_loss
+
+DEPTH, DIM, NUM_CLASSES = 3, 32, 7
+
+
+def encoder(seed: int = 0) -> VisionTransformer:
+    torch.manual_seed(seed)
+    return VisionTransformer(embed_dim=DIM, depth=DEPTH, num_heads=2)
+
+
+def mgn(seed: int = 0) -> ReIDModel:
+    base = encoder(seed)
+    return ReIDModel(base, MGN(base, NUM_CLASSES, embed_dim=16))
+
+
+def bnneck(seed: int = 0, **options) -> ReIDModel:
+    base = encoder(seed)
+    return ReIDModel(base, BNNeck(base, NUM_CLASSES, **options))
+
+
+def images(count: int = 4, img_size: tuple[int, int] = (128, 64)) -> torch.Tensor:
+    return torch.randn(count, 3, *img_size, generator=torch.Generator().manual_seed(1))
+
+
+def encoded(model: VisionTransformer, batch: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    return model(patchify(batch, 16), grid_coords(grid).expand(len(batch), -1, -1))
+
+
+def module_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize("img_size", [(256, 128), (128, 64)])
+def test_mgn_gives_eight_scores_five_triplet_vectors_and_one_feature(img_size):
+    model = mgn()
+    outputs = model(images(4, img_size))
+    assert [tuple(x.shape) for x in outputs["logits"]] == [(4, NUM_CLASSES)] * 8
+    assert [x.shape[1] for x in outputs["embeddings"]] == [16, 16, 16, 32, 48]
+    assert model.feature_dim == 8 * 16
+    assert model.eval().features(images(4, img_size)).shape == (4, 8 * 16)
+
+
+def test_mgn_has_2048_features_by_default():
+    base = encoder()
+    assert ReIDModel(base, MGN(base, NUM_CLASSES)).feature_dim == 2048
+
+
+@pytest.mark.parametrize("split", ["adaptive", "chunk"])
+def test_mgn_features_equal_the_written_out_definition(split):
+    base = encoder()
+    head = MGN(base, NUM_CLASSES, embed_dim=16, split=split)
+    model = ReIDModel(base, head)
+    model(images(8, (256, 128)))  # running statistics that are not 0 and 1
+    model.eval()
+    tokens = base.embed(patchify(images(3, (256, 128)), 16), grid_coords((16, 8)).expand(3, -1, -1))
+    for block in base.blocks[:-1]:
+        tokens = block(tokens)
+    rows = {"adaptive": [(0, 6), (5, 11), (10, 16)], "chunk": [(0, 6), (6, 12), (12, 16)]}[split]
+    # branch and rows of b1, b2, b3, b21, b22, b31, b32, b33
+    places = [(0, (0, 16)), (1, (0, 16)), (2, (0, 16)), (1, (0, 8)), (1, (8, 16)), *((2, part) for part in rows)]
+    vectors = []
+    for embed, (i, (top, bottom)) in zip(head.embeds, places, strict=True):
+        branch = head.branches[i]
+        assert isinstance(branch, Branch)
+        assert isinstance(embed, PartEmbedding)
+        patches = branch.norm(branch.block(tokens))[:, 1:].reshape(3, 16, 8, DIM)
+        reduced = patches[:, top:bottom].mean(dim=(1, 2)) @ embed.proj.weight.T
+        assert embed.bn.running_mean is not None
+        assert embed.bn.running_var is not None
+        vectors.append((reduced - embed.bn.running_mean) / (embed.bn.running_var + embed.bn.eps).sqrt())
+    expected = torch.cat(vectors, dim=1)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(model.features(images(3, (256, 128))), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_branches_start_as_copies_of_the_last_block_and_are_independent():
+    base = encoder()
+    model = ReIDModel(base, MGN(base, NUM_CLASSES, embed_dim=16))
+    assert isinstance(model.head, MGN)
+    states = [branch.state_dict() for branch in model.head.branches]
+    assert len(states) == 3
+    last = base.blocks[-1].state_dict()
+    for state in states:
+        for name, tensor in last.items():
+            assert torch.equal(state[f"block.{name}"], tensor)
+        assert torch.equal(state["norm.weight"], base.norm.weight)
+    storages = {p.data_ptr() for p in model.head.branches.parameters()} | {p.data_ptr() for p in base.parameters()}
+    num_copies = len(list(model.head.branches.parameters()))
+    assert len(storages) == num_copies + len(list(base.parameters()))
+
+
+def test_the_given_encoder_is_left_as_it_was():
+    base = encoder()
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = ReIDModel(base, MGN(base, NUM_CLASSES, embed_dim=16))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert before.keys() == base.state_dict().keys()
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("build", [mgn, bnneck, lambda: bnneck(pool="cls_mean")])
+def test_every_trainable_parameter_gets_a_gradient(build):
+    model = build()
+    loss = reid_loss(model(images(6)), torch.tensor([0, 0, 1, 1, 2, 2]))["loss"]
+    loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    patch_grad = model.encoder.patch_embed.proj.weight.grad
+    assert patch_grad is not None
+    assert patch_grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("build", [mgn, bnneck])
+def test_normalisation_biases_of_the_head_are_frozen_at_zero(build):
+    head = build().head
+    biases = [module.bias for module in head.modules() if isinstance(module, nn.BatchNorm1d)]
+    assert len(biases) in (1, 8)
+    assert all(not bias.requires_grad and bias.abs().sum() == 0 for bias in biases)
+
+
+@pytest.mark.parametrize(("pool", "width"), [("cls", DIM), ("mean", DIM), ("cls_mean", 2 * DIM)])
+def test_bnneck_pools_the_encoders_tokens(pool, width):
+    base = encoder()
+    model = ReIDModel(base, BNNeck(base, NUM_CLASSES, pool=pool))
+    tokens = encoded(base, images(), (8, 4))
+    pooled = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
+    expected = pooled[pool] if pool in pooled else torch.cat([pooled["cls"], pooled["mean"]], dim=1)
+    outputs = model(images())
+    assert outputs["embeddings"][0].shape == (4, width)
+    torch.testing.assert_close(outputs["embeddings"][0], expected)
+    assert [tuple(x.shape) for x in outputs["logits"]] == [(4, NUM_CLASSES)]
+    torch.testing.assert_close(model.eval().features(images()), expected / expected.norm(dim=1, keepdim=True))
+
+
+def test_the_test_feature_of_bnneck_may_come_after_the_normalisation():
+    before, after = bnneck(neck_feat="before"), bnneck(neck_feat="after")
+    after.load_state_dict(before.state_dict())
+    for model in (before, after):
+        model(images())  # moves the running statistics
+        model.eval()
+    assert not torch.allclose(before.features(images()), after.features(images()))
+
+
+@pytest.mark.parametrize("build", [mgn, bnneck])
+def test_features_have_length_one_and_do_not_depend_on_the_batch(build):
+    model = build().eval()
+    features = model.features(images())
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(model.features(images()[1:2]), features[1:2])
+
+
+@pytest.mark.parametrize("build", [mgn, bnneck])
+def test_the_state_of_one_model_makes_another_give_its_features(build):
+    first, second = build(0), build(1)
+    first(images())
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.eval().features(images()), second.eval().features(images()))
+
+
+@pytest.mark.parametrize(("num_rows", "split", "rows"), [
+    (16, "adaptive", [(0, 6), (5, 11), (10, 16)]),
+    (16, "chunk", [(0, 6), (6, 12), (12, 16)]),
+    (8, "adaptive", [(0, 3), (2, 6), (5, 8)]),
+    (8, "chunk", [(0, 3), (3, 6), (6, 8)]),
+])  # fmt: skip
+def test_three_parts_average_the_documented_rows(num_rows, split, rows):
+    maps = torch.randn(2, 5, num_rows, 4)
+    for part, (top, bottom) in zip(split_rows(maps, 3, split), rows, strict=True):
+        torch.testing.assert_close(part, maps[:, :, top:bottom].mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(("num_rows", "split"), [(2, "adaptive"), (4, "chunk")])
+def test_too_few_rows_for_the_parts_is_an_error(num_rows, split):
+    with pytest.raises(UserError, match=f"{num_rows} rows of patches"):
+        split_rows(torch.zeros(1, 1, num_rows, 2), 3, split)
+
+
+def test_an_image_size_that_patches_do_not_divide_is_an_error():
+    with pytest.raises(UserError, match="patch_size=16"):
+        bnneck()(images(2, (120, 64)))
+
+
+def test_layer_ids_grow_from_the_input_to_the_head():
+    model = mgn()
+    assert model.depth == DEPTH
+    ids = {name: layer_id(name, model.depth) for name in module_names(model)}
+    assert ids["encoder.patch_embed.proj.weight"] == ids["encoder.cls_token"] == 0
+    assert ids["encoder.blocks.0.norm1.weight"] == 1
+    assert ids["encoder.blocks.1.mlp.fc2.bias"] == 2
+    assert {ids[f"head.branches.{i}.block.attn.qkv.weight"] for i in range(3)} == {DEPTH}
+    assert ids["head.branches.0.norm.weight"] == DEPTH + 1
+    assert ids["head.embeds.7.classifier.weight"] == DEPTH + 1
+    assert not any(name.startswith(("encoder.norm", f"encoder.blocks.{DEPTH - 1}")) for name in ids)
+
+
+def test_bnneck_keeps_the_whole_encoder():
+    ids = {name: layer_id(name, DEPTH) for name in module_names(bnneck())}
+    assert ids[f"encoder.blocks.{DEPTH - 1}.attn.proj.weight"] == DEPTH
+    assert ids["encoder.norm.weight"] == ids["head.classifier.weight"] == DEPTH + 1

@@ -1,0 +1,181 @@
+"""Reading and augmenting images; every batched operation against a loop."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from personmae.errors import UserError
+from personmae.reid.transforms import (
+    ERASE_AREA,
+    ImageSet,
+    augment,
+    erase_boxes,
+    load_images,
+    normalise,
+    random_erase,
+    random_flip,
+    random_shift,
+    read_image,
+)
+
+SIZE = (32, 16)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(count: int = 12) -> torch.Tensor:
+    return torch.randint(0, 256, (count, 3, *SIZE), dtype=torch.uint8, generator=generator(99))
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def paths(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = [str(tmp_path / f"{i}.png") for i in range(5)]
+    for i, path in enumerate(paths):
+        cv2.imwrite(path, rng.integers(0, 256, (40 + i, 20, 3), dtype=np.uint8))
+    return paths
+
+
+def test_images_are_rgb_and_channels_first(tmp_path):
+    bgr = np.zeros((*SIZE, 3), dtype=np.uint8)
+    bgr[:8] = (1, 2, 3)
+    cv2.imwrite(str(tmp_path / "x.png"), bgr)
+    image = read_image(str(tmp_path / "x.png"), SIZE)
+    assert image.shape == (3, *SIZE)
+    assert image[:, 0, 0].tolist() == [3, 2, 1]
+    assert image[:, 31, 0].tolist() == [0, 0, 0]
+
+
+def test_images_are_resized_to_height_and_width(paths, pool):
+    images = load_images(paths, SIZE, pool)
+    assert images.dtype == torch.uint8
+    original = cv2.imread(paths[3])
+    assert original is not None
+    expected = cv2.resize(original, (SIZE[1], SIZE[0]), interpolation=cv2.INTER_CUBIC)
+    assert np.array_equal(images[3].permute(1, 2, 0).numpy(), expected[:, :, ::-1])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an image"])
+def test_an_unreadable_file_is_named(paths, tmp_path, pool, content):
+    bad = tmp_path / "bad.jpg"
+    if content is not None:
+        bad.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.jpg"):
+        load_images([*paths, str(bad)], SIZE, pool)
+
+
+def test_a_cached_set_gives_the_images_of_an_uncached_one(paths, pool):
+    cached = ImageSet(paths, SIZE, pool=pool)
+    direct = ImageSet(paths, SIZE, pool=pool, cache_bytes=5 * 3 * 32 * 16 - 1)
+    assert (cached.cached, direct.cached) == (True, False)
+    assert len(cached) == len(direct) == 5
+    indices = np.array([4, 0, 4])
+    assert torch.equal(cached.load(indices), direct.load(indices))
+
+
+def test_loaded_images_are_not_the_cache_itself(paths, pool):
+    images = ImageSet(paths, SIZE, pool=pool)
+    before = images.load([0]).clone()
+    images.load([0]).zero_()
+    assert torch.equal(images.load([0]), before)
+
+
+def test_normalising_is_per_channel_on_the_unit_scale():
+    images = random_images()
+    expected = (images.numpy() / 255 - np.reshape(MEAN, (3, 1, 1))) / np.reshape(STD, (3, 1, 1))
+    assert np.allclose(normalise(images, MEAN, STD).numpy(), expected, atol=1e-5)
+
+
+def test_flipping_mirrors_about_half_of_the_images():
+    images = random_images(400)
+    flipped = random_flip(images, generator(), prob=0.5)
+    mirrored = [torch.equal(out, image.flip(-1)) for out, image in zip(flipped, images, strict=True)]
+    kept = [torch.equal(out, image) for out, image in zip(flipped, images, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, kept, strict=True))
+    assert 160 < sum(mirrored) < 240
+
+
+def test_shifting_equals_padding_and_cropping_one_by_one():
+    images, pad = random_images(), 3
+    shifted = random_shift(images, generator(), pad=pad)
+    offsets = torch.randint(2 * pad + 1, (2, len(images), 1), generator=generator()).squeeze(2)
+    for image, out, y, x in zip(images, shifted, *offsets.tolist(), strict=True):
+        canvas = np.zeros((3, SIZE[0] + 2 * pad, SIZE[1] + 2 * pad), dtype=np.uint8)
+        canvas[:, pad:-pad, pad:-pad] = image.numpy()
+        assert np.array_equal(out.numpy(), canvas[:, y : y + SIZE[0], x : x + SIZE[1]])
+    assert len(set(offsets.flatten().tolist())) == 2 * pad + 1  # both ends occur
+
+
+def test_without_padding_nothing_shifts():
+    images = random_images()
+    assert torch.equal(random_shift(images, generator(), pad=0), images)
+
+
+def test_erased_boxes_lie_inside_and_have_the_asked_area():
+    height, width = 256, 128
+    boxes = erase_boxes(2000, (height, width), generator(), prob=1.0)
+    y0, x0, y1, x1 = boxes.unbind(1)
+    assert (y0 >= 0).all()
+    assert (x0 >= 0).all()
+    assert (y1 <= height).all()
+    assert (x1 <= width).all()
+    assert ((y1 == height).any(), (y0 == 0).any(), (x1 == width).any(), (x0 == 0).any()) == (True,) * 4
+    area = (y1 - y0) * (x1 - x0) / (height * width)
+    assert area.min() > ERASE_AREA[0] - 0.005
+    assert area.max() < ERASE_AREA[1] + 0.005
+
+
+def test_the_share_of_erased_images_is_the_probability():
+    empty = erase_boxes(2000, SIZE, generator(), prob=0.25)
+    erased = (empty[:, 2] > empty[:, 0]).float().mean()
+    assert abs(erased - 0.25) < 0.05
+    assert torch.equal(
+        erase_boxes(50, SIZE, generator(), prob=0.0)[:, :2], erase_boxes(50, SIZE, generator(), prob=0.0)[:, 2:]
+    )
+
+
+def test_erasing_replaces_the_box_and_nothing_else():
+    images = normalise(random_images(), MEAN, STD)
+    erased = random_erase(images, generator(), prob=0.5)
+    boxes = erase_boxes(len(images), SIZE, generator(), prob=0.5).tolist()
+    for image, out, (y0, x0, y1, x1) in zip(images, erased, boxes, strict=True):
+        restored = out.clone()
+        assert (restored[:, y0:y1, x0:x1] != image[:, y0:y1, x0:x1]).all()
+        restored[:, y0:y1, x0:x1] = image[:, y0:y1, x0:x1]
+        assert torch.equal(restored, image)
+
+
+def test_erased_pixels_are_standard_normal():
+    images = torch.full((200, 3, *SIZE), 50.0)
+    noise = random_erase(images, generator(), prob=1.0)
+    noise = noise[noise != 50.0]
+    assert abs(noise.mean()) < 0.03
+    assert abs(noise.std() - 1) < 0.03
+
+
+def test_augmentation_is_a_function_of_the_generator():
+    images = random_images()
+
+    def run(seed: int) -> torch.Tensor:
+        return augment(images, generator(seed), mean=MEAN, std=STD, pad=2)
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_augmentation_with_all_chances_zero_is_the_test_transform():
+    images = random_images()
+    out = augment(images, generator(), mean=MEAN, std=STD, pad=0, flip_prob=0.0, erase_prob=0.0)
+    assert torch.equal(out, normalise(images, MEAN, STD))
