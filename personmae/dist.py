@@ -49,9 +49,13 @@ def start(world: World) -> None:
         torch.cuda.set_device(world.device)
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_world_size))
-    if world.world_size > 1 and not tdist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    if tdist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    if world.world_size > 1:
         tdist.init_process_group(backend, timeout=_TIMEOUT)
+    else:  # a group of one needs no address and no port; DeepSpeed wants a group even so
+        tdist.init_process_group(backend, store=tdist.HashStore(), rank=0, world_size=1)
 
 
 def stop() -> None:
@@ -76,6 +80,15 @@ def from_first_rank(value: str) -> str:
     box = [value]
     tdist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over ranks, on the CPU."""
+    values = values.detach().cpu()
+    if tdist.is_initialized() and tdist.get_world_size() > 1:
+        tdist.all_reduce(values)
+        values /= tdist.get_world_size()
+    return values
 
 
 def barrier() -> None:

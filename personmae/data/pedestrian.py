@@ -10,6 +10,7 @@ Body units: the height of the figure is 1, x = 0 is the body's axis, y = 0 the t
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import cv2
@@ -17,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bgr = tuple[int, int, int]  # 0..255 each
-Points = Sequence[tuple[float, float]] | NDArray[np.float64]
+Point = tuple[float, float]  # (x, y) in body units
+Points = Sequence[Point] | NDArray[np.float64]
+Joints = tuple[Point, Point, Point]  # hip, knee, ankle or shoulder, elbow, wrist
 
 FRONT, BACK, LEFT, RIGHT = "front", "back", "left", "right"  # which side of the person the camera sees
 VIEWS = (FRONT, BACK, LEFT, RIGHT)
@@ -38,7 +41,7 @@ WRINKLE_DEPTH = 26
 _FIXED = 4  # fractional bits of polygon corners
 _HALF_TURN = np.linspace(-np.pi / 2, np.pi / 2, 6)
 _CAP = np.exp(1j * np.concatenate([_HALF_TURN, _HALF_TURN + np.pi]))
-_CIRCLE = np.exp(1j * np.linspace(0, 2 * np.pi, 16, endpoint=False))
+_CIRCLE = np.exp(1j * np.linspace(0, 2 * np.pi, 20, endpoint=False))
 
 
 class Garment(NamedTuple):
@@ -65,7 +68,9 @@ class Identity:
     skin: Bgr
     hair: Item  # bald, short, bob, long, ponytail, bun
     upper: Garment  # tshirt, longsleeve, jacket, coat, hoodie, dress, vest
-    decoration: Item  # none, hstripes, vstripes, checks, dots, twotone; logo, open (front only); backprint (back only)
+    decoration: (
+        Item  # hstripes, vstripes, checks, dots, twotone, sleeves; logo, open (front only); backprint (back only)
+    )
     lower: Garment  # trousers, leggings, wide, shorts, skirt, longskirt
     lower_decoration: Item  # none, sidestripe, checks
     shoes: Item  # shoes, boots
@@ -111,7 +116,7 @@ class Canvas:
         table = np.minimum(self.palette[:, None, :] * levels // (NEUTRAL_SHADE + WRINKLE_DEPTH // 2), 255)
         table[..., 3] = self.palette[:, None, 3]
         packed = np.ascontiguousarray(table.astype(np.uint8)).view(np.uint32).reshape(-1)
-        index = (self.label.astype(np.uint16) << 6) | (shade >> 2)
+        index = (self.label.astype(np.uint16) << 6) | np.right_shift(shade, 2)
         return packed.take(index).view(np.uint8).reshape(height, width, 4)
 
 
@@ -163,15 +168,15 @@ class Pen:
             core[:, 0] = middle + (corners[:, 0] - middle) * 11 // 20
             self.canvas.lighten(core, EDGE_SHADE + CORE_GAIN + shade)
 
-    def limb(
-        self,
-        start: tuple[float, float],
-        end: tuple[float, float],
-        radii: tuple[float, float],
-        material: int,
-        *,
-        shade: float = 0,
-    ) -> None:
+    def slab(
+        self, x: float, top: float, low: float, half: tuple[float, float], material: int, *, shade: float = 0,
+        flat: bool = False,
+    ) -> None:  # fmt: skip
+        """An upright trapezoid around ``x``, ``half`` wide to each side at its top and at its lower edge."""
+        corners = [(x - half[0], top), (x + half[0], top), (x + half[1], low), (x - half[1], low)]
+        self.area(corners, material, shade=shade, flat=flat)
+
+    def limb(self, start: Point, end: Point, radii: tuple[float, float], material: int, *, shade: float = 0) -> None:
         """A tapered limb with round ends."""
         a, b = complex(*start), complex(*end)
         axis = (b - a) / (abs(b - a) or 1.0)
@@ -186,9 +191,9 @@ class Pen:
                 corners[:, 0] += int(self.light * self.scale * min(radii) * 5)
                 self.canvas.lighten(corners, EDGE_SHADE + gain + shade)
 
-    def oval(self, centre: tuple[float, float], radii: tuple[float, float], material: int, **kind: bool) -> None:
+    def oval(self, centre: Point, radii: tuple[float, float], material: int, *, flat: bool = False) -> None:
         ring = np.stack([centre[0] + radii[0] * _CIRCLE.real, centre[1] + radii[1] * _CIRCLE.imag], axis=1)
-        self.area(ring, material, flat=kind.get("flat", False))
+        self.area(ring, material, flat=flat)
 
 
 def draw_person(
@@ -237,17 +242,17 @@ def _draw_frontal(pen: Pen, who: Identity, pose: Pose) -> None:
     pen.oval((0.05 * pen.light, 0.985), (0.2, 0.022), SHADOW, flat=True)
     if front and who.hair.kind in ("long", "bob"):
         drop = 0.26 if who.hair.kind == "long" else 0.15
-        pen.area([(-0.055, 0.05), (0.055, 0.05), (0.068, drop), (-0.068, drop)], HAIR, shade=-20)
+        pen.slab(0, 0.05, drop, (0.055, 0.068), HAIR, shade=-20)
     if front and who.bag.kind == "backpack":
-        pen.area([(-0.1, 0.19), (0.1, 0.19), (0.118, 0.40), (-0.118, 0.40)], BAG, shade=FAR)
+        pen.slab(0, 0.19, 0.4, (0.1, 0.118), BAG, shade=FAR)
     for side in (-1, 1) if swing * left > 0 else (1, -1):  # the rear leg first
-        _draw_leg(pen, who, *_frontal_leg(side, swing * left * side * (1 if front else -1)), toe=None)
+        _draw_leg(pen, who, _frontal_leg(side, swing * left * side * (1 if front else -1)), toe=None)
     hands = {}
     for side in (-1, 1):
         joints = _frontal_arm(who, side, -swing * left * side * (1 if front else -1), pose.view)
         hands[side] = joints[2]
-        _draw_arm(pen, who, *joints)
-    _draw_skirt(pen, who, 0.0)
+        _draw_arm(pen, who, joints)
+    _draw_skirt(pen, who, profile=False)
     pen.area(_torso(who, profile=False), UPPER)
     if front:
         _draw_chest(pen, who, 0.06 * pose.turn)
@@ -269,23 +274,22 @@ def _draw_profile(pen: Pen, who: Identity, pose: Pose) -> None:
     near_hand, far_hand = _profile_arm(angle + np.pi), _profile_arm(angle)
     if who.carry_side != near_side:
         _draw_bag_profile(pen, who, far_hand[2], near=False)
-    _draw_arm(pen, who, *far_hand, shade=FAR)
-    _draw_leg(pen, who, *_profile_leg(angle + np.pi), toe=1, shade=FAR)
-    _draw_leg(pen, who, *_profile_leg(angle), toe=1)
-    _draw_skirt(pen, who, float(abs(np.sin(angle))))
-    pen.area(_torso(who, profile=True, stride=float(abs(np.sin(angle)))), UPPER)
+    _draw_arm(pen, who, far_hand, shade=FAR)
+    _draw_leg(pen, who, _profile_leg(angle + np.pi), toe=1, shade=FAR)
+    _draw_leg(pen, who, _profile_leg(angle), toe=1)
+    stride = float(abs(np.sin(angle)))
+    _draw_skirt(pen, who, profile=True, stride=stride)
+    pen.area(_torso(who, profile=True, stride=stride), UPPER)
     _draw_flank(pen, who)
     _draw_head_profile(pen, who)
     if who.carry_side == near_side and who.bag.kind == "shopping":
         _draw_bag_profile(pen, who, near_hand[2], near=True)
-    _draw_arm(pen, who, *near_hand, shade=4)
+    _draw_arm(pen, who, near_hand, shade=4)
     if who.carry_side == near_side and who.bag.kind != "shopping":
         _draw_bag_profile(pen, who, near_hand[2], near=True)
 
 
 # --- limbs ----------------------------------------------------------------------------------------------------------
-
-Joints = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 
 
 def _frontal_leg(side: int, forward: float) -> Joints:
@@ -295,15 +299,15 @@ def _frontal_leg(side: int, forward: float) -> Joints:
 
 
 def _frontal_arm(who: Identity, side: int, forward: float, view: str) -> Joints:
-    shoulder = _shoulder(who) - 0.022
+    shoulder = _shoulder(who) - 0.031
     raised = 0.05 * max(0.0, forward) + 0.02 * max(0.0, -forward)
     if view == FRONT and who.bag.kind == "umbrella" and side == who.carry_side:
-        return (side * shoulder, 0.205), (side * (shoulder + 0.03), 0.33), (side * 0.06, 0.26)
+        return (side * shoulder, 0.212), (side * (shoulder + 0.03), 0.33), (side * 0.06, 0.26)
     inward = 0.03 * max(0.0, forward)
     return (
-        (side * shoulder, 0.205),
-        (side * (shoulder + 0.022), 0.345 - 0.3 * raised),
-        (side * (shoulder + 0.026 - inward), 0.475 - raised),
+        (side * shoulder, 0.212),
+        (side * (shoulder + 0.02), 0.345 - 0.3 * raised),
+        (side * (shoulder + 0.028 - inward), 0.475 - raised),
     )
 
 
@@ -323,21 +327,13 @@ def _profile_arm(angle: float) -> Joints:
     return (-0.005, 0.205), elbow, wrist
 
 
-def _between(a: tuple[float, float], b: tuple[float, float], t: float) -> tuple[float, float]:
+def _between(a: Point, b: Point, t: float) -> Point:
     return a[0] + (b[0] - a[0]) * t, a[1] + (b[1] - a[1]) * t
 
 
-def _draw_leg(
-    pen: Pen,
-    who: Identity,
-    hip: tuple[float, float],
-    knee: tuple[float, float],
-    ankle: tuple[float, float],
-    *,
-    toe: int | None,
-    shade: float = 0,
-) -> None:
+def _draw_leg(pen: Pen, who: Identity, joints: Joints, *, toe: int | None, shade: float = 0) -> None:
     """One leg with its shoe; ``toe`` is +1 where the foot points along +x, None where it points at the camera."""
+    hip, knee, ankle = joints
     cut = "bare" if who.upper.cut == "dress" else who.lower.cut
     covered = {"trousers": 1.0, "wide": 1.2, "leggings": 0.82}.get(cut)
     if covered is None:
@@ -350,33 +346,26 @@ def _draw_leg(
         if who.lower_decoration.kind == "sidestripe":
             out = 0.0 if toe else np.sign(hip[0]) * 0.03
             line = [(hip[0] + out * 1.4, hip[1]), (knee[0] + out, knee[1]), (ankle[0] + out * 0.7, ankle[1])]
-            for a, b in zip(line, line[1:], strict=False):
+            for a, b in pairwise(line):
                 pen.limb(a, b, (0.007, 0.007), LOWER_ACCENT, shade=shade)
     elif cut == "shorts":
         pen.limb(hip, _between(hip, knee, 0.8), (0.058, 0.052), LOWER, shade=shade)
 
 
-def _draw_shoe(pen: Pen, who: Identity, ankle: tuple[float, float], toe: int | None, shade: float) -> None:
+def _draw_shoe(pen: Pen, who: Identity, ankle: Point, toe: int | None, shade: float) -> None:
     x, y = ankle
     if who.shoes.kind == "boots":
         pen.limb((x, y - 0.08), (x, y + 0.01), (0.033, 0.03), SHOES, shade=shade)
     if toe is None:
-        pen.area([(x - 0.026, y), (x + 0.026, y), (x + 0.033, y + 0.048), (x - 0.033, y + 0.048)], SHOES, shade=shade)
+        pen.slab(x, y, y + 0.048, (0.026, 0.033), SHOES, shade=shade)
     else:
         heel, tip = x - 0.034 * toe, x + 0.085 * toe
         pen.area([(heel, y - 0.005), (x + 0.03, y), (tip, y + 0.03), (tip, y + 0.046), (heel, y + 0.046)], SHOES)
-        pen.area([(heel, y + 0.038), (tip, y + 0.038), (tip, y + 0.048), (heel, y + 0.048)], SOLES, flat=True)
+        pen.slab((heel + tip) / 2, y + 0.038, y + 0.048, (0.06, 0.06), SOLES, flat=True)
 
 
-def _draw_arm(
-    pen: Pen,
-    who: Identity,
-    shoulder: tuple[float, float],
-    elbow: tuple[float, float],
-    wrist: tuple[float, float],
-    *,
-    shade: float = -8,
-) -> None:
+def _draw_arm(pen: Pen, who: Identity, joints: Joints, *, shade: float = -8) -> None:
+    shoulder, elbow, wrist = joints
     cut = who.upper.cut
     thick = {"coat": 1.15, "jacket": 1.1, "hoodie": 1.1}.get(cut, 0.95)
     pen.limb(_between(elbow, wrist, 1.02), _between(elbow, wrist, 1.18), (0.019, 0.016), SKIN, shade=shade)
@@ -415,37 +404,34 @@ def _torso(who: Identity, *, profile: bool, stride: float = 0.0) -> list[tuple[f
         front = [(0.02, 0.165), (0.052, 0.2), (chest, 0.28), (waist - 0.022, 0.4), (0.062, 0.5), (0.06 + flare, hem)]
         back = [(-0.064 - flare, hem), (-hip + 0.018, 0.5), (-waist + 0.034, 0.4), (-0.066, 0.27), (-0.052, 0.195)]
         return [*front, *back, (-0.024, 0.165)]
-    right = [(0.034, 0.163), (_shoulder(who) - 0.022, 0.178), (_shoulder(who), 0.2), (0.096 + loose, 0.28)]
+    edge = _shoulder(who)
+    right = [(0.032, 0.16), (edge - 0.034, 0.177), (edge - 0.008, 0.198), (edge - 0.014, 0.24), (0.092 + loose, 0.29)]
     right += [(waist, 0.4), (hip, 0.5), (hip + flare, hem)]
     return right + [(-x, y) for x, y in reversed(right)]
 
 
-def _draw_skirt(pen: Pen, who: Identity, stride: float) -> None:
+def _draw_skirt(pen: Pen, who: Identity, *, profile: bool, stride: float = 0.0) -> None:
     """Skirts, and the seat of shorts and trousers."""
     if who.upper.cut == "dress":
         return
     hem, flare = {"skirt": (0.67, 0.03), "longskirt": (0.86, 0.035)}.get(who.lower.cut, (0.55, -0.01))
-    wide = 0.095 + flare + 0.04 * stride * (hem > 0.6)
-    top = 0.085 if stride == 0 else 0.065
-    pen.area([(-top, 0.44), (top, 0.44), (wide, hem), (-wide, hem)] if hem > 0.6 else
-             [(-top, 0.44), (top, 0.44), (top, hem), (-top, hem)], LOWER)  # fmt: skip
+    top = 0.065 if profile else 0.085
+    wide = 0.095 + flare + 0.04 * stride if hem > 0.6 else top
+    pen.slab(0, 0.44, hem, (top, wide), LOWER)
 
 
 def _draw_chest(pen: Pen, who: Identity, shift: float) -> None:
-    """What only the front shows: zip or opening, collar, print, backpack straps."""
-    hem = _hem(who)[0]
-    kind = who.decoration.kind
+    """What only the front shows: zip or opening, neckline, print, backpack straps."""
+    hem, kind = _hem(who)[0], who.decoration.kind
     if kind == "twotone":
-        _draw_two_tone(pen, 0.1)
-    if kind == "open":
-        pen.area([(shift - 0.03, 0.165), (shift + 0.03, 0.165), (shift + 0.04, hem), (shift - 0.04, hem)], INNER)
+        pen.slab(0, 0.34, 0.43, (0.1, 0.1), ACCENT)
+    elif kind == "open":
+        pen.slab(shift, 0.165, hem, (0.03, 0.042), INNER)
     elif who.upper.cut in ("jacket", "coat"):
-        pen.area([(shift - 0.004, 0.17), (shift + 0.004, 0.17), (shift + 0.004, hem), (shift - 0.004, hem)], UPPER,
-                 shade=-30, flat=True)  # fmt: skip
+        pen.slab(shift, 0.17, hem, (0.004, 0.004), UPPER, shade=-30, flat=True)
     if kind == "logo":
-        pen.area([(shift - 0.05, 0.25), (shift + 0.05, 0.25), (shift + 0.05, 0.34), (shift - 0.05, 0.34)], ACCENT,
-                 flat=True)  # fmt: skip
-        pen.oval((shift, 0.295), (0.025, 0.025), UPPER, flat=True)
+        pen.slab(shift, 0.245, 0.34, (0.052, 0.052), ACCENT, flat=True)
+        pen.oval((shift, 0.293), (0.025, 0.028), UPPER, flat=True)
     pen.area([(-0.03, 0.155), (0.03, 0.155), (shift, 0.2)], SKIN, shade=-10)
     if who.bag.kind == "backpack":
         for side in (-1, 1):
@@ -455,31 +441,27 @@ def _draw_chest(pen: Pen, who: Identity, shift: float) -> None:
 def _draw_back(pen: Pen, who: Identity, shift: float) -> None:
     """What only the back shows: hood, print, backpack."""
     if who.decoration.kind == "twotone":
-        _draw_two_tone(pen, 0.1)
-    if who.decoration.kind == "backprint":
-        pen.area([(shift - 0.06, 0.24), (shift + 0.06, 0.24), (shift + 0.045, 0.38), (shift - 0.045, 0.38)], ACCENT,
-                 flat=True)  # fmt: skip
+        pen.slab(0, 0.34, 0.43, (0.1, 0.1), ACCENT)
+    elif who.decoration.kind == "backprint":
+        pen.slab(shift, 0.24, 0.38, (0.062, 0.045), ACCENT, flat=True)
     if who.upper.cut == "hoodie":
         pen.oval((shift, 0.19), (0.06, 0.035), UPPER)
     if who.bag.kind == "backpack":
         pack = [(-0.055, 0.175), (0.055, 0.175), (0.085, 0.22), (0.088, 0.42), (-0.088, 0.42), (-0.085, 0.22)]
         pen.area([(x + shift, y) for x, y in pack], BAG)
-        pen.area([(shift - 0.06, 0.32), (shift + 0.06, 0.32), (shift + 0.06, 0.4), (shift - 0.06, 0.4)], BAG_TRIM)
+        pen.slab(shift, 0.32, 0.4, (0.06, 0.06), BAG_TRIM)
 
 
 def _draw_flank(pen: Pen, who: Identity) -> None:
+    """What the side shows: two tones, the edge of an open jacket, a strap."""
     if who.decoration.kind == "twotone":
-        _draw_two_tone(pen, 0.07)
-    if who.decoration.kind == "open":
+        pen.slab(0, 0.34, 0.43, (0.07, 0.07), ACCENT)
+    elif who.decoration.kind == "open":
         hem = _hem(who)[0]
         pen.area([(0.045, 0.19), (0.06, 0.2), (0.07, 0.3), (0.064, hem), (0.05, hem)], INNER)
     if who.bag.kind == "backpack":
         pen.limb((-0.03, 0.175), (0.03, 0.24), (0.012, 0.012), BAG)
         pen.limb((0.03, 0.24), (-0.02, 0.38), (0.012, 0.012), BAG)
-
-
-def _draw_two_tone(pen: Pen, half: float) -> None:
-    pen.area([(-half, 0.34), (half, 0.34), (half, 0.43), (-half, 0.43)], ACCENT)
 
 
 def _apply_texture(pen: Pen, who: Identity) -> None:
@@ -514,9 +496,9 @@ def _draw_head_frontal(pen: Pen, who: Identity, front: bool, turn: float) -> Non
         _draw_face(pen, who, x + 0.05 * turn)
     elif who.hair.kind in ("long", "bob", "ponytail"):
         drop, half = {"long": (0.28, 0.062), "bob": (0.16, 0.062), "ponytail": (0.25, 0.022)}[who.hair.kind]
-        pen.area([(x - half * 0.8, 0.05), (x + half * 0.8, 0.05), (x + half, drop), (x - half, drop)], HAIR)
+        pen.slab(x, 0.05, drop, (half * 0.8, half), HAIR)
     else:
-        pen.area([(-0.03, 0.118), (0.03, 0.118), (0.028, 0.15), (-0.028, 0.15)], SKIN, shade=-14)
+        pen.slab(0, 0.118, 0.15, (0.03, 0.028), SKIN, shade=-14)
     if who.hair.kind == "bun":
         pen.oval((x, 0.002), (0.026, 0.022), HAIR)
     if who.scarf.kind != "none":
@@ -582,45 +564,44 @@ def _draw_headwear(pen: Pen, who: Identity, x: float, half: float, front: bool |
 # --- carried things -------------------------------------------------------------------------------------------------
 
 
-def _draw_bag_frontal(pen: Pen, who: Identity, front: bool, side: int, hand: tuple[float, float]) -> None:
+def _draw_bag_frontal(pen: Pen, who: Identity, front: bool, side: int, hand: Point) -> None:
     x, y = hand
     match who.bag.kind:
         case "shoulder":
             pen.limb((-side * 0.07, 0.175), (side * 0.1, 0.43), (0.009, 0.009), BAG_TRIM)
-            _draw_pouch(pen, side * 0.115, 0.47, 0.052, 0.1, BAG)
+            _draw_pouch(pen, side * 0.115, 0.47, 0.052, 0.1)
         case "handbag":
             pen.limb((x - 0.02, y + 0.06), (x, y), (0.005, 0.005), BAG_TRIM)
             pen.limb((x + 0.02, y + 0.06), (x, y), (0.005, 0.005), BAG_TRIM)
-            _draw_pouch(pen, x, y + 0.1, 0.045, 0.085, BAG)
+            _draw_pouch(pen, x, y + 0.1, 0.045, 0.085)
         case "shopping":
-            _draw_pouch(pen, x + side * 0.01, y + 0.12, 0.06, 0.2, BAG)
+            _draw_pouch(pen, x + side * 0.01, y + 0.12, 0.06, 0.2)
         case "umbrella":
             _draw_umbrella(pen, side * 0.06 if front else side * 0.02)
 
 
-def _draw_bag_profile(pen: Pen, who: Identity, hand: tuple[float, float], *, near: bool) -> None:
+def _draw_bag_profile(pen: Pen, who: Identity, hand: Point, *, near: bool) -> None:
     x, y = hand
     match who.bag.kind:
         case "shoulder":
             if near:
                 pen.limb((0.0, 0.175), (-0.03, 0.43), (0.009, 0.009), BAG_TRIM)
-                _draw_pouch(pen, -0.035, 0.47, 0.085, 0.105, BAG)
+                _draw_pouch(pen, -0.035, 0.47, 0.085, 0.105)
             else:
                 pen.limb((-0.02, 0.17), (0.05, 0.3), (0.009, 0.009), BAG_TRIM)
         case "handbag":
             pen.limb((x, y), (x, y + 0.06), (0.006, 0.006), BAG_TRIM)
-            _draw_pouch(pen, x, y + 0.1, 0.075, 0.085, BAG)
+            _draw_pouch(pen, x, y + 0.1, 0.075, 0.085)
         case "shopping":
-            _draw_pouch(pen, x, y + 0.12, 0.09, 0.2, BAG)
+            _draw_pouch(pen, x, y + 0.12, 0.09, 0.2)
         case "umbrella":
             _draw_umbrella(pen, 0.05)
 
 
-def _draw_pouch(pen: Pen, x: float, y: float, half: float, height: float, material: int) -> None:
+def _draw_pouch(pen: Pen, x: float, y: float, half: float, height: float) -> None:
     top, low = y - height / 2, y + height / 2
-    pen.area([(x - half * 0.85, top), (x + half * 0.85, top), (x + half, low), (x - half, low)], material)
-    pen.area([(x - half * 0.85, top), (x + half * 0.85, top), (x + half * 0.87, top + 0.02),
-              (x - half * 0.87, top + 0.02)], BAG_TRIM, flat=True)  # fmt: skip
+    pen.slab(x, top, low, (half * 0.85, half), BAG)
+    pen.slab(x, top, top + 0.02, (half * 0.85, half * 0.87), BAG_TRIM, flat=True)
 
 
 def _draw_umbrella(pen: Pen, x: float) -> None:

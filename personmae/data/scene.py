@@ -38,11 +38,11 @@ class Domain:
 DOMAINS = {
     "summer": Domain(
         ("park", "shops", "plaza", "wall", "crossing", "street"),
-        (0.85, 1.25), (0.8, 1.15), (0, 18), (0.16, 0.34), (0.45, 1.0), (60, 92), (0.0, 0.16),
+        (0.85, 1.25), (0.8, 1.15), (0, 18), (0.14, 0.30), (0.45, 1.0), (60, 92), (0.0, 0.16),
     ),
     "winter": Domain(
         ("station", "snow", "corridor", "carpark", "bricks", "night"),
-        (0.55, 0.95), (0.9, 1.35), (8, 40), (0.14, 0.30), (0.6, 1.0), (50, 85), (0.05, 0.26),
+        (0.55, 0.95), (0.9, 1.35), (8, 40), (0.11, 0.24), (0.6, 1.0), (50, 85), (0.05, 0.26),
     ),
 }  # fmt: skip
 
@@ -85,7 +85,9 @@ def make_camera(rng: Rng, domain: str, index: int) -> Camera:
 
 def _exposure(kind: Domain, rng: Rng, *, hue: float) -> Image:
     """A 256-entry curve per channel: colour gain, gamma and haze."""
-    gain = rng.uniform(*kind.brightness) * np.exp(rng.uniform(*kind.cast) * np.cos(hue + np.arange(3) * 2 * np.pi / 3))
+    warm, green = np.cos(hue), 0.2 * np.sin(hue)  # lamps and white balance err along blue-red far more than on green
+    cast = np.array([-warm - green, 2 * green, warm - green]) * rng.uniform(*kind.cast)
+    gain = rng.uniform(*kind.brightness) * np.exp(cast)
     level = np.minimum(np.arange(256)[:, None] / 255 * gain, 1.0) ** rng.uniform(*kind.gamma)
     haze = rng.uniform(*kind.haze)
     return np.rint(haze + level * (255 - haze)).astype(np.uint8)
@@ -106,18 +108,18 @@ def background(camera: Camera, size: tuple[int, int], rng: Rng) -> Image:
 
 
 def expose(camera: Camera, image: Image, rng: Rng) -> Image:
-    """What the sensor makes of a picture: blur, the camera's curve with a small change of exposure, noise."""
+    """What the sensor makes of a picture: blur, the camera's curve with sun or shade and the drift of white balance, noise."""
     if camera.blur:
         kernel = 3 if camera.blur == 1 or image.shape[0] < 90 else 5
         image = cv2.GaussianBlur(image, (kernel, kernel), 0)  # type: ignore[assignment]
-    gain = int(rng.integers(225, 290))  # 256 is the camera's usual exposure
+    gain = int(rng.integers(190, 305)) + rng.integers(-18, 19, 3)  # 256 is the camera's usual exposure
     lut = np.minimum(camera.lut.astype(np.int64) * gain >> 8, 255).astype(np.uint8)
     image = cv2.LUT(image, lut.reshape(256, 1, 3))  # type: ignore[assignment]
     return add_noise(image, camera.noise, rng)
 
 
 def add_noise(image: Image, amount: int, rng: Rng) -> Image:
-    """Uniform noise within +-``amount`` grey levels, the same in the three channels of half of the pixels."""
+    """Uniform noise within +-``amount`` grey levels, the same in the three channels."""
     height, width = image.shape[:2]
     noise = rng.integers(0, 2 * amount + 1, (height, width), np.uint8)
     noise = cv2.merge([noise, noise, noise])
@@ -227,7 +229,7 @@ def paint_scene(kind: str, rng: Rng) -> Image:
     height, width = SCENE_SIZE
     horizon = int(height * rng.uniform(0.34, 0.48))
     scene = np.empty((height, width, 3), np.uint8)
-    vary = rng.integers(-22, 23, (2, 3))
+    vary = rng.integers(-22, 23, (2, 1)) + rng.integers(-9, 10, (2, 3))
     scene[:horizon] = np.clip(np.array(far_colour) + vary[0], 0, 255)
     scene[horizon:] = np.clip(np.array(ground_colour) + vary[1], 0, 255)
     far(scene[:horizon], rng)
@@ -375,7 +377,7 @@ def _thing_pillar(scene: Image, horizon: int, rng: Rng) -> None:
     light = int(rng.integers(90, 190))
     foot = horizon + int(rng.integers(10, 50))
     _rectangle(scene, x, 0, x + wide, foot, (light, light, light))
-    _rectangle(scene, x + wide * 2 // 3, 0, x + wide, foot, (light * 7 // 10,) * 3)
+    _rectangle(scene, x + wide * 2 // 3, 0, x + wide, foot, (light * 7 // 10, light * 7 // 10, light * 7 // 10))
 
 
 # far, ground, things, colour of the far wall, colour of the ground

@@ -42,7 +42,9 @@ def find_pictures(source: Path) -> list[Path]:
         if Path(name).suffix.lower() in _SUFFIXES
     ]
     if not found:
-        raise UserError(f"a folder of .jpg files is required; {source} holds none (other formats must be converted first)")
+        raise UserError(
+            f"a folder of .jpg files is required; {source} holds none (other formats must be converted first)"
+        )
     return sorted(found)
 
 
@@ -96,7 +98,9 @@ def check_destination(destination: str) -> None:
     present = storage.list_sizes(destination)
     if present:
         name = sorted(present)[0]
-        raise UserError(f"an empty destination is required; {destination} already holds {name}: delete it or choose another")
+        raise UserError(
+            f"an empty destination is required; {destination} already holds {name}: delete it or choose another"
+        )
 
 
 def check_pictures(pictures: list[Path]) -> None:

@@ -60,7 +60,9 @@ class ShardSet:
         self._lock = threading.Lock()
         present = storage.list_sizes(self.root)
         if present is not None and _INDEX not in present:
-            raise UserError(f"a data set with {_INDEX} is required; {root} has none: write it with 'personmae shards write'")
+            raise UserError(
+                f"a data set with {_INDEX} is required; {root} has none: write it with 'personmae shards write'"
+            )
         self.shards = self._read_index()
         for shard in self.shards:
             if present is not None and present.get(shard.name) != shard.num_bytes:
@@ -142,7 +144,9 @@ class ShardSet:
         try:
             return [_shard(entry) for entry in json.loads(path.read_bytes())["shards"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.root}/{_INDEX} must be an MDS index with a jpeg column; reading it gave: {error}") from error
+            raise UserError(
+                f"{self.root}/{_INDEX} must be an MDS index with a jpeg column; reading it gave: {error}"
+            ) from error
 
     def _fetch(self, name: str, shard: Shard | None) -> None:
         """Download to a name of our own, check, and rename: what has its final name is whole, also with several ranks."""
@@ -151,7 +155,9 @@ class ShardSet:
         try:
             storage.fetch(self.root, name, temporary)
             if shard and not (temporary.stat().st_size == shard.num_bytes and _hash_agrees(temporary, shard)):
-                raise UserError(f"shard {self.root}/{name} does not have the size and hash its index gives; write it again")
+                raise UserError(
+                    f"shard {self.root}/{name} does not have the size and hash its index gives; write it again"
+                )
             temporary.replace(self.directory / name)
         finally:
             temporary.unlink(missing_ok=True)

@@ -24,11 +24,7 @@ import cv2
 import numpy as np
 
 from personmae.data.pedestrian import (
-    BACK,
-    FRONT,
-    LEFT,
     MAX_CANVAS,
-    RIGHT,
     VIEWS,
     WRINKLE_STEPS,
     Bgr,
@@ -51,6 +47,9 @@ MEDIAN_HEIGHT, HEIGHT_SPREAD = 150, 0.42  # of the log-normal law of native heig
 POOL_FOLDER_IMAGES = 1000
 CAMERAS_PER_IDENTITY = 4
 MARKET_CAMERAS, DUKE_CAMERAS = 6, 8
+CHANCE_OCCLUSION = (0.12, 0.5)  # share hidden in ordinary pictures that are occluded
+TURNING_FRACTION = 0.15  # of pictures show another view than the rest of their track
+SHADING_BLUR = 0.011  # of the canvas height
 OCCLUSION_GRADES = (0.25, 0.45, 0.65)  # mild, medium, severe: the share of the picture that is hidden, roughly
 
 
@@ -98,7 +97,7 @@ T = TypeVar("T")
 # --- random streams -------------------------------------------------------------------------------------------------
 
 _SPLITS = ("pool", "market_train", "market_test", "market_distractor", "market_junk", "duke_train", "duke_test")
-_PURPOSES = ("identity", "cameras", "track", "image", "occluder", "camera", "bystander")
+_PURPOSES = ("identity", "cameras", "track", "image", "occluder", "camera")
 
 
 def _rng(seed: int, split: str, purpose: str, *key: int) -> Rng:
@@ -111,83 +110,121 @@ def _rng(seed: int, split: str, purpose: str, *key: int) -> Rng:
 
 LOOK_ALIKES, GROUP = 3, 5  # of every five identities three differ from each other in one detail only
 
+# fmt: off
 _COLOURS: dict[str, Bgr] = {
     "black": (38, 34, 34), "charcoal": (70, 66, 64), "grey": (135, 132, 130), "white": (232, 232, 235),
     "navy": (92, 48, 34), "blue": (185, 98, 48), "sky": (222, 178, 122), "denim": (135, 95, 70), "red": (48, 42, 190),
     "wine": (52, 34, 112), "pink": (175, 140, 232), "orange": (45, 120, 235), "yellow": (60, 205, 235),
     "green": (70, 145, 60), "olive": (55, 95, 95), "mint": (180, 215, 150), "beige": (150, 185, 208),
     "brown": (48, 70, 105), "purple": (140, 60, 120), "teal": (130, 125, 35),
-}  # fmt: skip
-_BRIGHT = ("white", "white", "sky", "red", "pink", "orange", "yellow", "green", "mint", "beige", "blue", "purple", "grey", "black", "navy")  # noqa: E501
-_DARK = ("black", "black", "charcoal", "charcoal", "navy", "navy", "grey", "brown", "olive", "wine", "beige", "blue", "red", "green", "purple")  # noqa: E501
-_LEGS = ("denim", "denim", "navy", "black", "charcoal", "grey", "beige", "olive", "brown", "white", "wine", "sky")
-_SKINS: tuple[Bgr, ...] = ((175, 200, 232), (150, 180, 222), (120, 155, 205), (90, 125, 180), (60, 88, 135), (45, 62, 95))  # noqa: E501
-_HAIRS: tuple[Bgr, ...] = ((28, 26, 28), (36, 40, 52), (45, 66, 96), (80, 130, 175), (110, 180, 215), (165, 165, 168), (40, 62, 140))  # noqa: E501
+}
+# What is drawn how often: name -> weight.
+_BRIGHT = {
+    "white": 2, "sky": 1, "red": 1, "pink": 1, "orange": 1, "yellow": 1, "green": 1, "mint": 1, "beige": 1,
+    "blue": 1, "purple": 1, "grey": 1, "black": 1, "navy": 1,
+}
+_DARK = {
+    "black": 2, "charcoal": 2, "navy": 2, "grey": 1, "brown": 1, "olive": 1, "wine": 1, "beige": 1, "blue": 1,
+    "red": 1, "green": 1, "purple": 1,
+}
+_LEGS = {
+    "denim": 2, "navy": 1, "black": 1, "charcoal": 1, "grey": 1, "beige": 1, "olive": 1, "brown": 1,
+    "white": 1, "wine": 1, "sky": 1,
+}
+_SHOES = {"black": 2, "white": 1, "brown": 1, "red": 1, "grey": 1}
+_SKINS = ((175, 200, 232), (150, 180, 222), (120, 155, 205), (90, 125, 180), (60, 88, 135), (45, 62, 95))
+_HAIRS = (
+    (28, 26, 28), (36, 40, 52), (45, 66, 96), (80, 130, 175), (110, 180, 215), (165, 165, 168), (40, 62, 140),
+)
 _UPPERS = {
-    "summer": ("tshirt", "tshirt", "tshirt", "longsleeve", "longsleeve", "vest", "hoodie", "jacket", "dress"),
-    "winter": ("coat", "coat", "jacket", "jacket", "hoodie", "longsleeve"),
+    "summer": {"tshirt": 3, "longsleeve": 2, "vest": 1, "hoodie": 1, "jacket": 1, "dress": 1},
+    "winter": {"coat": 2, "jacket": 2, "hoodie": 1, "longsleeve": 1},
 }
 _LOWERS = {
-    "summer": ("trousers", "trousers", "leggings", "shorts", "shorts", "skirt", "longskirt", "wide"),
-    "winter": ("trousers", "trousers", "trousers", "wide", "leggings", "longskirt"),
+    "summer": {"trousers": 2, "leggings": 1, "shorts": 2, "skirt": 1, "longskirt": 1, "wide": 1},
+    "winter": {"trousers": 3, "wide": 1, "leggings": 1, "longskirt": 1},
 }
-_DECORATIONS = ("none", "none", "none", "hstripes", "vstripes", "checks", "dots", "twotone", "logo", "logo", "backprint", "open")  # noqa: E501
-_LOWER_DECORATIONS = ("none",) * 6 + ("sidestripe", "checks")
-_BAGS = ("none", "none", "none", "backpack", "backpack", "shoulder", "shoulder", "handbag", "handbag", "shopping", "umbrella")  # noqa: E501
-_HAIRSTYLES = ("short", "short", "short", "bald", "bob", "long", "long", "ponytail", "bun")
-_HEADWEAR = {"summer": ("none",) * 6 + ("cap", "cap", "hat"), "winter": ("none",) * 5 + ("beanie", "beanie", "cap", "hat")}  # noqa: E501
-_SCARVES = {"summer": ("none",) * 19 + ("scarf",), "winter": ("none",) * 2 + ("scarf",)}
+_DECORATIONS = {
+    "none": 3, "hstripes": 1, "vstripes": 1, "checks": 1, "dots": 1, "twotone": 1, "sleeves": 2, "logo": 2,
+    "backprint": 1, "open": 2,
+}
+_LOWER_DECORATIONS = {"none": 6, "sidestripe": 1, "checks": 1}
+_BAGS = {"none": 3, "backpack": 2, "shoulder": 2, "handbag": 2, "shopping": 1, "umbrella": 1}
+_HAIRSTYLES = {"short": 3, "bald": 1, "bob": 1, "long": 2, "ponytail": 1, "bun": 1}
+_HEADWEAR = {
+    "summer": {"none": 6, "cap": 2, "hat": 1},
+    "winter": {"none": 5, "beanie": 2, "cap": 1, "hat": 1},
+}
+_SCARVES = {"summer": {"none": 19, "scarf": 1}, "winter": {"none": 2, "scarf": 1}}
+_DETAILS = {"bag": 3, "hair": 1, "decoration": 1, "headwear": 1, "shoes": 1, "upper": 1, "scarf": 1, "lower": 1}
+# fmt: on
 
 
 def _pick(rng: Rng, options: Sequence[T]) -> T:
     return options[int(rng.random() * len(options))]
 
 
-def _colour(rng: Rng, names: tuple[str, ...]) -> Bgr:
+def _pick_weighted(rng: Rng, weights: dict[str, int]) -> str:
+    place = rng.random() * sum(weights.values())
+    for name, weight in weights.items():
+        place -= weight
+        if place < 0:
+            return name
+    return next(reversed(weights))
+
+
+def _colour(rng: Rng, names: dict[str, int]) -> Bgr:
     """A named colour, a little off."""
-    b, g, r = (min(max(c + int(rng.integers(-14, 15)), 8), 248) for c in _COLOURS[_pick(rng, names)])
+    b, g, r = (min(max(c + int(rng.integers(-14, 15)), 8), 248) for c in _COLOURS[_pick_weighted(rng, names)])
     return b, g, r
 
 
 def sample_identity(rng: Rng, domain: str) -> Identity:
     """A person dressed for ``summer`` or ``winter``."""
     cloth = _BRIGHT if domain == "summer" else _DARK
-    curved = rng.random()
-    return Identity(
+    who = Identity(
         height=rng.uniform(0.9, 1.0),
         build=rng.uniform(0.82, 1.22),
-        curved=curved,
+        curved=rng.random(),
         skin=_pick(rng, _SKINS),
-        hair=_sample_hair(rng),
-        upper=Garment(_pick(rng, _UPPERS[domain]), _colour(rng, cloth)),
-        decoration=Item(_pick(rng, _DECORATIONS), _colour(rng, _BRIGHT)),
-        lower=Garment(_pick(rng, _LOWERS[domain]), _colour(rng, _LEGS)),
-        lower_decoration=Item(_pick(rng, _LOWER_DECORATIONS), _colour(rng, _BRIGHT)),
-        shoes=Item("boots" if rng.random() < 0.2 else "shoes", _colour(rng, ("black", "white", "brown", "red", "grey"))),
-        bag=Item(_pick(rng, _BAGS), _colour(rng, _BRIGHT + _DARK)),
+        hair=Item(_pick_weighted(rng, _HAIRSTYLES), _pick(rng, _HAIRS)),
+        upper=Garment(_pick_weighted(rng, _UPPERS[domain]), _colour(rng, cloth)),
+        decoration=Item(_pick_weighted(rng, _DECORATIONS), _colour(rng, _BRIGHT)),
+        lower=Garment(_pick_weighted(rng, _LOWERS[domain]), _colour(rng, _LEGS)),
+        lower_decoration=Item(_pick_weighted(rng, _LOWER_DECORATIONS), _colour(rng, _BRIGHT)),
+        shoes=Item("boots" if rng.random() < 0.2 else "shoes", _colour(rng, _SHOES)),
+        bag=Item(_pick_weighted(rng, _BAGS), _colour(rng, _pick(rng, (_BRIGHT, _DARK)))),
         carry_side=1 if rng.random() < 0.5 else -1,
-        headwear=Item(_pick(rng, _HEADWEAR[domain]), _colour(rng, cloth)),
-        scarf=Item(_pick(rng, _SCARVES[domain]), _colour(rng, _BRIGHT)),
+        headwear=Item(_pick_weighted(rng, _HEADWEAR[domain]), _colour(rng, cloth)),
+        scarf=Item(_pick_weighted(rng, _SCARVES[domain]), _colour(rng, _BRIGHT)),
     )
-
-
-def _sample_hair(rng: Rng) -> Item:
-    return Item(_pick(rng, _HAIRSTYLES), _pick(rng, _HAIRS))
+    return _wearable(who)
 
 
 def look_alikes(rng: Rng, domain: str) -> list[Identity]:
     """Three identities that are the same but for one detail, in which all three differ."""
     base = sample_identity(rng, domain)
-    details = ["bag", "bag", "bag", "hair", "decoration", "headwear", "shoes", "upper", "scarf"]
-    detail = _pick(rng, (*details, "lower") if base.upper.cut != "dress" else tuple(details))
+    detail = _pick_weighted(rng, _DETAILS)
+    if detail == "lower" and base.upper.cut == "dress":
+        detail = "bag"  # a dress leaves no lower garment to see
     group = [base]
     while len(group) < LOOK_ALIKES:
         value = getattr(sample_identity(rng, domain), detail)
         if detail in ("upper", "lower"):
             value = getattr(base, detail)._replace(colour=value.colour)
-        if all(_differ(value, getattr(other, detail)) for other in group):
-            group.append(replace(base, **{detail: value}))
+        one = _wearable(replace(base, **{detail: value}))
+        if all(_differ(getattr(one, detail), getattr(other, detail)) for other in group):
+            group.append(one)
     return group
+
+
+def _wearable(who: Identity) -> Identity:
+    """Only jackets, coats and hoodies are worn open, and short sleeves are not set off."""
+    heavy = who.upper.cut in ("jacket", "coat", "hoodie")
+    swap = {"open": "twotone", "sleeves": "logo"}.get(who.decoration.kind)
+    if heavy or swap is None or (who.decoration.kind == "sleeves" and who.upper.cut == "longsleeve"):
+        return who
+    return replace(who, decoration=who.decoration._replace(kind=swap))
 
 
 def _differ(a: Item | Garment, b: Item | Garment) -> bool:
@@ -195,6 +232,7 @@ def _differ(a: Item | Garment, b: Item | Garment) -> bool:
     return a[0] != b[0] or (a[0] != "none" and sum(abs(p - q) for p, q in zip(a.colour, b.colour, strict=True)) > 120)
 
 
+@lru_cache(maxsize=4096)
 def identity_of(seed: int, split: str, index: int) -> Identity:
     """Identity ``index`` of a split."""
     group, member = divmod(index, GROUP)
@@ -329,45 +367,51 @@ def draw_shot(settings: SynthSettings, shot: Shot) -> tuple[Image, int]:
 
 def _native_size(rng: Rng, camera: Camera) -> tuple[int, int]:
     """Height and width of a detection: log-normal heights, as cameras see people near and far."""
-    height = MEDIAN_HEIGHT * camera.size_factor * math.exp(HEIGHT_SPREAD * NormalDist().inv_cdf(1e-6 + rng.random() * 0.999))
+    height = (
+        MEDIAN_HEIGHT * camera.size_factor * math.exp(HEIGHT_SPREAD * NormalDist().inv_cdf(1e-6 + rng.random() * 0.999))
+    )
     rows = round(min(max(height, NATIVE_HEIGHT[0]), NATIVE_HEIGHT[1]))
     return rows, round(rows * rng.uniform(*NATIVE_ASPECT))
 
 
-def _draw_figures(
-    settings: SynthSettings, shot: Shot, camera: Camera, size: tuple[int, int], rng: Rng
-) -> Image:
+def _draw_figures(settings: SynthSettings, shot: Shot, camera: Camera, size: tuple[int, int], rng: Rng) -> Image:
     """Person and occluders as premultiplied BGRA of ``size``, drawn at twice that size where it is small."""
-    oversampling = 2 if size[0] * 2 <= MAX_CANVAS // 2 else 1
-    height, width = size[0] * oversampling, size[1] * oversampling
-    canvas = Canvas(height, width)
-    top, bottom, shift = _detector_box(rng, settings.cut_fraction, junk=shot.junk)
-    identity = identity_of(settings.seed, shot.split, shot.subject)
-    track = _rng(settings.seed, shot.split, "track", shot.subject, shot.camera)
-    scale = height * (bottom - top) * identity.height
-    if identity.bag.kind == "umbrella":
-        scale, top = scale * 0.91, top + 0.08 * (bottom - top)
-    view = VIEWS[int(np.searchsorted(np.cumsum(camera.view_weights[:3]), track.random()))]
-    if rng.random() < 0.15:
-        view = _pick(rng, VIEWS)
-    pose = Pose(view, rng.random(), rng.uniform(-0.3, 0.3))
-    hide = shot.occlusion
-    if hide is None:
-        hide = rng.uniform(0.12, 0.5) if rng.random() < settings.occluded_fraction else 0.0
-    ground = top * height + scale * 1.0 + (height * (bottom - top) - scale) * 0.5
-    if shot.junk and shot.subject % 2:
-        pass
-    else:
-        draw_person(canvas, identity, pose, x=width * (0.5 + shift), top=ground - scale, scale=scale,
-                    pitch=camera.pitch, light=camera.light)  # fmt: skip
-    if hide:
-        _draw_in_front(settings, shot, camera, canvas, hide)
-    softness = max(1, round(height * 0.008))
+    oversampling = 2 if size[0] * 4 <= MAX_CANVAS else 1
+    canvas = Canvas(size[0] * oversampling, size[1] * oversampling)
+    _draw_subject(settings, shot, camera, canvas, rng)
+    hidden = shot.occlusion
+    if hidden is None:
+        hidden = rng.uniform(*CHANCE_OCCLUSION) if rng.random() < settings.occluded_fraction else 0.0
+    if hidden:
+        _draw_in_front(settings, shot, camera, canvas, hidden)
     offset = int(rng.integers(WRINKLE_STEPS)), int(rng.integers(WRINKLE_STEPS))
-    figure = canvas.render(softness=softness, wrinkle_offset=offset)
+    figures = canvas.render(softness=max(1, round(canvas.label.shape[0] * SHADING_BLUR)), wrinkle_offset=offset)
     if oversampling == 2:
-        return cv2.resize(figure, size[::-1], interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
-    return cv2.GaussianBlur(figure, (3, 3), 0)  # type: ignore[return-value]
+        return cv2.resize(figures, size[::-1], interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+    return cv2.GaussianBlur(figures, (3, 3), 0)  # type: ignore[return-value]
+
+
+def _draw_subject(settings: SynthSettings, shot: Shot, camera: Camera, canvas: Canvas, rng: Rng) -> None:
+    """The person the picture is of; every second piece of junk shows nobody."""
+    height, width = canvas.label.shape
+    identity = identity_of(settings.seed, shot.split, shot.subject)
+    top, bottom, shift = _detector_box(rng, settings.cut_fraction, junk=shot.junk)
+    scale = height * (bottom - top) * identity.height
+    if identity.bag.kind == "umbrella":  # the box holds its canopy too
+        scale *= 0.9
+    pose = _sample_pose(settings, shot, camera, rng)
+    if not (shot.junk and shot.subject % 2):
+        place = {"x": width * (0.5 + shift), "top": height * bottom - scale, "scale": scale}
+        draw_person(canvas, identity, pose, **place, pitch=camera.pitch, light=camera.light)
+
+
+def _sample_pose(settings: SynthSettings, shot: Shot, camera: Camera, rng: Rng) -> Pose:
+    """A person keeps the view while crossing a camera, mostly; a camera sees some views more often."""
+    track = _rng(settings.seed, shot.split, "track", shot.subject, shot.camera)
+    view = VIEWS[int(np.searchsorted(np.cumsum(camera.view_weights[:3]), track.random()))]
+    if rng.random() < TURNING_FRACTION:
+        view = _pick(rng, VIEWS)
+    return Pose(view, phase=rng.random(), turn=rng.uniform(-0.3, 0.3))
 
 
 def _detector_box(rng: Rng, cut_fraction: float, *, junk: bool) -> tuple[float, float, float]:
@@ -425,7 +469,9 @@ def write_synthetic(
     """Draw everything into ``out`` and return the number of pictures per folder.
 
     ``out`` appears complete or not at all: the work is done in ``out.partial`` beside it and renamed. If ``out`` is
-    there with the same settings, nothing is done. ``progress(done, total)`` counts pictures.
+    there with the same settings, nothing is done. ``progress(done, total)`` counts pictures. Beside the pictures
+    stand ``contact_sheet.png``, ``occluded_duke/query_occlusion.json`` (file name -> share hidden) and, written last,
+    the completion mark ``synthetic.json``.
 
     Raises:
         UserError: ``out`` was written with other settings, or holds something else.
@@ -447,6 +493,8 @@ def write_synthetic(
             done += written
             progress(done, len(shots))
         cv2.imwrite(str(partial_out / "contact_sheet.png"), contact_sheet(settings, shots))
+    hidden = {Path(shot.path).name: shot.occlusion for shot in shots if shot.path.startswith("occluded_duke/query/")}
+    (partial_out / "occluded_duke" / "query_occlusion.json").write_text(json.dumps(hidden, indent=0) + "\n")
     counts = _count(shots)
     record = {"format_version": FORMAT_VERSION, "settings": asdict(settings), "counts": counts}
     (partial_out / COMPLETION_MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -461,21 +509,23 @@ def finished_counts(out: Path, settings: SynthSettings) -> dict[str, int] | None
         if out.is_dir() and not any(out.iterdir()):
             return None
         if out.exists():
-            raise UserError(f"{out} must not exist yet or be an empty directory, but it holds something else; choose another")
+            raise UserError(f"{out} must be absent or empty, but it holds something else; choose another directory")
         return None
     try:
         record = json.loads(mark.read_text(encoding="utf-8"))
-        found = record["format_version"], record["settings"]
+        found, counts = (record["format_version"], dict(record["settings"])), dict(record["counts"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{mark} must be the record of a finished run, but it cannot be read ({error}); delete {out}") from error
+        raise UserError(
+            f"{mark} must be the record of a finished run, but it cannot be read ({error}); delete {out}"
+        ) from error
     if found != (FORMAT_VERSION, asdict(settings)):
         wanted = asdict(settings)
         other = {key: found[1].get(key) for key in wanted if found[1].get(key) != wanted[key]}
         raise UserError(
-            f"{out} must have format version {FORMAT_VERSION} and the settings asked for, but it has version {found[0]} "
-            f"and {other or 'other settings'}; choose another directory or delete it"
+            f"{out} must have format version {FORMAT_VERSION} and the settings asked for, but it has version "
+            f"{found[0]} and {other or 'the same settings'}; choose another directory or delete it"
         )
-    return record["counts"]
+    return counts
 
 
 def _count(shots: Iterable[Shot]) -> dict[str, int]:
@@ -525,7 +575,10 @@ SHEET_COLUMNS = 14
 
 def contact_sheet(settings: SynthSettings, shots: list[Shot]) -> Image:
     """A picture for people: samples of every folder, one identity over its cameras, look-alikes, hard cases."""
-    folders = {name: [s for s in shots if s.path.startswith(name)] for name in ("pool", "market1501/b", "market1501/q", "occluded_duke/q", "occluded_duke/bounding_box_test")}  # noqa: E501
+    folders = {
+        name: [s for s in shots if s.path.startswith(name)]
+        for name in ("pool", "market1501/b", "market1501/q", "occluded_duke/q", "occluded_duke/bounding_box_test")
+    }
     gallery = [s for s in folders["market1501/b"] if s.split == "market_test"]
     rows = [
         ("pool", folders["pool"][:: max(1, len(folders["pool"]) // SHEET_COLUMNS)]),
@@ -533,12 +586,15 @@ def contact_sheet(settings: SynthSettings, shots: list[Shot]) -> Image:
         ("market: one identity over cameras", [s for s in gallery if s.subject == 3]),
         ("market: another", [s for s in gallery if s.subject == 4]),
         ("market: three look-alikes", [s for s in gallery if s.subject < LOOK_ALIKES and s.image % 2 == 0]),
-        ("market: query", folders["market1501/q"][:: 4]),
+        ("market: query", folders["market1501/q"][::4]),
         ("market: train", [s for s in folders["market1501/b"] if s.split == "market_train"][::9]),
         ("market: distractors", [s for s in folders["market1501/b"] if s.split == "market_distractor"]),
         ("market: junk", [s for s in folders["market1501/b"] if s.junk]),
         ("occluded_duke: query", folders["occluded_duke/q"]),
-        ("occluded_duke: gallery of the same", [s for s in folders["occluded_duke/bounding_box_test"] if s.image % 2 == 0]),
+        (
+            "occluded_duke: gallery of the same",
+            [s for s in folders["occluded_duke/bounding_box_test"] if s.image % 2 == 0],
+        ),
     ]
     return np.vstack([_sheet_row(settings, caption, row[:SHEET_COLUMNS]) for caption, row in rows if row])
 

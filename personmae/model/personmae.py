@@ -110,9 +110,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, out_dim)
         init_weights(self)
 
-    def forward(
-        self, tokens: Float[Tensor, "B T D"], coords_b: Float[Tensor, "B L 2"]
-    ) -> Float[Tensor, "B L out_dim"]:
+    def forward(self, tokens: Float[Tensor, "B T D"], coords_b: Float[Tensor, "B L 2"]) -> Float[Tensor, "B L out_dim"]:
         visible = self.embed(tokens)
         wanted = (self.mask_token + sincos_embedding(coords_b, self.mask_token.shape[-1])).to(visible.dtype)
         x = run_blocks(self.blocks, torch.cat([visible, wanted], dim=1), recompute=False)

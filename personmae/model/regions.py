@@ -145,7 +145,11 @@ def resize_canvas(
     # A flip mirrors the picture before anything is cut from it.
     left, right = torch.where(draws.flip, 1 - x1, x0), torch.where(draws.flip, 1 - x0, x1)
     columns = resize_matrix(
-        left * canvas_w, right * canvas_w, width + draws.scale // 2, in_length=canvas_w, out_length=width + max_shift // 2
+        left * canvas_w,
+        right * canvas_w,
+        width + draws.scale // 2,
+        in_length=canvas_w,
+        out_length=width + max_shift // 2,
     )
     columns = torch.where(draws.flip[:, None, None], columns.flip(2), columns)
     picture = torch.einsum("byh,bhwc->bcyw", rows, canvas.float())
@@ -162,8 +166,6 @@ def cut_regions(
     return picture[:, :, :height, :width], windows[samples, :, shift[:, 0], shift[:, 1]]
 
 
-def region_b_coords(
-    coords: Float[Tensor, "L 2"], shift: Int[Tensor, "B 2"], patch_size: int
-) -> Float[Tensor, "B L 2"]:
+def region_b_coords(coords: Float[Tensor, "L 2"], shift: Int[Tensor, "B 2"], patch_size: int) -> Float[Tensor, "B L 2"]:
     """Eq. (4): where RegionB's patches lie when RegionA's upper-left corner is the origin, in units of patches (y, x)."""
     return coords + shift[:, None, :].float() / patch_size

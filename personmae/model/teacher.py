@@ -35,7 +35,12 @@ class Teacher(nn.Module):
 
 
 def momentum_at(
-    step: int, total_steps: int, *, momentum: tuple[float, float], ramp_fraction: float, reference_steps: int | None = None
+    step: int,
+    total_steps: int,
+    *,
+    momentum: tuple[float, float],
+    ramp_fraction: float,
+    reference_steps: int | None = None,
 ) -> float:
     """gamma at a step: linear between the two values over the first ``ramp_fraction`` of the run, then constant.
 

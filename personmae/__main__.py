@@ -1,0 +1,242 @@
+"""The console script: verbs, one line of help each. Nothing heavy is imported before a verb is chosen."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from personmae.errors import UserError, run_program
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run the verb; returns the exit code."""
+    parser = _Parser(
+        prog="personmae", description="Person re-identification pre-training, from a bucket of crops to a table."
+    )
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    for add in (_synth, _shards, _pretrain, _finetune, _evaluate, _report, _doctor):
+        add(verbs)
+    args = parser.parse_args(argv)
+    return run_program(lambda: args.run(args), quiet=os.environ.get("RANK", "0") != "0")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that points at ``--help`` and exits with the code of a user error."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        print(f"error: {message}; see '{self.prog} --help'", file=sys.stderr)
+        sys.exit(78)
+
+
+def _synth(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("synth", help="draw synthetic pedestrians: an unlabelled pool and two ReID benchmarks")
+    verb.add_argument("out", type=Path, metavar="OUT", help="directory to create")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--pool-images", type=int, default=20_000, help="size of the unlabelled pool (default 20000)")
+    verb.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae.data.synthetic import SynthSettings, write_synthetic
+
+        settings = SynthSettings(seed=args.seed, pool_images=args.pool_images)
+        with _progress("synth") as progress:
+            counts = write_synthetic(args.out, settings, num_processes=args.processes, progress=progress)
+        for split, count in counts.items():
+            print(f"{split:40} {count:>8,} images")
+        print(f"contact sheet: {args.out / 'contact_sheet.png'}")
+
+    verb.set_defaults(run=run)
+
+
+def _shards(verbs: argparse._SubParsersAction) -> None:
+    shards = verbs.add_parser(
+        "shards", help="write, verify or describe MDS shards in a directory or s3://bucket/prefix"
+    )
+    actions = shards.add_subparsers(dest="action", metavar="ACTION", required=True)
+    write = actions.add_parser("write", help="a folder of .jpg files -> shards")
+    write.add_argument("source", type=Path, metavar="SRC", help="folder; pictures are found at any depth")
+    write.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix; must be empty")
+    write.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB (default 64)")
+    write.add_argument(
+        "--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set"
+    )
+    write.set_defaults(run=_shards_write)
+    for action, help_text in (("verify", "read every sample back and check it"), ("stats", "counts, bytes, sizes")):
+        verb = actions.add_parser(action, help=help_text)
+        verb.add_argument("root", metavar="SHARDS", help="directory or s3://bucket/prefix")
+        verb.add_argument(
+            "--cache-dir", type=Path, help="where remote shards are kept (default: a temporary directory)"
+        )
+        verb.set_defaults(run=_shards_verify if action == "verify" else _shards_stats)
+
+
+def _shards_write(args: argparse.Namespace) -> None:
+    from personmae.data import shards
+
+    if args.if_missing and "index.json" in _files_at(args.destination):
+        print(f"{args.destination} already holds a data set")
+        return
+    with _progress("shards write") as progress:
+        count = shards.write(args.source, args.destination, shard_bytes=int(args.shard_mb * 2**20), progress=progress)
+    print(f"{count:,} pictures written to {args.destination}")
+
+
+def _files_at(destination: str) -> dict[str, int]:
+    from personmae.data import storage
+
+    if not storage.is_remote(destination) and not Path(destination).exists():
+        return {}
+    return storage.list_sizes(destination) or {}
+
+
+def _shards_verify(args: argparse.Namespace) -> None:
+    from personmae.data import shards
+
+    with _cache_dir(args.cache_dir) as cache, _progress("shards verify") as progress:
+        count = shards.verify(args.root, cache_dir=cache, progress=progress)
+    print(f"{count:,} samples of {args.root} are whole")
+
+
+def _shards_stats(args: argparse.Namespace) -> None:
+    from personmae.data import shards
+
+    with _cache_dir(args.cache_dir) as cache:
+        stats = shards.describe(args.root, cache_dir=cache)
+    mean = stats.num_bytes / max(1, stats.num_samples)
+    print(
+        f"{stats.num_samples:,} samples in {stats.num_shards} shards, {stats.num_bytes:,} bytes, {mean:,.0f} a sample"
+    )
+    for band, count in stats.heights.items():
+        print(f"  height {band:>14} {count:>9,} {'#' * round(60 * count / stats.num_samples)}")
+
+
+def _pretrain(verbs: argparse._SubParsersAction) -> None:
+    _program(verbs, "pretrain", "PersonMAE pre-training on shards")
+
+
+def _finetune(verbs: argparse._SubParsersAction) -> None:
+    _program(verbs, "finetune", "supervised ReID on one benchmark, from an encoder or from random weights")
+
+
+def _program(verbs: argparse._SubParsersAction, name: str, help_text: str) -> None:
+    verb = verbs.add_parser(name, help=help_text)
+    verb.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/")
+    add_program_arguments(verb)
+    verb.set_defaults(run=lambda args: run_config(name, args.config, args))
+
+
+def add_program_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``personmae X CONFIG`` and ``launcher/X.py --config CONFIG`` share."""
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="set a key of the configuration")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+
+
+def run_config(name: str, path: str, args: argparse.Namespace) -> None:
+    """Load the configuration of the program ``name`` and run it, or print it."""
+    from personmae import config
+
+    kinds: dict[str, type[config.Section]] = {"pretrain": config.Pretrain, "finetune": config.Finetune}
+    settings = config.load(kinds[name], path, args.overrides)
+    if args.print_config:
+        print(config.dump_yaml(settings), end="")
+        return
+    import importlib
+
+    importlib.import_module(f"personmae.{name}").run(settings)
+
+
+def _evaluate(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "evaluate", help="a fine-tuned checkpoint (or 'histogram') on a benchmark -> mAP, CMC, mINP"
+    )
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a fine-tuning run, a checkpoint, or 'histogram'")
+    verb.add_argument("benchmark", choices=["market1501", "occluded_duke"])
+    verb.add_argument("root", metavar="ROOT", help="directory of the benchmark")
+    verb.add_argument("--out", type=Path, help="write the result as JSON")
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae import evaluate
+
+        evaluate.run(args.checkpoint, args.benchmark, args.root, out=args.out)
+
+    verb.set_defaults(run=run)
+
+
+def _report(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser(
+        "report", help="one self-contained HTML page of a run: curves, pictures, rank lists, the table"
+    )
+    verb.add_argument("run_dir", type=Path, metavar="RUN", help="directory that holds the runs, e.g. runs/quickstart")
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae.apply import report
+
+        report.run(args.run_dir)
+
+    verb.set_defaults(run=run)
+
+
+def _doctor(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("doctor", help="what this machine has, and which commands would fail and why")
+    verb.add_argument("--shards", help="also try to read shards at a directory or s3://bucket/prefix")
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae.apply import doctor
+
+        doctor.run(shards=args.shards)
+
+    verb.set_defaults(run=run)
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A bar on a terminal, a line every ten per cent elsewhere; called with (done, total)."""
+
+    def __init__(self, title: str):
+        self._title, self._bar, self._task, self._tenth = title, None, None, 0
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        from rich.console import Console
+        from rich.progress import Progress, TimeRemainingColumn
+
+        if Console(stderr=True).is_terminal:
+            self._bar = Progress(
+                *Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=Console(stderr=True)
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._title, total=None)
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif done * 10 // total > self._tenth:
+            self._tenth = done * 10 // total
+            print(f"{self._title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _cache_dir:  # noqa: N801 - used like a function
+    """The given directory, or a temporary one that is removed again."""
+
+    def __init__(self, given: Path | None):
+        self._given, self._temporary = given, None
+
+    def __enter__(self) -> Path:
+        import tempfile
+
+        if self._given:
+            return self._given
+        self._temporary = tempfile.TemporaryDirectory(prefix="personmae-shards-")
+        return Path(self._temporary.name)
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary:
+            self._temporary.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

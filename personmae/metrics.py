@@ -1,0 +1,151 @@
+"""What a run reports: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard files, and the record of its set-up."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """Rank 0's reports; on other ranks every method does nothing.
+
+    ``metrics.jsonl`` has one object per logged step. A resumed run drops the lines at or beyond the step it resumes from,
+    so the file reads as if nothing had happened.
+    """
+
+    def __init__(self, run_dir: str | Path, *, is_first: bool, title: str, total_steps: int, first_step: int):
+        self._is_first = is_first
+        if not is_first:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._dir = Path(run_dir)
+        self._dir.mkdir(parents=True, exist_ok=True)
+        path = self._dir / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step] if first_step else []
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=first_step or None)
+        self._title, self._total_steps = title, total_steps
+        self._last_time, self._last_step, self._start = time.monotonic(), first_step, time.monotonic()
+        self._first_step = first_step
+        self._bar = self._start_bar(first_step)
+
+    def _start_bar(self, first_step: int) -> tuple[Progress, Any] | None:
+        console = Console()
+        if not console.is_terminal:
+            return None
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        bar = Progress(*columns, TimeRemainingColumn(), console=console)
+        bar.start()
+        return bar, bar.add_task(self._title, total=self._total_steps, completed=first_step, note="")
+
+    def advance(self, step: int) -> None:
+        """Move the bar; cheap enough for every step."""
+        if self._is_first and self._bar:
+            self._bar[0].update(self._bar[1], completed=step)
+
+    def log(self, step: int, values: dict[str, float], *, images_per_step: int) -> None:
+        """Write one record; adds images per second since the last one and the seconds still to go."""
+        if not self._is_first:
+            return
+        now = time.monotonic()
+        rate = (step - self._last_step) * images_per_step / max(1e-9, now - self._last_time)
+        remaining = (self._total_steps - step) * (now - self._start) / max(1, step - self._first_step)
+        self._last_time, self._last_step = now, step
+        record = {"step": step, "time": time.time(), **values, "images_per_second": rate}
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name not in ("step", "time"):
+                self._board.add_scalar(name, value, step)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        if self._bar:
+            self._bar[0].update(self._bar[1], completed=step, note=f"{shown}  {rate:,.0f} images/s")
+        else:
+            left = time.strftime("%H:%M:%S", time.gmtime(remaining))
+            self.say(f"{self._title} {step}/{self._total_steps}  {shown}  {rate:,.0f} images/s  {left} to go")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._is_first:
+            (self._bar[0].console.print if self._bar else _print)(text)
+
+    def close(self) -> None:
+        """End the bar and flush the files."""
+        if self._is_first:
+            if self._bar:
+                self._bar[0].stop()
+            self._file.close()
+            self._board.close()
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _lines(path: Path) -> list[str]:
+    """Whole lines of a JSONL file; a line that a kill cut off is dropped."""
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].splitlines()
+
+
+def read_records(run_dir: str | Path) -> list[dict[str, float]]:
+    """All records of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in _lines(Path(run_dir) / "metrics.jsonl")]
+
+
+def record_run(run_dir: str | Path, *, config_yaml: str, config_hash: str, seed: int, versions: dict[str, str]) -> None:
+    """Write ``config.yaml`` and ``run.json``: what ran, on what, from which commit."""
+    directory = Path(run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(config_yaml)
+    run = {
+        "command": sys.argv,
+        "config_hash": config_hash,
+        "seed": seed,
+        "commit": git_commit(),
+        "versions": versions | {"python": platform.python_version()},
+        "hardware": describe_hardware(),
+    }
+    (directory / "run.json").write_text(json.dumps(run, indent=1))
+
+
+def git_commit() -> str | None:
+    """The checkout's commit, with '+' when files differ from it; None outside a checkout."""
+    where = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Processor, cores, memory in bytes, and GPUs by name."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_bytes": memory, "gpus": gpus}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,314 @@
+"""PersonMAE pre-training: build, loop, save. Read this file first.
+
+``personmae pretrain CONFIG [a.b=c ...]`` and ``deepspeed launcher/pretrain.py --config CONFIG [a.b=c ...]`` both end here.
+"""
+
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personmae import checkpoint, config, dist, metrics, optim
+from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.engine.base import Engine, PortableState
+from personmae.errors import Stopped, UserError
+from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
+from personmae.model.teacher import Teacher, momentum_at
+
+PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,048
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def run(settings: config.Pretrain) -> None:
+    """Train until ``total_steps`` are done, resuming what the run directory holds.
+
+    Raises:
+        UserError: the configuration or the data cannot be trained on; found before the first step.
+        Stopped: a signal asked for it; the state is saved.
+    """
+    world = dist.read_world()
+    plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
+    stop = StopSignal()
+    dist.start(world)
+    shards = ShardSet(settings.data.shards, settings.data.cache_dir or Path(settings.run_dir) / "shards")
+    total_steps = count_steps(settings, len(shards))
+
+    torch.manual_seed(settings.seed)
+    model = build_model(settings).to(world.device)
+    view = build_view(settings)
+    teacher = (
+        Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device)
+        if settings.loss.feature_weight
+        else None
+    )
+    cut = cut_batch
+    if settings.train.compile:
+        model.compile()
+        cut = torch.compile(cut_batch)
+        if teacher:
+            teacher.compile()
+    engine = build_engine(settings, model, plan)
+
+    start = resume(settings, engine, teacher) if settings.checkpoint.resume == "auto" else 0
+    if start >= total_steps:
+        if world.is_first:
+            print(f"{settings.run_dir} is complete: {start} of {total_steps} steps are done", flush=True)
+        return
+    if world.is_first:
+        announce(settings, model, plan, len(shards), total_steps, start)
+    reader = BatchReader(
+        shards,
+        canvas_size=view.canvas_size,
+        seed=settings.seed,
+        global_batch_size=plan.global_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        micro_batch_size=plan.micro_batch_size,
+        first_step=start,
+        num_threads=settings.data.num_threads or max(1, (os.cpu_count() or 1) // world.local_world_size),
+        prefetch_batches=settings.data.prefetch_batches,
+        block_size=settings.data.shuffle_block_size,
+        max_bad_ratio=settings.data.max_bad_ratio,
+    )
+    log = metrics.RunLog(
+        settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start
+    )
+    reference_steps = PAPER_STEPS if settings.teacher.horizon_scaling else None
+    step = start
+    try:
+        while step < total_steps:
+            for micro in range(plan.grad_accum_steps):
+                batch = to_device(next(reader), world.device)
+                inputs = cut(batch.canvas, draw_batch(batch.keys, batch.native_size, view), view)
+                if teacher:
+                    inputs["target"] = teacher(inputs["patches_b"])
+                losses = engine.forward_backward(inputs, last_micro=micro == plan.grad_accum_steps - 1)
+                total = losses if micro == 0 else {name: total[name] + loss for name, loss in losses.items()}
+            lr_scale = lr_scale_at(settings, step, total_steps)
+            grad_norm = engine.step(lr_scale)
+            if teacher:
+                momentum = momentum_at(
+                    step,
+                    total_steps,
+                    momentum=settings.teacher.momentum,
+                    ramp_fraction=settings.teacher.ramp_fraction,
+                    reference_steps=reference_steps,
+                )
+                teacher.update(model.encoder, momentum)
+            step += 1
+
+            log.advance(step)
+            if step % settings.train.log_every == 0 or step == total_steps:
+                values = {name: loss / plan.grad_accum_steps for name, loss in total.items()}
+                values["grad_norm"] = grad_norm
+                if teacher:
+                    values["target_std"] = inputs["target"].std(dim=0).mean()  # falls to 0 if the teacher collapses
+                means = mean_over_ranks(values)  # the only wait for the device in this loop
+                means["lr"] = lr_scale * peak_lr(settings)
+                log.log(step, means, images_per_step=plan.global_batch_size)
+            stopping = engine.any(stop.requested)
+            if stopping or step % settings.checkpoint.every_steps == 0 or step == total_steps:
+                save(settings, engine, teacher, step, plan.global_batch_size, world.is_first)
+            if stopping and step < total_steps:
+                raise Stopped(
+                    f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on"
+                )
+        report_bad_samples(reader, log)
+    finally:
+        reader.close()
+        log.close()
+        shards.close()
+        engine.close()
+        dist.stop()
+
+
+class StopSignal:
+    """A flag that SIGTERM and SIGINT set; it is read at step boundaries only."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+
+def build_model(settings: config.Pretrain) -> PersonMAE:
+    """Student and decoders, freshly initialised."""
+    model = PersonMAE(
+        size=settings.model.size,
+        patch_size=settings.model.patch_size,
+        decoder_depth=settings.decoders.depth,
+        pixel_dim=settings.decoders.pixel_dim,
+        feature_dim=settings.decoders.feature_dim,
+        feature_weight=settings.loss.feature_weight,
+        beta=settings.loss.beta,
+        compute_dtype=_DTYPES[settings.train.precision],
+    )
+    model.encoder.grad_checkpointing = settings.train.grad_checkpointing
+    return model
+
+
+def build_view(settings: config.Pretrain) -> View:
+    """How pictures become regions."""
+    return View(
+        img_size=settings.model.img_size,
+        patch_size=settings.model.patch_size,
+        mean=settings.model.mean,
+        std=settings.model.std,
+        max_shift=settings.regions.max_shift,
+        crop_scale=settings.regions.crop_scale,
+        crop_ratio=settings.regions.crop_ratio,
+        flip_prob=settings.regions.flip_prob,
+        mask_kind=settings.mask.kind,
+        mask_ratio=settings.mask.ratio,
+        min_block=settings.mask.min_block,
+    )
+
+
+def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan) -> Engine:
+    """The engine that the configuration names."""
+    groups = optim.param_groups(
+        model.named_parameters(), lr=peak_lr(settings), weight_decay=settings.optim.weight_decay
+    )
+    optimizer = optim.adamw(groups, settings.optim.betas)
+    if settings.engine.name == "native":
+        from personmae.engine.native import NativeEngine
+
+        return NativeEngine(model, optimizer, grad_accum_steps=plan.grad_accum_steps, max_norm=settings.optim.max_norm)
+    from personmae.engine.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model,
+        optimizer,
+        micro_batch_size=plan.micro_batch_size,
+        grad_accum_steps=plan.grad_accum_steps,
+        max_norm=settings.optim.max_norm,
+        zero_stage=settings.engine.deepspeed.zero_stage,
+        extra=settings.engine.deepspeed.extra,
+    )
+
+
+def peak_lr(settings: config.Pretrain) -> float:
+    """The linear rule of MAE, unless ``optim.lr`` is given."""
+    return settings.optim.lr or settings.optim.base_lr * settings.train.global_batch_size / 256
+
+
+def lr_scale_at(settings: config.Pretrain, step: int, total_steps: int) -> float:
+    """The step's share of the peak learning rate."""
+    return optim.lr_scale_at(
+        step,
+        total_steps,
+        warmup_steps=round(settings.optim.warmup_fraction * total_steps),
+        min_ratio=min(1.0, settings.optim.min_lr / peak_lr(settings)),
+    )
+
+
+def count_steps(settings: config.Pretrain, num_samples: int) -> int:
+    """``total_steps``, or what ``epochs`` comes to."""
+    if settings.train.total_steps:
+        return settings.train.total_steps
+    if not settings.train.epochs:
+        raise UserError("train.epochs or train.total_steps is required; both are empty")
+    return max(1, round(settings.train.epochs * (num_samples // settings.train.global_batch_size)))
+
+
+def to_device(batch: CanvasBatch, device: torch.device) -> CanvasBatch:
+    """Copy a host batch; asynchronous from pinned memory."""
+    return CanvasBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """Means of scalars over ranks, read from the device in one copy."""
+    stacked = torch.stack([value.float() for value in values.values()])
+    return dict(zip(values, dist.mean(stacked).tolist(), strict=True))
+
+
+def model_record(model: config.Model) -> dict[str, Any]:
+    """What must travel with the weights: architecture and preprocessing."""
+    return model.model_dump(mode="json")
+
+
+def save(
+    settings: config.Pretrain,
+    engine: Engine,
+    teacher: Teacher | None,
+    step: int,
+    global_batch_size: int,
+    is_first: bool,
+) -> None:
+    """Write a checkpoint; here stands everything that a resumed run needs."""
+    if is_first:
+        state = engine.portable_state()
+        tensors = {"student": state.params, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+        if teacher:
+            tensors["teacher"] = checkpoint.to_cpu(dict(teacher.encoder.state_dict()))
+        record = {
+            "images_seen": step * global_batch_size,
+            "num_updates": state.num_updates,
+            "global_batch_size": global_batch_size,
+            "seed": settings.seed,
+            "model": model_record(settings.model),
+            "config_hash": config.config_hash(settings),
+            "versions": checkpoint.versions(),
+        }
+        checkpoint.write(
+            settings.run_dir, checkpoint.Checkpoint(step, tensors, record), keep_last=settings.checkpoint.keep_last
+        )
+    dist.barrier()
+
+
+def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None) -> int:
+    """Take over the newest valid checkpoint of the run, if there is one; returns the steps it has done."""
+    found = dist.from_first_rank(str(checkpoint.newest(settings.run_dir) or ""))
+    if not found:
+        return 0
+    saved = checkpoint.read(Path(found))
+    for key, ours in (("seed", settings.seed), ("global_batch_size", settings.train.global_batch_size)):
+        if saved.state[key] != ours:
+            raise UserError(
+                f"{found} was trained with {key}={saved.state[key]}, this run asks for {ours}; use the same, another run_dir, "
+                "or checkpoint.resume=none"
+            )
+    checkpoint.load_strictly(engine.module, saved.tensors["student"], found)
+    engine.load_portable(
+        PortableState(
+            saved.tensors["student"], saved.tensors["exp_avg"], saved.tensors["exp_avg_sq"], saved.state["num_updates"]
+        )
+    )
+    if teacher:
+        checkpoint.load_strictly(teacher.encoder, saved.tensors.get("teacher", {}), found)
+    return saved.step
+
+
+def announce(
+    settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan, num_samples: int, total_steps: int, start: int
+) -> None:
+    """Record the run's set-up and print the sizes that follow from it."""
+    metrics.record_run(
+        settings.run_dir,
+        config_yaml=config.dump_yaml(settings),
+        config_hash=config.config_hash(settings),
+        seed=settings.seed,
+        versions=checkpoint.versions(),
+    )
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(
+        f"pretrain: {settings.model.size} ({millions:.1f} M parameters with decoders), {num_samples:,} samples, {asdict(plan)}"
+    )
+    going = f"resuming at step {start} of {total_steps}" if start else f"{total_steps} steps"
+    print(
+        f"pretrain: {going}, peak lr {peak_lr(settings):.3g}, engine {settings.engine.name}, run {settings.run_dir}",
+        flush=True,
+    )
+
+
+def report_bad_samples(reader: BatchReader, log: metrics.RunLog) -> None:
+    """Name the unreadable pictures that were replaced."""
+    if reader.bad_samples:
+        log.say(f"{len(reader.bad_samples)} unreadable pictures were replaced; the first: {reader.bad_samples[0]}")
