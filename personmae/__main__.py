@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from personmae.errors import UserError, run_program
+from personmae.errors import run_program
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Ranks and process groups: who we are, one flag agreed on by all, and the batch plan that follows from the world size."""
 
 import os
+import signal
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -62,6 +63,18 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if tdist.is_initialized():
         tdist.destroy_process_group()
+
+
+class StopSignal:
+    """A flag that SIGTERM and SIGINT set; it is read at step boundaries only."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
 
 
 def any_rank(flag: bool) -> bool:

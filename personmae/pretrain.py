@@ -4,7 +4,6 @@
 """
 
 import os
-import signal
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def run(settings: config.Pretrain) -> None:
     """
     world = dist.read_world()
     plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
-    stop = StopSignal()
+    stop = dist.StopSignal()
     dist.start(world)
     shards = ShardSet(settings.data.shards, settings.data.cache_dir or Path(settings.run_dir) / "shards")
     total_steps = count_steps(settings, len(shards))
@@ -124,18 +123,6 @@ def run(settings: config.Pretrain) -> None:
         shards.close()
         engine.close()
         dist.stop()
-
-
-class StopSignal:
-    """A flag that SIGTERM and SIGINT set; it is read at step boundaries only."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
-
-    def _request(self, *_: object) -> None:
-        self.requested = True
 
 
 def build_model(settings: config.Pretrain) -> PersonMAE:

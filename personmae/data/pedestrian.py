@@ -245,21 +245,19 @@ def _draw_frontal(pen: Pen, who: Identity, pose: Pose) -> None:
         pen.slab(0, 0.05, drop, (0.055, 0.068), HAIR, shade=-20)
     if front and who.bag.kind == "backpack":
         pen.slab(0, 0.19, 0.4, (0.1, 0.118), BAG, shade=FAR)
-    for side in (-1, 1) if swing * left > 0 else (1, -1):  # the rear leg first
-        _draw_leg(pen, who, _frontal_leg(side, swing * left * side * (1 if front else -1)), toe=None)
-    hands = {}
-    for side in (-1, 1):
-        joints = _frontal_arm(who, side, -swing * left * side * (1 if front else -1), pose.view)
-        hands[side] = joints[2]
-        _draw_arm(pen, who, joints)
+    for side in (-1, 1) if swing > 0 else (1, -1):  # the far leg first
+        _draw_leg(pen, who, _frontal_leg(side, swing * side), toe=None)
+    arms = {side: _frontal_arm(who, side, -swing * side, pose.view) for side in (-1, 1)}
     _draw_skirt(pen, who, profile=False)
     pen.area(_torso(who, profile=False), UPPER)
     if front:
         _draw_chest(pen, who, 0.06 * pose.turn)
-    else:
+    for joints in arms.values():
+        _draw_arm(pen, who, joints)
+    if not front:
         _draw_back(pen, who, 0.06 * pose.turn)
     _draw_head_frontal(pen, who, front, pose.turn)
-    _draw_bag_frontal(pen, who, front, who.carry_side * left, hands[who.carry_side * left])
+    _draw_bag_frontal(pen, who, front, who.carry_side * left, arms[who.carry_side * left][2])
 
 
 def _draw_profile(pen: Pen, who: Identity, pose: Pose) -> None:
@@ -292,18 +290,18 @@ def _draw_profile(pen: Pen, who: Identity, pose: Pose) -> None:
 # --- limbs ----------------------------------------------------------------------------------------------------------
 
 
-def _frontal_leg(side: int, forward: float) -> Joints:
-    lift = 0.055 * max(0.0, -forward) - 0.012 * max(0.0, forward)
-    x = side * (0.05 - 0.012 * abs(forward))
+def _frontal_leg(side: int, near: float) -> Joints:
+    lift = 0.055 * max(0.0, -near) - 0.012 * max(0.0, near)
+    x = side * (0.05 - 0.012 * abs(near))
     return (side * 0.046, 0.5), (x, 0.73 - 0.3 * lift), (x * 0.96, 0.945 - lift)
 
 
-def _frontal_arm(who: Identity, side: int, forward: float, view: str) -> Joints:
+def _frontal_arm(who: Identity, side: int, near: float, view: str) -> Joints:
     shoulder = _shoulder(who) - 0.031
-    raised = 0.05 * max(0.0, forward) + 0.02 * max(0.0, -forward)
+    raised = 0.05 * max(0.0, near) + 0.02 * max(0.0, -near)
     if view == FRONT and who.bag.kind == "umbrella" and side == who.carry_side:
         return (side * shoulder, 0.212), (side * (shoulder + 0.03), 0.33), (side * 0.06, 0.26)
-    inward = 0.03 * max(0.0, forward)
+    inward = 0.03 * max(0.0, near)
     return (
         (side * shoulder, 0.212),
         (side * (shoulder + 0.02), 0.345 - 0.3 * raised),
@@ -364,7 +362,7 @@ def _draw_shoe(pen: Pen, who: Identity, ankle: Point, toe: int | None, shade: fl
         pen.slab((heel + tip) / 2, y + 0.038, y + 0.048, (0.06, 0.06), SOLES, flat=True)
 
 
-def _draw_arm(pen: Pen, who: Identity, joints: Joints, *, shade: float = -8) -> None:
+def _draw_arm(pen: Pen, who: Identity, joints: Joints, *, shade: float = -4) -> None:
     shoulder, elbow, wrist = joints
     cut = who.upper.cut
     thick = {"coat": 1.15, "jacket": 1.1, "hoodie": 1.1}.get(cut, 0.95)

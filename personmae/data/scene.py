@@ -85,7 +85,8 @@ def make_camera(rng: Rng, domain: str, index: int) -> Camera:
 
 def _exposure(kind: Domain, rng: Rng, *, hue: float) -> Image:
     """A 256-entry curve per channel: colour gain, gamma and haze."""
-    warm, green = np.cos(hue), 0.2 * np.sin(hue)  # lamps and white balance err along blue-red far more than on green
+    # Lamps and white balance err along blue-red far more than on green.
+    warm, green = np.cos(hue), 0.2 * np.sin(hue)
     cast = np.array([-warm - green, 2 * green, warm - green]) * rng.uniform(*kind.cast)
     gain = rng.uniform(*kind.brightness) * np.exp(cast)
     level = np.minimum(np.arange(256)[:, None] / 255 * gain, 1.0) ** rng.uniform(*kind.gamma)
@@ -108,7 +109,7 @@ def background(camera: Camera, size: tuple[int, int], rng: Rng) -> Image:
 
 
 def expose(camera: Camera, image: Image, rng: Rng) -> Image:
-    """What the sensor makes of a picture: blur, the camera's curve with sun or shade and the drift of white balance, noise."""
+    """What the sensor makes of a picture: blur, the camera's curve in sun or shade with drifting white, noise."""
     if camera.blur:
         kernel = 3 if camera.blur == 1 or image.shape[0] < 90 else 5
         image = cv2.GaussianBlur(image, (kernel, kernel), 0)  # type: ignore[assignment]
@@ -259,10 +260,16 @@ def _random_colour(rng: Rng, low: int, high: int) -> Bgr:
     return b, g, r
 
 
+def _muted_colour(rng: Rng, low: int, high: int) -> Bgr:
+    grey = int(rng.integers(low, high))
+    b, g, r = (grey + int(rng.integers(-12, 13)) for _ in range(3))
+    return b, g, r
+
+
 def _far_windows(area: Image, rng: Rng) -> None:
     height, width = area.shape[:2]
     pitch_x, pitch_y = int(rng.integers(46, 80)), int(rng.integers(44, 64))
-    glass = _random_colour(rng, 50, 130)
+    glass = _muted_colour(rng, 50, 130)
     for y in range(8, height, pitch_y):
         for x in range(0, width, pitch_x):
             _rectangle(area, x, y, x + pitch_x * 6 // 10, y + pitch_y * 7 // 10, glass)
@@ -358,7 +365,7 @@ def _thing_tree(scene: Image, horizon: int, rng: Rng) -> None:
 
 def _thing_lamp(scene: Image, horizon: int, rng: Rng) -> None:
     x, wide = int(rng.integers(scene.shape[1])), int(rng.integers(4, 12))
-    _rectangle(scene, x, 0, x + wide, horizon + int(rng.integers(10, 90)), _random_colour(rng, 60, 130))
+    _rectangle(scene, x, 0, x + wide, horizon + int(rng.integers(10, 90)), _muted_colour(rng, 50, 130))
 
 
 def _thing_car(scene: Image, horizon: int, rng: Rng) -> None:

@@ -263,7 +263,7 @@ class BatchReader:
                     self._put(self._load(ids[start : start + self._micro_batch_size], epoch))
                     if self._stop.is_set():
                         return
-        except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
+        except BaseException as error:
             self._put(error)
 
     def _rank_batches(self, first_step: int) -> Iterator[tuple[int, order.Ids]]:

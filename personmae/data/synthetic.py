@@ -46,6 +46,7 @@ NATIVE_ASPECT = (0.36, 0.5)  # width / height
 MEDIAN_HEIGHT, HEIGHT_SPREAD = 150, 0.42  # of the log-normal law of native heights
 POOL_FOLDER_IMAGES = 1000
 CAMERAS_PER_IDENTITY = 4
+MAX_PIDS = 9999  # four digits in a file name
 MARKET_CAMERAS, DUKE_CAMERAS = 6, 8
 CHANCE_OCCLUSION = (0.12, 0.5)  # share hidden in ordinary pictures that are occluded
 TURNING_FRACTION = 0.15  # of pictures show another view than the rest of their track
@@ -78,6 +79,10 @@ class SynthSettings:
                 raise UserError(f"synth.{name} must be at least {least}, got {getattr(self, name)}; raise it")
         if self.queries_per_id > CAMERAS_PER_IDENTITY:
             raise UserError(f"synth.queries_per_id must be at most {CAMERAS_PER_IDENTITY}, got {self.queries_per_id}")
+        for name in ("market", "occluded_duke"):
+            ids = getattr(self, f"{name}_train_ids") + getattr(self, f"{name}_test_ids")
+            if ids > MAX_PIDS:
+                raise UserError(f"synth.{name}_train_ids + {name}_test_ids must be at most {MAX_PIDS}, got {ids}")
         for name in ("occluded_fraction", "cut_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"synth.{name} must be in [0, 1], got {getattr(self, name)}")
@@ -478,6 +483,7 @@ def write_synthetic(
     """
     if num_processes < 1:
         raise UserError(f"synth.num_processes must be at least 1, got {num_processes}; use 1 to draw in this process")
+    out = out.resolve()
     counts = finished_counts(out, settings)
     if counts is not None:
         return counts
@@ -492,7 +498,8 @@ def write_synthetic(
         for written in _draw_all(partial_out, settings, shots, num_processes):
             done += written
             progress(done, len(shots))
-        cv2.imwrite(str(partial_out / "contact_sheet.png"), contact_sheet(settings, shots))
+        _, sheet = cv2.imencode(".png", contact_sheet(settings, shots))
+    (partial_out / "contact_sheet.png").write_bytes(sheet.tobytes())
     hidden = {Path(shot.path).name: shot.occlusion for shot in shots if shot.path.startswith("occluded_duke/query/")}
     (partial_out / "occluded_duke" / "query_occlusion.json").write_text(json.dumps(hidden, indent=0) + "\n")
     counts = _count(shots)
@@ -580,12 +587,17 @@ def contact_sheet(settings: SynthSettings, shots: list[Shot]) -> Image:
         for name in ("pool", "market1501/b", "market1501/q", "occluded_duke/q", "occluded_duke/bounding_box_test")
     }
     gallery = [s for s in folders["market1501/b"] if s.split == "market_test"]
+    a, b = (asdict(identity_of(settings.seed, "market_test", subject)) for subject in (0, 1))
+    detail = next(name for name in a if a[name] != b[name])
     rows = [
         ("pool", folders["pool"][:: max(1, len(folders["pool"]) // SHEET_COLUMNS)]),
         ("pool", folders["pool"][7 :: max(1, len(folders["pool"]) // SHEET_COLUMNS)]),
         ("market: one identity over cameras", [s for s in gallery if s.subject == 3]),
         ("market: another", [s for s in gallery if s.subject == 4]),
-        ("market: three look-alikes", [s for s in gallery if s.subject < LOOK_ALIKES and s.image % 2 == 0]),
+        (
+            f"market: three look-alikes, the {detail} differs",
+            [s for s in gallery if s.subject < LOOK_ALIKES and s.image % 2 == 0],
+        ),
         ("market: query", folders["market1501/q"][::4]),
         ("market: train", [s for s in folders["market1501/b"] if s.split == "market_train"][::9]),
         ("market: distractors", [s for s in folders["market1501/b"] if s.split == "market_distractor"]),

@@ -10,8 +10,17 @@ from torch import Tensor, nn
 
 from personmae.model import masking, regions
 from personmae.model.regions import RegionDraws
-from personmae.model.vit import SIZES, Block, VisionTransformer, grid_coords, init_weights, patchify, run_blocks
-from personmae.model.vit import sincos_embedding, take_tokens
+from personmae.model.vit import (
+    SIZES,
+    Block,
+    VisionTransformer,
+    grid_coords,
+    init_weights,
+    patchify,
+    run_blocks,
+    sincos_embedding,
+    take_tokens,
+)
 
 Batch = dict[str, Tensor]
 

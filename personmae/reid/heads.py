@@ -214,3 +214,18 @@ def layer_id(name: str, depth: int) -> int:
     if re.match(r"head\.branches\.\d+\.block\.", name):
         return depth
     return depth + 1
+
+
+def build_head(
+    encoder: VisionTransformer,
+    num_classes: int,
+    *,
+    kind: Literal["mgn", "bnneck"],
+    embed_dim: int,
+    split: RowSplit,
+    pool: Literal["cls", "mean", "cls_mean"],
+) -> BNNeck | MGN:
+    """The head that a configuration describes; ``embed_dim`` and ``split`` are MGN's, ``pool`` is BNNeck's."""
+    if kind == "mgn":
+        return MGN(encoder, num_classes, embed_dim=embed_dim, split=split)
+    return BNNeck(encoder, num_classes, pool=pool)

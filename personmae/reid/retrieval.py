@@ -1,0 +1,97 @@
+"""Search on a benchmark: features of query and gallery to the record that tables and rank lists are made from."""
+
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from personmae.reid import ranking
+from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
+from personmae.reid.features import colour_histogram, extract
+from personmae.reid.heads import ReIDModel
+from personmae.reid.transforms import ImageSet
+
+NUM_RANK_LISTS, TOP_K = 12, 10
+Features = Callable[[ImageSet, np.ndarray], Tensor]  # (images, camids) to (N, F), L2-normalised
+
+
+def measure(benchmark: Benchmark, features: Features, *, img_size: tuple[int, int], num_threads: int) -> dict[str, Any]:
+    """Rank the gallery for every query, same camera removed; returns scores in [0, 1], counts, and some rank lists.
+
+    Query and gallery are one set for ``features``, so that a per-camera normalisation sees both.
+    """
+    start = time.monotonic()
+    samples = [*benchmark.query, *benchmark.gallery]
+    with ThreadPoolExecutor(num_threads) as pool:
+        images = ImageSet([sample.path for sample in samples], img_size, pool=pool)
+        vectors = features(images, pids_and_camids(samples)[1])
+    query, gallery = vectors[: len(benchmark.query)], vectors[len(benchmark.query) :]
+    (query_pids, query_camids), (gallery_pids, gallery_camids) = map(
+        pids_and_camids, (benchmark.query, benchmark.gallery)
+    )
+    labels = {
+        "query_pids": query_pids,
+        "query_camids": query_camids,
+        "gallery_pids": gallery_pids,
+        "gallery_camids": gallery_camids,
+    }
+    result = ranking.evaluate(query, gallery, **labels)
+    chosen = np.linspace(0, len(query) - 1, min(NUM_RANK_LISTS, len(query))).astype(int)
+    labels |= {"query_pids": query_pids[chosen], "query_camids": query_camids[chosen]}
+    lists = ranking.rank_lists(query[chosen], gallery, **labels, top_k=TOP_K)
+    return {
+        "benchmark": benchmark.name,
+        "root": str(benchmark.root),
+        "mAP": result.mAP,
+        **{f"rank{k}": result.rank(k) for k in (1, 5, 10)},
+        "mINP": result.mINP,
+        "num_queries": result.num_queries,
+        "num_valid": result.num_valid,
+        "num_gallery": len(gallery),
+        "seconds": time.monotonic() - start,
+        "rank_lists": [
+            _rank_list(benchmark.query[i], [benchmark.gallery[j] for j in row if j >= 0])
+            for i, row in zip(chosen.tolist(), lists.tolist(), strict=True)
+        ],
+    }
+
+
+def _rank_list(query: Sample, found: list[Sample]) -> dict[str, Any]:
+    return {"query": query.path, "gallery": [s.path for s in found], "correct": [s.pid == query.pid for s in found]}
+
+
+def model_features(
+    model: ReIDModel, *, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, batch_size: int = 256
+) -> Features:
+    """Features of a model, with the preprocessing that belongs to its weights."""
+
+    def features(images: ImageSet, _: np.ndarray) -> Tensor:
+        return extract(model, images, batch_size=batch_size, device=device, mean=mean, std=std)
+
+    return features
+
+
+def histogram_features(images: ImageSet, camids: np.ndarray) -> Tensor:
+    """Colour alone, each camera's own cast taken out: the baseline a model has to beat."""
+    return colour_histogram(images, camids, normalise_per_camera=True)
+
+
+def write_record(out: Path, record: dict[str, Any]) -> None:
+    """Write ``result.json`` and ``rank_lists.json`` into a directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    lists = {"root": record["root"], "entries": record["rank_lists"]}
+    (out / "rank_lists.json").write_text(json.dumps(lists, indent=1))
+    result = {name: value for name, value in record.items() if name != "rank_lists"}
+    (out / "result.json").write_text(json.dumps(result, indent=1))
+
+
+def table_row(record: dict[str, Any]) -> str:
+    """One line of a results table, in per cent."""
+    scores = "  ".join(f"{name} {100 * record[name]:5.1f}" for name in ("mAP", "rank1", "rank5", "rank10", "mINP"))
+    return f"{record['name']:<24} {record['benchmark']:<14} {scores}"
