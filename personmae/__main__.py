@@ -11,9 +11,7 @@ from personmae.errors import run_program
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run the verb; returns the exit code."""
-    parser = _Parser(
-        prog="personmae", description="Person re-identification pre-training, from a bucket of crops to a table."
-    )
+    parser = _Parser(prog="personmae", description="Person re-identification pre-training, from a bucket of crops to a table.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
     for add in (_synth, _shards, _pretrain, _finetune, _evaluate, _report, _doctor):
         add(verbs)
@@ -50,24 +48,18 @@ def _synth(verbs: argparse._SubParsersAction) -> None:
 
 
 def _shards(verbs: argparse._SubParsersAction) -> None:
-    shards = verbs.add_parser(
-        "shards", help="write, verify or describe MDS shards in a directory or s3://bucket/prefix"
-    )
+    shards = verbs.add_parser("shards", help="write, verify or describe MDS shards in a directory or s3://bucket/prefix")
     actions = shards.add_subparsers(dest="action", metavar="ACTION", required=True)
     write = actions.add_parser("write", help="a folder of .jpg files -> shards")
     write.add_argument("source", type=Path, metavar="SRC", help="folder; pictures are found at any depth")
     write.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix; must be empty")
     write.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB (default 64)")
-    write.add_argument(
-        "--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set"
-    )
+    write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
     write.set_defaults(run=_shards_write)
     for action, help_text in (("verify", "read every sample back and check it"), ("stats", "counts, bytes, sizes")):
         verb = actions.add_parser(action, help=help_text)
         verb.add_argument("root", metavar="SHARDS", help="directory or s3://bucket/prefix")
-        verb.add_argument(
-            "--cache-dir", type=Path, help="where remote shards are kept (default: a temporary directory)"
-        )
+        verb.add_argument("--cache-dir", type=Path, help="where remote shards are kept (default: a temporary directory)")
         verb.set_defaults(run=_shards_verify if action == "verify" else _shards_stats)
 
 
@@ -104,9 +96,7 @@ def _shards_stats(args: argparse.Namespace) -> None:
     with _cache_dir(args.cache_dir) as cache:
         stats = shards.describe(args.root, cache_dir=cache)
     mean = stats.num_bytes / max(1, stats.num_samples)
-    print(
-        f"{stats.num_samples:,} samples in {stats.num_shards} shards, {stats.num_bytes:,} bytes, {mean:,.0f} a sample"
-    )
+    print(f"{stats.num_samples:,} samples in {stats.num_shards} shards, {stats.num_bytes:,} bytes, {mean:,.0f} a sample")
     for band, count in stats.heights.items():
         print(f"  height {band:>14} {count:>9,} {'#' * round(60 * count / stats.num_samples)}")
 
@@ -147,9 +137,7 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
 
 
 def _evaluate(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser(
-        "evaluate", help="a fine-tuned checkpoint (or 'histogram') on a benchmark -> mAP, CMC, mINP"
-    )
+    verb = verbs.add_parser("evaluate", help="a fine-tuned checkpoint (or 'histogram') on a benchmark -> mAP, CMC, mINP")
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a fine-tuning run, a checkpoint, or 'histogram'")
     verb.add_argument("benchmark", choices=["market1501", "occluded_duke"])
     verb.add_argument("root", metavar="ROOT", help="directory of the benchmark")
@@ -164,9 +152,7 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
 
 
 def _report(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser(
-        "report", help="one self-contained HTML page of a run: curves, pictures, rank lists, the table"
-    )
+    verb = verbs.add_parser("report", help="one self-contained HTML page of a run: curves, pictures, rank lists, the table")
     verb.add_argument("run_dir", type=Path, metavar="RUN", help="directory that holds the runs, e.g. runs/quickstart")
 
     def run(args: argparse.Namespace) -> None:
@@ -200,9 +186,7 @@ class _progress:  # noqa: N801 - used like a function
         from rich.progress import Progress, TimeRemainingColumn
 
         if Console(stderr=True).is_terminal:
-            self._bar = Progress(
-                *Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=Console(stderr=True)
-            )
+            self._bar = Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=None)
         return self._update

@@ -134,9 +134,7 @@ def load_strictly(module: nn.Module, tensors: Tensors, where: str | Path) -> Non
     if missing or unknown or shapes:
         parts = {"missing": missing, "not known": unknown, "of another shape": shapes}
         told = "; ".join(f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in parts.items() if n)
-        raise UserError(
-            f"the weights of {where} must fit the model, but: {told}; use the configuration they were trained with"
-        )
+        raise UserError(f"the weights of {where} must fit the model, but: {told}; use the configuration they were trained with")
     module.load_state_dict(tensors)
 
 

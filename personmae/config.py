@@ -27,9 +27,7 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    size: Literal["micro", "small", "base", "large"] = Field(
-        "base", description="encoder: micro, ViT-S, ViT-B or ViT-L"
-    )
+    size: Literal["micro", "small", "base", "large"] = Field("base", description="encoder: micro, ViT-S, ViT-B or ViT-L")
     img_size: Size = Field((256, 128), description="(height, width) in pixels")
     patch_size: int = Field(16, gt=0)
     mean: Triple = Field((0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
@@ -49,9 +47,7 @@ class Decoders(Section):
 
 
 class Regions(Section):
-    max_shift: int = Field(
-        64, ge=0, description="m of Eq. (1), in pixels of the height; the width shifts by half of it"
-    )
+    max_shift: int = Field(64, ge=0, description="m of Eq. (1), in pixels of the height; the width shifts by half of it")
     crop_scale: Range = Field((0.8, 1.0), description="area of the global crop, as a share of the picture")
     crop_ratio: Range = Field((0.375, 0.667), description="width / height of the global crop")
     flip_prob: Fraction = Field(0.5, description="chance of a horizontal flip")
@@ -100,9 +96,7 @@ class Train(Section):
 class Data(Section):
     shards: str = Field(description="directory or s3://bucket/prefix of MDS shards")
     cache_dir: str = Field("", description="where shards of an object store are kept; default RUN_DIR/shards")
-    num_threads: int = Field(
-        0, ge=0, description="decoding threads per rank; 0 for the cores divided by the local ranks"
-    )
+    num_threads: int = Field(0, ge=0, description="decoding threads per rank; 0 for the cores divided by the local ranks")
     prefetch_batches: int = Field(4, gt=0)
     shuffle_block_size: int = Field(1 << 18, gt=0, description="samples that are shuffled among each other")
     max_bad_ratio: Fraction = Field(0.01, description="share of unreadable pictures above which the run stops")
@@ -145,9 +139,7 @@ class Pretrain(Section):
 class Head(Section):
     kind: Literal["mgn", "bnneck"] = "mgn"
     embed_dim: int = Field(256, gt=0, description="width of each of MGN's eight embeddings")
-    split: Literal["adaptive", "chunk"] = Field(
-        "adaptive", description="how MGN cuts rows that its parts do not divide"
-    )
+    split: Literal["adaptive", "chunk"] = Field("adaptive", description="how MGN cuts rows that its parts do not divide")
     pool: Literal["cls", "mean", "cls_mean"] = Field("cls", description="token pooling of the bnneck head")
 
 

@@ -27,9 +27,7 @@ def run(where: str, benchmark_name: str, root: str, *, out: Path | None) -> None
     num_threads = os.cpu_count() or 1
     if where == HISTOGRAM:
         name, init = "colour histogram", "colour alone, normalised per camera"
-        record = retrieval.measure(
-            benchmark, retrieval.histogram_features, img_size=HISTOGRAM_SIZE, num_threads=num_threads
-        )
+        record = retrieval.measure(benchmark, retrieval.histogram_features, img_size=HISTOGRAM_SIZE, num_threads=num_threads)
     else:
         path = checkpoint.locate(where)
         saved = checkpoint.read(path)

@@ -36,9 +36,7 @@ def run(settings: config.Finetune) -> None:
     """
     world = dist.read_world()
     if settings.batch.num_ids % world.world_size:
-        raise UserError(
-            f"batch.num_ids={settings.batch.num_ids} must be a multiple of the world size {world.world_size}"
-        )
+        raise UserError(f"batch.num_ids={settings.batch.num_ids} must be a multiple of the world size {world.world_size}")
     result_file = Path(settings.run_dir) / "result.json"
     if settings.checkpoint.resume == "auto" and result_file.is_file():
         if world.is_first:
@@ -61,9 +59,7 @@ def run(settings: config.Finetune) -> None:
     num_threads = max(1, (os.cpu_count() or 1) // world.local_world_size)
     pool = ThreadPoolExecutor(num_threads)
     images = ImageSet([sample.path for sample in benchmark.train], settings.model.img_size, pool=pool)
-    log = metrics.RunLog(
-        settings.run_dir, is_first=world.is_first, title="finetune", total_steps=total_steps, first_step=start
-    )
+    log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="finetune", total_steps=total_steps, first_step=start)
     order = np.concatenate(batches)  # (total_steps, P * K)
     share = order.shape[1] // world.world_size
     step = start
@@ -95,9 +91,7 @@ def run(settings: config.Finetune) -> None:
             if stopping or step % settings.checkpoint.every_steps == 0 or step == total_steps:
                 save(settings, engine, step, model_settings, world.is_first)
             if stopping and step < total_steps:
-                raise Stopped(
-                    f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on"
-                )
+                raise Stopped(f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on")
         if world.is_first:
             evaluate(settings, benchmark, module, model_settings, world.device, log)
         dist.barrier()
@@ -142,9 +136,7 @@ def build(settings: config.Finetune, num_classes: int) -> tuple[SupervisedReID, 
         model_settings |= {"mean": record["mean"], "std": record["std"]}
     head = build_head(encoder, num_classes, **settings.head.model_dump())
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
-    module = SupervisedReID(
-        ReIDModel(encoder, head), label_smoothing=settings.train.label_smoothing, compute_dtype=dtype
-    )
+    module = SupervisedReID(ReIDModel(encoder, head), label_smoothing=settings.train.label_smoothing, compute_dtype=dtype)
     if settings.train.compile:
         module.model.compile()
     return module, model_settings
@@ -236,16 +228,12 @@ def resume(settings: config.Finetune, engine: Engine) -> int:
         )
     checkpoint.load_strictly(engine.module, saved.tensors["model"], found)
     engine.load_portable(
-        PortableState(
-            saved.tensors["model"], saved.tensors["exp_avg"], saved.tensors["exp_avg_sq"], saved.state["num_updates"]
-        )
+        PortableState(saved.tensors["model"], saved.tensors["exp_avg"], saved.tensors["exp_avg_sq"], saved.state["num_updates"])
     )
     return saved.step
 
 
-def announce(
-    settings: config.Finetune, benchmark: Benchmark, module: SupervisedReID, total_steps: int, start: int
-) -> None:
+def announce(settings: config.Finetune, benchmark: Benchmark, module: SupervisedReID, total_steps: int, start: int) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     metrics.record_run(
         settings.run_dir,
@@ -273,9 +261,7 @@ def evaluate(
     log: metrics.RunLog,
 ) -> None:
     """Measure the last epoch, the only one that is measured, and write the record into the run."""
-    features = retrieval.model_features(
-        module.model, mean=model_settings["mean"], std=model_settings["std"], device=device
-    )
+    features = retrieval.model_features(module.model, mean=model_settings["mean"], std=model_settings["std"], device=device)
     record = retrieval.measure(benchmark, features, img_size=settings.model.img_size, num_threads=os.cpu_count() or 1)
     record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
     retrieval.write_record(Path(settings.run_dir), record)

@@ -39,11 +39,7 @@ def run(settings: config.Pretrain) -> None:
     torch.manual_seed(settings.seed)
     model = build_model(settings).to(world.device)
     view = build_view(settings)
-    teacher = (
-        Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device)
-        if settings.loss.feature_weight
-        else None
-    )
+    teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device) if settings.loss.feature_weight else None
     cut = cut_batch
     if settings.train.compile:
         model.compile()
@@ -57,8 +53,6 @@ def run(settings: config.Pretrain) -> None:
         if world.is_first:
             print(f"{settings.run_dir} is complete: {start} of {total_steps} steps are done", flush=True)
         return
-    if world.is_first:
-        announce(settings, model, plan, len(shards), total_steps, start)
     reader = BatchReader(
         shards,
         canvas_size=view.canvas_size,
@@ -73,9 +67,7 @@ def run(settings: config.Pretrain) -> None:
         block_size=settings.data.shuffle_block_size,
         max_bad_ratio=settings.data.max_bad_ratio,
     )
-    log = metrics.RunLog(
-        settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start
-    )
+    log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start)
     reference_steps = PAPER_STEPS if settings.teacher.horizon_scaling else None
     step = start
     try:
@@ -113,9 +105,7 @@ def run(settings: config.Pretrain) -> None:
             if stopping or step % settings.checkpoint.every_steps == 0 or step == total_steps:
                 save(settings, engine, teacher, step, plan.global_batch_size, world.is_first)
             if stopping and step < total_steps:
-                raise Stopped(
-                    f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on"
-                )
+                raise Stopped(f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on")
         report_bad_samples(reader, log)
     finally:
         reader.close()
@@ -160,9 +150,7 @@ def build_view(settings: config.Pretrain) -> View:
 
 def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan) -> Engine:
     """The engine that the configuration names."""
-    groups = optim.param_groups(
-        model.named_parameters(), lr=peak_lr(settings), weight_decay=settings.optim.weight_decay
-    )
+    groups = optim.param_groups(model.named_parameters(), lr=peak_lr(settings), weight_decay=settings.optim.weight_decay)
     optimizer = optim.adamw(groups, settings.optim.betas)
     if settings.engine.name == "native":
         from personmae.engine.native import NativeEngine

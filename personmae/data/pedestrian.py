@@ -68,9 +68,7 @@ class Identity:
     skin: Bgr
     hair: Item  # bald, short, bob, long, ponytail, bun
     upper: Garment  # tshirt, longsleeve, jacket, coat, hoodie, dress, vest
-    decoration: (
-        Item  # hstripes, vstripes, checks, dots, twotone, sleeves; logo, open (front only); backprint (back only)
-    )
+    decoration: Item  # hstripes, vstripes, checks, dots, twotone, sleeves; logo, open (front only); backprint (back only)
     lower: Garment  # trousers, leggings, wide, shorts, skirt, longskirt
     lower_decoration: Item  # none, sidestripe, checks
     shoes: Item  # shoes, boots

@@ -213,12 +213,8 @@ def _paint_board(canvas: Canvas, severity: float, rng: Rng) -> None:
 
 
 _OCCLUDER_PAINTERS: dict[str, Callable[[Canvas, float, Rng], None]] = {
-    "pole": _paint_pole,
-    "wall": _paint_wall,
-    "car": _paint_car,
-    "panel": _paint_panel,
-    "board": _paint_board,
-}
+    "pole": _paint_pole, "wall": _paint_wall, "car": _paint_car, "panel": _paint_panel, "board": _paint_board,
+}  # fmt: skip
 
 
 # --- backgrounds ----------------------------------------------------------------------------------------------------

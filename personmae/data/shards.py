@@ -42,9 +42,7 @@ def find_pictures(source: Path) -> list[Path]:
         if Path(name).suffix.lower() in _SUFFIXES
     ]
     if not found:
-        raise UserError(
-            f"a folder of .jpg files is required; {source} holds none (other formats must be converted first)"
-        )
+        raise UserError(f"a folder of .jpg files is required; {source} holds none (other formats must be converted first)")
     return sorted(found)
 
 
@@ -98,9 +96,7 @@ def check_destination(destination: str) -> None:
     present = storage.list_sizes(destination)
     if present:
         name = sorted(present)[0]
-        raise UserError(
-            f"an empty destination is required; {destination} already holds {name}: delete it or choose another"
-        )
+        raise UserError(f"an empty destination is required; {destination} already holds {name}: delete it or choose another")
 
 
 def check_pictures(pictures: list[Path]) -> None:
@@ -120,9 +116,7 @@ def check_pictures(pictures: list[Path]) -> None:
         raise UserError(f"{bad[0]}{more}; remove or replace it, then run this again")
 
 
-def _write_remote(
-    pictures: list[Path], source: Path, destination: str, shard_bytes: int, progress: Progress | None
-) -> int:
+def _write_remote(pictures: list[Path], source: Path, destination: str, shard_bytes: int, progress: Progress | None) -> int:
     with tempfile.TemporaryDirectory(prefix="personmae-shards-") as local:
         try:
             with storage.explained(destination, "writing to"):

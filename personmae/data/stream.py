@@ -60,9 +60,7 @@ class ShardSet:
         self._lock = threading.Lock()
         present = storage.list_sizes(self.root)
         if present is not None and _INDEX not in present:
-            raise UserError(
-                f"a data set with {_INDEX} is required; {root} has none: write it with 'personmae shards write'"
-            )
+            raise UserError(f"a data set with {_INDEX} is required; {root} has none: write it with 'personmae shards write'")
         self.shards = self._read_index()
         for shard in self.shards:
             if present is not None and present.get(shard.name) != shard.num_bytes:
@@ -155,9 +153,7 @@ class ShardSet:
         try:
             storage.fetch(self.root, name, temporary)
             if shard and not (temporary.stat().st_size == shard.num_bytes and _hash_agrees(temporary, shard)):
-                raise UserError(
-                    f"shard {self.root}/{name} does not have the size and hash its index gives; write it again"
-                )
+                raise UserError(f"shard {self.root}/{name} does not have the size and hash its index gives; write it again")
             temporary.replace(self.directory / name)
         finally:
             temporary.unlink(missing_ok=True)

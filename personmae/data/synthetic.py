@@ -265,7 +265,7 @@ class Shot(NamedTuple):
     image: int  # number among the pictures of the subject
     camera: int  # index among the cameras of the benchmark
     occlusion: float | None  # share hidden, 0 nothing; None leaves it to chance
-    junk: bool = False
+    framing: str = "usual"  # usual: the box cuts some people; whole: nobody; junk: it misses them
 
 
 def plan(settings: SynthSettings) -> list[Shot]:
@@ -319,7 +319,7 @@ def _market_shots(settings: SynthSettings) -> Iterator[Shot]:
     for shot in shots("market_distractor", settings.market_distractors, range(1)):
         yield _market_named("bounding_box_test", shot, 0)
     for shot in shots("market_junk", settings.market_junk, range(1)):
-        yield _market_named("bounding_box_test", shot._replace(junk=True), -1)
+        yield _market_named("bounding_box_test", shot._replace(framing="junk"), -1)
 
 
 def _market_named(folder: str, shot: Shot, pid: int) -> Shot:
@@ -328,19 +328,23 @@ def _market_named(folder: str, shot: Shot, pid: int) -> Shot:
     return shot._replace(path=f"market1501/{folder}/{pid_text}_c{shot.camera + 1}s1_{frame:06d}_{box:02d}.jpg")
 
 
+def _occlusion_grade(number: int) -> float:
+    return OCCLUSION_GRADES[number % len(OCCLUSION_GRADES)]
+
+
 def _duke_shots(settings: SynthSettings) -> Iterator[Shot]:
     images = range(settings.images_per_id)
     queries = range(settings.images_per_id, settings.images_per_id + settings.queries_per_id)
     train, test = settings.occluded_duke_train_ids, settings.occluded_duke_test_ids
-    graded = lambda number: OCCLUSION_GRADES[number % len(OCCLUSION_GRADES)]  # noqa: E731
     for folder, split, count, first, which, occlusion in (
         ("bounding_box_train", "duke_train", train, 1, images, lambda _: None),
-        ("query", "duke_test", test, 1 + train, queries, graded),
+        ("query", "duke_test", test, 1 + train, queries, _occlusion_grade),
         ("bounding_box_test", "duke_test", test, 1 + train, images, lambda _: 0.0),
     ):
         for shot in _identity_shots(settings, split, count, which, occlusion=occlusion):
             name = f"{shot.subject + first:04d}_c{shot.camera + 1}_f{46000 + shot.subject * 60 + shot.image:07d}.jpg"
-            yield shot._replace(path=f"occluded_duke/{folder}/{name}")
+            framing = "whole" if folder == "bounding_box_test" else "usual"
+            yield shot._replace(path=f"occluded_duke/{folder}/{name}", framing=framing)
 
 
 # --- one picture ----------------------------------------------------------------------------------------------------
@@ -372,9 +376,7 @@ def draw_shot(settings: SynthSettings, shot: Shot) -> tuple[Image, int]:
 
 def _native_size(rng: Rng, camera: Camera) -> tuple[int, int]:
     """Height and width of a detection: log-normal heights, as cameras see people near and far."""
-    height = (
-        MEDIAN_HEIGHT * camera.size_factor * math.exp(HEIGHT_SPREAD * NormalDist().inv_cdf(1e-6 + rng.random() * 0.999))
-    )
+    height = MEDIAN_HEIGHT * camera.size_factor * math.exp(HEIGHT_SPREAD * NormalDist().inv_cdf(1e-6 + rng.random() * 0.999))
     rows = round(min(max(height, NATIVE_HEIGHT[0]), NATIVE_HEIGHT[1]))
     return rows, round(rows * rng.uniform(*NATIVE_ASPECT))
 
@@ -400,12 +402,12 @@ def _draw_subject(settings: SynthSettings, shot: Shot, camera: Camera, canvas: C
     """The person the picture is of; every second piece of junk shows nobody."""
     height, width = canvas.label.shape
     identity = identity_of(settings.seed, shot.split, shot.subject)
-    top, bottom, shift = _detector_box(rng, settings.cut_fraction, junk=shot.junk)
+    top, bottom, shift = _detector_box(rng, shot.framing, settings.cut_fraction)
     scale = height * (bottom - top) * identity.height
     if identity.bag.kind == "umbrella":  # the box holds its canopy too
         scale *= 0.9
     pose = _sample_pose(settings, shot, camera, rng)
-    if not (shot.junk and shot.subject % 2):
+    if shot.framing != "junk" or shot.subject % 2 == 0:
         place = {"x": width * (0.5 + shift), "top": height * bottom - scale, "scale": scale}
         draw_person(canvas, identity, pose, **place, pitch=camera.pitch, light=camera.light)
 
@@ -419,12 +421,12 @@ def _sample_pose(settings: SynthSettings, shot: Shot, camera: Camera, rng: Rng) 
     return Pose(view, phase=rng.random(), turn=rng.uniform(-0.3, 0.3))
 
 
-def _detector_box(rng: Rng, cut_fraction: float, *, junk: bool) -> tuple[float, float, float]:
+def _detector_box(rng: Rng, framing: str, cut_fraction: float) -> tuple[float, float, float]:
     """Where head and soles are in the box (0 top edge, 1 lower edge), and how far the person is off centre."""
     top, bottom, shift = rng.uniform(0.01, 0.09), rng.uniform(0.92, 0.995), rng.uniform(-0.09, 0.09)
-    if junk:
+    if framing == "junk":
         return _pick(rng, ((0.55, 1.5, 0.2), (-0.9, 0.2, -0.2), (0.0, 1.0, 0.55), (-0.2, 1.6, -0.5)))
-    chance = rng.random()
+    chance = rng.random() + (cut_fraction if framing == "whole" else 0.0)
     if chance < cut_fraction:
         match int(chance / cut_fraction * 4):
             case 0 | 1:
@@ -584,31 +586,26 @@ def contact_sheet(settings: SynthSettings, shots: list[Shot]) -> Image:
     """A picture for people: samples of every folder, one identity over its cameras, look-alikes, hard cases."""
     folders = {
         name: [s for s in shots if s.path.startswith(name)]
-        for name in ("pool", "market1501/b", "market1501/q", "occluded_duke/q", "occluded_duke/bounding_box_test")
+        for name in ("pool", "market1501/b", "market1501/q", "occluded_duke/b", "occluded_duke/q")
     }
     gallery = [s for s in folders["market1501/b"] if s.split == "market_test"]
     a, b = (asdict(identity_of(settings.seed, "market_test", subject)) for subject in (0, 1))
     detail = next(name for name in a if a[name] != b[name])
-    rows = [
-        ("pool", folders["pool"][:: max(1, len(folders["pool"]) // SHEET_COLUMNS)]),
-        ("pool", folders["pool"][7 :: max(1, len(folders["pool"]) // SHEET_COLUMNS)]),
-        ("market: one identity over cameras", [s for s in gallery if s.subject == 3]),
-        ("market: another", [s for s in gallery if s.subject == 4]),
-        (
-            f"market: three look-alikes, the {detail} differs",
-            [s for s in gallery if s.subject < LOOK_ALIKES and s.image % 2 == 0],
-        ),
-        ("market: query", folders["market1501/q"][::4]),
-        ("market: train", [s for s in folders["market1501/b"] if s.split == "market_train"][::9]),
-        ("market: distractors", [s for s in folders["market1501/b"] if s.split == "market_distractor"]),
-        ("market: junk", [s for s in folders["market1501/b"] if s.junk]),
-        ("occluded_duke: query", folders["occluded_duke/q"]),
-        (
-            "occluded_duke: gallery of the same",
-            [s for s in folders["occluded_duke/bounding_box_test"] if s.image % 2 == 0],
-        ),
-    ]
-    return np.vstack([_sheet_row(settings, caption, row[:SHEET_COLUMNS]) for caption, row in rows if row])
+    pool, stride = folders["pool"], max(1, len(folders["pool"]) // SHEET_COLUMNS)
+    alike = [s for s in gallery if s.subject < LOOK_ALIKES and s.image % 2 == 0]
+    rows = {
+        "pool": pool[::stride],
+        "pool, more": pool[7::stride],
+        "market: one identity over cameras": [s for s in gallery if s.subject == LOOK_ALIKES],
+        f"market: three look-alikes, the {detail} differs": alike,
+        "market: query": folders["market1501/q"][:: settings.queries_per_id],
+        "market: train": [s for s in folders["market1501/b"] if s.split == "market_train"][::9],
+        "market: distractors": [s for s in folders["market1501/b"] if s.split == "market_distractor"],
+        "market: junk": [s for s in folders["market1501/b"] if s.framing == "junk"],
+        "occluded_duke: query": folders["occluded_duke/q"],
+        "occluded_duke: gallery of the same": [s for s in folders["occluded_duke/b"] if s.split == "duke_test"][::2],
+    }
+    return np.vstack([_sheet_row(settings, caption, row[:SHEET_COLUMNS]) for caption, row in rows.items() if row])
 
 
 def _sheet_row(settings: SynthSettings, caption: str, shots: list[Shot]) -> Image:

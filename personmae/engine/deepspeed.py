@@ -50,6 +50,7 @@ class DeepSpeedEngine(Engine):
         zero_stage: int,
         extra: dict[str, Any],
     ):
+        os.environ.setdefault("LOCAL_RANK", "0")  # asserted even where the process group exists
         deepspeed = _import_deepspeed()
         deepspeed.init_distributed(auto_mpi_discovery=False)
         config = deepspeed_config(

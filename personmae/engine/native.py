@@ -13,9 +13,7 @@ from personmae.engine.base import Batch, Engine, set_lr
 class NativeEngine(Engine):
     """fp32 parameters and moments; gradients are averaged over ranks while the last micro-batch's backward runs."""
 
-    def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, *, grad_accum_steps: int, max_norm: float | None
-    ):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, grad_accum_steps: int, max_norm: float | None):
         self.module, self.optimizer = module, optimizer
         self._grad_accum_steps, self._max_norm = grad_accum_steps, max_norm
         distributed = tdist.is_initialized() and tdist.get_world_size() > 1

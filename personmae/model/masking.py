@@ -35,9 +35,7 @@ def random_mask(keys: Int[Tensor, " B"], grid: tuple[int, int], mask_ratio: floa
     return _fill(nothing, keys, num_hidden(grid, mask_ratio))
 
 
-def block_mask(
-    keys: Int[Tensor, " B"], grid: tuple[int, int], mask_ratio: float, *, min_block: int
-) -> Bool[Tensor, "B L"]:
+def block_mask(keys: Int[Tensor, " B"], grid: tuple[int, int], mask_ratio: float, *, min_block: int) -> Bool[Tensor, "B L"]:
     """Hide rectangles of random area, aspect and place until r * N patches are hidden (BEiT, as cited by Sec. III-C).
 
     Each proposal's area is uniform between ``min_block`` and what is still to hide; it is dropped when it does not fit

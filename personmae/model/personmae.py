@@ -52,9 +52,7 @@ class View:
         return self.img_size[0] + self.max_shift, self.img_size[1] + self.max_shift // 2
 
 
-def normalise(
-    images: Float[Tensor, "B 3 H W"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Tensor, "B 3 H W"]:
+def normalise(images: Float[Tensor, "B 3 H W"], mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "B 3 H W"]:
     """Scale pixels of [0, 255] to the network's input range."""
     mean_255 = torch.tensor(mean, device=images.device)[:, None, None] * 255
     std_255 = torch.tensor(std, device=images.device)[:, None, None] * 255

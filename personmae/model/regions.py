@@ -139,9 +139,7 @@ def resize_canvas(
     _, canvas_h, canvas_w, _ = canvas.shape
     y0, x0, y1, x1 = draws.boxes.unbind(dim=1)
     height, width = img_size
-    rows = resize_matrix(
-        y0 * canvas_h, y1 * canvas_h, height + draws.scale, in_length=canvas_h, out_length=height + max_shift
-    )
+    rows = resize_matrix(y0 * canvas_h, y1 * canvas_h, height + draws.scale, in_length=canvas_h, out_length=height + max_shift)
     # A flip mirrors the picture before anything is cut from it.
     left, right = torch.where(draws.flip, 1 - x1, x0), torch.where(draws.flip, 1 - x0, x1)
     columns = resize_matrix(

@@ -110,9 +110,7 @@ class MGN(nn.Module):
         self.split: RowSplit = split
         self.branches = nn.ModuleList(Branch(encoder) for _ in MGN_PARTS)
         num_vectors = sum(1 if parts == 1 else 1 + parts for parts in MGN_PARTS)
-        self.embeds = nn.ModuleList(
-            PartEmbedding(encoder.embed_dim, embed_dim, num_classes) for _ in range(num_vectors)
-        )
+        self.embeds = nn.ModuleList(PartEmbedding(encoder.embed_dim, embed_dim, num_classes) for _ in range(num_vectors))
         self.feature_dim = num_vectors * embed_dim
 
     def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:

@@ -65,9 +65,7 @@ def reid_loss(
     Returns:
         ``loss`` (with gradient), and for the log ``id_loss``, ``triplet_loss`` and the first classifier's ``accuracy``.
     """
-    id_loss = torch.stack(
-        [smoothed_cross_entropy(logits, labels, smoothing=smoothing) for logits in outputs["logits"]]
-    ).mean()
+    id_loss = torch.stack([smoothed_cross_entropy(logits, labels, smoothing=smoothing) for logits in outputs["logits"]]).mean()
     triplet_loss = torch.stack(
         [batch_hard_triplet(embeddings, labels, margin=margin) for embeddings in outputs["embeddings"]]
     ).mean()

@@ -32,9 +32,7 @@ def measure(benchmark: Benchmark, features: Features, *, img_size: tuple[int, in
         images = ImageSet([sample.path for sample in samples], img_size, pool=pool)
         vectors = features(images, pids_and_camids(samples)[1])
     query, gallery = vectors[: len(benchmark.query)], vectors[len(benchmark.query) :]
-    (query_pids, query_camids), (gallery_pids, gallery_camids) = map(
-        pids_and_camids, (benchmark.query, benchmark.gallery)
-    )
+    (query_pids, query_camids), (gallery_pids, gallery_camids) = map(pids_and_camids, (benchmark.query, benchmark.gallery))
     labels = {
         "query_pids": query_pids,
         "query_camids": query_camids,

@@ -92,9 +92,7 @@ class ImageSet:
         return load_images([self.paths[int(i)] for i in indices], self.img_size, self._pool)
 
 
-def normalise(
-    images: UInt8[Tensor, "B C H W"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "B C H W"]:
+def normalise(images: UInt8[Tensor, "B C H W"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B C H W"]:
     """The test transform: 0 ... 255 to 0 ... 1, minus ``mean``, over ``std`` (per channel, on the 0 ... 1 scale)."""
     mean_, std_ = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
     return (images.float() / 255 - mean_) / std_
@@ -119,9 +117,7 @@ def augment(
     return random_erase(normalise(images, mean, std), generator, prob=erase_prob)
 
 
-def random_flip(
-    images: UInt8[Tensor, "B C H W"], generator: torch.Generator, *, prob: float
-) -> UInt8[Tensor, "B C H W"]:
+def random_flip(images: UInt8[Tensor, "B C H W"], generator: torch.Generator, *, prob: float) -> UInt8[Tensor, "B C H W"]:
     """Mirror each image left to right with probability ``prob``."""
     flipped = (torch.rand(len(images), generator=generator, device=generator.device) < prob).to(images.device)
     return torch.where(flipped[:, None, None, None], images.flip(-1), images)
@@ -138,9 +134,7 @@ def random_shift(images: UInt8[Tensor, "B C H W"], generator: torch.Generator, *
     return padded.gather(3, columns[:, None, None, :].expand(b, c, height, width))
 
 
-def random_erase(
-    images: Float[Tensor, "B C H W"], generator: torch.Generator, *, prob: float
-) -> Float[Tensor, "B C H W"]:
+def random_erase(images: Float[Tensor, "B C H W"], generator: torch.Generator, *, prob: float) -> Float[Tensor, "B C H W"]:
     """Replace one box of each image by N(0, 1) noise, pixel by pixel, with probability ``prob`` (arXiv 1708.04896)."""
     height, width = images.shape[-2:]
     boxes = erase_boxes(len(images), (height, width), generator, prob=prob).to(images.device)

@@ -35,7 +35,11 @@ DUKE_NAME = re.compile(r"(\d{4})_c([1-8])_f\d{7}\.jpg")
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synth") / "out"
-    write_synthetic(out, SMALL, num_processes=1)
+    steps: list[tuple[int, int]] = []
+    write_synthetic(out, SMALL, num_processes=1, progress=lambda done, total: steps.append((done, total)))
+    total = len(plan(SMALL))
+    assert steps == sorted(steps)
+    assert steps[-1] == (total, total)
     return out
 
 
@@ -130,9 +134,7 @@ def test_market_names_carry_junk_and_distractors_in_the_gallery_only(written: Pa
 
 
 @pytest.mark.parametrize(("benchmark", "pattern"), [("market1501", MARKET_NAME), ("occluded_duke", DUKE_NAME)])
-def test_every_query_has_a_gallery_match_from_another_camera(
-    written: Path, benchmark: str, pattern: re.Pattern[str]
-) -> None:
+def test_every_query_has_a_gallery_match_from_another_camera(written: Path, benchmark: str, pattern: re.Pattern[str]) -> None:
     gallery = named(written / benchmark / "bounding_box_test", pattern)
     for pid, camid in named(written / benchmark / "query", pattern):
         assert any(other == pid and seen_by != camid for other, seen_by in gallery)
@@ -159,8 +161,7 @@ def test_look_alikes_differ_in_exactly_one_attribute(domain: str) -> None:
     for seed in range(40):
         group = look_alikes(np.random.default_rng(seed), domain)
         differing = [
-            {name for name in names if getattr(a, name) != getattr(b, name)}
-            for a, b in itertools.combinations(group, 2)
+            {name for name in names if getattr(a, name) != getattr(b, name)} for a, b in itertools.combinations(group, 2)
         ]
         assert len(group) == 3
         assert differing[0] == differing[1] == differing[2]
@@ -225,9 +226,7 @@ def test_the_second_domain_is_visibly_darker() -> None:
     assert second < first - 15
 
 
-def test_a_killed_run_shows_nothing_and_is_restarted(
-    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_shows_nothing_and_is_restarted(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     drawn = itertools.count()
 
@@ -260,10 +259,3 @@ def test_other_settings_and_foreign_directories_are_user_errors(written: Path, t
 def test_settings_out_of_range_are_user_errors(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         dataclasses.replace(SMALL, **wrong)  # type: ignore[arg-type]
-
-
-def test_progress_ends_at_the_total(tmp_path: Path) -> None:
-    steps: list[tuple[int, int]] = []
-    write_synthetic(tmp_path / "out", SMALL, num_processes=1, progress=lambda done, total: steps.append((done, total)))
-    assert steps[-1] == (len(plan(SMALL)), len(plan(SMALL)))
-    assert [done for done, _ in steps] == sorted(done for done, _ in steps)

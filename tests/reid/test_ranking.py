@@ -33,11 +33,7 @@ def slow_lists(data: dict) -> list[list[int]]:
     query, gallery = data["query_features"].double().numpy(), data["gallery_features"].double().numpy()
     lists = []
     for q, pid, camid in zip(query, data["query_pids"], data["query_camids"], strict=True):
-        kept = [
-            j
-            for j in range(len(gallery))
-            if not (data["gallery_pids"][j] == pid and data["gallery_camids"][j] == camid)
-        ]
+        kept = [j for j in range(len(gallery)) if not (data["gallery_pids"][j] == pid and data["gallery_camids"][j] == camid)]
         cosine = [q @ g / np.linalg.norm(q) / np.linalg.norm(g) for g in gallery]
         lists.append(sorted(kept, key=lambda j: (-cosine[j], j)))
     return lists

@@ -141,9 +141,7 @@ def test_the_share_of_erased_images_is_the_probability():
     empty = erase_boxes(2000, SIZE, generator(), prob=0.25)
     erased = (empty[:, 2] > empty[:, 0]).float().mean()
     assert abs(erased - 0.25) < 0.05
-    assert torch.equal(
-        erase_boxes(50, SIZE, generator(), prob=0.0)[:, :2], erase_boxes(50, SIZE, generator(), prob=0.0)[:, 2:]
-    )
+    assert torch.equal(erase_boxes(50, SIZE, generator(), prob=0.0)[:, :2], erase_boxes(50, SIZE, generator(), prob=0.0)[:, 2:])
 
 
 def test_erasing_replaces_the_box_and_nothing_else():

@@ -1,0 +1,47 @@
+# The commands of the README. Each sets up .venv in the checkout first; nothing outside the checkout is touched, except that
+# `make test` adds Debian packages for its S3 server when it may (root, on Debian).
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+RUN := runs/quickstart
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install quickstart test lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## set up .venv and install everything into it
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is required; $(PYTHON) is $$($(PYTHON) --version 2>&1): give another with 'make PYTHON=python3.12 ...'"; exit 78; }
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+quickstart: $(INSTALLED) ## the main job on synthetic people, 2 CPU cores, about 8 minutes; interrupt and repeat it at will
+	$(BIN)/personmae synth $(RUN)/data
+	$(BIN)/personmae shards write $(RUN)/data/pool $(RUN)/shards --shard-mb 8 --if-missing
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_gpus 1 --log_level warning launcher/pretrain.py --config configs/quickstart.yaml
+	$(BIN)/personmae evaluate histogram market1501 $(RUN)/data/market1501 --out $(RUN)/histogram
+	$(BIN)/personmae finetune configs/quickstart_random.yaml
+	$(BIN)/personmae finetune configs/quickstart_personmae.yaml
+	$(BIN)/personmae report $(RUN)
+
+test: $(INSTALLED) ## all tests that this machine can run
+	@tests/integration/install_ceph.sh
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv and all runs
+	rm -rf $(VENV) runs

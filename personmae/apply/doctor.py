@@ -1,0 +1,355 @@
+"""``personmae doctor``: what this machine has, and which commands would fail on it and why.
+
+Whatever may be broken (torch above all) is tried in a process of its own, so that doctor always has something to say.
+No secret is ever printed: of credentials only where they come from, of addresses only the host.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.box import ROUNDED
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from personmae.errors import UserError
+
+PACKAGES = ("personmae", "torch", "torchvision", "deepspeed", "timm", "mosaicml-streaming", "numpy", "opencv-python-headless")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+MIN_FREE_BYTES = 1 << 30  # of disk, for a run's checkpoints and logs
+COMPILE_TIMEOUT, TIMEOUT = 120, 60  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Whether something works, and what came out of trying."""
+
+    works: bool
+    detail: str
+
+
+# Each runs in a Python of its own; the last line it prints is the detail.
+PROBES = {
+    "torch": """
+import time, torch
+def seconds(dtype):
+    a = torch.randn(768, 768, device=device).to(dtype)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(5): b = a @ a
+    b.float().sum().item()
+    return time.perf_counter() - start
+device = "cuda" if torch.cuda.is_available() else "cpu"
+gain = seconds(torch.float32) / seconds(torch.bfloat16)
+cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+level = torch.backends.cpu.get_cpu_capability()
+print(f"built for {cuda}; runs on {device} ({level}); bf16 matmul {gain:.1f} x as fast as fp32")
+""",
+    "torchvision": """
+import torch, torchvision.ops
+torchvision.ops.nms(torch.tensor([[0., 0., 1., 1.]]), torch.tensor([1.]), 0.5)
+print("fits this torch: torchvision.ops.nms runs")
+""",
+    "deepspeed": """
+import deepspeed
+print("imports")
+""",
+    "process group": """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+ones = torch.ones(1)
+dist.all_reduce(ones)
+dist.destroy_process_group()
+print("gloo, a group of one: all_reduce runs")
+""",
+    "torch.compile": """
+import time, torch
+start = time.perf_counter()
+torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(64))
+print(f"compiles and runs a small function, {time.perf_counter() - start:.0f} s")
+""",
+}
+IMPORT_ALL = """
+import importlib, json
+faults = {}
+for name in names:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        faults[name] = f"{type(error).__name__}: {error}"
+print(json.dumps(faults))
+"""
+REMEDIES = {
+    "torch": "install torch again",
+    "torchvision": "install the torchvision that was built for this torch",
+    "deepspeed": "set engine.name=native",
+    "process group": "allow gloo its sockets: check the host name and GLOO_SOCKET_IFNAME",
+    "torch.compile": "set train.compile=false, or install g++ and Python's headers",
+    "compiler": "set train.compile=false, or install g++",
+    "disk": f"free {MIN_FREE_BYTES >> 30} GiB here, or set run_dir elsewhere",
+    "shards": "see the line on the shards above",
+}
+# What each verb stands on besides its own module; a name is a probe or one of the machine's parts.
+VERBS = {
+    "synth": ("personmae.data.synthetic", ("disk",)),
+    "shards": ("personmae.data.shards", ("torchvision", "disk")),
+    "pretrain": (
+        "personmae.pretrain",
+        ("torch", "torchvision", "process group", "deepspeed", "compiler", "torch.compile", "disk", "shards"),
+    ),
+    "finetune": ("personmae.finetune", ("torch", "process group", "disk")),
+    "evaluate": ("personmae.evaluate", ("torch",)),
+    "report": ("personmae.apply.report", ("torch",)),
+    "doctor": ("personmae.apply.doctor", ()),
+}
+
+
+def run(*, shards: str | None = None) -> None:
+    """Print what is here, what works, and what each command would come to.
+
+    Raises:
+        UserError: ``shards`` was given and cannot be read; everything else is printed first.
+    """
+    console = Console() if Console().is_terminal else Console(width=140)
+    print_facts(console, "machine", machine() | devices())
+    print_facts(console, "versions", versions())
+    outcomes = probe_all()
+    outcomes["compiler"] = find_compiler()
+    outcomes["disk"] = check_disk(Path.cwd())
+    print_outcomes(console, "what works", {name: outcomes[name] for name in (*PROBES, "compiler", "disk")})
+    print_facts(console, "object store", object_store())
+    refusal = None
+    if shards:
+        outcomes["shards"], refusal = try_shards(shards)
+        print_outcomes(console, f"shards at {_without_secrets(shards)}", {"shards": outcomes["shards"]})
+    print_outcomes(console, "commands: what would fail here", commands(outcomes))
+    if refusal:
+        raise refusal
+
+
+# --- what is here ---------------------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, str]:
+    """System, processor, memory and disk, in words."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    flags = cpu_flags()
+    disk, shm = shutil.disk_usage(Path.cwd()), Path("/dev/shm")
+    return {
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "processor": f"{os.cpu_count()} cores, {usable} usable here; {', '.join(flags) or 'no vector instructions known'}",
+        "memory": memory(),
+        "disk here": f"{_gib(disk.free)} free of {_gib(disk.total)} ({Path.cwd()})",
+        "/dev/shm": _gib(shutil.disk_usage(shm).total) if shm.is_dir() else "none",
+    }
+
+
+def cpu_flags() -> list[str]:
+    """The vector instructions that matter here, as far as the system tells."""
+    try:
+        known = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [flag for flag in CPU_FLAGS if flag in known]
+
+
+def memory() -> str:
+    """Total and available memory, and a container's limit where there is one."""
+    try:
+        lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+    except OSError:
+        return _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
+    text = f"{_gib(kib['MemAvailable'] << 10)} available of {_gib(kib['MemTotal'] << 10)}"
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    return text if allowed == "max" else f"{text}; this container may use {_gib(int(allowed))}"
+
+
+def devices() -> dict[str, str]:
+    """GPUs by NVML, or what their absence means."""
+    try:
+        import pynvml
+    except ImportError as error:
+        return {"GPU": f"unknown: {error}; install nvidia-ml-py"}
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        native = "with" if {"avx512_bf16", "amx_bf16"} & set(cpu_flags()) else "without"
+        return {"GPU": f"no GPU ({error}): everything runs on CPU, {native} bf16 instructions"}
+    driver = pynvml.nvmlSystemGetDriverVersion()
+    found = {}
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        used = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        name = pynvml.nvmlDeviceGetName(handle)
+        found[f"GPU {index}"] = f"{name}, {_gib(int(used.free))} free of {_gib(int(used.total))}, driver {driver}"
+    pynvml.nvmlShutdown()
+    return found or {"GPU": "no GPU, though there is a driver: everything runs on CPU"}
+
+
+def versions() -> dict[str, str]:
+    """Installed versions, without importing anything."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def object_store() -> dict[str, str]:
+    """Where boto3 finds credentials and which server it would talk to."""
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    from personmae.data.storage import s3_client
+
+    try:
+        credentials = boto3.Session().get_credentials()
+        found = f"found ({credentials.method})" if credentials else "none: s3:// locations cannot be read"
+    except BotoCoreError as error:
+        found = f"none: {error}"
+    try:
+        endpoint = _without_secrets(s3_client().meta.endpoint_url)
+    except (BotoCoreError, ValueError) as error:  # ValueError: an address that is none
+        endpoint = f"unusable: {error}"
+    return {"credentials": found, "endpoint": endpoint}
+
+
+# --- what works -----------------------------------------------------------------------------------------------------
+
+
+def probe_all() -> dict[str, Outcome]:
+    """Try every probe, and to import every verb's module, two processes at a time."""
+    modules = [module for module, _ in VERBS.values()]
+    codes = [*PROBES.values(), f"names = {modules!r}\n{IMPORT_ALL}"]
+    with ThreadPoolExecutor(2) as pool:
+        limits = [COMPILE_TIMEOUT if name == "torch.compile" else TIMEOUT for name in (*PROBES, "modules")]
+        *tried, imported = pool.map(probe, codes, limits)
+    faults = json.loads(imported.detail) if imported.works else dict.fromkeys(modules, imported.detail)
+    modules_tried = {name: Outcome(name not in faults, faults.get(name, "imports")) for name in modules}
+    return dict(zip(PROBES, tried, strict=True)) | modules_tried
+
+
+def probe(code: str, timeout_seconds: float) -> Outcome:
+    """Run Python code in a process of its own; the detail is its last line, or its error."""
+    environ = os.environ | {"PYTHONWARNINGS": "ignore"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_seconds, env=environ, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(False, f"no answer within {timeout_seconds:.0f} s")
+    if done.returncode == 0:
+        return Outcome(True, done.stdout.strip().splitlines()[-1])
+    lines = done.stderr.strip().splitlines()
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Failed)\b", line)]
+    return Outcome(False, (errors or lines or [f"the process ended with {done.returncode}"])[-1])
+
+
+def find_compiler() -> Outcome:
+    """The C++ compiler that torch.compile and DeepSpeed's extensions would use, and ninja."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "c++", "clang++"]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+    return Outcome(bool(compiler), f"{compiler or f'no C++ compiler ({names[0]})'}; {ninja or 'no ninja'}")
+
+
+def check_disk(directory: Path) -> Outcome:
+    """Whether there is room for a run, and it may be written."""
+    if not os.access(directory, os.W_OK):
+        return Outcome(False, f"{directory} may not be written")
+    free = shutil.disk_usage(directory).free
+    return Outcome(free >= MIN_FREE_BYTES, f"{_gib(free)} free")
+
+
+def try_shards(root: str) -> tuple[Outcome, UserError | None]:
+    """List, open the index and decode the first picture; an error is told and handed back."""
+    try:
+        import numpy as np
+
+        from personmae.data.decode import BadImage, decode_onto
+        from personmae.data.stream import ShardSet
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        return Outcome(False, f"not tried: {error}"), UserError(f"shards cannot be read without working packages: {error}")
+    with tempfile.TemporaryDirectory(prefix="personmae-doctor-") as cache:
+        try:
+            start = time.perf_counter()
+            with ShardSet(root, cache) as shards:
+                opened = time.perf_counter()
+                height, width = decode_onto(shards.jpeg(0), np.empty((256, 128, 3), np.uint8))
+                read = time.perf_counter()
+                first = shards.shards[0].num_bytes / 2**20
+                detail = (
+                    f"{len(shards):,} pictures in {len(shards.shards)} shards; listing and index {_ms(opened - start)}, "
+                    f"first picture ({height} x {width}, of a shard of {first:.1f} MiB) {_ms(read - opened)}"
+                )
+            return Outcome(True, detail), None
+        except (UserError, BadImage, OSError, IndexError) as error:
+            message = _without_secrets(str(error))
+            return Outcome(False, message), UserError(f"the shards at {_without_secrets(root)} cannot be read: {message}")
+
+
+def commands(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
+    """Each verb, with the first thing that would stop it and what to do."""
+    told = {}
+    for verb, (module, needs) in VERBS.items():
+        failed = next((need for need in needs if need in outcomes and not outcomes[need].works), None)
+        if failed:
+            told[verb] = Outcome(False, f"{failed}: {outcomes[failed].detail}; {REMEDIES[failed]}")
+        elif not outcomes[module].works:
+            told[verb] = Outcome(False, f"{module} does not import: {outcomes[module].detail}")
+        else:
+            told[verb] = Outcome(True, "")
+    return told
+
+
+# --- how it is told -------------------------------------------------------------------------------------------------
+
+
+def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
+    """A table of names and what was found."""
+    table = _table(console, title)
+    for name, found in facts.items():
+        table.add_row(name, Text(found))
+    console.print(table)
+
+
+def print_outcomes(console: Console, title: str, outcomes: dict[str, Outcome]) -> None:
+    """A table of names, ok or not, and the detail."""
+    table = _table(console, title)
+    for name, outcome in outcomes.items():
+        table.add_row(name, "[green]ok[/]" if outcome.works else "[red]fails[/]", Text(outcome.detail))
+    console.print(table)
+
+
+def _table(console: Console, title: str) -> Table:
+    console.print(f"[bold]{title}[/]")  # the table's own title would be wrapped to the table's width
+    return Table(show_header=False, box=ROUNDED)
+
+
+def _without_secrets(text: str) -> str:
+    """A text without the user and password that addresses in it may hold."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:,.0f} ms"

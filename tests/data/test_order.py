@@ -1,0 +1,123 @@
+"""The global order: every sample once, the same for any number of ranks, shards read one after the other."""
+
+import numpy as np
+import pytest
+
+from personmae.data.order import epoch_order, rank_slice, sample_keys
+
+SIZES = [7, 12, 1, 9, 20, 3, 8, 15, 11, 14]
+TOTAL = sum(SIZES)
+SHARD_OF = np.repeat(np.arange(len(SIZES)), SIZES)
+
+
+def order_of(seed: int = 0, epoch: int = 0, block_size: int = 25) -> np.ndarray:
+    return epoch_order(SIZES, seed=seed, epoch=epoch, block_size=block_size)
+
+
+def batches(world_size: int, *, epoch: int = 0, global_batch_size: int = 8) -> list[list[list[int]]]:
+    """steps x ranks x ids."""
+    order = order_of(epoch=epoch)
+    slices = [order[i : i + global_batch_size] for i in range(0, TOTAL - global_batch_size + 1, global_batch_size)]
+    return [[rank_slice(ids, rank, world_size).tolist() for rank in range(world_size)] for ids in slices]
+
+
+@pytest.mark.parametrize("block_size", [1, 25, 10_000])
+def test_an_epoch_holds_every_sample_exactly_once(block_size):
+    order = order_of(block_size=block_size)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(TOTAL))
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_and_nothing_else():
+    np.random.seed(1)  # noqa: NPY002 - the global generator must not matter
+    first = order_of(seed=3, epoch=5)
+    np.random.seed(2)  # noqa: NPY002
+    assert np.array_equal(first, order_of(seed=3, epoch=5))
+    others = [order_of(seed=3, epoch=6), order_of(seed=5, epoch=3), order_of(seed=4, epoch=5)]
+    assert not any(np.array_equal(first, other) for other in others)
+
+
+def test_the_order_is_the_one_that_earlier_runs_had():
+    order = epoch_order([3, 2, 4], seed=1, epoch=2, block_size=4).tolist()
+    assert order == [4, 2, 1, 0, 3, 6, 5, 7, 8]  # or a run that is resumed under a newer numpy reads other pictures
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_ranks_of_any_world_size_share_the_same_global_batches(world_size):
+    alone = batches(1)
+    for step, ranks in enumerate(batches(world_size)):
+        assert {len(ids) for ids in ranks} == {8 // world_size}
+        assert sum(ranks, []) == alone[step][0]
+
+
+def test_no_sample_comes_twice_in_an_epoch():
+    seen = [i for step in batches(4) for ids in step for i in ids]
+    assert len(seen) == len(set(seen)) == TOTAL // 8 * 8
+
+
+@pytest.mark.parametrize("block_size", [1, 25, 50])
+def test_a_window_of_the_order_touches_few_shards(block_size):
+    sizes = [20] * 200
+    order = epoch_order(sizes, seed=0, epoch=0, block_size=block_size)
+    shard = order // 20
+    per_block = -(-block_size // 20)
+    for start in range(0, len(order) - 100, 37):
+        blocks = -(-100 // (20 * per_block)) + 1
+        assert len(np.unique(shard[start : start + 100])) <= blocks * per_block
+    for block in range(0, len(order), 20 * per_block):  # each block is whole shards
+        assert len(np.unique(shard[block : block + 20 * per_block])) == min(per_block, (len(order) - block) // 20)
+
+
+def test_a_block_is_the_fewest_shards_that_have_its_size():
+    order = order_of(block_size=25)
+    shards, block, blocks = SHARD_OF[order].tolist(), [], []
+    for position, shard in enumerate(shards):
+        if shard not in block and sum(SIZES[s] for s in block) <= position - sum(sum(SIZES[s] for s in b) for b in blocks):
+            if block:
+                blocks.append(block)
+            block = []
+        if shard not in block:
+            block.append(shard)
+    blocks.append(block)
+    assert sorted(sum(blocks, [])) == list(range(len(SIZES)))
+    for block in blocks[:-1]:
+        total = sum(SIZES[s] for s in block)
+        assert total >= 25
+        assert total - max(SIZES[s] for s in block) < 25
+
+
+def test_samples_are_shuffled_within_a_block_and_shards_among_each_other():
+    order = epoch_order([1000], seed=0, epoch=0, block_size=1000)
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.15
+    shards = epoch_order([1] * 1000, seed=0, epoch=0, block_size=1)
+    assert abs(np.corrcoef(shards, np.arange(1000))[0, 1]) < 0.15
+
+
+def test_every_sample_has_its_own_64_bit_key_in_every_epoch_of_every_seed():
+    ids = np.arange(20_000, dtype=np.int64)
+    keys = [sample_keys(ids, seed=seed, epoch=epoch) for seed in (0, 1, 2) for epoch in (0, 1, 2)]
+    assert all(k.dtype == np.int64 for k in keys)
+    together = np.concatenate(keys)
+    assert len(np.unique(together)) == len(together)
+    bits = (together.view(np.uint64)[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)
+    assert np.abs(bits.mean(0) - 0.5).max() < 5 * 0.5 / len(together) ** 0.5
+
+
+def test_a_key_depends_on_the_sample_and_not_on_its_place():
+    ids = np.array([5, 3, 5, 99], np.int64)
+    keys = sample_keys(ids, seed=7, epoch=1)
+    assert keys[0] == keys[2] == sample_keys(ids[:1], seed=7, epoch=1)[0]
+    assert np.array_equal(sample_keys(ids[::-1].copy(), seed=7, epoch=1), keys[::-1])
+
+
+def test_keys_equal_splitmix64_written_with_python_integers():
+    def mix(x: int) -> int:
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) % 2**64
+        return x ^ (x >> 31)
+
+    for seed, epoch in ((0, 0), (1, 0), (123_456, 99)):
+        keys = sample_keys(np.array([0, 1, 4_180_242], np.int64), seed=seed, epoch=epoch)
+        expected = [mix((i + mix((seed + mix(epoch)) % 2**64)) % 2**64) for i in (0, 1, 4_180_242)]
+        assert [int(key) % 2**64 for key in keys] == expected

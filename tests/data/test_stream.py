@@ -1,0 +1,387 @@
+"""Reading shards: samples byte for byte, faults by name, and batches in the global order whatever reads them."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from personmae.data import order, stream
+from personmae.data.decode import decode_onto
+from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.errors import UserError
+
+NUM_PICTURES = 50
+CANVAS = (40, 20)
+OPTIONS = {
+    "canvas_size": CANVAS,
+    "seed": 3,
+    "global_batch_size": 8,
+    "rank": 0,
+    "world_size": 1,
+    "micro_batch_size": 4,
+    "first_step": 0,
+    "num_threads": 2,
+    "prefetch_batches": 2,
+    "block_size": 16,
+    "max_bad_ratio": 0.1,
+}
+
+
+@pytest.fixture
+def data(shard_dir: Path, tmp_path: Path) -> Iterator[ShardSet]:
+    with ShardSet(str(shard_dir), tmp_path) as shards:
+        yield shards
+
+
+@pytest.fixture
+def own_shards(shard_dir: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(shard_dir, tmp_path / "own"))
+
+
+@contextmanager
+def reading(data: ShardSet, **options) -> Iterator[BatchReader]:
+    reader = BatchReader(data, **(OPTIONS | options))
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def read(data: ShardSet, count: int, **options) -> list[CanvasBatch]:
+    with reading(data, **options) as reader:
+        return list(islice(reader, count))
+
+
+def joined(batches: list[CanvasBatch]) -> CanvasBatch:
+    return CanvasBatch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def same(a: CanvasBatch, b: CanvasBatch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def opening(root: Path, cache: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        ShardSet(str(root), cache)
+    return str(caught.value)
+
+
+# --- shards ---
+
+
+def test_samples_are_the_files_byte_for_byte_with_their_names_and_sizes(data, pictures):
+    files = sorted(path for path in pictures.rglob("*") if path.is_file())
+    assert len(data) == len(files) == NUM_PICTURES
+    number = 0
+    for index, shard in enumerate(data.shards):
+        for position in range(shard.samples):
+            sample, file = data.sample(index, position), files[number]
+            assert bytes(sample["jpeg"]) == bytes(data.jpeg(number)) == file.read_bytes()
+            assert bytes(sample["key"]).decode() == file.relative_to(pictures).as_posix()
+            height, width = (int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width"))
+            assert (height, width) == decode_onto(sample["jpeg"], np.empty((8, 8, 3), np.uint8))
+            assert data.where(number) == f"sample {position} of {data.root}/{shard.name}"
+            number += 1
+
+
+STREAMING = """
+import hashlib, json, sys, warnings
+warnings.simplefilter("ignore")
+from streaming import StreamingDataset
+dataset = StreamingDataset(local=sys.argv[1], shuffle=False, batch_size=1)
+samples = [[s["key"], hashlib.sha256(s["jpeg"]).hexdigest(), int(s["height"]), int(s["width"])] for s in dataset]
+print(json.dumps(samples))
+"""
+
+
+@pytest.mark.integration
+def test_mosaicml_streaming_opens_the_same_directory_and_reads_the_same_samples(data, own_shards):
+    shared = set(os.listdir("/dev/shm"))
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMING, str(own_shards)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    ours = []
+    for index, shard in enumerate(data.shards):
+        for position in range(shard.samples):
+            sample = data.sample(index, position)
+            sizes = [int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width")]
+            ours.append([bytes(sample["key"]).decode(), hashlib.sha256(sample["jpeg"]).hexdigest(), *sizes])
+    assert json.loads(done.stdout.splitlines()[-1]) == ours
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def test_a_missing_directory_is_named(tmp_path):
+    assert f"{tmp_path}/nowhere does not exist" in opening(tmp_path / "nowhere", tmp_path)
+
+
+def test_a_directory_without_an_index_says_how_to_write_one(tmp_path):
+    assert "index.json is required" in opening(tmp_path, tmp_path)
+    assert "personmae shards write" in opening(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"shards": [{"format": "mds"}]}', '{"shards": 3}'])
+def test_an_index_that_is_not_one_is_named(own_shards, tmp_path, content):
+    (own_shards / "index.json").write_text(content)
+    assert f"{own_shards}/index.json must be an MDS index with a jpeg column" in opening(own_shards, tmp_path)
+
+
+def test_compressed_shards_and_shards_without_a_jpeg_column_are_refused(own_shards, tmp_path):
+    index = json.loads((own_shards / "index.json").read_text())
+    for change in ({"compression": "zstd"}, {"column_names": ["image", "key", "height", "width"]}, {"format": "json"}):
+        changed = {"shards": [entry | change for entry in index["shards"]]}
+        (own_shards / "index.json").write_text(json.dumps(changed))
+        assert "uncompressed MDS shards with a column 'jpeg' are required" in opening(own_shards, tmp_path)
+
+
+def test_a_truncated_shard_is_named_with_both_sizes(own_shards, tmp_path):
+    path = own_shards / "shard.00002.mds"
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:-1])
+    message = opening(own_shards, tmp_path)
+    assert f"shard {own_shards}/shard.00002.mds must have {size} bytes and is {size - 1} bytes" in message
+
+
+def test_a_missing_shard_is_named(own_shards, tmp_path):
+    (own_shards / "shard.00001.mds").unlink()
+    message = opening(own_shards, tmp_path)
+    assert f"shard {own_shards}/shard.00001.mds must have" in message
+    assert "is missing" in message
+
+
+def test_a_hash_that_does_not_agree_names_the_shard(own_shards, tmp_path):
+    path = own_shards / "shard.00000.mds"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with ShardSet(str(own_shards), tmp_path) as data:
+        data.check_hash(1)
+        with pytest.raises(UserError, match=r"own/shard\.00000\.mds does not have the hash its index gives"):
+            data.check_hash(0)
+
+
+def test_many_threads_map_a_shard_once(data):
+    found, barrier = [], threading.Barrier(8)
+
+    def look() -> None:
+        barrier.wait()
+        found.append(data._map(0)[0])
+
+    threads = [threading.Thread(target=look) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(mapped) for mapped in found}) == 1
+
+
+# --- batches ---
+
+
+def test_batches_hold_the_decoded_pictures_of_the_global_order_with_their_keys(data):
+    ids = order.epoch_order(data.sizes, seed=3, epoch=0, block_size=16)
+    batch = joined(read(data, 12))
+    assert [tuple(t.shape) for t in batch] == [(48, *CANVAS, 3), (48, 2), (48,)]
+    assert torch.equal(batch.keys, torch.from_numpy(order.sample_keys(ids[:48], seed=3, epoch=0)))
+    for row, sample_id in enumerate(ids[:48]):
+        canvas = np.empty((*CANVAS, 3), np.uint8)
+        size = decode_onto(data.jpeg(int(sample_id)), canvas)
+        assert np.array_equal(batch.canvas[row].numpy(), canvas)
+        assert batch.native_size[row].tolist() == list(size)
+
+
+@pytest.mark.parametrize("first_step", [1, 5, 6, 13])
+def test_resuming_at_a_step_reads_what_an_uninterrupted_run_reads(data, first_step):
+    whole = read(data, 2 * 16)
+    resumed = read(data, 2 * (16 - first_step), first_step=first_step)
+    for a, b in zip(whole[2 * first_step :], resumed, strict=True):
+        assert same(a, b)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_read_what_one_rank_reads(data, world_size):
+    alone = read(data, 2 * 8)
+    per_rank = [
+        read(data, 8, rank=rank, world_size=world_size, micro_batch_size=8 // world_size) for rank in range(world_size)
+    ]
+    for step in range(8):
+        together = joined([batches[step] for batches in per_rank])
+        assert same(together, joined(alone[2 * step : 2 * step + 2]))
+
+
+@pytest.mark.parametrize(("num_threads", "prefetch_batches"), [(1, 1), (3, 4), (8, 2)])
+def test_the_number_of_threads_and_the_reading_ahead_do_not_matter(data, num_threads, prefetch_batches):
+    expected = read(data, 14)
+    got = read(data, 14, num_threads=num_threads, prefetch_batches=prefetch_batches)
+    assert all(same(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
+def test_the_micro_batch_size_only_cuts_the_batch_differently(data, micro_batch_size):
+    count = 3 * 8 // micro_batch_size
+    assert same(joined(read(data, count, micro_batch_size=micro_batch_size)), joined(read(data, 6)))
+
+
+def test_epochs_follow_each_other_in_other_orders_and_with_other_keys(data):
+    with reading(data, micro_batch_size=8) as reader:
+        assert reader.steps_per_epoch == 6
+        keys = [batch.keys for batch in islice(reader, 18)]
+    epochs = [torch.cat(keys[i : i + 6]) for i in (0, 6, 12)]
+    for epoch, found in enumerate(epochs):
+        ids = order.epoch_order(data.sizes, seed=3, epoch=epoch, block_size=16)[:48]
+        assert torch.equal(found, torch.from_numpy(order.sample_keys(ids, seed=3, epoch=epoch)))
+    assert len(torch.cat(epochs).unique()) == 3 * 48
+
+
+def test_too_few_samples_for_a_global_batch_are_refused_at_once(data):
+    before = threading.active_count()
+    with pytest.raises(UserError, match=f"one global batch needs 51 samples; .* holds {NUM_PICTURES}"):
+        BatchReader(data, **(OPTIONS | {"global_batch_size": 51}))
+    assert threading.active_count() == before
+
+
+def spoil(root: Path, shard: int, position: int, cache: Path) -> int:
+    """Overwrite a JPEG with zeros; returns its number."""
+    with ShardSet(str(root), cache) as data:
+        jpeg = bytes(data.sample(shard, position)["jpeg"])
+        number = sum(data.sizes[:shard]) + position
+    path = root / f"shard.{shard:05}.mds"
+    path.write_bytes(path.read_bytes().replace(jpeg, bytes(len(jpeg))))
+    return number
+
+
+def test_a_bad_image_is_named_counted_and_replaced_by_its_successor(data, own_shards, tmp_path):
+    bad = spoil(own_shards, 1, 2, tmp_path)
+    with ShardSet(str(own_shards), tmp_path) as damaged:
+        ids = order.epoch_order(damaged.sizes, seed=3, epoch=0, block_size=16)[:48].tolist()
+        if bad not in ids:  # the tail that is dropped: take another order
+            pytest.fail("choose another seed")
+        with reading(damaged) as reader:
+            batch = joined(list(islice(reader, 12)))
+            seen = list(reader.bad_samples)
+    assert len({message.split(":")[0] for message in seen}) == 1
+    assert seen[0].startswith(f"sample 2 of {own_shards}/shard.00001.mds: ")
+    whole = joined(read(data, 12))
+    row = ids.index(bad)
+    others = [i for i in range(48) if i != row]
+    assert torch.equal(batch.canvas[others], whole.canvas[others])
+    assert torch.equal(batch.keys, whole.keys)
+    canvas = np.empty((*CANVAS, 3), np.uint8)
+    size = decode_onto(data.jpeg(bad + 1), canvas)
+    assert np.array_equal(batch.canvas[row].numpy(), canvas)
+    assert batch.native_size[row].tolist() == list(size)
+
+
+def test_the_last_sample_is_replaced_by_the_first(data, own_shards, tmp_path):
+    last = len(data.shards) - 1
+    bad = spoil(own_shards, last, data.shards[last].samples - 1, tmp_path)
+    assert bad == NUM_PICTURES - 1
+    with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged) as reader:
+        canvas, expected = np.empty((2, *CANVAS, 3), np.uint8)
+        reader._decode(bad, canvas)
+        decode_onto(data.jpeg(0), expected)
+        assert np.array_equal(canvas, expected)
+
+
+def test_more_bad_images_than_allowed_stop_the_run_with_one_line(own_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "_MIN_SEEN", 10)
+    for position in range(6):
+        spoil(own_shards, 0, position, tmp_path)
+    with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged, max_bad_ratio=0.05) as reader:
+        with pytest.raises(UserError, match=r"at most 5\.0% of the pictures may be unreadable") as caught:
+            list(islice(reader, 12))
+        assert f"run 'personmae shards verify {own_shards}'" in str(caught.value)
+        assert "shard.00000.mds" in str(caught.value)
+
+
+def test_a_few_bad_images_early_on_do_not_stop_a_run(own_shards, tmp_path):
+    for position in range(3):
+        spoil(own_shards, 0, position, tmp_path)
+    with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged, max_bad_ratio=0.01) as reader:
+        assert len(list(islice(reader, 12))) == 12
+        assert 3 <= len({message.split(":")[0] for message in reader.bad_samples}) <= 3
+
+
+def test_closing_ends_every_thread_even_while_reading_ahead(data):
+    before = set(threading.enumerate())
+    for count in (0, 1, 5):
+        reader = BatchReader(data, **OPTIONS)
+        list(islice(reader, count))
+        assert set(threading.enumerate()) > before
+        reader.close()
+        assert set(threading.enumerate()) == before
+
+
+def test_closing_after_an_error_ends_every_thread(own_shards, tmp_path):
+    before = set(threading.enumerate())
+    for shard in range(2):
+        spoil(own_shards, shard, 0, tmp_path)
+    with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged, max_bad_ratio=0.0) as reader:
+        with pytest.raises(UserError):
+            list(islice(reader, 12))
+    assert set(threading.enumerate()) == before
+
+
+def test_a_shard_set_is_unmapped_when_closed(data):
+    jpeg = bytes(data.jpeg(0))
+    mapped, _ = data._map(0)
+    data.close()
+    assert data._maps == {}
+    assert bytes(data.jpeg(0)) == jpeg  # it is mapped again when it is asked again
+    del mapped
+
+
+# --- remote: cached shards ---
+
+
+def test_a_remote_set_is_fetched_once_and_kept(shard_dir, pictures, s3_server, tmp_path):
+    bucket = s3_server.bucket("kept")
+    for path in shard_dir.iterdir():
+        s3_server.client.upload_file(str(path), bucket, f"set/{path.name}")
+    with ShardSet(f"s3://{bucket}/set", tmp_path / "cache") as data:
+        assert [p.name for p in (tmp_path / "cache").iterdir()] == ["index.json"]  # shards come when they are needed
+        for number in range(NUM_PICTURES):
+            assert len(data.jpeg(number)) > 100
+    cached = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    assert cached.keys() == {p.name for p in shard_dir.iterdir()}
+    with ShardSet(f"s3://{bucket}/set/", tmp_path / "cache") as data:
+        assert shard_dir.joinpath("shard.00000.mds").read_bytes().count(bytes(data.jpeg(0))) == 1
+    assert (tmp_path / "cache" / "shard.00000.mds").stat().st_mtime_ns == cached["shard.00000.mds"]
+
+
+def test_a_download_whose_hash_does_not_agree_is_refused_and_not_kept(shard_dir, s3_server, tmp_path):
+    bucket = s3_server.bucket("flipped")
+    for path in shard_dir.iterdir():
+        content = bytearray(path.read_bytes())
+        content[-1] ^= path.name == "shard.00001.mds"
+        s3_server.client.put_object(Bucket=bucket, Key=path.name, Body=bytes(content))
+    with ShardSet(f"s3://{bucket}", tmp_path / "cache") as data:
+        assert len(data.jpeg(0)) > 100
+        with pytest.raises(UserError, match=r"s3://flipped/shard\.00001\.mds does not have the size and hash"):
+            data.sample(1, 0)
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == ["index.json", "shard.00000.mds"]
+
+
+@pytest.mark.xfail(strict=True, reason="a cached shard is trusted by its name: see the report")
+def test_a_shard_cached_from_an_earlier_data_set_at_the_same_place_is_fetched_again(shard_dir, s3_server, tmp_path):
+    bucket = s3_server.bucket("rewritten")
+    for path in shard_dir.iterdir():
+        s3_server.client.upload_file(str(path), bucket, path.name)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    shutil.copy(shard_dir / "shard.00001.mds", cache / "shard.00000.mds")
+    with ShardSet(f"s3://{bucket}", cache) as data:
+        first = bytes(data.jpeg(0))
+    assert first in (shard_dir / "shard.00000.mds").read_bytes()

@@ -1,0 +1,15 @@
+"""The run that several tests compare with."""
+
+from pathlib import Path
+
+import pytest
+
+from runs import pretrain
+
+
+@pytest.fixture(scope="session")
+def native_run(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 steps of the plain loop, uninterrupted."""
+    run_dir = tmp_path_factory.mktemp("native") / "run"
+    pretrain(shard_dir, run_dir, "engine.name=native", "checkpoint.every_steps=5")
+    return run_dir

@@ -1,0 +1,67 @@
+"""Running the programs as a user does: real processes, a real launcher, a small real data set."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 20
+SETTINGS = [
+    "train.global_batch_size=16",
+    f"train.total_steps={STEPS}",
+    "train.log_every=1",
+    "train.precision=fp32",
+    "data.shuffle_block_size=32",
+    "data.num_threads=1",
+]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's environment, on the CPU, with one thread a process, without a rank."""
+    ours = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | ours | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | extra
+
+
+def personmae(*args: str | Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+    """``personmae ARGS``."""
+    command = [sys.executable, "-m", "personmae", *map(str, args)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def start_pretrain(shards: str | Path, run_dir: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
+    """``personmae pretrain`` in the background, output in ``run_dir``.log."""
+    arguments = ["pretrain", "configs/quickstart.yaml", f"data.shards={shards}", f"run_dir={run_dir}", *SETTINGS, *overrides]
+    with open(f"{run_dir}.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "personmae", *arguments],
+            cwd=ROOT,
+            env=environment(**env),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def pretrain(shards: str | Path, run_dir: Path, *overrides: str, **env: str) -> None:
+    """``personmae pretrain`` that must succeed."""
+    code = start_pretrain(shards, run_dir, *overrides, **env).wait(timeout=120)
+    assert code == 0, Path(f"{run_dir}.log").read_text()
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of every logged step."""
+    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def one_line_error(result: subprocess.CompletedProcess[str]) -> str:
+    """The error line of a run that must have ended as a user's mistake: code 78, one line on stderr, no traceback."""
+    assert result.returncode == 78, (result.returncode, result.stdout, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    return lines[0]

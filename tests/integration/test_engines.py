@@ -1,0 +1,80 @@
+"""Every engine and world size trains the same model: real launchers, real process groups, losses compared."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runs import ROOT, SETTINGS, STEPS, environment, losses, pretrain
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+GOLDEN = ROOT / "tests/golden/pretrain_20_steps.json"
+
+
+def deepspeed(shard_dir: Path, run_dir: Path, num_ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """``deepspeed launcher/pretrain.py`` on so many ranks of this host."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    port = str(20000 + (os.getpid() * 7 + num_ranks) % 20000)
+    command = [launcher, "--num_gpus", str(num_ranks), "--master_port", port, "launcher/pretrain.py"]
+    arguments = ["--config", "configs/quickstart.yaml", f"data.shards={shard_dir}", f"run_dir={run_dir}", *SETTINGS, *overrides]
+    return subprocess.run(
+        [*map(str, command), *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
+def test_the_first_20_losses_are_the_golden_ones(native_run: Path) -> None:
+    """The file is rewritten with WRITE_GOLDEN=true, which a change of the method must explain."""
+    if os.environ.get("WRITE_GOLDEN") == "true":
+        GOLDEN.write_text(json.dumps(losses(native_run), indent=1) + "\n")
+    np.testing.assert_allclose(losses(native_run), json.loads(GOLDEN.read_text()), rtol=2e-3)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_deepspeed_gives_the_losses_of_the_plain_loop(
+    num_ranks: int, shard_dir: Path, native_run: Path, tmp_path: Path
+) -> None:
+    result = deepspeed(shard_dir, tmp_path / "run", num_ranks, "engine.name=deepspeed")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(losses(tmp_path / "run")) == STEPS
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(native_run), rtol=1e-5)
+
+
+def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(
+    shard_dir: Path, native_run: Path, tmp_path: Path
+) -> None:
+    pretrain(shard_dir, tmp_path / "run", "engine.name=deepspeed", "train.max_micro_batch_size=4")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(native_run), rtol=1e-5)
+
+
+def test_a_checkpoint_of_one_engine_is_resumed_by_another_on_two_ranks(
+    shard_dir: Path, native_run: Path, tmp_path: Path
+) -> None:
+    stopped = ["train.total_steps=20", "checkpoint.every_steps=5"]
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    kept = sorted((native_run / "checkpoints").glob("step-*"))[0]
+    assert kept.name == "step-00000015"
+    (run_dir / "checkpoints" / kept.name).symlink_to(kept)
+    result = deepspeed(shard_dir, run_dir, 2, "engine.name=deepspeed", *stopped)
+    assert result.returncode == 0, result.stdout + result.stderr
+    np.testing.assert_allclose(losses(run_dir), losses(native_run)[15:], rtol=1e-5)
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_named_with_what_would_work(shard_dir: Path, tmp_path: Path) -> None:
+    result = deepspeed(shard_dir, tmp_path / "run", 2, "train.global_batch_size=15")
+    assert result.returncode == 78, result.stdout + result.stderr
+    said = [line for line in (result.stdout + result.stderr).splitlines() if line.startswith("error:")]
+    assert len(said) == 1
+    assert "train.global_batch_size=15 must be a multiple of the world size 2" in said[0]
+    assert "14 or 16" in said[0]
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,60 @@
+"""Killed or stopped at any moment, a run goes on where it was and ends as if nothing had happened."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from personmae import checkpoint
+from runs import losses, pretrain, start_pretrain
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+def wait_for_step(run: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    """Return once a step is logged."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        assert run.poll() is None, Path(f"{run_dir}.log").read_text()
+        if (run_dir / "metrics.jsonl").exists() and len(losses_so_far(run_dir)) >= step:
+            return
+        time.sleep(0.01)
+    raise TimeoutError(Path(f"{run_dir}.log").read_text())
+
+
+def losses_so_far(run_dir: Path) -> list[str]:
+    return (run_dir / "metrics.jsonl").read_text().splitlines()
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_losses(shard_dir: Path, native_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = start_pretrain(shard_dir, run_dir, "engine.name=native", "checkpoint.every_steps=3")
+    wait_for_step(run, run_dir, 8)
+    run.kill()
+    run.wait()
+    done = checkpoint.newest(run_dir)
+    assert done is not None
+    assert 3 <= int(done.name.removeprefix("step-")) < 20
+    pretrain(shard_dir, run_dir, "engine.name=native", "checkpoint.every_steps=3")
+    np.testing.assert_array_equal(losses(run_dir), losses(native_run))
+
+
+def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(shard_dir: Path, native_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = start_pretrain(shard_dir, run_dir, "engine.name=native", "checkpoint.every_steps=1000")
+    wait_for_step(run, run_dir, 4)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 75
+    assert checkpoint.newest(run_dir) is not None
+    pretrain(shard_dir, run_dir, "engine.name=native")
+    np.testing.assert_array_equal(losses(run_dir), losses(native_run))
+
+
+def test_a_finished_run_says_so_and_does_nothing(shard_dir: Path, native_run: Path, tmp_path: Path) -> None:
+    before = (native_run / "metrics.jsonl").stat().st_mtime_ns
+    pretrain(shard_dir, native_run, "engine.name=native", "checkpoint.every_steps=5")
+    assert "is complete: 20 of 20 steps are done" in Path(f"{native_run}.log").read_text()
+    assert (native_run / "metrics.jsonl").stat().st_mtime_ns == before
