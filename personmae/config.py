@@ -223,7 +223,7 @@ def dump_yaml(config: Section) -> str:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    if path in seen:
+    if path.resolve() in seen:
         raise UserError(f"_base_ must not lead back to the same file; {path} does")
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none there"
@@ -232,7 +232,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     if not isinstance(own, dict):
         raise UserError(f"{path} must hold 'key: value' lines; it holds {type(own).__name__}")
     base = own.pop("_base_", None)
-    values, origins = _read(path.parent / base, (*seen, path)) if base else ({}, {})
+    values, origins = _read(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
     _merge(values, own, origins, str(path))
     return values, origins
 

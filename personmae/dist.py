@@ -97,7 +97,7 @@ def from_first_rank(value: str) -> str:
 
 def mean(values: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over ranks, on the CPU."""
-    values = values.detach().cpu()
+    values = values.detach().to("cpu", copy=True)
     if tdist.is_initialized() and tdist.get_world_size() > 1:
         tdist.all_reduce(values)
         values /= tdist.get_world_size()

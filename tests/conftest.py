@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin while they wait cost four times the time on a busy machine
+
 import cv2
 import numpy as np
 import pytest
@@ -88,6 +90,7 @@ def s3_server(_moto_endpoint: str, fresh_s3_client: Callable[[], None], monkeypa
     """moto behind real HTTP, empty, with the environment that points at it."""
     import boto3
 
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it keeps the credentials that it found
     for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

@@ -266,12 +266,12 @@ def summarise(runs: list[Run]) -> str:
         rivals = [run.result for run in runs if run.result and run.result.benchmark == ours.benchmark]
         best = max(rivals, key=lambda result: result.mAP)
         if best.mAP > max(ours.mAP, theirs.mAP):
-            sentences.append(f"{best.name} reaches more than both, {100 * best.mAP:.1f} %.")
+            sentences.append(f"More than both: {best.name}, {100 * best.mAP:.1f} %.")
     if sentences:
         return " ".join(sentences)
     if measured := [run.result for run in runs if run.result]:
         best = max(measured, key=lambda result: result.mAP)
-        return f"{best.name} reaches {100 * best.mAP:.1f} % mAP on {best.benchmark}; there is no pair to compare yet."
+        return f"Best so far: {best.name}, {100 * best.mAP:.1f} % mAP on {best.benchmark}; there is no pair to compare yet."
     if trained := [run for run in runs if run.records]:
         last = trained[0].records[-1]
         return f"{trained[0].name} is at step {last['step']:.0f} with a loss of {last['loss']:.3f}; nothing is evaluated yet."
@@ -365,7 +365,7 @@ def draw_rank_lists(runs: list[Run]) -> dict[str, list[pictures.Row]]:
         UserError: no run has rank lists, or their pictures are gone.
     """
     pairs = [pair for pair in find_pairs(runs) if all(run.rank_lists for run in pair)]
-    chosen = list(pairs[0]) if pairs else [run for run in runs if run.rank_lists][:1]
+    chosen = list(pairs[0]) if pairs else [run for run in runs if run.rank_lists][-1:]
     if not chosen:
         raise UserError("no run has a rank_lists.json yet; fine-tuning and 'personmae evaluate --out' write one")
     by_query = [{e.query: e for e in run.rank_lists.entries} for run in chosen if run.rank_lists]

@@ -109,9 +109,7 @@ print(json.dumps(samples))
 @pytest.mark.integration
 def test_mosaicml_streaming_opens_the_same_directory_and_reads_the_same_samples(data, own_shards):
     shared = set(os.listdir("/dev/shm"))
-    done = subprocess.run(
-        [sys.executable, "-c", STREAMING, str(own_shards)], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", STREAMING, str(own_shards)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     ours = []
     for index, shard in enumerate(data.shards):
@@ -213,9 +211,7 @@ def test_resuming_at_a_step_reads_what_an_uninterrupted_run_reads(data, first_st
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_read_what_one_rank_reads(data, world_size):
     alone = read(data, 2 * 8)
-    per_rank = [
-        read(data, 8, rank=rank, world_size=world_size, micro_batch_size=8 // world_size) for rank in range(world_size)
-    ]
+    per_rank = [read(data, 8, rank=rank, world_size=world_size, micro_batch_size=8 // world_size) for rank in range(world_size)]
     for step in range(8):
         together = joined([batches[step] for batches in per_rank])
         assert same(together, joined(alone[2 * step : 2 * step + 2]))

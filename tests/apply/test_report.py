@@ -1,0 +1,222 @@
+"""The report on a tiny real pre-training run with hand-made results beside it."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from personmae import checkpoint, config, pretrain
+from personmae.apply import pictures, report
+from personmae.data import shards
+from personmae.data.order import sample_keys
+from personmae.errors import UserError
+from personmae.model.personmae import cut_batch, draw_batch
+from personmae.model.vit import patchify
+
+SCORES = {"mAP": 0.4321, "rank1": 0.5, "rank5": 0.7, "rank10": 0.8, "mINP": 0.1}
+COUNTS = {"num_queries": 4, "num_valid": 4, "num_gallery": 20, "seconds": 1.5, "commit": None}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with pictures, shards and a pre-training run of three steps."""
+    root = tmp_path_factory.mktemp("report")
+    _write_pictures(root / "pictures", 12)
+    shards.write(root / "pictures", str(root / "shards"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    pretrain.run(_settings(root))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return root
+
+
+@pytest.fixture
+def runs(trained: Path, tmp_path: Path) -> Path:
+    """The pre-training run, two fine-tunings and a baseline, in one directory."""
+    shutil.copytree(trained / "runs" / "pretrain", tmp_path / "pretrain")
+    _write_result(tmp_path / "finetune_random", trained, init="random", mAP=0.3)
+    _write_result(tmp_path / "finetune_personmae", trained, init=str(tmp_path / "pretrain"))
+    _write_result(tmp_path / "histogram", trained, init="colour alone", mAP=0.0987)
+    for name, init in (("finetune_random", "random"), ("finetune_personmae", "pretrain")):
+        _write_finetuning(tmp_path / name, init)
+    return tmp_path
+
+
+def _settings(root: Path) -> config.Pretrain:
+    return config.Pretrain.model_validate(
+        {
+            "run_dir": str(root / "runs" / "pretrain"),
+            "data": {"shards": str(root / "shards"), "num_threads": 1},
+            "model": {"size": "micro", "img_size": (64, 32)},
+            "decoders": {"depth": 1},
+            "regions": {"max_shift": 16},
+            "train": {"global_batch_size": 4, "total_steps": 3, "log_every": 1, "precision": "fp32", "compile": False},
+            "engine": {"name": "native"},
+        }
+    )
+
+
+def _write_pictures(folder: Path, count: int) -> None:
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = rng.integers(0, 256, (8, 4, 3), np.uint8)
+        cv2.imwrite(str(folder / f"{i:02}.jpg"), cv2.resize(coarse, (40, 80), interpolation=cv2.INTER_CUBIC))
+
+
+def _write_result(folder: Path, root: Path, **fields: object) -> None:
+    folder.mkdir()
+    result = SCORES | COUNTS | {"name": folder.name, "benchmark": "market1501", "root": str(root / "gone")} | fields
+    (folder / "result.json").write_text(json.dumps(result))
+    entries = [
+        {"query": f"{q:02}.jpg", "gallery": [f"{g:02}.jpg" for g in range(2, 12)], "correct": [g == q + 2 for g in range(10)]}
+        for q in range(4)
+    ]
+    (folder / "rank_lists.json").write_text(json.dumps({"root": str(root / "pictures"), "entries": entries}))
+
+
+def _write_finetuning(folder: Path, init: str) -> None:
+    settings = config.Finetune.model_validate({"run_dir": str(folder), "root": "somewhere", "init": init})
+    (folder / "config.yaml").write_text(config.dump_yaml(settings))
+    hardware = {"cpu": "a <processor>", "cores": 2, "memory_bytes": 2**33, "gpus": ["GPU-9000"]}
+    info = {"command": ["finetune"], "config_hash": "c0ffee", "seed": 7, "commit": None, "versions": {"torch": "9.9"}}
+    (folder / "run.json").write_text(json.dumps(info | {"hardware": hardware}))
+    records = [{"step": s, "loss": 5.0 - s, "accuracy": s / 4, "images_per_second": 9.0} for s in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+
+
+def test_the_page_holds_everything_and_links_to_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = report.run(runs)
+    text = page.read_text()
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
+    assert len(addresses) == 5 + 8 * 5 + 4 * 2 * 11  # charts, groups, rank lists
+    assert all(address.startswith("data:image/") for address in addresses)
+    assert "url(" not in text
+    assert "@import" not in text
+    for expected in (
+        "43.2",
+        "30.0",
+        "9.9",
+        "13.2 points more",
+        "uses the target's own patch statistics",
+        "RegionB, the target",
+    ):
+        assert expected in text
+    assert "<strong>43.2</strong>" in text
+    assert "differ: init (pretrain / random)" in text
+    assert "12 pictures in 1 shards" in text
+    for setting in ("max_shift: 16", "GPU-9000", "a &lt;processor&gt;", "c0ffee", "torch 9.9"):
+        assert setting in text
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == str(page)
+    assert "43.2" in printed
+
+
+def test_the_figure_is_1200_pixels_wide(runs: Path) -> None:
+    report.run(runs)
+    figure = cv2.imread(str(runs / "figure.png"))
+    assert figure is not None
+    assert figure.shape[1] == 1200
+    assert (figure.reshape(-1, 3) == pictures.GREEN[::-1]).all(axis=1).any()  # BGR
+
+
+def test_a_run_directory_itself_can_be_reported(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "runs" / "pretrain", tmp_path / "pretrain")
+    text = report.run(tmp_path / "pretrain").read_text()
+    assert "pretrain is at step 3" in text
+    assert "no run has a rank_lists.json yet" in text
+
+
+def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path) -> None:
+    shutil.rmtree(runs / "pretrain" / "checkpoints")
+    (runs / "pretrain" / "config.yaml").write_text(
+        (runs / "pretrain" / "config.yaml").read_text().replace(str(trained / "shards"), "nowhere")
+    )
+    (runs / "finetune_random" / "result.json").unlink()
+    lists = runs / "finetune_personmae" / "rank_lists.json"
+    lists.write_text(lists.read_text().replace(str(trained / "pictures"), "moved"))
+    text = report.run(runs).read_text()
+    assert "has no checkpoint yet" in text
+    assert "Not counted: a directory or s3://bucket/prefix is required; nowhere does not exist" in text
+    assert "moved/00.jpg" in text
+    assert "there is no pair to compare yet" in text
+
+
+def test_a_baseline_alone_makes_a_page(runs: Path) -> None:
+    text = report.run(runs / "histogram").read_text()
+    assert "There is no pre-training run here" in text
+    assert "No run here has logged a step yet" in text
+    assert "9.9" in text
+
+
+def test_a_directory_with_nothing_to_report_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither"):
+        report.run(tmp_path)
+    with pytest.raises(UserError, match="is not a directory"):
+        report.run(tmp_path / "absent")
+
+
+def test_a_damaged_result_is_named(runs: Path) -> None:
+    (runs / "histogram" / "result.json").write_text('{"name": "histogram"}')
+    with pytest.raises(UserError, match=r"histogram/result\.json .* init: Field required"):
+        report.run(runs)
+
+
+def test_the_masked_picture_hides_exactly_the_hidden_patches(trained: Path) -> None:
+    settings = _settings(trained)
+    view = pictures.build_view(settings)
+    drawn = pictures.reconstruct_run(settings, Path(settings.run_dir), 8)
+    ids = np.linspace(0, 11, 8).astype(np.int64)
+    draws = draw_batch(torch.from_numpy(sample_keys(ids, seed=0, epoch=0)), torch.full((8, 2), 40) * torch.tensor([2, 1]), view)
+    differs = (drawn.masked != drawn.region_a).any(dim=-1)  # (B, H, W)
+    grey = (drawn.masked == pictures.GREY).all(dim=-1)
+    hidden = pictures.hidden_mask(draws.ids_keep, view.grid).reshape(8, 4, 2)
+    hidden = hidden.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
+    assert hidden.float().mean() == 0.75
+    assert torch.equal(grey, hidden)
+    assert not (differs & ~hidden).any()
+
+
+def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
+    settings = _settings(trained)
+    view = pictures.build_view(settings)
+    model = pictures.build_model(settings)
+    path = checkpoint.newest(settings.run_dir)
+    assert path
+    checkpoint.load_strictly(model, checkpoint.read(path).tensors["student"], path)
+    canvas = torch.randint(0, 256, (2, *view.canvas_size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    draws = draw_batch(torch.tensor([5, 6]), torch.tensor([[80, 40], [80, 40]]), view)
+    drawn = pictures.reconstruct(model, canvas, draws, view)
+
+    batch = cut_batch(canvas, draws, view)
+    with torch.no_grad():
+        pred = model.predict_pixels(batch)
+    for b in range(2):
+        visible = batch["patches_a"][b]
+        for name, images in (("target", drawn.with_target_stats), ("visible", drawn.with_visible_stats)):
+            got = patchify(images[b : b + 1].permute(0, 3, 1, 2).float(), 16)[0]
+            for patch in range(8):
+                source = batch["patches_b"][b, patch] if name == "target" else visible
+                wanted = pred[b, patch] * source.std() + source.mean()
+                wanted = ((wanted * 0.5 + 0.5) * 255).clamp(0, 255)
+                assert (got[patch] - wanted).abs().max() <= 0.51
+
+
+def test_a_report_is_the_same_twice(runs: Path) -> None:
+    first = report.run(runs).read_bytes()
+    assert report.run(runs).read_bytes() == first
+
+
+def test_a_frame_says_right_and_wrong_without_touching_its_picture() -> None:
+    picture = np.full((64, 32, 3), 200, np.uint8)
+    right, wrong = pictures.framed(picture, True), pictures.framed(picture, False)
+    assert (picture == 200).all()
+    assert tuple(right[0, 0]) == pictures.GREEN
+    assert tuple(wrong[-1, 0]) == pictures.RED
+    assert (right[10:-10, 10:-10] == 200).all()

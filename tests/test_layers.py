@@ -1,0 +1,160 @@
+"""Imports point down: the layers of the design, and what must not be loaded early."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
+    f"personmae.reid.{name}" for name in ("heads", "losses", "cluster", "ranking", "sampler", "datasets", "transforms")
+}
+MIDDLE = {"personmae.engine", "personmae.checkpoint", "personmae.metrics", "personmae.data"} | {
+    f"personmae.reid.{name}" for name in ("features", "retrieval")
+}
+PROGRAMS = {f"personmae.{name}" for name in ("pretrain", "finetune", "unsupervised", "evaluate", "bench", "apply")}
+GROUND = {"personmae.errors"}
+HEAVY = {"torch", "cv2", "numpy", "boto3", "streaming", "deepspeed", "timm", "matplotlib"}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(text: str, package: list[str], known: frozenset[str]) -> set[str]:
+    """Everything a file of ``package`` imports, at any depth; ``from package import module`` is the module."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{a.name}" if f"{module}.{a.name}" in known else module for a in node.names}
+    return found
+
+
+FILES = {module_of(path): path for top in ("personmae", "launcher") for path in sorted((ROOT / top).rglob("*.py"))}
+IMPORTS = {
+    module: imports_of(path.read_text(), list(path.relative_to(ROOT).parts[:-1]), frozenset(FILES))
+    for module, path in FILES.items()
+}
+OURS = {m: {i for i in found if i.split(".")[0] in ("personmae", "launcher")} for m, found in IMPORTS.items()}
+
+
+def within(module: str, layer: set[str]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in layer)
+
+
+def trespasses(layer: set[str], allowed: set[str]) -> list[str]:
+    """What modules of a layer import beyond ``allowed``."""
+    return [f"{m} -> {i}" for m, found in OURS.items() if within(m, layer) for i in found if not within(i, allowed)]
+
+
+def test_the_walk_finds_imports_at_any_depth():
+    text = "import a.b\nfrom personmae import dist, nothing\ndef f():\n    if 1:\n        from .order import Ids\n"
+    found = imports_of(text, ["personmae", "data"], frozenset(FILES))
+    assert found == {"a.b", "personmae.dist", "personmae", "personmae.data.order"}
+    assert "personmae.engine.deepspeed" in OURS["personmae.pretrain"]  # imported inside a function
+
+
+def test_every_module_has_a_layer():
+    upper = PROGRAMS | {"personmae.__main__", "launcher"}
+    lower = GROUND | {"personmae.dist", "personmae.nvml", "personmae.config"}
+    packages = {"personmae", "personmae.reid"}
+    assert [m for m in FILES if m not in packages and not within(m, upper | MIDDLE | TORCH_ONLY | lower)] == []
+
+
+def is_program(module: str) -> bool:
+    """Whether a module of the top layer is one of its programs: those have a ``run``."""
+    body = ast.parse(FILES[module].read_text()).body
+    return within(module, PROGRAMS) and any(isinstance(n, ast.FunctionDef) and n.name == "run" for n in body)
+
+
+def test_programs_never_import_each_other():
+    programs = {module for module in FILES if is_program(module)}
+    assert {"personmae.pretrain", "personmae.finetune", "personmae.evaluate", "personmae.apply.report"} <= programs
+    assert [f"{m} -> {i}" for m in OURS if within(m, PROGRAMS) for i in OURS[m] if i in programs] == []
+
+
+def test_nothing_below_imports_a_program():
+    layers = TORCH_ONLY | MIDDLE | GROUND | {"personmae.dist", "personmae.nvml", "personmae.config"}
+    assert [f"{m} -> {i}" for m in OURS if within(m, layers) for i in OURS[m] if within(i, PROGRAMS)] == []
+
+
+def test_model_optim_and_the_parts_of_reid_know_no_rank_engine_data_or_configuration():
+    assert trespasses(TORCH_ONLY, TORCH_ONLY | GROUND) == []
+
+
+def test_model_knows_no_reid():
+    assert trespasses({"personmae.model"}, {"personmae.model", "personmae.errors"}) == []
+
+
+def test_engine_checkpoint_metrics_data_and_features_take_plain_arguments():
+    assert trespasses(MIDDLE, MIDDLE | TORCH_ONLY | GROUND | {"personmae.dist", "personmae.nvml"}) == []
+
+
+def test_an_engine_knows_no_model_and_no_data():
+    assert trespasses({"personmae.engine"}, {"personmae.engine", "personmae.dist", "personmae.errors"}) == []
+
+
+def test_data_knows_no_model_and_no_engine():
+    assert trespasses({"personmae.data"}, {"personmae.data", "personmae.dist", "personmae.errors"}) == []
+
+
+def test_dist_nvml_and_the_configuration_stand_on_errors_alone():
+    assert trespasses({"personmae.dist", "personmae.nvml", "personmae.config", "personmae.errors"}, GROUND) == []
+
+
+def test_the_configuration_needs_pydantic_yaml_and_the_standard_library():
+    outside = {i.split(".")[0] for i in IMPORTS["personmae.config"]} - set(sys.stdlib_module_names)
+    assert outside == {"pydantic", "yaml", "personmae"}
+
+
+def test_the_model_needs_torch_and_nothing_that_computes_besides():
+    outside = {i.split(".")[0] for m in OURS if within(m, {"personmae.model"}) for i in IMPORTS[m]}
+    assert outside - set(sys.stdlib_module_names) == {"torch", "jaxtyping", "personmae"}
+
+
+def test_the_launcher_imports_the_command_line_configuration_and_errors_alone():
+    assert trespasses({"launcher"}, {"launcher", "personmae.__main__", "personmae.config", "personmae.errors"}) == []
+
+
+def test_the_bottom_imports_nothing_of_ours():
+    assert OURS["personmae.errors"] == set()
+
+
+def test_packages_do_nothing_when_imported():
+    for module, path in FILES.items():
+        if path.name == "__init__.py":
+            body = ast.parse(path.read_text()).body
+            assert all(isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant) for n in body), module
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """Top-level names of everything a fresh interpreter imports."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-c", "import launcher.program"),
+        ("-c", "import personmae.config, personmae.errors"),
+        ("-m", "personmae", "--help"),
+        ("launcher/pretrain.py", "--help"),
+        ("-m", "personmae", "pretrain", "configs/quickstart.yaml", "--print-config"),
+    ],
+    ids=lambda arguments: " ".join(arguments),
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(arguments):
+    loaded = loaded_by(*arguments)
+    assert "argparse" in loaded or "pydantic" in loaded
+    assert loaded & HEAVY == set()
