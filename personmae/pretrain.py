@@ -67,6 +67,8 @@ def run(settings: config.Pretrain) -> None:
         block_size=settings.data.shuffle_block_size,
         max_bad_ratio=settings.data.max_bad_ratio,
     )
+    if world.is_first:
+        announce(settings, model, plan, len(shards), total_steps, start)
     log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start)
     reference_steps = PAPER_STEPS if settings.teacher.horizon_scaling else None
     step = start

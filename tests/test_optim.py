@@ -1,7 +1,9 @@
 """Parameter groups and schedules."""
 
 import math
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ def test_the_learning_rate_rises_in_equal_steps_to_its_peak():
 
 def test_then_it_falls_along_half_a_cosine_to_its_minimum_and_stays_there():
     scales = [lr_scale_at(step, 100, **SCHEDULE) for step in range(20, 101)]
-    assert all(b < a for a, b in zip(scales, scales[1:], strict=False))
+    assert all(b < a for a, b in pairwise(scales))
     assert scales[40] == pytest.approx(0.55)  # half way
     assert scales[20] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
     assert scales[-1] == pytest.approx(0.1)
@@ -86,7 +88,8 @@ def test_a_step_is_adamws_with_decoupled_decay():
     model = nn.Linear(4, 2)
     optimizer = adamw(param_groups(model.named_parameters(), lr=0.1, weight_decay=0.05), (0.9, 0.95))
     weight, bias = (p.detach().double().numpy().copy() for p in (model.weight, model.bias))
-    x, moments = torch.randn(3, 4), {"weight": [0.0, 0.0], "bias": [0.0, 0.0]}
+    x = torch.randn(3, 4)
+    moments = {name: (np.zeros(1), np.zeros(1)) for name in ("weight", "bias")}
     for step in range(1, 6):
         model(x).square().sum().backward()
         expected = {}
@@ -96,7 +99,7 @@ def test_a_step_is_adamws_with_decoupled_decay():
             g = gradient.double().numpy()
             m, v = moments[name]
             m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
-            moments[name] = [m, v]
+            moments[name] = (m, v)
             decayed = value * (1 - 0.1 * 0.05) if name == "weight" else value
             expected[name] = decayed - 0.1 * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)) ** 0.5 + 1e-8)
         optimizer.step()

@@ -253,7 +253,7 @@ def probe(code: str, timeout_seconds: float) -> Outcome:
             [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_seconds, env=environ, check=False
         )
     except subprocess.TimeoutExpired:
-        return Outcome(False, f"no answer within {timeout_seconds:.0f} s")
+        return Outcome(False, f"no answer within {timeout_seconds:g} s")
     if done.returncode == 0:
         return Outcome(True, done.stdout.strip().splitlines()[-1])
     lines = done.stderr.strip().splitlines()

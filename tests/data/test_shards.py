@@ -182,7 +182,7 @@ def test_a_description_counts_shards_samples_bytes_and_heights(pictures, shard_d
     files = list(shard_dir.glob("*.mds"))
     assert (stats.num_shards, stats.num_samples) == (len(files), NUM_PICTURES)
     assert stats.num_bytes == sum(path.stat().st_size for path in files)
-    heights = [cv2.imread(str(path)).shape[0] for path in shards.find_pictures(pictures)]
+    heights = [np.asarray(cv2.imread(str(path))).shape[0] for path in shards.find_pictures(pictures)]
     assert sum(stats.heights.values()) == NUM_PICTURES
     for band, count in stats.heights.items():
         low, high = map(int, band.removesuffix(" px").split("-"))

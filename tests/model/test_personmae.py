@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import paper_numpy as paper
@@ -49,9 +50,9 @@ def a_batch(count: int = 3, view: View = VIEW) -> tuple[Tensor, Draws]:
     return canvas, draw_batch(torch.arange(count) * 977 + 13, native, view)
 
 
-def a_model(**options) -> PersonMAE:
+def a_model(**options: Any) -> PersonMAE:
     torch.manual_seed(0)
-    model = PersonMAE(**({"size": "micro"} | options))
+    model = PersonMAE(size="micro", **options)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.05)
     return model
@@ -208,7 +209,7 @@ def test_without_feature_weight_there_is_no_feature_decoder_and_no_target_is_nee
 
 def test_the_whole_forward_pass_equals_float64_numpy():
     model, (canvas, draws) = a_model(beta=0.7, feature_weight=1.5), a_batch()
-    teacher = Teacher(a_model(size="micro").encoder, VIEW.grid)
+    teacher = Teacher(a_model().encoder, VIEW.grid)
     for parameter in teacher.encoder.parameters():
         parameter.add_(0.01)  # not the student's weights
     weights, teacher_weights = weights_of(model), weights_of(teacher.encoder)

@@ -1,6 +1,7 @@
 """Eq. (1), (2) and (4), and what is random about a picture."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from personmae.model.regions import (
 )
 from personmae.model.vit import grid_coords, patchify
 
-PAPER = {"crop_scale": (0.8, 1.0), "crop_ratio": (0.375, 0.667)}
+PAPER: dict[str, Any] = {"crop_scale": (0.8, 1.0), "crop_ratio": (0.375, 0.667)}
 
 
 def keys_of(count: int, seed: int = 0) -> Tensor:

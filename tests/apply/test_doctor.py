@@ -1,0 +1,90 @@
+"""doctor tells what is here and what would fail, survives what is broken, and keeps secrets."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from personmae.apply import doctor
+from personmae.apply.doctor import Outcome
+from personmae.errors import UserError
+
+SECRET = "wJalrXUtnFEMI-not-a-real-key"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, fresh_s3_client: Callable[[], None]) -> None:
+    """Only torch is probed, no compiler is started; credentials are in the environment."""
+    monkeypatch.setattr(doctor, "PROBES", {"torch": doctor.PROBES["torch"]})
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", SECRET)
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://user:{SECRET}@127.0.0.1:9")
+
+
+def test_doctor_reports_torch_and_every_verb_and_no_secret(
+    quick: None, shard_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    doctor.run(shards=str(shard_dir))
+    printed = "".join(capfd.readouterr())
+    for expected in (version("torch"), "bf16 matmul", "found (env)", "http://127.0.0.1:9", "50 pictures", "first picture"):
+        assert expected in printed
+    for verb in doctor.VERBS:
+        assert f" {verb} " in printed
+    assert SECRET not in printed
+    assert "AKIAEXAMPLE" not in printed
+
+
+def test_shards_that_cannot_be_read_are_a_user_error_after_everything_is_told(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "probe_all", lambda: {name: Outcome(True, "") for name in _everything()})
+    with pytest.raises(UserError, match=r"cannot be read: a data set with index\.json is required"):
+        doctor.run(shards=str(tmp_path))
+    assert "pretrain" in capfd.readouterr().out
+    with pytest.raises(UserError, match="cannot be read") as raised:
+        doctor.run(shards="s3://bucket/prefix")
+    assert SECRET not in str(raised.value)
+    assert SECRET not in "".join(capfd.readouterr())
+
+
+def test_every_verb_of_the_command_line_is_judged() -> None:
+    code = "from personmae.__main__ import main; main(['--help'])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    verbs = [line.split()[0] for line in printed.splitlines() if line.startswith("    ") and line[4] != " "]
+    assert set(doctor.VERBS) <= set(verbs)
+    assert {"synth", "pretrain", "finetune", "evaluate"} <= set(doctor.VERBS)
+
+
+def test_a_probe_that_fails_hangs_or_crashes_is_told_in_one_line() -> None:
+    assert doctor.probe("print('noise'); print('fine')", 20) == Outcome(True, "fine")
+    failed = doctor.probe("raise RuntimeError('operator torchvision::nms does not exist')", 20)
+    assert failed == Outcome(False, "RuntimeError: operator torchvision::nms does not exist")
+    assert doctor.probe("import os; os.abort()", 20) == Outcome(False, "the process ended with -6")
+    assert doctor.probe("import time; time.sleep(20)", 0.5) == Outcome(False, "no answer within 0.5 s")
+
+
+def test_a_missing_compiler_stops_only_what_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    outcomes = {name: Outcome(True, "") for name in _everything()} | {"compiler": doctor.find_compiler()}
+    told = doctor.commands(outcomes)
+    assert [verb for verb, outcome in told.items() if not outcome.works] == ["pretrain"]
+    assert "no C++ compiler (/nowhere/g++)" in told["pretrain"].detail
+    assert "train.compile=false" in told["pretrain"].detail
+
+
+def test_a_broken_torch_stops_what_needs_it_and_not_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PROBES", {"torch": "raise OSError('libtorch_cpu.so: cannot open shared object file')"})
+    monkeypatch.setattr(doctor, "IMPORT_ALL", "import json; print(json.dumps({name: 'no torch' for name in names[1:-1]}))")
+    told = doctor.commands(doctor.probe_all())
+    assert told["synth"].works
+    assert told["doctor"].works
+    assert "libtorch_cpu.so" in told["pretrain"].detail
+    assert told["shards"] == Outcome(False, "personmae.data.shards does not import: no torch")
+
+
+def _everything() -> list[str]:
+    return [*doctor.PROBES, "compiler", "disk", *(module for module, _ in doctor.VERBS.values())]
