@@ -27,11 +27,13 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    size: Literal["micro", "small", "base", "large"] = Field("base", description="encoder: micro, ViT-S, ViT-B or ViT-L")
-    img_size: Size = Field((256, 128), description="(height, width) in pixels")
-    patch_size: int = Field(16, gt=0)
-    mean: Triple = Field((0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
-    std: Triple = Field((0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
+    size: Literal["micro", "small", "base", "large"] = Field(
+        default="base", description="encoder: micro, ViT-S, ViT-B or ViT-L"
+    )
+    img_size: Size = Field(default=(256, 128), description="(height, width) in pixels")
+    patch_size: int = Field(default=16, gt=0)
+    mean: Triple = Field(default=(0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
+    std: Triple = Field(default=(0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
 
     @model_validator(mode="after")
     def _whole_patches(self) -> "Model":
@@ -41,69 +43,73 @@ class Model(Section):
 
 
 class Decoders(Section):
-    depth: int = Field(2, gt=0, description="ViT blocks in each decoder")
-    pixel_dim: int | None = Field(None, gt=0, description="width of the pixel decoder; default min(512, embed_dim)")
-    feature_dim: int | None = Field(None, gt=0, description="width of the feature decoder; default embed_dim")
+    depth: int = Field(default=2, gt=0, description="ViT blocks in each decoder")
+    pixel_dim: int | None = Field(default=None, gt=0, description="width of the pixel decoder; default min(512, embed_dim)")
+    feature_dim: int | None = Field(default=None, gt=0, description="width of the feature decoder; default embed_dim")
 
 
 class Regions(Section):
-    max_shift: int = Field(64, ge=0, description="m of Eq. (1), in pixels of the height; the width shifts by half of it")
-    crop_scale: Range = Field((0.8, 1.0), description="area of the global crop, as a share of the picture")
-    crop_ratio: Range = Field((0.375, 0.667), description="width / height of the global crop")
-    flip_prob: Fraction = Field(0.5, description="chance of a horizontal flip")
+    max_shift: int = Field(
+        default=64, ge=0, description="m of Eq. (1), in pixels of the height; the width shifts by half of it"
+    )
+    crop_scale: Range = Field(default=(0.8, 1.0), description="area of the global crop, as a share of the picture")
+    crop_ratio: Range = Field(default=(0.375, 0.667), description="width / height of the global crop")
+    flip_prob: Fraction = Field(default=0.5, description="chance of a horizontal flip")
 
 
 class Mask(Section):
     kind: Literal["block", "random"] = "block"
-    ratio: float = Field(0.75, gt=0, lt=1, description="share of RegionA's patches that is hidden; r of Eq. (3)")
-    min_block: int = Field(4, gt=0, description="smallest block, in patches")
+    ratio: float = Field(default=0.75, gt=0, lt=1, description="share of RegionA's patches that is hidden; r of Eq. (3)")
+    min_block: int = Field(default=4, gt=0, description="smallest block, in patches")
 
 
 class Loss(Section):
-    feature_weight: float = Field(1.0, ge=0, description="lambda of Eq. (8); 0 leaves the teacher out")
-    beta: float = Field(2.0, gt=0, description="beta of the smooth-L1 of Eq. (7)")
+    feature_weight: float = Field(default=1.0, ge=0, description="lambda of Eq. (8); 0 leaves the teacher out")
+    beta: float = Field(default=2.0, gt=0, description="beta of the smooth-L1 of Eq. (7)")
 
 
 class Teacher(Section):
-    momentum: tuple[Fraction, Fraction] = Field((0.999, 0.9999), description="gamma of Eq. (6): start and end")
-    ramp_fraction: Fraction = Field(0.2, description="share of the run over which gamma rises linearly")
+    momentum: tuple[Fraction, Fraction] = Field(default=(0.999, 0.9999), description="gamma of Eq. (6): start and end")
+    ramp_fraction: Fraction = Field(default=0.2, description="share of the run over which gamma rises linearly")
     horizon_scaling: bool = Field(
-        False, description="keep (1 - gamma) * steps as in the paper's 204,100 steps, for much shorter runs"
+        default=False, description="keep (1 - gamma) * steps as in the paper's 204,100 steps, for much shorter runs"
     )
 
 
 class Optim(Section):
-    base_lr: float = Field(1.5e-4, gt=0, description="lr = base_lr * global_batch_size / 256")
-    lr: float | None = Field(None, gt=0, description="peak learning rate; overrides base_lr")
-    min_lr: float = Field(1e-5, ge=0)
-    weight_decay: float = Field(0.05, ge=0)
+    base_lr: float = Field(default=1.5e-4, gt=0, description="lr = base_lr * global_batch_size / 256")
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate; overrides base_lr")
+    min_lr: float = Field(default=1e-5, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    warmup_fraction: Fraction = Field(0.2, description="share of the run with a linear warm-up")
-    max_norm: float | None = Field(None, gt=0, description="gradient clipping; none in the paper's family")
+    warmup_fraction: Fraction = Field(default=0.2, description="share of the run with a linear warm-up")
+    max_norm: float | None = Field(default=None, gt=0, description="gradient clipping; none in the paper's family")
 
 
 class Train(Section):
-    global_batch_size: int = Field(2048, gt=0, description="images per optimizer step over all ranks")
-    max_micro_batch_size: int = Field(256, gt=0, description="most images per rank and forward pass")
-    epochs: float | None = Field(100, gt=0)
-    total_steps: int | None = Field(None, gt=0, description="overrides epochs")
+    global_batch_size: int = Field(default=2048, gt=0, description="images per optimizer step over all ranks")
+    max_micro_batch_size: int = Field(default=256, gt=0, description="most images per rank and forward pass")
+    epochs: float | None = Field(default=100, gt=0)
+    total_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
     precision: Literal["bf16", "fp32"] = "bf16"
-    compile: bool = Field(True, description="torch.compile of student, teacher and region cutting")
-    grad_checkpointing: bool = Field(False, description="recompute the encoder's activations in the backward pass")
-    log_every: int = Field(50, gt=0, description="steps between two log lines")
+    compile: bool = Field(default=True, description="torch.compile of student, teacher and region cutting")
+    grad_checkpointing: bool = Field(default=False, description="recompute the encoder's activations in the backward pass")
+    log_every: int = Field(default=50, gt=0, description="steps between two log lines")
 
 
 class Data(Section):
     shards: str = Field(description="directory or s3://bucket/prefix of MDS shards")
-    cache_dir: str = Field("", description="where shards of an object store are kept; default RUN_DIR/shards")
-    num_threads: int = Field(0, ge=0, description="decoding threads per rank; 0 for the cores divided by the local ranks")
-    prefetch_batches: int = Field(4, gt=0)
-    shuffle_block_size: int = Field(1 << 18, gt=0, description="samples that are shuffled among each other")
-    max_bad_ratio: Fraction = Field(0.01, description="share of unreadable pictures above which the run stops")
+    cache_dir: str = Field(default="", description="where shards of an object store are kept; default RUN_DIR/shards")
+    num_threads: int = Field(
+        default=0, ge=0, description="decoding threads per rank; 0 for the cores divided by the local ranks"
+    )
+    prefetch_batches: int = Field(default=4, gt=0)
+    shuffle_block_size: int = Field(default=1 << 18, gt=0, description="samples that are shuffled among each other")
+    max_bad_ratio: Fraction = Field(default=0.01, description="share of unreadable pictures above which the run stops")
 
 
 class Deepspeed(Section):
-    zero_stage: Literal[0] = Field(0, description="ZeRO stage; 1 to 3 come with the portable sharded state")
+    zero_stage: Literal[0] = Field(default=0, description="ZeRO stage; 1 to 3 come with the portable sharded state")
     extra: dict[str, Any] = Field(default_factory=dict, description="merged last into the generated DeepSpeed dict")
 
 
@@ -113,16 +119,16 @@ class Engine(Section):
 
 
 class Checkpoint(Section):
-    every_steps: int = Field(1000, gt=0)
-    keep_last: int = Field(2, gt=0)
-    resume: Literal["auto", "none"] = Field("auto", description="auto: continue the newest valid checkpoint of run_dir")
+    every_steps: int = Field(default=1000, gt=0)
+    keep_last: int = Field(default=2, gt=0)
+    resume: Literal["auto", "none"] = Field(default="auto", description="auto: continue the newest valid checkpoint of run_dir")
 
 
 class Pretrain(Section):
     """PersonMAE pre-training."""
 
     run_dir: str = Field(description="logs, checkpoints and the resolved configuration")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     data: Data
     model: Model = Model()
     decoders: Decoders = Decoders()
@@ -138,46 +144,46 @@ class Pretrain(Section):
 
 class Head(Section):
     kind: Literal["mgn", "bnneck"] = "mgn"
-    embed_dim: int = Field(256, gt=0, description="width of each of MGN's eight embeddings")
-    split: Literal["adaptive", "chunk"] = Field("adaptive", description="how MGN cuts rows that its parts do not divide")
-    pool: Literal["cls", "mean", "cls_mean"] = Field("cls", description="token pooling of the bnneck head")
+    embed_dim: int = Field(default=256, gt=0, description="width of each of MGN's eight embeddings")
+    split: Literal["adaptive", "chunk"] = Field(default="adaptive", description="how MGN cuts rows that 3 does not divide")
+    pool: Literal["cls", "mean", "cls_mean"] = Field(default="cls", description="token pooling of the bnneck head")
 
 
 class Augment(Section):
-    pad: int = Field(10, ge=0, description="pixels of padding before the random crop")
+    pad: int = Field(default=10, ge=0, description="pixels of padding before the random crop")
     flip_prob: Fraction = 0.5
     erase_prob: Fraction = 0.5
 
 
 class Batch(Section):
-    num_ids: int = Field(16, gt=0, description="P: identities in a global batch")
-    num_instances: int = Field(16, gt=1, description="K: images of each")
+    num_ids: int = Field(default=16, gt=0, description="P: identities in a global batch")
+    num_instances: int = Field(default=16, gt=1, description="K: images of each")
 
 
 class FinetuneOptim(Section):
-    lr: float = Field(5e-3, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    weight_decay: float = Field(0.05, ge=0)
+    lr: float = Field(default=5e-3, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    layer_decay: float = Field(0.65, gt=0, le=1)
-    warmup_fraction: Fraction = Field(1 / 6, description="share of the run with a linear warm-up")
-    max_norm: float | None = Field(None, gt=0)
+    layer_decay: float = Field(default=0.65, gt=0, le=1)
+    warmup_fraction: Fraction = Field(default=1 / 6, description="share of the run with a linear warm-up")
+    max_norm: float | None = Field(default=None, gt=0)
 
 
 class FinetuneTrain(Section):
-    epochs: int = Field(60, gt=0)
+    epochs: int = Field(default=60, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = False
     label_smoothing: Fraction = 0.1
     drop_path_rate: Fraction = 0.1
-    log_every: int = Field(50, gt=0)
+    log_every: int = Field(default=50, gt=0)
 
 
 class Finetune(Section):
     """Supervised person re-identification on one benchmark."""
 
     run_dir: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     benchmark: Literal["market1501", "occluded_duke"] = "market1501"
     root: str = Field(description="directory of the benchmark")
     init: str = Field(description="a pre-training run or checkpoint, or 'random'")

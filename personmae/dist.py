@@ -56,7 +56,8 @@ def start(world: World) -> None:
     if world.world_size > 1:
         tdist.init_process_group(backend, timeout=_TIMEOUT)
     else:  # a group of one needs no address and no port; DeepSpeed wants a group even so
-        tdist.init_process_group(backend, store=tdist.HashStore(), rank=0, world_size=1)
+        store = tdist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        tdist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
 def stop() -> None:

@@ -74,13 +74,13 @@ def run(settings: config.Pretrain) -> None:
     step = start
     try:
         while step < total_steps:
+            parts = []
             for micro in range(plan.grad_accum_steps):
                 batch = to_device(next(reader), world.device)
                 inputs = cut(batch.canvas, draw_batch(batch.keys, batch.native_size, view), view)
                 if teacher:
                     inputs["target"] = teacher(inputs["patches_b"])
-                losses = engine.forward_backward(inputs, last_micro=micro == plan.grad_accum_steps - 1)
-                total = losses if micro == 0 else {name: total[name] + loss for name, loss in losses.items()}
+                parts.append(engine.forward_backward(inputs, last_micro=micro == plan.grad_accum_steps - 1))
             lr_scale = lr_scale_at(settings, step, total_steps)
             grad_norm = engine.step(lr_scale)
             if teacher:
@@ -96,10 +96,8 @@ def run(settings: config.Pretrain) -> None:
 
             log.advance(step)
             if step % settings.train.log_every == 0 or step == total_steps:
-                values = {name: loss / plan.grad_accum_steps for name, loss in total.items()}
+                values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
                 values["grad_norm"] = grad_norm
-                if teacher:
-                    values["target_std"] = inputs["target"].std(dim=0).mean()  # falls to 0 if the teacher collapses
                 means = mean_over_ranks(values)  # the only wait for the device in this loop
                 means["lr"] = lr_scale * peak_lr(settings)
                 log.log(step, means, images_per_step=plan.global_batch_size)

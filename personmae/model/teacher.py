@@ -31,7 +31,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, encoder: VisionTransformer, momentum: float) -> None:
         """Eq. (6): theta_m <- gamma theta_m + (1 - gamma) theta_o, in fp32."""
-        torch._foreach_lerp_(list(self.encoder.parameters()), list(encoder.parameters()), 1 - momentum)
+        ours, theirs = list(self.encoder.parameters()), list(encoder.parameters())
+        torch._foreach_lerp_(ours, theirs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def momentum_at(

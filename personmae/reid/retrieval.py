@@ -33,16 +33,24 @@ def measure(benchmark: Benchmark, features: Features, *, img_size: tuple[int, in
         vectors = features(images, pids_and_camids(samples)[1])
     query, gallery = vectors[: len(benchmark.query)], vectors[len(benchmark.query) :]
     (query_pids, query_camids), (gallery_pids, gallery_camids) = map(pids_and_camids, (benchmark.query, benchmark.gallery))
-    labels = {
-        "query_pids": query_pids,
-        "query_camids": query_camids,
-        "gallery_pids": gallery_pids,
-        "gallery_camids": gallery_camids,
-    }
-    result = ranking.evaluate(query, gallery, **labels)
+    result = ranking.evaluate(
+        query,
+        gallery,
+        query_pids=query_pids,
+        query_camids=query_camids,
+        gallery_pids=gallery_pids,
+        gallery_camids=gallery_camids,
+    )
     chosen = np.linspace(0, len(query) - 1, min(NUM_RANK_LISTS, len(query))).astype(int)
-    labels |= {"query_pids": query_pids[chosen], "query_camids": query_camids[chosen]}
-    lists = ranking.rank_lists(query[chosen], gallery, **labels, top_k=TOP_K)
+    lists = ranking.rank_lists(
+        query[chosen],
+        gallery,
+        query_pids=query_pids[chosen],
+        query_camids=query_camids[chosen],
+        gallery_pids=gallery_pids,
+        gallery_camids=gallery_camids,
+        top_k=TOP_K,
+    )
     return {
         "benchmark": benchmark.name,
         "root": str(benchmark.root),

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-
-from runs import pretrain
+from programs import pretrain
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from runs import one_line_error, personmae
+from programs import one_line_error, personmae
 
 pytestmark = pytest.mark.integration
 PRETRAIN = ("pretrain", "configs/quickstart.yaml")

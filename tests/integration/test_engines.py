@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from runs import ROOT, SETTINGS, STEPS, environment, losses, pretrain
+from programs import ROOT, SETTINGS, STEPS, environment, losses, pretrain
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 GOLDEN = ROOT / "tests/golden/pretrain_20_steps.json"

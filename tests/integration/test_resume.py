@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import losses, pretrain, start_pretrain
 
 from personmae import checkpoint
-from runs import losses, pretrain, start_pretrain
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 

@@ -1,5 +1,6 @@
 """Object storage against a real server: a Ceph gateway, which checks signatures and bucket names."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -7,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from conftest import SHARD_BYTES
-from runs import losses, one_line_error, personmae, pretrain
+from programs import losses, one_line_error, personmae, pretrain
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 _NEEDED = ("ceph-mon", "ceph-osd", "radosgw", "radosgw-admin")
@@ -48,24 +47,25 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 def test_pictures_travel_through_the_bucket_into_the_same_losses(
-    gateway: dict[str, str], pictures: Path, native_run: Path, tmp_path: Path
+    gateway: dict[str, str], pictures: Path, shard_dir: Path, native_run: Path, tmp_path: Path
 ) -> None:
+    shard_bytes = json.loads((shard_dir / "index.json").read_text())["shards"][0]["size_limit"]
     location = "s3://crops/people/shards"
-    written = personmae("shards", "write", pictures, location, "--shard-mb", str(SHARD_BYTES / 2**20), **gateway)
+    written = personmae("shards", "write", pictures, location, "--shard-mb", str(shard_bytes / 2**20), env=gateway)
     assert written.returncode == 0, written.stderr
-    verified = personmae("shards", "verify", location, **gateway)
+    verified = personmae("shards", "verify", location, env=gateway)
     assert verified.stdout.strip() == f"50 samples of {location} are whole", verified.stderr
-    pretrain(location, tmp_path / "run", "engine.name=native", **gateway)
+    pretrain(location, tmp_path / "run", "engine.name=native", env=gateway)
     np.testing.assert_array_equal(losses(tmp_path / "run"), losses(native_run))
 
 
 def test_a_missing_bucket_and_a_wrong_key_are_named(gateway: dict[str, str], pictures: Path, tmp_path: Path) -> None:
-    missing = personmae("shards", "write", pictures, "s3://no-such-bucket/x", **gateway)
+    missing = personmae("shards", "write", pictures, "s3://no-such-bucket/x", env=gateway)
     assert "s3://no-such-bucket/x" in one_line_error(missing)
     assert "the bucket does not exist" in missing.stderr
-    wrong = personmae("shards", "stats", "s3://crops/people/shards", **(gateway | {"AWS_SECRET_ACCESS_KEY": "wrong"}))
+    wrong = personmae("shards", "stats", "s3://crops/people/shards", env=(gateway | {"AWS_SECRET_ACCESS_KEY": "wrong"}))
     assert "the secret key does not fit the access key" in one_line_error(wrong)
-    unknown = personmae("shards", "stats", "s3://crops/people/shards", **(gateway | {"AWS_ACCESS_KEY_ID": "nobody"}))
+    unknown = personmae("shards", "stats", "s3://crops/people/shards", env=(gateway | {"AWS_ACCESS_KEY_ID": "nobody"}))
     assert "the server does not know this access key" in one_line_error(unknown)
     run_dir = tmp_path / "run"
     train = personmae(

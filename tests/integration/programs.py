@@ -18,38 +18,38 @@ SETTINGS = [
 ]
 
 
-def environment(**extra: str) -> dict[str, str]:
+def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """This process's environment, on the CPU, with one thread a process, without a rank."""
     ours = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | ours | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | extra
+    return kept | ours | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | (extra or {})
 
 
-def personmae(*args: str | Path, timeout: float = 120, **env: str) -> subprocess.CompletedProcess[str]:
+def personmae(*args: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """``personmae ARGS``."""
     command = [sys.executable, "-m", "personmae", *map(str, args)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment(**env), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    return subprocess.run(command, cwd=ROOT, env=environment(env), capture_output=True, text=True, timeout=120, check=False)
 
 
-def start_pretrain(shards: str | Path, run_dir: Path, *overrides: str, **env: str) -> subprocess.Popen[str]:
+def start_pretrain(
+    shards: str | Path, run_dir: Path, *overrides: str, env: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
     """``personmae pretrain`` in the background, output in ``run_dir``.log."""
     arguments = ["pretrain", "configs/quickstart.yaml", f"data.shards={shards}", f"run_dir={run_dir}", *SETTINGS, *overrides]
     with open(f"{run_dir}.log", "w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "personmae", *arguments],
             cwd=ROOT,
-            env=environment(**env),
+            env=environment(env),
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
 
-def pretrain(shards: str | Path, run_dir: Path, *overrides: str, **env: str) -> None:
+def pretrain(shards: str | Path, run_dir: Path, *overrides: str, env: dict[str, str] | None = None) -> None:
     """``personmae pretrain`` that must succeed."""
-    code = start_pretrain(shards, run_dir, *overrides, **env).wait(timeout=120)
+    code = start_pretrain(shards, run_dir, *overrides, env=env).wait(timeout=120)
     assert code == 0, Path(f"{run_dir}.log").read_text()
 
 
