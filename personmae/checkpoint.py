@@ -113,9 +113,18 @@ def locate(where: str | Path) -> Path:
 
 
 def read_encoder(where: str | Path, kind: str = "student") -> tuple[Tensors, dict[str, Any]]:
-    """The encoder's weights by timm's names, and the ``model`` settings (size, img_size, mean, std) they belong to."""
+    """The encoder's weights by timm's names, and the ``model`` settings (size, img_size, mean, std) they belong to.
+
+    Raises:
+        UserError: there is no checkpoint, or ``where`` is a run directory whose training has not reached its end.
+    """
     path = locate(where)
     state = json.loads((path / _STATE).read_bytes())
+    if path != Path(where) and state["step"] < state["total_steps"]:
+        raise UserError(
+            f"{where} must be a finished run and is at step {state['step']} of {state['total_steps']}; run it to its end, "
+            f"or name the checkpoint itself: {path}"
+        )
     tensors = load_file(path / f"{kind}.safetensors")
     encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
     return encoder or tensors, state["model"]

@@ -103,7 +103,7 @@ def run(settings: config.Pretrain) -> None:
                 log.log(step, means, images_per_step=plan.global_batch_size)
             stopping = engine.any(stop.requested)
             if stopping or step % settings.checkpoint.every_steps == 0 or step == total_steps:
-                save(settings, engine, teacher, step, plan.global_batch_size, world.is_first)
+                save(settings, engine, teacher, step, total_steps, world.is_first)
             if stopping and step < total_steps:
                 raise Stopped(f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on")
         report_bad_samples(reader, log)
@@ -214,7 +214,7 @@ def save(
     engine: Engine,
     teacher: Teacher | None,
     step: int,
-    global_batch_size: int,
+    total_steps: int,
     is_first: bool,
 ) -> None:
     """Write a checkpoint; here stands everything that a resumed run needs."""
@@ -224,9 +224,10 @@ def save(
         if teacher:
             tensors["teacher"] = checkpoint.to_cpu(dict(teacher.encoder.state_dict()))
         record = {
-            "images_seen": step * global_batch_size,
+            "total_steps": total_steps,
+            "images_seen": step * settings.train.global_batch_size,
             "num_updates": state.num_updates,
-            "global_batch_size": global_batch_size,
+            "global_batch_size": settings.train.global_batch_size,
             "seed": settings.seed,
             "model": model_record(settings.model),
             "config_hash": config.config_hash(settings),

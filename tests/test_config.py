@@ -26,7 +26,11 @@ def refused(path: Path, *overrides: str, kind: type[config.Section] = config.Pre
 
 
 def kind_of(path: Path) -> type[config.Section]:
-    return config.Finetune if "finetune" in path.name else config.Pretrain
+    """The program that a file is for: fine-tuning is what starts from an ``init``."""
+    keys = yaml.safe_load(path.read_text())
+    if "_base_" in keys and "init" not in keys:
+        return kind_of(path.parent / keys["_base_"])
+    return config.Finetune if "init" in keys else config.Pretrain
 
 
 # --- what is read ---

@@ -31,7 +31,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def update(self, encoder: VisionTransformer, momentum: float) -> None:
         """Eq. (6): theta_m <- gamma theta_m + (1 - gamma) theta_o, in fp32."""
-        ours, theirs = list(self.encoder.parameters()), list(encoder.parameters())
+        ours: list[Tensor] = list(self.encoder.parameters())
+        theirs: list[Tensor] = list(encoder.parameters())
         torch._foreach_lerp_(ours, theirs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -19,7 +19,7 @@ SETTINGS = [
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, on the CPU, with one thread a process, without a rank."""
+    """This process's environment, on the CPU, one thread a process, without a rank."""
     ours = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | ours | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | (extra or {})

@@ -69,7 +69,7 @@ def test_a_missing_bucket_and_a_wrong_key_are_named(gateway: dict[str, str], pic
     assert "the server does not know this access key" in one_line_error(unknown)
     run_dir = tmp_path / "run"
     train = personmae(
-        "pretrain", "configs/quickstart.yaml", f"run_dir={run_dir}", "data.shards=s3://crops/nothing-here", **gateway
+        "pretrain", "configs/quickstart.yaml", f"run_dir={run_dir}", "data.shards=s3://crops/nothing-here", env=gateway
     )
     assert "s3://crops/nothing-here has none" in one_line_error(train)
     assert not run_dir.exists()
