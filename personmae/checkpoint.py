@@ -38,7 +38,7 @@ def folder(run_dir: str | Path) -> Path:
 
 
 def write(run_dir: str | Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
-    """Write, commit by renaming, point ``LATEST`` at it, and delete all but the newest ``keep_last``."""
+    """Write, commit by renaming, point ``LATEST`` at it, and delete all but the ``keep_last`` newest up to this step."""
     root = folder(run_dir)
     final = root / f"step-{checkpoint.step:08d}"
     partial = root / f".partial-{final.name}"
@@ -57,9 +57,12 @@ def write(run_dir: str | Path, checkpoint: Checkpoint, *, keep_last: int) -> Pat
         raise
     _write_synced(root / f".{_LATEST}", final.name)
     (root / f".{_LATEST}").replace(root / _LATEST)
-    for old in sorted(root.glob("step-*"))[:-keep_last]:
-        (old / _MANIFEST).unlink(missing_ok=True)  # no longer a checkpoint, should the deletion be cut short
-        shutil.rmtree(old)
+    steps = sorted(root.glob("step-*"))
+    abandoned = [path for path in steps if path.name > final.name]  # left by a run that fell back, or was started afresh
+    older = [path for path in steps if path.name <= final.name][:-keep_last]
+    for path in abandoned + older:
+        (path / _MANIFEST).unlink(missing_ok=True)  # no longer a checkpoint, should the deletion be cut short
+        shutil.rmtree(path)
     return final
 
 

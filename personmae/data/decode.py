@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Canvas = NDArray[np.uint8]  # (H, W, 3), RGB
+Canvas = NDArray[np.uint8]  # (H, 3, W), RGB: the layout that model/regions.py multiplies without moving it
 _FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 
 
@@ -25,7 +25,8 @@ def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> tuple[int, int]:
     if image is None:
         raise BadImage(f"{len(jpeg)} bytes are not a picture")
     height, width = image.shape[:2]
-    shrinks = height >= canvas.shape[0] and width >= canvas.shape[1]
+    canvas_h, _, canvas_w = canvas.shape
+    shrinks = height >= canvas_h and width >= canvas_w
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    cv2.resize(image, (canvas.shape[1], canvas.shape[0]), dst=canvas, interpolation=interpolation)
+    canvas[:] = cv2.resize(image, (canvas_w, canvas_h), interpolation=interpolation).transpose(0, 2, 1)
     return height, width

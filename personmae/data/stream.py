@@ -187,7 +187,7 @@ def _hash_agrees(path: Path, shard: Shard) -> bool:
 class CanvasBatch(NamedTuple):
     """One micro-batch of a rank, on the host."""
 
-    canvas: Tensor  # uint8 (B, Hc, Wc, 3), RGB
+    canvas: Tensor  # uint8 (B, Hc, 3, Wc), RGB: each row of a picture colour by colour
     native_size: Tensor  # int64 (B, 2): height, width before the canvas
     keys: Tensor  # int64 (B,): all randomness of a sample
 
@@ -272,7 +272,8 @@ class BatchReader:
             epoch, step = epoch + 1, 0
 
     def _load(self, ids: order.Ids, epoch: int) -> CanvasBatch:
-        canvas = np.empty((len(ids), *self._canvas_size, 3), np.uint8)
+        height, width = self._canvas_size
+        canvas = np.empty((len(ids), height, 3, width), np.uint8)
         native = np.empty((len(ids), 2), np.int64)
 
         def load(rows: range) -> None:

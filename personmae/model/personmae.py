@@ -84,16 +84,17 @@ def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: V
     return Draws(drawn, masking.ids_visible(mask, num_visible))
 
 
-def cut_batch(canvas: UInt8[Tensor, "B Hc Wc 3"], draws: Draws, view: View) -> Batch:
+def cut_batch(canvas: UInt8[Tensor, "B Hc 3 Wc"], draws: Draws, view: View) -> Batch:
     """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
 
     Returns ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
     ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
     """
     picture = regions.resize_canvas(canvas, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
+    picture = normalise(picture, view.mean, view.std)
     region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)  # Eq. (2)
     coords = grid_coords(view.grid, canvas.device)
-    patches_a, patches_b = (patchify(normalise(r, view.mean, view.std), view.patch_size) for r in (region_a, region_b))
+    patches_a, patches_b = patchify(region_a, view.patch_size), patchify(region_b, view.patch_size)
     return {
         "patches_a": take_tokens(patches_a, draws.ids_keep),  # V_a of Eq. (3)
         "coords_a": coords[draws.ids_keep],
@@ -126,8 +127,9 @@ class Decoder(nn.Module):
 
 def pixel_target(patches: Float[Tensor, "B L P"]) -> Float[Tensor, "B L P"]:
     """Eq. (5), left: each patch minus its mean, over its standard deviation (unbiased, variance + 1e-6)."""
-    patches = patches.float()
-    return (patches - patches.mean(dim=-1, keepdim=True)) / (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    centred = patches.float() - patches.float().mean(dim=-1, keepdim=True)
+    variance = centred.square().sum(dim=-1, keepdim=True) / (patches.shape[-1] - 1)
+    return centred * (variance + 1e-6).rsqrt()
 
 
 def pixel_loss(pred: Float[Tensor, "B L P"], patches_b: Float[Tensor, "B L P"]) -> Float[Tensor, ""]:
