@@ -272,10 +272,16 @@ def _explain(kind: type[BaseModel], error: ValidationError, origins: dict[str, s
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(path, _paths(kind), n=1, cutoff=0.0)
         return f"unknown key '{path}' in {origin}; the nearest known key is '{near[0]}'"
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        return f"'{'.'.join(keys[:-1])}' in {origin} needs more values; got {first['input']!r}"
     if first["type"] == "missing":
         return f"'{path}' is required and {file} does not set it; add it to the file or give {path}=VALUE"
-    came = first["input"] if isinstance(first["input"], str | int | float | bool | list) else "what came"
-    return f"'{path}' in {origin}: {first['msg'].removeprefix('Value error, ')}; got {came!r}"
+    return f"'{path}' in {origin}: {first['msg'].removeprefix('Value error, ')}; got {_shortened(first['input'])}"
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _paths(kind: type[BaseModel], prefix: str = "") -> list[str]:

@@ -181,7 +181,6 @@ def test_a_step_written_again_replaces_the_earlier_one(tmp_path):
     assert list(checkpoint.read(path).tensors["student"]) == ["x"]
 
 
-@pytest.mark.xfail(strict=True, reason="write() keeps the highest steps, so it deletes its own")
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_a_run_that_fell_back_does_not_delete_what_it_writes(tmp_path, keep_last):
     paths = write(tmp_path, 1, 2, 3, keep_last=3)

@@ -68,7 +68,8 @@ def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> R
     checkpoint.load_strictly(model, checkpoint.read(path).tensors["student"], path)
     with open_shards(settings, directory) as shards:
         ids = np.linspace(0, shards.sizes[0] - 1, min(count, shards.sizes[0])).astype(np.int64)
-        canvas = np.empty((len(ids), *view.canvas_size, 3), np.uint8)
+        height, width = view.canvas_size
+        canvas = np.empty((len(ids), height, 3, width), np.uint8)
         sizes = [decode_onto(shards.jpeg(int(i)), row) for i, row in zip(ids, canvas, strict=True)]
     keys = torch.from_numpy(sample_keys(ids, seed=settings.seed, epoch=0))
     return reconstruct(model, torch.from_numpy(canvas), draw_batch(keys, torch.tensor(sizes), view), view)
@@ -107,7 +108,7 @@ def build_view(settings: config.Pretrain) -> View:
 
 
 @torch.no_grad()
-def reconstruct(model: PersonMAE, canvas: UInt8[Tensor, "B Hc Wc 3"], draws: Draws, view: View) -> Reconstruction:
+def reconstruct(model: PersonMAE, canvas: UInt8[Tensor, "B Hc 3 Wc"], draws: Draws, view: View) -> Reconstruction:
     """Cut the regions exactly as training does, predict RegionB, and bring everything back to pixels.
 
     The model predicts normalised patches (Eq. 5, left), so pixels need a mean and a std for each patch.

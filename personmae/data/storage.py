@@ -45,8 +45,11 @@ def s3_client() -> Any:
     import boto3
     from botocore.config import Config
 
+    endpoint = os.environ.get("S3_ENDPOINT_URL") or None
+    if endpoint and "://" not in endpoint:
+        raise UserError(f"S3_ENDPOINT_URL must be an address like http://host:port; it is '{endpoint}'")
     config = Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 4, "mode": "standard"})
-    return boto3.client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL") or None, config=config)
+    return boto3.client("s3", endpoint_url=endpoint, config=config)
 
 
 @contextmanager

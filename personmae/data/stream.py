@@ -116,7 +116,7 @@ class ShardSet:
         """Raise a UserError if a shard's content does not have the hash that the index gives."""
         shard = self.shards[index]
         self._map(index)
-        if not _hash_agrees(self.directory / shard.name, shard):
+        if not _agrees(self.directory / shard.name, shard):
             raise UserError(f"shard {self.root}/{shard.name} does not have the hash its index gives; write it again")
 
     def _map(self, index: int) -> tuple[mmap.mmap, np.ndarray]:
@@ -128,7 +128,7 @@ class ShardSet:
             if index not in self._maps:
                 shard = self.shards[index]
                 path = self.directory / shard.name
-                if self.remote and not path.exists():
+                if self.remote and not _agrees(path, shard):  # not there, or cached from another data set
                     self._fetch(shard.name, shard)
                 with path.open("rb") as file:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -152,7 +152,7 @@ class ShardSet:
         temporary = self.directory / f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
         try:
             storage.fetch(self.root, name, temporary)
-            if shard and not (temporary.stat().st_size == shard.num_bytes and _hash_agrees(temporary, shard)):
+            if shard and not _agrees(temporary, shard):
                 raise UserError(f"shard {self.root}/{name} does not have the size and hash its index gives; write it again")
             temporary.replace(self.directory / name)
         finally:
@@ -173,7 +173,10 @@ def _shard(entry: dict) -> Shard:
     )
 
 
-def _hash_agrees(path: Path, shard: Shard) -> bool:
+def _agrees(path: Path, shard: Shard) -> bool:
+    """Whether a file is there and has the size and hashes of the index."""
+    if not path.exists() or path.stat().st_size != shard.num_bytes:
+        return False
     for name, expected in shard.hashes.items():
         digest = xxhash.xxh64() if name == "xxh64" else hashlib.new(name)
         with path.open("rb") as file:
@@ -241,6 +244,7 @@ class BatchReader:
     def __next__(self) -> CanvasBatch:
         item = self._queue.get()
         if isinstance(item, BaseException):
+            self._queue.put(item)  # for whoever asks again
             raise item
         return item
 

@@ -190,7 +190,9 @@ def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
     path = checkpoint.newest(settings.run_dir)
     assert path
     checkpoint.load_strictly(model, checkpoint.read(path).tensors["student"], path)
-    canvas = torch.randint(0, 256, (2, *view.canvas_size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    height, width = view.canvas_size
+    generator = torch.Generator().manual_seed(1)
+    canvas = torch.randint(0, 256, (2, height, 3, width), dtype=torch.uint8, generator=generator)
     draws = draw_batch(torch.tensor([5, 6]), torch.tensor([[80, 40], [80, 40]]), view)
     drawn = pictures.reconstruct(model, canvas, draws, view)
 

@@ -170,7 +170,6 @@ def test_an_address_where_nothing_listens_is_an_error_within_seconds(
         assert "S3_ENDPOINT_URL" in message
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="botocore's ValueError passes storage.explained")
 def test_an_address_that_is_not_one_is_an_error(s3_server, fresh_s3_client, monkeypatch, tmp_path):
     monkeypatch.setenv("S3_ENDPOINT_URL", "localhost-without-scheme")
     fresh_s3_client()

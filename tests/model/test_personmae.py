@@ -45,7 +45,8 @@ HEADS = {"encoder": 4, "pixel_decoder": 2, "feature_decoder": 2}
 
 def a_batch(count: int = 3, view: View = VIEW) -> tuple[Tensor, Draws]:
     generator = torch.Generator().manual_seed(0)
-    canvas = torch.randint(0, 256, (count, *view.canvas_size, 3), dtype=torch.uint8, generator=generator)
+    height, width = view.canvas_size
+    canvas = torch.randint(0, 256, (count, height, 3, width), dtype=torch.uint8, generator=generator)
     native = torch.tensor([[200, 100], [90, 41], [300, 140]]).repeat(count, 1)[:count]
     return canvas, draw_batch(torch.arange(count) * 977 + 13, native, view)
 
@@ -67,7 +68,7 @@ def numpy_batch(canvas: Tensor, draws: Draws, view: View) -> list[dict[str, pape
     batch, grid, size = [], view.grid, view.img_size
     mean, std = np.array(view.mean) * 255, np.array(view.std) * 255
     height, width = view.canvas_size
-    for i, image in enumerate(canvas.double().numpy()):
+    for i, image in enumerate(canvas.transpose(2, 3).double().numpy()):
         y0, x0, y1, x1 = draws.regions.boxes[i].double().numpy()
         p, flip = int(draws.regions.scale[i]), bool(draws.regions.flip[i])
         s_h, s_w = draws.regions.shift[i].tolist()
