@@ -123,11 +123,13 @@ def read_encoder(where: str | Path, kind: str = "student") -> tuple[Tensors, dic
     """
     path = locate(where)
     state = json.loads((path / _STATE).read_bytes())
-    if path != Path(where) and state["step"] < state["total_steps"]:
+    if path != Path(where) and state["step"] < state.get("total_steps", 0):
         raise UserError(
             f"{where} must be a finished run and is at step {state['step']} of {state['total_steps']}; run it to its end, "
             f"or name the checkpoint itself: {path}"
         )
+    if not (path / f"{kind}.safetensors").is_file():
+        raise UserError(f"a pre-training checkpoint is required; {path} has no {kind} weights")
     tensors = load_file(path / f"{kind}.safetensors")
     encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
     return encoder or tensors, state["model"]

@@ -132,9 +132,9 @@ class BatchPlan:
     micro_batch_size: int
     grad_accum_steps: int
 
-    @property
-    def per_rank(self) -> int:
-        return self.micro_batch_size * self.grad_accum_steps
+    def __str__(self) -> str:
+        parts = f"{self.world_size} ranks x {self.grad_accum_steps} micro-batches x {self.micro_batch_size} images"
+        return f"{self.global_batch_size} images a step = {parts}"
 
 
 def plan_batch(global_batch_size: int, world_size: int, max_micro_batch_size: int) -> BatchPlan:

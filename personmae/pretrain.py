@@ -4,7 +4,6 @@
 """
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -274,9 +273,8 @@ def announce(
         versions=checkpoint.versions(),
     )
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(
-        f"pretrain: {settings.model.size} ({millions:.1f} M parameters with decoders), {num_samples:,} samples, {asdict(plan)}"
-    )
+    print(f"pretrain: {settings.model.size} ({millions:.1f} M parameters with decoders), {num_samples:,} samples")
+    print(f"pretrain: {plan}")
     going = f"resuming at step {start} of {total_steps}" if start else f"{total_steps} steps"
     print(
         f"pretrain: {going}, peak lr {peak_lr(settings):.3g}, engine {settings.engine.name}, run {settings.run_dir}",

@@ -227,6 +227,14 @@ def test_an_encoder_of_an_unfinished_run_must_be_asked_for_by_its_checkpoint(tmp
     assert torch.equal(tensors["a"], make(3).tensors["student"]["encoder.a"])
 
 
+def test_the_encoder_of_a_run_that_is_not_finished_is_refused_unless_the_checkpoint_is_named(tmp_path):
+    half = make(4)
+    path = checkpoint.write(tmp_path, Checkpoint(4, half.tensors, half.state | {"total_steps": 9}), keep_last=1)
+    with pytest.raises(UserError, match=r"must be a finished run and is at step 4 of 9; .*name the checkpoint itself"):
+        checkpoint.read_encoder(tmp_path)
+    assert checkpoint.read_encoder(path)[1] == {"size": "micro"}
+
+
 def test_weights_that_do_not_fit_are_told_by_name_and_nothing_is_loaded():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     before = {name: t.clone() for name, t in model.state_dict().items()}

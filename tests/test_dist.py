@@ -25,10 +25,11 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_plan_covers_the_global_batch_with_the_largest_micro_batch_allowed(global_batch_size, world_size, most):
     plan = dist.plan_batch(global_batch_size, world_size, most)
     assert plan.world_size * plan.grad_accum_steps * plan.micro_batch_size == global_batch_size
-    assert plan.per_rank * world_size == global_batch_size
+    per_rank = plan.micro_batch_size * plan.grad_accum_steps
+    assert per_rank * world_size == global_batch_size
     assert plan.micro_batch_size <= most
-    larger = range(plan.micro_batch_size + 1, min(most, plan.per_rank) + 1)
-    assert not [n for n in larger if plan.per_rank % n == 0]
+    larger = range(plan.micro_batch_size + 1, min(most, per_rank) + 1)
+    assert not [n for n in larger if per_rank % n == 0]
 
 
 def test_the_papers_batch_on_eight_ranks():

@@ -1,0 +1,126 @@
+"""Fine-tuning and evaluation on a small synthetic benchmark, through the loaders that read the real ones."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import ROOT, environment, one_line_error, personmae
+
+from personmae.data.synthetic import SynthSettings, write_synthetic
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both benchmarks, 8 identities each to train and to test on."""
+    out = tmp_path_factory.mktemp("synth") / "data"
+    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
+    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    write_synthetic(out, settings, num_processes=1)
+    return out
+
+
+def arguments(benchmarks: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return [
+        "configs/quickstart_random.yaml",
+        f"root={benchmarks / 'market1501'}",
+        f"run_dir={run_dir}",
+        "batch.num_ids=4",
+        "train.epochs=5",
+        "train.log_every=1",
+        "train.precision=fp32",
+        *overrides,
+    ]
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(benchmarks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    done = personmae("finetune", *arguments(benchmarks, run_dir))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_a_run_ends_with_scores_that_evaluate_repeats(finished: Path, benchmarks: Path, tmp_path: Path) -> None:
+    scores = result(finished)
+    assert scores["num_queries"] == scores["num_valid"] == 32
+    assert scores["num_gallery"] == 8 * 8 + 4
+    assert 0 < scores["mINP"] <= 1
+    assert 0 < scores["mAP"] <= 1
+    assert scores["rank1"] <= scores["rank5"] <= scores["rank10"]
+    again = personmae("evaluate", finished, "market1501", benchmarks / "market1501", "--out", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert result(tmp_path)["mAP"] == pytest.approx(scores["mAP"], abs=1e-6)
+    other = personmae("evaluate", finished, "occluded_duke", benchmarks / "occluded_duke")
+    assert other.returncode == 0, other.stderr
+    assert "occluded_duke" in other.stdout.splitlines()[-1]
+
+
+def test_a_stopped_run_ends_with_the_scores_of_an_uninterrupted_one(finished: Path, benchmarks: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "personmae", "finetune", *arguments(benchmarks, run_dir)]
+    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.005)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 75
+    assert "run this again to go on" in run.communicate()[1]
+    assert not (run_dir / "result.json").exists()
+    done = personmae("finetune", *arguments(benchmarks, run_dir))
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout
+    names = ("mAP", "rank1", "mINP")
+    assert [result(run_dir)[n] for n in names] == [result(finished)[n] for n in names]
+
+
+def test_two_ranks_share_a_batch_and_evaluate_once(benchmarks: Path, tmp_path: Path) -> None:
+    launcher = Path(sys.executable).parent / "torchrun"
+    command = [launcher, "--standalone", "--nproc-per-node", "2", "launcher/finetune.py", "--config"]
+    done = subprocess.run(
+        [*map(str, command), *arguments(benchmarks, tmp_path / "run")],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("mAP") == 1
+    assert 0 < result(tmp_path / "run")["mAP"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["root=nowhere/at/all"], "nowhere/at/all"),
+        (["init=nowhere/at/all"], "nowhere/at/all has none: train it first"),
+        (["batch.num_ids=9"], "9"),
+        (["benchmark=market1502"], "'benchmark'"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_line(
+    overrides: list[str], expected: str, benchmarks: Path, tmp_path: Path
+) -> None:
+    line = one_line_error(personmae("finetune", *arguments(benchmarks, tmp_path / "run", *overrides)))
+    assert expected in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_other_weights_is_refused_by_name(finished: Path, benchmarks: Path, tmp_path: Path) -> None:
+    line = one_line_error(personmae("finetune", *arguments(benchmarks, tmp_path / "run", f"init={finished}")))
+    assert "a pre-training checkpoint is required" in line
