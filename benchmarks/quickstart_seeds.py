@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "seeds"
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart_seeds.json"
 SEEDS = (0, 1, 2)
-LEARNING_RATES = ("1e-3", "2e-3", "4e-3")
+LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
 
 
 def personmae(*args: str | Path) -> None:

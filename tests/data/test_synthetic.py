@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 
 from personmae.data import synthetic
-from personmae.data.pedestrian import ACCENT, BACK, BAG, FRONT, LEFT, VIEWS, Canvas, Identity, Item, Pose, draw_person
-from personmae.data.synthetic import Shot, SynthSettings, draw_shot, look_alikes, plan, sample_identity, write_synthetic
+from personmae.data.pedestrians.body import BACK, FRONT, LEFT, VIEWS
+from personmae.data.pedestrians.canvas import ACCENT, BAG, Canvas, Image
+from personmae.data.pedestrians.figure import Pose, draw_person
+from personmae.data.pedestrians.picture import draw_shot
+from personmae.data.pedestrians.plan import Shot, SynthSettings, plan
+from personmae.data.pedestrians.wardrobe import Identity, Item, look_alikes, sample_identity
+from personmae.data.synthetic import write_synthetic
 from personmae.errors import UserError
 
 SMALL = SynthSettings(
@@ -230,7 +235,7 @@ def test_a_killed_run_shows_nothing_and_is_restarted(written: Path, tmp_path: Pa
     out = tmp_path / "out"
     drawn = itertools.count()
 
-    def killed(settings: SynthSettings, shot: Shot) -> tuple[synthetic.Image, int]:
+    def killed(settings: SynthSettings, shot: Shot) -> tuple[Image, int]:
         if next(drawn) == 30:
             raise KeyboardInterrupt
         return draw_shot(settings, shot)

@@ -113,9 +113,7 @@ def test_two_ranks_share_a_batch_and_evaluate_once(benchmarks: Path, tmp_path: P
         (["benchmark=market1502"], "'benchmark'"),
     ],
 )
-def test_what_cannot_be_trained_on_is_one_line(
-    overrides: list[str], expected: str, benchmarks: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_be_trained_on_is_one_line(overrides: list[str], expected: str, benchmarks: Path, tmp_path: Path) -> None:
     line = one_line_error(personmae("finetune", *arguments(benchmarks, tmp_path / "run", *overrides)))
     assert expected in line
     assert not (tmp_path / "run").exists()
