@@ -54,9 +54,8 @@ class View:
 
 def normalise(images: Float[Tensor, "B 3 H W"], mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "B 3 H W"]:
     """Scale pixels of [0, 255] to the network's input range."""
-    mean_255 = torch.tensor(mean, device=images.device)[:, None, None] * 255
-    std_255 = torch.tensor(std, device=images.device)[:, None, None] * 255
-    return (images - mean_255) / std_255
+    # Plain numbers, colour by colour: a tensor made here would be a copy to the device, and a wait, in every step.
+    return torch.stack([(images[:, c] - 255 * m) / (255 * s) for c, (m, s) in enumerate(zip(mean, std, strict=True))], dim=1)
 
 
 class Draws(NamedTuple):
@@ -119,8 +118,8 @@ class Decoder(nn.Module):
         init_weights(self)
 
     def forward(self, tokens: Float[Tensor, "B T D"], coords_b: Float[Tensor, "B L 2"]) -> Float[Tensor, "B L out_dim"]:
-        visible = self.embed(tokens)
-        wanted = (self.mask_token + sincos_embedding(coords_b, self.mask_token.shape[-1])).to(visible.dtype)
+        visible = self.embed(tokens).float()  # like the positions; see VisionTransformer.embed
+        wanted = self.mask_token + sincos_embedding(coords_b, self.mask_token.shape[-1])
         x = run_blocks(self.blocks, torch.cat([visible, wanted], dim=1), recompute=False)
         return self.head(self.norm(x[:, -coords_b.shape[1] :]))
 

@@ -157,10 +157,12 @@ class VisionTransformer(nn.Module):
         patches: Float[Tensor, "B K P"],
         coords: Float[Tensor, "B K 2"],
     ) -> Float[Tensor, "B 1+K D"]:
-        """Patch embedding plus position; the class token carries no position."""
-        tokens = self.patch_embed(patches)
-        tokens = tokens + sincos_embedding(coords, self.embed_dim).to(tokens.dtype)
-        return torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        """Patch embedding plus position, in fp32 also under autocast: bf16 would lose a shift by a sixteenth of a patch.
+
+        The class token carries no position.
+        """
+        tokens = self.patch_embed(patches).float() + sincos_embedding(coords, self.embed_dim)
+        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
 
     def forward_features(
         self,
