@@ -15,8 +15,8 @@ help: ## list the targets
 install: $(INSTALLED) ## set up .venv and install everything into it
 
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is required; $(PYTHON) is $$($(PYTHON) --version 2>&1): give another with 'make PYTHON=python3.12 ...'"; exit 78; }
-	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "Python 3.11, 3.12 or 3.13 is required; $(PYTHON) is $$($(PYTHON) --version 2>&1): give another with 'make PYTHON=python3.12 ...'"; exit 78; }
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv"; exit 78; }
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

@@ -3,13 +3,13 @@
 import argparse
 import os
 
-from personmae.__main__ import add_program_arguments, run_config
+from personmae.__main__ import Parser, add_program_arguments, run_config
 from personmae.errors import run_program
 
 
 def main(name: str) -> int:
     """Run the program ``name`` under ``deepspeed``, ``torchrun`` or plain Python; returns the exit code."""
-    parser = argparse.ArgumentParser(prog=f"launcher/{name}.py")
+    parser = Parser(prog=f"launcher/{name}.py")
     parser.add_argument("--config", required=True, metavar="CONFIG", help="a YAML file; see configs/")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
     add_program_arguments(parser)

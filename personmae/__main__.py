@@ -11,15 +11,15 @@ from personmae.errors import run_program
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run the verb; returns the exit code."""
-    parser = _Parser(prog="personmae", description="Person re-identification pre-training, from a bucket of crops to a table.")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    parser = Parser(prog="personmae", description="Person re-identification pre-training, from a bucket of crops to a table.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for add in (_synth, _shards, _pretrain, _finetune, _evaluate, _report, _doctor):
         add(verbs)
     args = parser.parse_args(argv)
     return run_program(lambda: args.run(args), quiet=os.environ.get("RANK", "0") != "0")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser that points at ``--help`` and exits with the code of a user error."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
@@ -53,7 +53,7 @@ def _shards(verbs: argparse._SubParsersAction) -> None:
     write = actions.add_parser("write", help="a folder of .jpg files -> shards")
     write.add_argument("source", type=Path, metavar="SRC", help="folder; pictures are found at any depth")
     write.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix; must be empty")
-    write.add_argument("--shard-mb", type=float, default=64, help="size of a shard in MiB (default 64)")
+    write.add_argument("--shard-mb", type=_positive, default=64, help="size of a shard in MiB (default 64)")
     write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
     write.set_defaults(run=_shards_write)
     for action, help_text in (("verify", "read every sample back and check it"), ("stats", "counts, bytes, sizes")):
@@ -61,6 +61,13 @@ def _shards(verbs: argparse._SubParsersAction) -> None:
         verb.add_argument("root", metavar="SHARDS", help="directory or s3://bucket/prefix")
         verb.add_argument("--cache-dir", type=Path, help="where remote shards are kept (default: a temporary directory)")
         verb.set_defaults(run=_shards_verify if action == "verify" else _shards_stats)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return value
 
 
 def _shards_write(args: argparse.Namespace) -> None:

@@ -5,19 +5,21 @@ the size and hash of every file, written last; the whole folder is written under
 points at it. Any engine at any world size resumes it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from personmae.errors import UserError
+from personmae import dist
+from personmae.errors import RankError, UserError
 
 _MANIFEST, _STATE, _LATEST = "manifest.json", "state.json", "LATEST"
 Tensors = dict[str, Tensor]
@@ -30,6 +32,23 @@ class Checkpoint:
     step: int
     tensors: dict[str, Tensors]
     state: dict[str, Any]
+
+
+def lock(run_dir: str | Path) -> IO[str]:
+    """Hold a run directory for this process until the returned file is closed or the process ends.
+
+    Raises:
+        UserError: another process is running there.
+    """
+    directory = Path(run_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"a run directory belongs to one run; another process is at work in {run_dir}: stop it first") from None
+    return file
 
 
 def folder(run_dir: str | Path) -> Path:
@@ -75,6 +94,20 @@ def newest(run_dir: str | Path) -> Path | None:
     return None
 
 
+def newest_for_all(run_dir: str | Path) -> Path | None:
+    """``newest``, decided by the first rank for all.
+
+    Raises:
+        RankError: another host does not see it.
+    """
+    found = dist.from_first_rank(str(newest(run_dir) or "") if dist.is_first() else "")
+    if not found:
+        return None
+    if not Path(found).is_dir():
+        raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {found}")
+    return Path(found)
+
+
 def find_fault(path: Path) -> str | None:
     """Why a folder is not a whole checkpoint, or None."""
     try:
@@ -113,6 +146,11 @@ def locate(where: str | Path) -> Path:
     if not found:
         raise UserError(f"a checkpoint or a run directory with one is required; {where} has none: train it first")
     return found
+
+
+def digest(path: Path) -> str:
+    """A short digest of all files of a checkpoint, from its manifest."""
+    return hashlib.sha256((path / _MANIFEST).read_bytes()).hexdigest()[:12]
 
 
 def read_encoder(where: str | Path, kind: str = "student") -> tuple[Tensors, dict[str, Any]]:

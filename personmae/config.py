@@ -39,13 +39,15 @@ class Model(Section):
     def _whole_patches(self) -> "Model":
         if any(side % self.patch_size for side in self.img_size):
             raise ValueError(f"img_size={self.img_size} must be multiples of patch_size={self.patch_size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std} must be above 0")
         return self
 
 
 class Decoders(Section):
     depth: int = Field(default=2, gt=0, description="ViT blocks in each decoder")
-    pixel_dim: int | None = Field(default=None, gt=0, description="width of the pixel decoder; default min(512, embed_dim)")
-    feature_dim: int | None = Field(default=None, gt=0, description="width of the feature decoder; default embed_dim")
+    pixel_dim: int | None = Field(default=None, gt=0, multiple_of=64, description="width; default min(512, embed_dim)")
+    feature_dim: int | None = Field(default=None, gt=0, multiple_of=64, description="width; default embed_dim")
 
 
 class Regions(Section):
@@ -55,6 +57,14 @@ class Regions(Section):
     crop_scale: Range = Field(default=(0.8, 1.0), description="area of the global crop, as a share of the picture")
     crop_ratio: Range = Field(default=(0.375, 0.667), description="width / height of the global crop")
     flip_prob: Fraction = Field(default=0.5, description="chance of a horizontal flip")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "Regions":
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high or (name == "crop_scale" and high > 1):
+                raise ValueError(f"{name}={[low, high]} must be [smallest, largest], a scale at most 1")
+        return self
 
 
 class Mask(Section):
@@ -140,6 +150,44 @@ class Pretrain(Section):
     train: Train = Train()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _hides_some_patches(self) -> "Pretrain":
+        total = self.model.img_size[0] * self.model.img_size[1] // self.model.patch_size**2
+        if not 0 < round(self.mask.ratio * total) < total:
+            raise ValueError(f"mask.ratio={self.mask.ratio} must hide at least one of {total} patches and leave one visible")
+        return self
+
+    def view_arguments(self) -> dict[str, Any]:
+        """Arguments of ``model.personmae.View``: how pictures become regions."""
+        model, mask = self.model, self.mask
+        return {
+            **model.model_dump(exclude={"size"}),
+            **self.regions.model_dump(),
+            "mask_kind": mask.kind,
+            "mask_ratio": mask.ratio,
+            "min_block": mask.min_block,
+        }
+
+    def model_arguments(self) -> dict[str, Any]:
+        """Arguments of ``model.personmae.PersonMAE``, without the precision."""
+        return {
+            "size": self.model.size,
+            "patch_size": self.model.patch_size,
+            "decoder_depth": self.decoders.depth,
+            "pixel_dim": self.decoders.pixel_dim,
+            "feature_dim": self.decoders.feature_dim,
+            "feature_weight": self.loss.feature_weight,
+            "beta": self.loss.beta,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""
+        values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint"})
+        values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
+        for name in ("compile", "max_micro_batch_size", "log_every", "grad_checkpointing"):
+            del values["train"][name]
+        return _flattened(values)
 
 
 class Head(Section):
@@ -234,13 +282,25 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none there"
         raise UserError(f"a configuration file is required; {path} does not exist (yaml files beside it: {known})")
-    own = _parse_yaml(path.read_text(), str(path))
+    try:
+        own = _parse_yaml(path.read_text(), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} must be a text file in UTF-8: {error}") from None
     if not isinstance(own, dict):
         raise UserError(f"{path} must hold 'key: value' lines; it holds {type(own).__name__}")
     base = own.pop("_base_", None)
+    if base is not None and not isinstance(base, str):
+        raise UserError(f"_base_ in {path} must name one file; it is {base!r}")
     values, origins = _read(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
     _merge(values, own, origins, str(path))
     return values, origins
+
+
+def _flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as tdist
@@ -37,7 +38,12 @@ def read_world() -> World:
     # The deepspeed launcher exports LOCAL_SIZE only; mosaicml-streaming reads LOCAL_WORLD_SIZE and takes 1 without it.
     environ.setdefault("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", "1"))
     local_rank = int(environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if use_cuda() else torch.device("cpu")
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"each rank of a host needs a GPU of its own; rank {local_rank} of this host has none among "
+            f"{torch.cuda.device_count()}: start fewer ranks, or set DS_ACCELERATOR=cpu"
+        )
     return World(
         rank=int(environ.get("RANK", "0")),
         world_size=int(environ.get("WORLD_SIZE", "1")),
@@ -47,12 +53,26 @@ def read_world() -> World:
     )
 
 
+def use_cuda() -> bool:
+    """Whether to compute on GPUs: where there are some, unless DS_ACCELERATOR=cpu, which DeepSpeed obeys too."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))  # int("max") is the ValueError
+    return cores
+
+
 def start(world: World) -> None:
     """Join the process group (nccl and gloo on GPUs, gloo on CPUs) and share this host's cores among its ranks."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world.local_world_size))
+        torch.set_num_threads(max(1, usable_cores() // world.local_world_size))
         _keep_freed_memory()
     if tdist.is_initialized():
         return
@@ -86,8 +106,10 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
-    def _request(self, *_: object) -> None:
+    def _request(self, number: int, _: object) -> None:
         self.requested = True
+        if number == signal.SIGINT:  # a second Ctrl-C ends at once; checkpoints are whole or absent
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def any_rank(flag: bool) -> bool:
@@ -97,6 +119,11 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(int(flag))
     tdist.all_reduce(value, op=tdist.ReduceOp.MAX)
     return bool(value)
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, also where there is no process group."""
+    return not tdist.is_initialized() or tdist.get_rank() == 0
 
 
 def from_first_rank(value: str) -> str:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_COMPLETE = 0  # the work is finished
+EXIT_FAILED = 1  # counts against a restart budget
 EXIT_STOPPED = 75  # stopped early with its state saved: run it again
 EXIT_USER_ERROR = 78  # wrong configuration or data: running it again cannot help
 
@@ -13,25 +14,46 @@ class UserError(ValueError):
     """Wrong configuration or data. The message says what was required, what came and what to do, in one line."""
 
 
+class RankError(UserError):
+    """A user error that one rank alone has seen, so that rank tells it."""
+
+
+class Diverged(Exception):  # noqa: N818 - a way to end
+    """The loss is no longer a finite number."""
+
+
 class Stopped(Exception):  # noqa: N818 - a way to end, not an error
     """The run was asked to stop, has saved its state, and can be continued."""
+
+
+_OS_ERRORS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "permission was denied",
+    errno.EPERM: "the operation is not permitted",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOTDIR: "a file stands where a directory is needed",
+    errno.EEXIST: "something else is in the way",
+}
+_OS_ADVICE = "make room there or choose another place, then run this again"
 
 
 def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
     """Run ``program`` and return its exit code; a user error becomes one line on stderr.
 
-    ``quiet`` keeps that line back: every rank but the first sets it, so that it is printed once.
+    ``quiet`` keeps back what all ranks say alike: every rank but the first sets it, so that it is printed once.
     """
     try:
         program()
     except UserError as error:
-        message, code = f"error: {error}", EXIT_USER_ERROR
+        message, code, quiet = f"error: {error}", EXIT_USER_ERROR, quiet and not isinstance(error, RankError)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _OS_ERRORS:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        message = f"error: the disk is full{where}; free some space or choose another directory, then run this again"
-        code = EXIT_USER_ERROR
+        where = f" at {error.filename}" if error.filename else ""
+        message, code, quiet = f"error: {_OS_ERRORS[error.errno]}{where}; {_OS_ADVICE}", EXIT_USER_ERROR, False
+    except Diverged as error:
+        message, code = f"error: {error}", EXIT_FAILED
     except Stopped as stop:
         message, code = f"stopped: {stop}", EXIT_STOPPED
     except KeyboardInterrupt:

@@ -1,12 +1,12 @@
 """A fine-tuned checkpoint and a benchmark to mAP, CMC and mINP, with the field's protocol."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from personmae import checkpoint, metrics
+from personmae import checkpoint, dist, metrics
+from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import retrieval
 from personmae.reid.datasets import describe, load_benchmark
@@ -23,16 +23,19 @@ def run(where: str, benchmark_name: str, root: str, *, out: Path | None) -> None
         UserError: the checkpoint or the benchmark cannot be read.
     """
     benchmark = load_benchmark(benchmark_name, root)
-    print(describe(benchmark).table)
-    num_threads = os.cpu_count() or 1
+    described = describe(benchmark)
+    print(described.table, described.note, sep="\n")
+    num_threads = dist.usable_cores()
     if where == HISTOGRAM:
         name, init = "colour histogram", "colour alone, normalised per camera"
         record = retrieval.measure(benchmark, retrieval.histogram_features, img_size=HISTOGRAM_SIZE, num_threads=num_threads)
     else:
         path = checkpoint.locate(where)
         saved = checkpoint.read(path)
+        if "head" not in saved.state:
+            raise UserError(f"a fine-tuned checkpoint is required; {path} is pre-trained only: run 'personmae finetune' first")
         name, init = Path(where).name, saved.state["init"]
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if dist.use_cuda() else "cpu")
         model = load_model(saved, path).to(device)
         settings = saved.state["model"]
         features = retrieval.model_features(model, mean=settings["mean"], std=settings["std"], device=device)

@@ -3,7 +3,7 @@
 ``personmae finetune CONFIG [a.b=c ...]`` and ``deepspeed launcher/finetune.py --config CONFIG [a.b=c ...]`` both end here.
 """
 
-import os
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from personmae import checkpoint, config, dist, metrics, optim
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
-from personmae.errors import Stopped, UserError
+from personmae.errors import Diverged, Stopped, UserError
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids, train_labels
@@ -37,10 +37,9 @@ def run(settings: config.Finetune) -> None:
     world = dist.read_world()
     if settings.batch.num_ids % world.world_size:
         raise UserError(f"batch.num_ids={settings.batch.num_ids} must be a multiple of the world size {world.world_size}")
-    result_file = Path(settings.run_dir) / "result.json"
-    if settings.checkpoint.resume == "auto" and result_file.is_file():
+    if settings.checkpoint.resume == "auto" and is_complete(settings):
         if world.is_first:
-            print(f"{settings.run_dir} is complete: {result_file} is written", flush=True)
+            print(f"{settings.run_dir} is complete", flush=True)
         return
     stop = dist.StopSignal()
     dist.start(world)
@@ -53,16 +52,17 @@ def run(settings: config.Finetune) -> None:
     module.to(world.device).train()
     engine = build_engine(settings, module)
     start = resume(settings, engine) if settings.checkpoint.resume == "auto" else 0
-    if world.is_first:
-        announce(settings, benchmark, module, total_steps, start)
     labels = torch.from_numpy(train_labels(benchmark.train))
-    num_threads = max(1, (os.cpu_count() or 1) // world.local_world_size)
+    num_threads = max(1, dist.usable_cores() // world.local_world_size)
     pool = ThreadPoolExecutor(num_threads)
     images = ImageSet([sample.path for sample in benchmark.train], settings.model.img_size, pool=pool)
+    held = checkpoint.lock(settings.run_dir) if world.is_first else None
+    if world.is_first:
+        announce(settings, benchmark, module, total_steps, start)
     log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="finetune", total_steps=total_steps, first_step=start)
     order = np.concatenate(batches)  # (total_steps, P * K)
     share = order.shape[1] // world.world_size
-    step = start
+    step, finite = start, torch.tensor(True, device=world.device)
     try:
         while step < total_steps:
             generator = seed_step(settings.seed, step, world.rank)
@@ -82,6 +82,7 @@ def run(settings: config.Finetune) -> None:
             engine.step(lr_scale)
             step += 1
 
+            finite &= losses["loss"].isfinite()
             log.advance(step)
             if step % settings.train.log_every == 0 or step == total_steps:
                 stacked = dist.mean(torch.stack([value.float() for value in losses.values()]))
@@ -89,17 +90,21 @@ def run(settings: config.Finetune) -> None:
                 log.log(step, values, images_per_step=order.shape[1])
             stopping = engine.any(stop.requested)
             if stopping or step % settings.checkpoint.every_steps == 0 or step == total_steps:
-                save(settings, engine, step, model_settings, world.is_first)
+                if engine.any(not finite):
+                    raise Diverged(f"the loss is not finite by step {step}; {settings.run_dir} keeps an earlier state")
+                save(settings, engine, step, total_steps, model_settings, world.is_first)
             if stopping and step < total_steps:
                 raise Stopped(f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on")
+        engine.close()
+        dist.stop()  # the other ranks need not wait for the evaluation
         if world.is_first:
             evaluate(settings, benchmark, module, model_settings, world.device, log)
-        dist.barrier()
     finally:
         pool.shutdown(cancel_futures=True)
         log.close()
-        engine.close()
         dist.stop()
+        if held:
+            held.close()
 
 
 class SupervisedReID(nn.Module):
@@ -189,26 +194,51 @@ def lr_scale_at(settings: config.Finetune, step: int, total_steps: int) -> float
     )
 
 
-def save(settings: config.Finetune, engine: Engine, step: int, model_settings: dict[str, Any], is_first: bool) -> None:
+def save(
+    settings: config.Finetune, engine: Engine, step: int, total_steps: int, model_settings: dict[str, Any], is_first: bool
+) -> None:
     """Write a checkpoint; here stands everything that a resumed run needs."""
     if is_first:
         state = engine.portable_state()
         tensors = {"model": state.params, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
         head = engine.module.get_submodule("model.head")
         record = {
+            "total_steps": total_steps,
             "num_updates": state.num_updates,
             "num_classes": num_classes(head),
             "init": settings.init,
             "head": settings.head.model_dump(),
             "model": model_settings,
-            "seed": settings.seed,
-            "config_hash": config.config_hash(settings),
+            "run_hash": run_hash(settings),
             "versions": checkpoint.versions(),
         }
         checkpoint.write(
             settings.run_dir, checkpoint.Checkpoint(step, tensors, record), keep_last=settings.checkpoint.keep_last
         )
     dist.barrier()
+
+
+def run_hash(settings: config.Finetune) -> str:
+    """Digest of the configuration and of the weights that the run starts from."""
+    weights = "" if settings.init == RANDOM else checkpoint.digest(checkpoint.locate(settings.init))
+    return config.config_hash(settings) + weights
+
+
+def is_complete(settings: config.Finetune) -> bool:
+    """Whether the run has its result.
+
+    Raises:
+        UserError: it has one, but of another configuration or encoder.
+    """
+    result_file = Path(settings.run_dir) / "result.json"
+    if not result_file.is_file():
+        return False
+    if json.loads(result_file.read_text()).get("run_hash") != run_hash(settings):
+        raise UserError(
+            f"{result_file} comes from another configuration or another encoder; delete {settings.run_dir}, use another "
+            "run_dir, or give checkpoint.resume=none"
+        )
+    return True
 
 
 def num_classes(head: nn.Module) -> int:
@@ -218,11 +248,11 @@ def num_classes(head: nn.Module) -> int:
 
 def resume(settings: config.Finetune, engine: Engine) -> int:
     """Take over the newest valid checkpoint of the run, if there is one; returns the steps it has done."""
-    found = dist.from_first_rank(str(checkpoint.newest(settings.run_dir) or ""))
+    found = checkpoint.newest_for_all(settings.run_dir)
     if not found:
         return 0
-    saved = checkpoint.read(Path(found))
-    if saved.state["config_hash"] != config.config_hash(settings):
+    saved = checkpoint.read(found)
+    if saved.state.get("run_hash") != run_hash(settings):
         raise UserError(
             f"{found} was trained with another configuration; use the same, another run_dir, or checkpoint.resume=none"
         )
@@ -242,7 +272,8 @@ def announce(settings: config.Finetune, benchmark: Benchmark, module: Supervised
         seed=settings.seed,
         versions=checkpoint.versions(),
     )
-    print(describe(benchmark).table)
+    described = describe(benchmark)
+    print(described.table, described.note, sep="\n")
     millions = sum(p.numel() for p in module.parameters()) / 1e6
     going = f"resuming at step {start} of {total_steps}" if start else f"{total_steps} steps"
     print(
@@ -262,7 +293,8 @@ def evaluate(
 ) -> None:
     """Measure the last epoch, the only one that is measured, and write the record into the run."""
     features = retrieval.model_features(module.model, mean=model_settings["mean"], std=model_settings["std"], device=device)
-    record = retrieval.measure(benchmark, features, img_size=settings.model.img_size, num_threads=os.cpu_count() or 1)
+    record = retrieval.measure(benchmark, features, img_size=settings.model.img_size, num_threads=dist.usable_cores())
     record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
+    record["run_hash"] = run_hash(settings)
     retrieval.write_record(Path(settings.run_dir), record)
     log.say(retrieval.table_row(record))

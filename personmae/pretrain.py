@@ -3,7 +3,6 @@
 ``personmae pretrain CONFIG [a.b=c ...]`` and ``deepspeed launcher/pretrain.py --config CONFIG [a.b=c ...]`` both end here.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from personmae import checkpoint, config, dist, metrics, optim
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.engine.base import Engine, PortableState
-from personmae.errors import Stopped, UserError
+from personmae.errors import Diverged, Stopped, UserError
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher, momentum_at
 
@@ -37,7 +36,7 @@ def run(settings: config.Pretrain) -> None:
 
     torch.manual_seed(settings.seed)
     model = build_model(settings).to(world.device)
-    view = build_view(settings)
+    view = View(**settings.view_arguments())
     teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device) if settings.loss.feature_weight else None
     cut = cut_batch
     if settings.train.compile:
@@ -47,7 +46,7 @@ def run(settings: config.Pretrain) -> None:
             teacher.compile()
     engine = build_engine(settings, model, plan)
 
-    start = resume(settings, engine, teacher) if settings.checkpoint.resume == "auto" else 0
+    start = resume(settings, engine, teacher, len(shards)) if settings.checkpoint.resume == "auto" else 0
     if start >= total_steps:
         if world.is_first:
             print(f"{settings.run_dir} is complete: {start} of {total_steps} steps are done", flush=True)
@@ -61,16 +60,17 @@ def run(settings: config.Pretrain) -> None:
         world_size=world.world_size,
         micro_batch_size=plan.micro_batch_size,
         first_step=start,
-        num_threads=settings.data.num_threads or max(1, (os.cpu_count() or 1) // world.local_world_size),
+        num_threads=settings.data.num_threads or max(1, dist.usable_cores() // world.local_world_size),
         prefetch_batches=settings.data.prefetch_batches,
         block_size=settings.data.shuffle_block_size,
         max_bad_ratio=settings.data.max_bad_ratio,
     )
+    held = checkpoint.lock(settings.run_dir) if world.is_first else None
     if world.is_first:
         announce(settings, model, plan, len(shards), total_steps, start)
     log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start)
     reference_steps = PAPER_STEPS if settings.teacher.horizon_scaling else None
-    step = start
+    step, finite, num_bad = start, torch.tensor(True, device=world.device), 0
     try:
         while step < total_steps:
             parts = []
@@ -93,6 +93,7 @@ def run(settings: config.Pretrain) -> None:
                 teacher.update(model.encoder, momentum)
             step += 1
 
+            finite &= parts[-1]["loss"].isfinite()
             log.advance(step)
             if step % settings.train.log_every == 0 or step == total_steps:
                 values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
@@ -100,51 +101,29 @@ def run(settings: config.Pretrain) -> None:
                 means = mean_over_ranks(values)  # the only wait for the device in this loop
                 means["lr"] = lr_scale * peak_lr(settings)
                 log.log(step, means, images_per_step=plan.global_batch_size)
+                num_bad = tell_bad_samples(reader, num_bad)
             stopping = engine.any(stop.requested)
             if stopping or step % settings.checkpoint.every_steps == 0 or step == total_steps:
-                save(settings, engine, teacher, step, total_steps, world.is_first)
+                if engine.any(not finite):
+                    raise Diverged(f"the loss is not finite by step {step}; {settings.run_dir} keeps an earlier state")
+                save(settings, engine, teacher, step, total_steps, len(shards), world.is_first)
             if stopping and step < total_steps:
                 raise Stopped(f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on")
-        report_bad_samples(reader, log)
     finally:
         reader.close()
         log.close()
         shards.close()
         engine.close()
         dist.stop()
+        if held:
+            held.close()
 
 
 def build_model(settings: config.Pretrain) -> PersonMAE:
     """Student and decoders, freshly initialised."""
-    model = PersonMAE(
-        size=settings.model.size,
-        patch_size=settings.model.patch_size,
-        decoder_depth=settings.decoders.depth,
-        pixel_dim=settings.decoders.pixel_dim,
-        feature_dim=settings.decoders.feature_dim,
-        feature_weight=settings.loss.feature_weight,
-        beta=settings.loss.beta,
-        compute_dtype=_DTYPES[settings.train.precision],
-    )
+    model = PersonMAE(**settings.model_arguments(), compute_dtype=_DTYPES[settings.train.precision])
     model.encoder.grad_checkpointing = settings.train.grad_checkpointing
     return model
-
-
-def build_view(settings: config.Pretrain) -> View:
-    """How pictures become regions."""
-    return View(
-        img_size=settings.model.img_size,
-        patch_size=settings.model.patch_size,
-        mean=settings.model.mean,
-        std=settings.model.std,
-        max_shift=settings.regions.max_shift,
-        crop_scale=settings.regions.crop_scale,
-        crop_ratio=settings.regions.crop_ratio,
-        flip_prob=settings.regions.flip_prob,
-        mask_kind=settings.mask.kind,
-        mask_ratio=settings.mask.ratio,
-        min_block=settings.mask.min_block,
-    )
 
 
 def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan) -> Engine:
@@ -214,6 +193,7 @@ def save(
     teacher: Teacher | None,
     step: int,
     total_steps: int,
+    num_samples: int,
     is_first: bool,
 ) -> None:
     """Write a checkpoint; here stands everything that a resumed run needs."""
@@ -226,8 +206,7 @@ def save(
             "total_steps": total_steps,
             "images_seen": step * settings.train.global_batch_size,
             "num_updates": state.num_updates,
-            "global_batch_size": settings.train.global_batch_size,
-            "seed": settings.seed,
+            "identity": settings.identity() | {"data.num_samples": num_samples},
             "model": model_record(settings.model),
             "config_hash": config.config_hash(settings),
             "versions": checkpoint.versions(),
@@ -238,18 +217,18 @@ def save(
     dist.barrier()
 
 
-def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None) -> int:
+def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None, num_samples: int) -> int:
     """Take over the newest valid checkpoint of the run, if there is one; returns the steps it has done."""
-    found = dist.from_first_rank(str(checkpoint.newest(settings.run_dir) or ""))
+    found = checkpoint.newest_for_all(settings.run_dir)
     if not found:
         return 0
-    saved = checkpoint.read(Path(found))
-    for key, ours in (("seed", settings.seed), ("global_batch_size", settings.train.global_batch_size)):
-        if saved.state[key] != ours:
-            raise UserError(
-                f"{found} was trained with {key}={saved.state[key]}, this run asks for {ours}; use the same, another run_dir, "
-                "or checkpoint.resume=none"
-            )
+    saved = checkpoint.read(found)
+    ours, theirs = settings.identity() | {"data.num_samples": num_samples}, saved.state.get("identity", {})
+    if differing := [key for key in ours if theirs.get(key) != ours[key]]:
+        told = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
+        raise UserError(
+            f"{found} belongs to a run with other settings: {told}; use the same, another run_dir, or checkpoint.resume=none"
+        )
     checkpoint.load_strictly(engine.module, saved.tensors["student"], found)
     engine.load_portable(
         PortableState(
@@ -282,7 +261,9 @@ def announce(
     )
 
 
-def report_bad_samples(reader: BatchReader, log: metrics.RunLog) -> None:
-    """Name the unreadable pictures that were replaced."""
-    if reader.bad_samples:
-        log.say(f"{len(reader.bad_samples)} unreadable pictures were replaced; the first: {reader.bad_samples[0]}")
+def tell_bad_samples(reader: BatchReader, told: int) -> int:
+    """Name the unreadable pictures that were replaced since ``told`` of them were; returns how many there are now."""
+    new = reader.bad_samples[told:]
+    for where in new:
+        print(f"unreadable picture replaced: {where}", flush=True)
+    return told + len(new)

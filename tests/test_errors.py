@@ -4,7 +4,16 @@ import errno
 
 import pytest
 
-from personmae.errors import EXIT_COMPLETE, EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError, run_program
+from personmae.errors import (
+    EXIT_COMPLETE,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    Diverged,
+    RankError,
+    Stopped,
+    UserError,
+    run_program,
+)
 
 
 def ending(error: BaseException | None, capsys: pytest.CaptureFixture[str], *, quiet: bool = False) -> tuple[int, str]:
@@ -38,16 +47,25 @@ def test_the_keyboards_interrupt_is_one_line_and_130(capsys):
     assert ending(KeyboardInterrupt(), capsys) == (130, "stopped: interrupted by the keyboard\n")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_a_user_error_that_names_the_file(capsys, number):
-    code, line = ending(OSError(number, "No space left on device", "/data/run/x"), capsys)
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "the disk quota is used up"),
+        (errno.EACCES, "permission was denied"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.ENOTDIR, "a file stands where a directory is needed"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_a_user_error_that_names_the_file(capsys, number, said):
+    code, line = ending(OSError(number, "as the system says it", "/data/run/x"), capsys)
     assert code == 78
-    assert line.startswith("error: the disk is full while writing /data/run/x; free some space")
+    assert line.startswith(f"error: {said} at /data/run/x; make room there or choose another place")
     assert line.count("\n") == 1
-    assert ending(OSError(number, "No space left on device"), capsys)[1].startswith("error: the disk is full; free")
+    assert ending(OSError(number, "as the system says it"), capsys)[1].startswith(f"error: {said}; make room")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EACCES, "denied"), ValueError("a bug"), RuntimeError("a bug")])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), ValueError("a bug"), RuntimeError("a bug")])
 def test_what_is_not_the_users_to_mend_keeps_its_traceback(error):
     def program() -> None:
         raise error
@@ -64,3 +82,22 @@ def test_other_ranks_end_with_the_same_code_in_silence(capsys):
 
 def test_a_user_error_is_a_value_error():
     assert issubclass(UserError, ValueError)
+
+
+def test_a_quiet_rank_tells_only_what_it_alone_has_seen(capsys):
+    def shared() -> None:
+        raise UserError("all ranks see this")
+
+    def own() -> None:
+        raise RankError("rank 3: this shard is broken")
+
+    assert run_program(shared, quiet=True) == run_program(own, quiet=True) == 78
+    assert capsys.readouterr().err == "error: rank 3: this shard is broken\n"
+
+
+def test_a_diverged_run_fails_with_one_line(capsys):
+    def program() -> None:
+        raise Diverged("the loss is not finite by step 7")
+
+    assert run_program(program) == 1
+    assert capsys.readouterr().err == "error: the loss is not finite by step 7\n"

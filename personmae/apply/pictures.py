@@ -64,7 +64,7 @@ def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> R
     path = checkpoint.newest(directory)
     if not path:
         raise UserError(f"{directory} has no checkpoint yet, so there is nothing to predict with")
-    model, view = build_model(settings), build_view(settings)
+    model, view = PersonMAE(**settings.model_arguments()), View(**settings.view_arguments())
     checkpoint.load_strictly(model, checkpoint.read(path).tensors["student"], path)
     with open_shards(settings, directory) as shards:
         ids = np.linspace(0, shards.sizes[0] - 1, min(count, shards.sizes[0])).astype(np.int64)
@@ -78,33 +78,6 @@ def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> R
 def open_shards(settings: config.Pretrain, directory: Path) -> ShardSet:
     """The shards a pre-training run was trained on."""
     return ShardSet(settings.data.shards, settings.data.cache_dir or directory / "shards")
-
-
-def build_model(settings: config.Pretrain) -> PersonMAE:
-    """The model a pre-training run trained, in fp32 on the CPU."""
-    return PersonMAE(
-        size=settings.model.size,
-        patch_size=settings.model.patch_size,
-        decoder_depth=settings.decoders.depth,
-        pixel_dim=settings.decoders.pixel_dim,
-        feature_dim=settings.decoders.feature_dim,
-        feature_weight=settings.loss.feature_weight,
-    )
-
-
-def build_view(settings: config.Pretrain) -> View:
-    """How a pre-training run made regions of pictures."""
-    model, mask = settings.model, settings.mask
-    return View(
-        img_size=model.img_size,
-        patch_size=model.patch_size,
-        mean=model.mean,
-        std=model.std,
-        **dict(settings.regions),
-        mask_kind=mask.kind,
-        mask_ratio=mask.ratio,
-        min_block=mask.min_block,
-    )
 
 
 @torch.no_grad()

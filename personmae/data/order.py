@@ -12,8 +12,8 @@ Ids = NDArray[np.int64]
 def epoch_order(shard_sizes: list[int], *, seed: int, epoch: int, block_size: int) -> Ids:
     """All sample ids of an epoch: shards in random order, samples shuffled within blocks of whole shards.
 
-    Samples are numbered shard by shard. A block holds the fewest shards that together have ``block_size`` samples, so a
-    cache that holds two blocks is never read back.
+    Samples are numbered shard by shard. A block holds the fewest shards that together have ``block_size`` samples, so
+    reading ahead touches few shards at a time.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     starts = np.concatenate([[0], np.cumsum(shard_sizes)])

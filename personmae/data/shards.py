@@ -46,12 +46,13 @@ def find_pictures(source: Path) -> list[Path]:
     return sorted(found)
 
 
-def jpeg_size(jpeg: bytes) -> tuple[int, int]:
+def jpeg_size(jpeg: bytes | memoryview) -> tuple[int, int]:
     """(height, width) from a JPEG's header.
 
     Raises:
         ValueError: the bytes are not a JPEG, or it is cut off.
     """
+    jpeg = bytes(jpeg)
     if jpeg[:2] != b"\xff\xd8":
         raise ValueError(f"it begins with {jpeg[:8]!r}, which is not how a JPEG begins")
     if b"\xff\xd9" not in jpeg[-1024:]:
@@ -156,11 +157,13 @@ def verify(root: str, *, cache_dir: Path, progress: Progress | None = None) -> i
             for position in range(shard.samples):
                 sample = shards.sample(index, position)
                 try:
-                    size = jpeg_size(bytes(sample["jpeg"]))
-                except ValueError as error:
+                    size = jpeg_size(sample["jpeg"])
+                except (ValueError, OSError) as error:
                     raise UserError(f"sample {position} of {root}/{shard.name} is not a whole JPEG: {error}") from error
-                recorded = tuple(int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width"))
-                if size != recorded:
+                recorded = tuple(
+                    int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width") if side in sample
+                )
+                if recorded and size != recorded:
                     raise UserError(f"sample {position} of {root}/{shard.name} is {size}, its record says {recorded}")
                 done += 1
             if progress:
@@ -191,4 +194,5 @@ def describe(root: str, *, cache_dir: Path) -> Stats:
 def _heights(shards: ShardSet) -> Iterator[int]:
     for index, shard in enumerate(shards.shards):
         for position in range(shard.samples):
-            yield int(np.frombuffer(shards.sample(index, position)["height"], np.uint16)[0])
+            sample = shards.sample(index, position)
+            yield int(np.frombuffer(sample["height"], np.uint16)[0]) if "height" in sample else jpeg_size(sample["jpeg"])[0]

@@ -46,10 +46,11 @@ def s3_client() -> Any:
     from botocore.config import Config
 
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
-    if endpoint and "://" not in endpoint:
-        raise UserError(f"S3_ENDPOINT_URL must be an address like http://host:port; it is '{endpoint}'")
     config = Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 4, "mode": "standard"})
-    return boto3.client("s3", endpoint_url=endpoint, config=config)
+    try:
+        return boto3.client("s3", endpoint_url=endpoint, config=config)
+    except ValueError as error:
+        raise UserError(f"S3_ENDPOINT_URL or AWS_ENDPOINT_URL must be an address like http://host:port: {error}") from None
 
 
 @contextmanager

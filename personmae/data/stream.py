@@ -26,7 +26,7 @@ from torch import Tensor
 
 from personmae.data import order, storage
 from personmae.data.decode import BadImage, decode_onto
-from personmae.errors import UserError
+from personmae.errors import RankError, UserError
 
 _INDEX = "index.json"
 _MIN_SEEN = 1000  # pictures read before the share of bad ones can stop a run
@@ -245,6 +245,8 @@ class BatchReader:
         item = self._queue.get()
         if isinstance(item, BaseException):
             self._queue.put(item)  # for whoever asks again
+            if isinstance(item, UserError) and self._world_size > 1:
+                raise RankError(f"rank {self._rank}: {item}") from item
             raise item
         return item
 

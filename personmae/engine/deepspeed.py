@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from personmae import dist
 from personmae.engine.base import Batch, Engine, set_lr
+from personmae.errors import UserError
 
 
 def deepspeed_config(
@@ -31,9 +33,15 @@ def deepspeed_config(
         "wall_clock_breakdown": False,
     }
     for key, value in extra.items():
+        if key in _OURS or (key == "zero_optimization" and "stage" in value):
+            raise UserError(f"engine.deepspeed.extra must not set '{key}', which follows from the configuration; leave it out")
         merges = isinstance(value, dict) and isinstance(config.get(key), dict)
         config[key] = config[key] | value if merges else value
     return config
+
+
+# What the rest of the configuration decides, or what portable_state() could not read back.
+_OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "optimizer", "bf16", "fp16")
 
 
 class DeepSpeedEngine(Engine):
@@ -60,7 +68,10 @@ class DeepSpeedEngine(Engine):
             max_norm=max_norm,
             extra=extra,
         )
-        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        try:
+            self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        except deepspeed.DeepSpeedConfigError as error:
+            raise UserError(f"DeepSpeed does not accept engine.deepspeed.extra={extra}: {error}") from None
         self.module, self.optimizer = module, optimizer
 
     def forward_backward(self, batch: Batch, *, last_micro: bool) -> Batch:
@@ -82,7 +93,7 @@ class DeepSpeedEngine(Engine):
 
 
 def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
+    if not dist.use_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     with warnings.catch_warnings():

@@ -177,7 +177,7 @@ class PersonMAE(nn.Module):
             return {"loss": loss_p, "pixel_loss": loss_p}
         loss_f = feature_loss(features, batch["target"], self.beta)
         loss = loss_p + self.feature_weight * loss_f  # Eq. (8)
-        target_std = batch["target"].std(dim=0).mean().detach()  # falls to 0 if the teacher collapses
+        target_std = batch["target"].std(dim=0, correction=0).mean().detach()  # falls to 0 if the teacher collapses
         return {"loss": loss, "pixel_loss": loss_p, "feature_loss": loss_f, "target_std": target_std}
 
     def predict_pixels(self, batch: Batch) -> Float[Tensor, "B L P"]:

@@ -16,7 +16,7 @@ from personmae.apply import pictures, report
 from personmae.data import shards
 from personmae.data.order import sample_keys
 from personmae.errors import UserError
-from personmae.model.personmae import cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.vit import patchify
 
 SCORES = {"mAP": 0.4321, "rank1": 0.5, "rank5": 0.7, "rank10": 0.8, "mINP": 0.1}
@@ -170,7 +170,7 @@ def test_a_damaged_result_is_named(runs: Path) -> None:
 
 def test_the_masked_picture_hides_exactly_the_hidden_patches(trained: Path) -> None:
     settings = _settings(trained)
-    view = pictures.build_view(settings)
+    view = View(**settings.view_arguments())
     drawn = pictures.reconstruct_run(settings, Path(settings.run_dir), 8)
     ids = np.linspace(0, 11, 8).astype(np.int64)
     draws = draw_batch(torch.from_numpy(sample_keys(ids, seed=0, epoch=0)), torch.full((8, 2), 40) * torch.tensor([2, 1]), view)
@@ -185,8 +185,8 @@ def test_the_masked_picture_hides_exactly_the_hidden_patches(trained: Path) -> N
 
 def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
     settings = _settings(trained)
-    view = pictures.build_view(settings)
-    model = pictures.build_model(settings)
+    view = View(**settings.view_arguments())
+    model = PersonMAE(**settings.model_arguments())
     path = checkpoint.newest(settings.run_dir)
     assert path
     checkpoint.load_strictly(model, checkpoint.read(path).tensors["student"], path)

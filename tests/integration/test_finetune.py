@@ -122,3 +122,16 @@ def test_what_cannot_be_trained_on_is_one_line(overrides: list[str], expected: s
 def test_a_checkpoint_of_other_weights_is_refused_by_name(finished: Path, benchmarks: Path, tmp_path: Path) -> None:
     line = one_line_error(personmae("finetune", *arguments(benchmarks, tmp_path / "run", f"init={finished}")))
     assert "a pre-training checkpoint is required" in line
+
+
+def test_a_result_of_other_settings_is_not_taken_for_this_runs(finished: Path, benchmarks: Path) -> None:
+    same = personmae("finetune", *arguments(benchmarks, finished))
+    assert same.returncode == 0
+    assert "is complete" in same.stdout
+    line = one_line_error(personmae("finetune", *arguments(benchmarks, finished, "optim.lr=1e-5")))
+    assert "comes from another configuration or another encoder" in line
+
+
+def test_pre_trained_weights_alone_cannot_be_evaluated(native_run: Path, benchmarks: Path) -> None:
+    line = one_line_error(personmae("evaluate", native_run, "market1501", benchmarks / "market1501"))
+    assert "a fine-tuned checkpoint is required" in line

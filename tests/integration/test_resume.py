@@ -1,5 +1,6 @@
 """Killed or stopped at any moment, a run goes on where it was and ends as if nothing had happened."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -58,3 +59,38 @@ def test_a_finished_run_says_so_and_does_nothing(shard_dir: Path, native_run: Pa
     pretrain(shard_dir, native_run, "engine.name=native", "checkpoint.every_steps=5")
     assert "is complete: 20 of 20 steps are done" in Path(f"{native_run}.log").read_text()
     assert (native_run / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def copy_of(run_dir: Path, to: Path) -> Path:
+    """A run directory with the same checkpoints."""
+    shutil.copytree(run_dir / "checkpoints", to / "checkpoints")
+    return to
+
+
+def test_a_run_is_not_continued_with_other_settings(shard_dir: Path, native_run: Path, tmp_path: Path) -> None:
+    run_dir = copy_of(native_run, tmp_path / "run")
+    other = ["engine.name=native", "mask.kind=random", "optim.lr=1e-4"]
+    run = start_pretrain(shard_dir, run_dir, *other)
+    assert run.wait(timeout=60) == 78
+    said = Path(f"{run_dir}.log").read_text()
+    assert "mask.kind=block (now random)" in said
+    assert "optim.lr=0.002 (now 0.0001)" in said
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_a_run_directory_belongs_to_one_process(shard_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    held = checkpoint.lock(run_dir)
+    run = start_pretrain(shard_dir, run_dir, "engine.name=native")
+    assert run.wait(timeout=60) == 78
+    assert "another process is at work in" in Path(f"{run_dir}.log").read_text()
+    held.close()
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(shard_dir: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run = start_pretrain(shard_dir, run_dir, "engine.name=native", "optim.lr=1e30", "checkpoint.every_steps=5")
+    assert run.wait(timeout=60) == 1
+    assert "error: the loss is not finite by step" in Path(f"{run_dir}.log").read_text()
+    assert checkpoint.newest(run_dir) is None
