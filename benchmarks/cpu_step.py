@@ -1,0 +1,97 @@
+"""Where a step of the quickstart goes on this CPU, and what its choices are worth.
+
+    python benchmarks/cpu_step.py                    # about three minutes on idle cores
+
+Writes ``benchmarks/results/cpu_step.json``: milliseconds of each part at a batch of 128, the median of alternating repeats. The
+student is timed with both attention forms and both precisions in turn; the whole is timed in processes that keep freed memory
+(as ``dist.start`` arranges) and in processes that give it back, in turn.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from personmae import dist, metrics
+from personmae.model import vit
+from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
+from personmae.model.teacher import Teacher
+
+RESULTS = Path(__file__).resolve().parent / "results" / "cpu_step.json"
+ROUNDS, REPEATS, WARM_UP = 3, 12, 3
+FORMS = {"plain": vit.plain_attention, "sdpa": F.scaled_dot_product_attention}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+
+
+def parts() -> dict[str, Callable[[], object]]:
+    """The parts of a step on a batch of noise, by name."""
+    height, width = VIEW.canvas_size
+    canvas = torch.randint(0, 256, (128, height, 3, width), dtype=torch.uint8)
+    keys, native = torch.arange(128), torch.tensor([[200, 90]] * 128)
+    draws = draw_batch(keys, native, VIEW)
+    batch = cut_batch(canvas, draws, VIEW) | {"target": torch.randn(128, 32, 128)}
+    models = {dtype: PersonMAE(size="micro", compute_dtype=kind) for dtype, kind in DTYPES.items()}
+    teacher = Teacher(models["bf16"].encoder, VIEW.grid, torch.bfloat16)
+
+    def student(form: str, dtype: str) -> Callable[[], object]:
+        def run() -> None:
+            vit.plain_attention = FORMS[form]  # what Attention.forward calls on a CPU
+            models[dtype](batch)["loss"].backward()
+            vit.plain_attention = FORMS["plain"]
+
+        return run
+
+    students = {f"student {form} {dtype}": student(form, dtype) for form in FORMS for dtype in DTYPES}
+    return {
+        "draw": lambda: draw_batch(keys, native, VIEW),
+        "cut": lambda: cut_batch(canvas, draws, VIEW),
+        "teacher": lambda: teacher(batch["patches_b"]),
+        **students,
+    }
+
+
+def measure(keep_memory: bool) -> dict[str, float]:
+    """Median milliseconds of each part, the parts taken in turn."""
+    if keep_memory:
+        dist.start(dist.read_world())
+    else:
+        torch.set_num_threads(dist.usable_cores())
+    seconds: dict[str, list[float]] = defaultdict(list)
+    todo = parts()
+    for repeat in range(REPEATS + WARM_UP):
+        for name, run in todo.items():
+            start = time.perf_counter()
+            run()
+            if repeat >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
+
+
+def main() -> None:
+    """Alternate processes with and without kept memory."""
+    if len(sys.argv) > 1:
+        print(json.dumps(measure(sys.argv[1] == "kept")))
+        return
+    found: dict[str, dict[str, list[float]]] = {"kept": defaultdict(list), "returned": defaultdict(list)}
+    for _ in range(ROUNDS):
+        for memory, values in found.items():
+            done = subprocess.run([sys.executable, __file__, memory], check=True, capture_output=True, text=True)
+            for name, value in json.loads(done.stdout.splitlines()[-1]).items():
+                values[name].append(value)
+    medians = {memory: {n: round(statistics.median(v), 1) for n, v in values.items()} for memory, values in found.items()}
+    record = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware(), "milliseconds": medians}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()
