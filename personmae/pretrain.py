@@ -13,8 +13,9 @@ from personmae import checkpoint, config, dist, metrics, optim
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.engine.base import Engine, PortableState
 from personmae.errors import Diverged, Stopped, UserError
+from personmae.model import teacher as ema
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
-from personmae.model.teacher import Teacher, momentum_at
+from personmae.model.teacher import Teacher
 
 PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,048
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -51,25 +52,11 @@ def run(settings: config.Pretrain) -> None:
         if world.is_first:
             print(f"{settings.run_dir} is complete: {start} of {total_steps} steps are done", flush=True)
         return
-    reader = BatchReader(
-        shards,
-        canvas_size=view.canvas_size,
-        seed=settings.seed,
-        global_batch_size=plan.global_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        micro_batch_size=plan.micro_batch_size,
-        first_step=start,
-        num_threads=settings.data.num_threads or max(1, dist.usable_cores() // world.local_world_size),
-        prefetch_batches=settings.data.prefetch_batches,
-        block_size=settings.data.shuffle_block_size,
-        max_bad_ratio=settings.data.max_bad_ratio,
-    )
+    reader = build_reader(settings, shards, plan, world, view, first_step=start)
     held = checkpoint.lock(settings.run_dir) if world.is_first else None
     if world.is_first:
         announce(settings, model, plan, len(shards), total_steps, start)
     log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start)
-    reference_steps = PAPER_STEPS if settings.teacher.horizon_scaling else None
     step, finite, num_bad = start, torch.tensor(True, device=world.device), 0
     try:
         while step < total_steps:
@@ -83,17 +70,10 @@ def run(settings: config.Pretrain) -> None:
             lr_scale = lr_scale_at(settings, step, total_steps)
             grad_norm = engine.step(lr_scale)
             if teacher:
-                momentum = momentum_at(
-                    step,
-                    total_steps,
-                    momentum=settings.teacher.momentum,
-                    ramp_fraction=settings.teacher.ramp_fraction,
-                    reference_steps=reference_steps,
-                )
-                teacher.update(model.encoder, momentum)
+                teacher.update(model.encoder, momentum_at(settings, step, total_steps))
             step += 1
 
-            finite &= parts[-1]["loss"].isfinite()
+            finite &= torch.stack([part["loss"] for part in parts]).isfinite().all()
             log.advance(step)
             if step % settings.train.log_every == 0 or step == total_steps:
                 values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
@@ -147,6 +127,26 @@ def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPl
     )
 
 
+def build_reader(
+    settings: config.Pretrain, shards: ShardSet, plan: dist.BatchPlan, world: dist.World, view: View, *, first_step: int
+) -> BatchReader:
+    """This rank's batches from ``first_step`` on."""
+    return BatchReader(
+        shards,
+        canvas_size=view.canvas_size,
+        seed=settings.seed,
+        global_batch_size=plan.global_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        micro_batch_size=plan.micro_batch_size,
+        first_step=first_step,
+        num_threads=settings.data.num_threads or max(1, dist.usable_cores() // world.local_world_size),
+        prefetch_batches=settings.data.prefetch_batches,
+        block_size=settings.data.shuffle_block_size,
+        max_bad_ratio=settings.data.max_bad_ratio,
+    )
+
+
 def peak_lr(settings: config.Pretrain) -> float:
     """The linear rule of MAE, unless ``optim.lr`` is given."""
     return settings.optim.lr or settings.optim.base_lr * settings.train.global_batch_size / 256
@@ -159,6 +159,17 @@ def lr_scale_at(settings: config.Pretrain, step: int, total_steps: int) -> float
         total_steps,
         warmup_steps=round(settings.optim.warmup_fraction * total_steps),
         min_ratio=min(1.0, settings.optim.min_lr / peak_lr(settings)),
+    )
+
+
+def momentum_at(settings: config.Pretrain, step: int, total_steps: int) -> float:
+    """gamma of Eq. (6) at a step."""
+    return ema.momentum_at(
+        step,
+        total_steps,
+        momentum=settings.teacher.momentum,
+        ramp_fraction=settings.teacher.ramp_fraction,
+        reference_steps=PAPER_STEPS if settings.teacher.horizon_scaling else None,
     )
 
 

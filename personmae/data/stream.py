@@ -24,6 +24,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from personmae import dist
 from personmae.data import order, storage
 from personmae.data.decode import BadImage, decode_onto
 from personmae.errors import RankError, UserError
@@ -289,7 +290,7 @@ class BatchReader:
         list(self._pool.map(load, [range(i, len(ids), self._num_threads) for i in range(self._num_threads)]))
         keys = order.sample_keys(ids, seed=self._seed, epoch=epoch)
         batch = CanvasBatch(torch.from_numpy(canvas), torch.from_numpy(native), torch.from_numpy(keys))
-        return CanvasBatch(*(t.pin_memory() for t in batch)) if torch.cuda.is_available() else batch
+        return CanvasBatch(*(t.pin_memory() for t in batch)) if dist.use_cuda() else batch
 
     def _decode(self, sample_id: int, canvas: np.ndarray) -> tuple[int, int]:
         self._seen += 1

@@ -328,3 +328,21 @@ def test_numbers_for_masks_and_regions_come_from_different_streams():
     columns = torch.cat([draws.regions.scale[:, None].float(), uniforms(keys, 1, 4), kept], dim=1)
     correlation = torch.corrcoef(columns.T)[:5, 5:]
     assert correlation.abs().max() < 5 / 4000**0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "millions"), [("small", 21.7), ("base", 85.7)])
+def test_the_papers_sizes_learn_from_a_batch_at_256_by_128(size, millions):
+    view = View((256, 128), 16, VIEW.mean, VIEW.std, 64, VIEW.crop_scale, VIEW.crop_ratio, 0.5, "block", 0.75, 4)
+    canvas, draws = a_batch(count=2, view=view)
+    model = PersonMAE(size=size, compute_dtype=torch.bfloat16)
+    model.encoder.grad_checkpointing = True
+    assert sum(p.numel() for p in model.encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.2)
+    batch = cut_batch(canvas, draws, view)
+    assert batch["patches_a"].shape == (2, 32, 768)
+    assert batch["patches_b"].shape == (2, 128, 768)
+    batch["target"] = Teacher(model.encoder, view.grid, torch.bfloat16)(batch["patches_b"])
+    losses = model(batch)
+    losses["loss"].backward()
+    assert losses["loss"].isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
