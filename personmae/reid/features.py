@@ -51,7 +51,7 @@ def colour_histogram(
 ) -> Float[Tensor, "N F"]:
     """L2-normalised colour histograms: six horizontal stripes of the middle, 8 bins for each of RGB, square-rooted.
 
-    Each picture's channels are standardised first. This is the strongest of the variants in docs/results.md.
+    Each picture's channels are standardised first. docs/decisions.md says how it was chosen.
 
     With ``normalise_per_camera`` each bin is standardised within each camera, which takes out the camera's own colours;
     give query and gallery as one set, so that both are standardised alike.
