@@ -71,10 +71,11 @@ class RunLog:
         for name, value in record.items():
             if name not in ("step", "time"):
                 self._board.add_scalar(name, value, step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self._bar:
-            self._bar[0].update(self._bar[1], completed=step, note=f"{shown}  {rate:,.0f} images/s")
+        if self._bar:  # a terminal is narrow: the rest is in the files
+            note = f"loss {values['loss']:.4g}  {rate:,.0f} images/s"
+            self._bar[0].update(self._bar[1], completed=step, note=note)
         else:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
             left = time.strftime("%H:%M:%S", time.gmtime(remaining))
             self.say(f"{self._title} {step}/{self._total_steps}  {shown}  {rate:,.0f} images/s  {left} to go")
 
