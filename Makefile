@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-quickstart: $(INSTALLED) ## the main job on synthetic people, 2 CPU cores, about 8 minutes; interrupt and repeat it at will
+quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes on 2 CPU cores; interrupt and repeat it at will
 	$(BIN)/personmae synth $(RUN)/data
 	$(BIN)/personmae shards write $(RUN)/data/pool $(RUN)/shards --shard-mb 8 --if-missing
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_gpus 1 --log_level warning launcher/pretrain.py --config configs/quickstart.yaml

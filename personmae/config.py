@@ -187,7 +187,7 @@ class Pretrain(Section):
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
         for name in ("compile", "max_micro_batch_size", "log_every", "grad_checkpointing"):
             del values["train"][name]
-        return _flattened(values)
+        return flatten(values)
 
 
 class Head(Section):
@@ -276,6 +276,14 @@ def dump_yaml(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
 def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
     if path.resolve() in seen:
         raise UserError(f"_base_ must not lead back to the same file; {path} does")
@@ -294,13 +302,6 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
     values, origins = _read(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
     _merge(values, own, origins, str(path))
     return values, origins
-
-
-def _flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _parse_yaml(text: str, where: str) -> Any:

@@ -1,29 +1,25 @@
 """``personmae report RUN``: one self-contained HTML page of what a directory of runs holds, and a figure for a README.
 
-A run is known by its files: ``config.yaml``, ``metrics.jsonl`` and checkpoints of a program, ``result.json`` of an
-evaluation. What is not there yet is left out of the page, with a sentence that says why.
+What is not there yet is left out of the page, with a sentence that says why.
 """
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
-import yaml
-from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from personmae import config, metrics
+from personmae import config
 from personmae.apply import pictures
+from personmae.apply.runs import RANDOM, RankList, Result, Run, find_runs
 from personmae.data.decode import BadImage
 from personmae.errors import UserError
 from personmae.reid.datasets import describe, load_benchmark
 
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
-RANDOM = "random"
 LOSSES = {"loss", "pixel_loss", "feature_loss"}
 CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by the words for them
     (config.Pretrain, "pre-training: loss, total and pixel", {"loss": "total", "pixel_loss": "pixel"}),
@@ -37,57 +33,6 @@ NUM_QUERIES = 6  # rank lists on the page
 FIGURE_GROUPS, FIGURE_QUERIES = 4, 3  # of these in figure.png
 THUMBNAIL = (128, 64)  # (height, width) of a picture in a rank list
 T = TypeVar("T")
-
-
-class Result(BaseModel):
-    """What ``finetune`` and ``evaluate`` measured; scores in [0, 1]."""
-
-    name: str
-    init: str
-    benchmark: str
-    root: str
-    mAP: float  # noqa: N815 - the field's name for it
-    rank1: float
-    rank5: float
-    rank10: float
-    mINP: float  # noqa: N815
-    num_queries: int
-    num_valid: int
-    num_gallery: int
-    seconds: float
-    commit: str | None = None
-
-
-class RankList(BaseModel):
-    """One query and its nearest gallery pictures; paths as they stand, or relative to ``RankLists.root``."""
-
-    query: str
-    gallery: list[str]
-    correct: list[bool]
-
-
-class RankLists(BaseModel):
-    root: str
-    entries: list[RankList]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What one directory holds; an attribute is empty where its file is not there."""
-
-    name: str
-    directory: Path
-    settings: config.Pretrain | config.Finetune | None
-    config_yaml: str
-    info: dict[str, Any]
-    records: list[dict[str, float]]
-    result: Result | None
-    rank_lists: RankLists | None
-
-    @property
-    def from_random(self) -> bool:
-        """Whether it is a fine-tuning from random weights."""
-        return isinstance(self.settings, config.Finetune) and self.settings.init == RANDOM
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,68 +80,6 @@ def run(run_dir: Path) -> Path:
         print(run_dir / "figure.png")
     print(page)
     return page
-
-
-def find_runs(run_dir: Path) -> list[Run]:
-    """The directory itself and those directly in it, as far as they hold something to report.
-
-    Raises:
-        UserError: there is no such directory, or nothing to report in it.
-    """
-    if not run_dir.is_dir():
-        raise UserError(f"a directory with runs is required; {run_dir} is not a directory")
-    folders = [run_dir, *sorted(entry for entry in run_dir.iterdir() if entry.is_dir())]
-    runs = [read_run(folder) for folder in folders if any((folder / n).is_file() for n in ("run.json", "result.json"))]
-    if not runs:
-        raise UserError(
-            f"a directory with runs (run.json) or results (result.json), or one of them, is required; {run_dir} holds "
-            "neither: give the directory that 'personmae pretrain', 'finetune' or 'evaluate --out' wrote to"
-        )
-    kinds = (config.Pretrain, type(None), config.Finetune)  # the order of rows: baselines, then random, then pre-trained
-    return sorted(runs, key=lambda run: (kinds.index(type(run.settings)), not run.from_random, run.name))
-
-
-def read_run(directory: Path) -> Run:
-    """Everything a report needs of one directory."""
-    path = directory / "config.yaml"
-    try:
-        info, records = json.loads(_text(directory / "run.json") or "{}"), metrics.read_records(directory)
-    except ValueError as error:
-        raise UserError(f"run.json and metrics.jsonl of {directory} must be JSON; {error}; repair or remove them") from error
-    return Run(
-        name=directory.resolve().name,
-        directory=directory,
-        settings=read_settings(path) if path.is_file() else None,
-        config_yaml=_text(path),
-        info=info,
-        records=records,
-        result=_parse(Result, directory / "result.json"),
-        rank_lists=_parse(RankLists, directory / "rank_lists.json"),
-    )
-
-
-def read_settings(path: Path) -> config.Pretrain | config.Finetune:
-    """The configuration of a run; only fine-tuning has ``init``."""
-    fields = yaml.safe_load(path.read_text())
-    return config.load(config.Finetune if "init" in fields else config.Pretrain, path)
-
-
-def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
-
-
-ModelT = TypeVar("ModelT", bound=BaseModel)
-
-
-def _parse(kind: type[ModelT], path: Path) -> ModelT | None:
-    try:
-        return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(
-            f"{path} must be what 'personmae evaluate --out' writes; {where}: {first['msg']}; evaluate again"
-        ) from error
 
 
 def attempt(build: Callable[[], T]) -> Section:
@@ -289,20 +172,12 @@ def compare_settings(runs: list[Run]) -> list[str]:
     """For each pair of the headline, every setting in which the two runs differ."""
     sentences = []
     for pretrained, random in find_pairs(runs):
-        ours, theirs = (dict(_flatten(run.settings)) for run in (pretrained, random))
+        ours, theirs = (config.flatten(run.settings.model_dump()) if run.settings else {} for run in (pretrained, random))
         differing = [
             f"{key} ({ours[key]} / {theirs[key]})" for key in ours if key != "run_dir" and ours[key] != theirs.get(key)
         ]
         sentences.append(f"Settings in which {pretrained.name} and {random.name} differ: {', '.join(differing)}.")
     return sentences
-
-
-def _flatten(settings: config.Section | None, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings or ():
-        if isinstance(value, config.Section):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def data_counts(runs: list[Run]) -> list[tuple[str, Callable[[], str]]]:

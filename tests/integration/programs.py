@@ -31,6 +31,14 @@ def personmae(*args: str | Path, env: dict[str, str] | None = None) -> subproces
     return subprocess.run(command, cwd=ROOT, env=environment(env), capture_output=True, text=True, timeout=120, check=False)
 
 
+def launch(launcher: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    """A launcher of the virtual environment: ``deepspeed ARGS`` or ``torchrun ARGS``."""
+    command = [Path(sys.executable).parent / launcher, *args]
+    return subprocess.run(
+        [*map(str, command)], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=180, check=False
+    )
+
+
 def start_pretrain(
     shards: str | Path, run_dir: Path, *overrides: str, env: dict[str, str] | None = None
 ) -> subprocess.Popen[str]:

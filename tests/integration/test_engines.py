@@ -3,12 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import ROOT, SETTINGS, STEPS, environment, losses, pretrain
+from programs import ROOT, SETTINGS, STEPS, launch, losses, pretrain
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 GOLDEN = ROOT / "tests/golden/pretrain_20_steps.json"
@@ -16,19 +15,10 @@ GOLDEN = ROOT / "tests/golden/pretrain_20_steps.json"
 
 def deepspeed(shard_dir: Path, run_dir: Path, num_ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
     """``deepspeed launcher/pretrain.py`` on so many ranks of this host."""
-    launcher = Path(sys.executable).parent / "deepspeed"
     port = str(20000 + (os.getpid() * 7 + num_ranks) % 20000)
-    command = [launcher, "--num_gpus", str(num_ranks), "--master_port", port, "launcher/pretrain.py"]
-    arguments = ["--config", "configs/quickstart.yaml", f"data.shards={shard_dir}", f"run_dir={run_dir}", *SETTINGS, *overrides]
-    return subprocess.run(
-        [*map(str, command), *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    options = ["--num_gpus", str(num_ranks), "--master_port", port]
+    arguments = ["--config", "configs/quickstart.yaml", f"data.shards={shard_dir}", f"run_dir={run_dir}", *SETTINGS]
+    return launch("deepspeed", *options, "launcher/pretrain.py", *arguments, *overrides)
 
 
 def test_the_first_20_losses_are_the_golden_ones(native_run: Path) -> None:

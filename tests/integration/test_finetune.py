@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import ROOT, environment, one_line_error, personmae
+from programs import ROOT, environment, launch, one_line_error, personmae
 
 from personmae.data.synthetic import SynthSettings, write_synthetic
 
@@ -88,17 +88,8 @@ def test_a_stopped_run_ends_with_the_scores_of_an_uninterrupted_one(finished: Pa
 
 
 def test_two_ranks_share_a_batch_and_evaluate_once(benchmarks: Path, tmp_path: Path) -> None:
-    launcher = Path(sys.executable).parent / "torchrun"
-    command = [launcher, "--standalone", "--nproc-per-node", "2", "launcher/finetune.py", "--config"]
-    done = subprocess.run(
-        [*map(str, command), *arguments(benchmarks, tmp_path / "run")],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    options = ["--standalone", "--nproc-per-node", "2", "launcher/finetune.py", "--config"]
+    done = launch("torchrun", *options, *arguments(benchmarks, tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("mAP") == 1
     assert 0 < result(tmp_path / "run")["mAP"] <= 1
