@@ -34,10 +34,10 @@ VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.
 def parts() -> dict[str, Callable[[], object]]:
     """The parts of a step on a batch of noise, by name."""
     height, width = VIEW.canvas_size
-    canvas = torch.randint(0, 256, (128, height, 3, width), dtype=torch.uint8)
-    keys, native = torch.arange(128), torch.tensor([[200, 90]] * 128)
+    canvas = torch.randint(0, 256, (128, height, width, 3), dtype=torch.uint8)
+    keys, native = torch.arange(128), torch.tensor([[150, 70]] * 128)
     draws = draw_batch(keys, native, VIEW)
-    batch = cut_batch(canvas, draws, VIEW) | {"target": torch.randn(128, 32, 128)}
+    batch = cut_batch(canvas, native, draws, VIEW) | {"target": torch.randn(128, 32, 128)}
     models = {dtype: PersonMAE(size="micro", compute_dtype=kind) for dtype, kind in DTYPES.items()}
     teacher = Teacher(models["bf16"].encoder, VIEW.grid, torch.bfloat16)
 
@@ -52,7 +52,7 @@ def parts() -> dict[str, Callable[[], object]]:
     students = {f"student {form} {dtype}": student(form, dtype) for form in FORMS for dtype in DTYPES}
     return {
         "draw": lambda: draw_batch(keys, native, VIEW),
-        "cut": lambda: cut_batch(canvas, draws, VIEW),
+        "cut": lambda: cut_batch(canvas, native, draws, VIEW),
         "teacher": lambda: teacher(batch["patches_b"]),
         **students,
     }

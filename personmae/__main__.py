@@ -3,7 +3,9 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from personmae.errors import run_program
@@ -13,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run the verb; returns the exit code."""
     parser = Parser(prog="personmae", description="Person re-identification pre-training, from a bucket of crops to a table.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for add in (_synth, _shards, _pretrain, _finetune, _evaluate, _report, _doctor):
+    for add in (_synth, _shards, _pretrain, _finetune, _evaluate, _report, _bench, _doctor):
         add(verbs)
     args = parser.parse_args(argv)
     return run_program(lambda: args.run(args), quiet=os.environ.get("RANK", "0") != "0")
@@ -38,7 +40,7 @@ def _synth(verbs: argparse._SubParsersAction) -> None:
         from personmae.data.synthetic import SynthSettings, write_synthetic
 
         settings = SynthSettings(seed=args.seed, pool_images=args.pool_images)
-        with _progress("synth") as progress:
+        with _progress("synth", "pictures") as progress:
             counts = write_synthetic(args.out, settings, num_processes=args.processes, progress=progress)
         for split, count in counts.items():
             print(f"{split:40} {count:>8,} images")
@@ -50,17 +52,57 @@ def _synth(verbs: argparse._SubParsersAction) -> None:
 def _shards(verbs: argparse._SubParsersAction) -> None:
     shards = verbs.add_parser("shards", help="write, verify or describe MDS shards in a directory or s3://bucket/prefix")
     actions = shards.add_subparsers(dest="action", metavar="ACTION", required=True)
-    write = actions.add_parser("write", help="a folder of .jpg files -> shards")
-    write.add_argument("source", type=Path, metavar="SRC", help="folder; pictures are found at any depth")
-    write.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix; must be empty")
-    write.add_argument("--shard-mb", type=_positive, default=64, help="size of a shard in MiB (default 64)")
-    write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
-    write.set_defaults(run=_shards_write)
+    _shards_write_arguments(actions)
     for action, help_text in (("verify", "read every sample back and check it"), ("stats", "counts, bytes, sizes")):
         verb = actions.add_parser(action, help=help_text)
         verb.add_argument("root", metavar="SHARDS", help="directory or s3://bucket/prefix")
         verb.add_argument("--cache-dir", type=Path, help="where remote shards are kept (default: a temporary directory)")
         verb.set_defaults(run=_shards_verify if action == "verify" else _shards_stats)
+
+
+_SHARDS_WRITE = """\
+SRC is one of
+  a folder         every .jpg and .jpeg below it, at any depth; a picture's name is its path below SRC
+  an LMDB          name -> JPEG bytes, as LUPerson is kept: a directory with data.mdb, or a .mdb or .lmdb file
+  tars             an uncompressed .tar, or a directory of them (WebDataset); a name is TAR/MEMBER
+
+Pictures are kept byte for byte. Those that cannot be decoded are left out and listed in DEST/rejects.jsonl.
+Interrupted or killed at any moment, the same command goes on where it was and ends with the same bytes.
+"""
+_SHARDS_WRITE_EXAMPLES = """\
+examples:
+  personmae shards write CROPS/ s3://bucket/crops
+  personmae shards write lmdb/ s3://bucket/luperson --max-side 384
+  personmae shards write lmdb/ SHARDS --list CFS_list.pkl --trust-pickle-list --first 0.5
+  personmae shards write lmdb/ SHARDS --fraction 0.25 --seed 0
+"""
+
+
+def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
+    write = actions.add_parser(
+        "write",
+        help="a folder of .jpg files, an LMDB or tars -> shards",
+        description=_SHARDS_WRITE,
+        epilog=_SHARDS_WRITE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    write.add_argument("source", type=Path, metavar="SRC", help="where the pictures are")
+    write.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix; must be empty or unfinished")
+    write.add_argument(
+        "--shard-mb", type=_positive, default=64, metavar="N", help="largest size of a shard in MiB (default 64)"
+    )
+    write.add_argument("--max-side", type=int, metavar="N", help="shrink pictures whose longer side exceeds N pixels")
+    write.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: one a CPU core)")
+    write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
+    which = write.add_argument_group("which pictures (default: all)")
+    which.add_argument("--list", type=Path, metavar="FILE", help="only those named in FILE: text, one name a line")
+    which.add_argument(
+        "--trust-pickle-list", action="store_true", help="let FILE be a pickled list of names; no code in it is run"
+    )
+    which.add_argument("--first", type=float, default=1.0, metavar="SHARE", help="only the first share of FILE, e.g. 0.5")
+    which.add_argument("--fraction", type=float, default=1.0, metavar="SHARE", help="only a random share of those, e.g. 0.25")
+    which.add_argument("--seed", type=int, default=0, help="which random share (default 0); smaller shares lie in larger ones")
+    write.set_defaults(run=_shards_write)
 
 
 def _positive(text: str) -> float:
@@ -71,14 +113,29 @@ def _positive(text: str) -> float:
 
 
 def _shards_write(args: argparse.Namespace) -> None:
-    from personmae.data import shards
+    from personmae.data import importer, storage
+    from personmae.data.sources import Selection
 
-    if args.if_missing and "index.json" in _files_at(args.destination):
+    if args.if_missing and importer.INDEX in (files := _files_at(args.destination)) and importer.PLAN not in files:
         print(f"{args.destination} already holds a data set")
         return
-    with _progress("shards write") as progress:
-        count = shards.write(args.source, args.destination, shard_bytes=int(args.shard_mb * 2**20), progress=progress)
-    print(f"{count:,} pictures written to {args.destination}")
+    selection = Selection(
+        list_file=args.list, trust_pickle=args.trust_pickle_list, first=args.first, fraction=args.fraction, seed=args.seed
+    )
+    with _progress("shards write", "pictures") as progress:
+        count = importer.write(
+            args.source,
+            args.destination,
+            shard_bytes=int(args.shard_mb * 2**20),
+            max_side=args.max_side,
+            selection=selection,
+            num_processes=args.processes,
+            progress=progress,
+        )
+    num_rejects = (storage.read(args.destination, importer.REJECTS) or b"").count(b"\n")
+    where = f"{args.destination.rstrip('/')}/{importer.REJECTS}"
+    rejected = f"; {num_rejects:,} could not be read and are listed in {where}" if num_rejects else ""
+    print(f"{count:,} pictures written to {args.destination}{rejected}")
 
 
 def _files_at(destination: str) -> dict[str, int]:
@@ -92,7 +149,7 @@ def _files_at(destination: str) -> dict[str, int]:
 def _shards_verify(args: argparse.Namespace) -> None:
     from personmae.data import shards
 
-    with _cache_dir(args.cache_dir) as cache, _progress("shards verify") as progress:
+    with _cache_dir(args.cache_dir) as cache, _progress("shards verify", "pictures") as progress:
         count = shards.verify(args.root, cache_dir=cache, progress=progress)
     print(f"{count:,} samples of {args.root} are whole")
 
@@ -170,6 +227,33 @@ def _report(verbs: argparse._SubParsersAction) -> None:
     verb.set_defaults(run=run)
 
 
+def _bench(verbs: argparse._SubParsersAction) -> None:
+    bench = verbs.add_parser("bench", help="measure this machine: how fast shards are read and decoded")
+    actions = bench.add_subparsers(dest="action", metavar="ACTION", required=True)
+    data = actions.add_parser("data", help="reading and decoding shards, beside StreamingDataset + PIL + DataLoader")
+    data.add_argument("shards", metavar="SHARDS", help="a directory of shards")
+    data.add_argument("--remote", metavar="URL", help="the same shards in an object store, read with an empty and a full cache")
+    data.add_argument("--images", type=int, default=10_000, help="pictures per measurement (default 10000)")
+    data.add_argument(
+        "--rounds", type=int, default=3, help="times each way is measured, in turn; the median counts (default 3)"
+    )
+    data.add_argument(
+        "--rate",
+        type=_positive,
+        default=6000,
+        help="images/s of the consumer whose wait is told (default 6000, a GPU on ViT-B)",
+    )
+    data.add_argument("--out", type=Path, help="write the record as JSON")
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae.bench import DataBench, run_data
+
+        settings = DataBench(args.shards, args.remote, num_images=args.images, rounds=args.rounds, rate=args.rate)
+        run_data(settings, args.out)
+
+    data.set_defaults(run=run)
+
+
 def _doctor(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("doctor", help="what this machine has, and which commands would fail and why")
     verb.add_argument("--shards", help="also try to read shards at a directory or s3://bucket/prefix")
@@ -183,27 +267,42 @@ def _doctor(verbs: argparse._SubParsersAction) -> None:
 
 
 class _progress:  # noqa: N801 - used like a function
-    """A bar on a terminal, a line every ten per cent elsewhere; called with (done, total)."""
+    """A bar on a terminal, a line every ten per cent elsewhere, with rate and time to go; called with (done, total)."""
 
-    def __init__(self, title: str):
-        self._title, self._bar, self._task, self._tenth = title, None, None, 0
+    def __init__(self, title: str, unit: str):
+        self._title, self._unit, self._bar, self._task, self._tenth = title, unit, None, None, 0
+        self._first: tuple[int, float] | None = None  # where a resumed work began, and when
 
     def __enter__(self) -> Callable[[int, int], None]:
         from rich.console import Console
-        from rich.progress import Progress, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-        if Console(stderr=True).is_terminal:
-            self._bar = Progress(*Progress.get_default_columns()[:-1], TimeRemainingColumn(), console=Console(stderr=True))
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[pace]}")
+            texts = [TextColumn(column) if isinstance(column, str) else column for column in columns]
+            self._bar = Progress(*texts, console=console)
             self._bar.start()
-            self._task = self._bar.add_task(self._title, total=None)
+            self._task = self._bar.add_task(self._title, total=None, pace="")
         return self._update
 
     def _update(self, done: int, total: int) -> None:
+        pace = self._pace(done, total)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
+            self._bar.update(self._task, completed=done, total=total, pace=pace)
         elif done * 10 // total > self._tenth:
             self._tenth = done * 10 // total
-            print(f"{self._title}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+            print(f"{self._title}: {done:,} of {total:,} {self._unit}{pace}", file=sys.stderr, flush=True)
+
+    def _pace(self, done: int, total: int) -> str:
+        """Rate and time to go since the first call."""
+        now = time.monotonic()
+        self._first = self._first or (done, now)
+        rate = (done - self._first[0]) / max(1e-9, now - self._first[1])
+        if rate == 0:
+            return ""
+        left = timedelta(seconds=round((total - done) / rate))
+        return f", {rate:,.0f} a second" + (f", {left} to go" if left else "")
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

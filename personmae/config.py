@@ -110,6 +110,14 @@ class Train(Section):
 class Data(Section):
     shards: str = Field(description="directory or s3://bucket/prefix of MDS shards")
     cache_dir: str = Field(default="", description="where shards of an object store are kept; default RUN_DIR/shards")
+    cache_limit_gb: float | None = Field(
+        default=None, gt=0, description="most that the shards of this data set may take there, on each host; default no limit"
+    )
+    retry_seconds: float = Field(
+        default=600, ge=0, description="how long reading goes on without a byte from the store before the run stops"
+    )
+    num_connections: int = Field(default=8, gt=0, description="shards fetched at once, per rank")
+    prefetch_shards: int = Field(default=64, ge=0, description="shards opened beyond those in use")
     num_threads: int = Field(
         default=0, ge=0, description="decoding threads per rank; 0 for the cores divided by the local ranks"
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from personmae import checkpoint, config, dist, metrics, optim
+from personmae.data import storage
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.engine.base import Engine, PortableState
 from personmae.errors import Diverged, Stopped, UserError
@@ -32,7 +33,7 @@ def run(settings: config.Pretrain) -> None:
     plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
     dist.start(world)
-    shards = ShardSet(settings.data.shards, settings.data.cache_dir or Path(settings.run_dir) / "shards")
+    shards = open_shards(settings)
     total_steps = count_steps(settings, len(shards))
 
     torch.manual_seed(settings.seed)
@@ -63,7 +64,7 @@ def run(settings: config.Pretrain) -> None:
             parts = []
             for micro in range(plan.grad_accum_steps):
                 batch = to_device(next(reader), world.device)
-                inputs = cut(batch.canvas, draw_batch(batch.keys, batch.native_size, view), view)
+                inputs = cut(batch.canvas, batch.size, draw_batch(batch.keys, batch.native_size, view), view)
                 if teacher:
                     inputs["target"] = teacher(inputs["patches_b"])
                 parts.append(engine.forward_backward(inputs, last_micro=micro == plan.grad_accum_steps - 1))
@@ -79,7 +80,7 @@ def run(settings: config.Pretrain) -> None:
                 values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
                 values["grad_norm"] = grad_norm
                 means = mean_over_ranks(values)  # the only wait for the device in this loop
-                means["lr"] = lr_scale * peak_lr(settings)
+                means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()}
                 log.log(step, means, images_per_step=plan.global_batch_size)
                 num_bad = tell_bad_samples(reader, num_bad)
             stopping = engine.any(stop.requested)
@@ -127,6 +128,17 @@ def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPl
     )
 
 
+def open_shards(settings: config.Pretrain) -> ShardSet:
+    """The data set, with its cache below the run's directory unless another is named."""
+    limit = settings.data.cache_limit_gb
+    return ShardSet(
+        settings.data.shards,
+        settings.data.cache_dir or Path(settings.run_dir) / "shards",
+        cache_limit_bytes=None if limit is None else round(limit * 1e9),
+        retry_seconds=settings.data.retry_seconds,
+    )
+
+
 def build_reader(
     settings: config.Pretrain, shards: ShardSet, plan: dist.BatchPlan, world: dist.World, view: View, *, first_step: int
 ) -> BatchReader:
@@ -144,6 +156,8 @@ def build_reader(
         prefetch_batches=settings.data.prefetch_batches,
         block_size=settings.data.shuffle_block_size,
         max_bad_ratio=settings.data.max_bad_ratio,
+        num_connections=settings.data.num_connections,
+        num_ahead=settings.data.prefetch_shards,
     )
 
 
@@ -262,6 +276,8 @@ def announce(
         seed=settings.seed,
         versions=checkpoint.versions(),
     )
+    if settings.data.shards.startswith("s3://"):
+        print(f"pretrain: {settings.data.shards} with {storage.s3_identity()}")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"pretrain: {settings.model.size} ({millions:.1f} M parameters with decoders), {num_samples:,} samples")
     print(f"pretrain: {plan}")

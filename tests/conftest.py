@@ -42,10 +42,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shard_dir(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pictures as shards; read only."""
-    from personmae.data import shards
+    from personmae.data import importer
 
     target = tmp_path_factory.mktemp("shards") / "set"
-    assert shards.write(pictures, str(target), shard_bytes=SHARD_BYTES) == NUM_PICTURES
+    assert importer.write(pictures, str(target), shard_bytes=SHARD_BYTES) == NUM_PICTURES
     return target
 
 

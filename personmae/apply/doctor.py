@@ -291,7 +291,7 @@ def try_shards(root: str) -> tuple[Outcome, UserError | None]:
             start = time.perf_counter()
             with ShardSet(root, cache) as shards:
                 opened = time.perf_counter()
-                height, width = decode_onto(shards.jpeg(0), np.empty((256, 3, 128), np.uint8))
+                (height, width), _ = decode_onto(shards.jpeg(0), np.empty((256, 128, 3), np.uint8))
                 read = time.perf_counter()
                 first = shards.shards[0].num_bytes / 2**20
                 detail = (

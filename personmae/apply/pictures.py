@@ -69,10 +69,11 @@ def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> R
     with open_shards(settings, directory) as shards:
         ids = np.linspace(0, shards.sizes[0] - 1, min(count, shards.sizes[0])).astype(np.int64)
         height, width = view.canvas_size
-        canvas = np.empty((len(ids), height, 3, width), np.uint8)
-        sizes = [decode_onto(shards.jpeg(int(i)), row) for i, row in zip(ids, canvas, strict=True)]
+        canvas = np.empty((len(ids), height, width, 3), np.uint8)
+        placed = [decode_onto(shards.jpeg(int(i)), row) for i, row in zip(ids, canvas, strict=True)]
+    native, size = (torch.tensor(sizes) for sizes in zip(*placed, strict=True))
     keys = torch.from_numpy(sample_keys(ids, seed=settings.seed, epoch=0))
-    return reconstruct(model, torch.from_numpy(canvas), draw_batch(keys, torch.tensor(sizes), view), view)
+    return reconstruct(model, torch.from_numpy(canvas), size, draw_batch(keys, native, view), view)
 
 
 def open_shards(settings: config.Pretrain, directory: Path) -> ShardSet:
@@ -81,14 +82,16 @@ def open_shards(settings: config.Pretrain, directory: Path) -> ShardSet:
 
 
 @torch.no_grad()
-def reconstruct(model: PersonMAE, canvas: UInt8[Tensor, "B Hc 3 Wc"], draws: Draws, view: View) -> Reconstruction:
+def reconstruct(
+    model: PersonMAE, canvas: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, view: View
+) -> Reconstruction:
     """Cut the regions exactly as training does, predict RegionB, and bring everything back to pixels.
 
     The model predicts normalised patches (Eq. 5, left), so pixels need a mean and a std for each patch.
     """
-    batch = cut_batch(canvas, draws, view)
+    batch = cut_batch(canvas, size, draws, view)
     pred = model.predict_pixels(batch).float()
-    picture = regions.resize_canvas(canvas, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
+    picture = regions.resize_canvas(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
     region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)
     target, visible = batch["patches_b"], batch["patches_a"].flatten(1)
     own_std = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()

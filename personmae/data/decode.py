@@ -1,32 +1,64 @@
 """JPEG bytes to uint8 canvases, many at a time: the decoder runs without holding the interpreter's lock."""
 
+import threading
+from typing import NamedTuple
+
 import cv2
 import numpy as np
+import simplejpeg
 from numpy.typing import NDArray
 
-Canvas = NDArray[np.uint8]  # (H, 3, W), RGB: the layout that model/regions.py multiplies without moving it
-_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+Canvas = NDArray[np.uint8]  # (Hc, Wc, 3), RGB
+Size = tuple[int, int]  # (height, width) in pixels
+
+_EIGHTHS = 8  # the decoder can shrink a picture to any number of eighths while it decodes, which saves time
+_scratch = threading.local()
 
 
 class BadImage(ValueError):  # noqa: N818 - names what it is
     """Bytes that do not decode to a picture."""
 
 
-def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> tuple[int, int]:
-    """Decode a JPEG and resize it to fill ``canvas``; returns the picture's own (height, width).
+class Placed(NamedTuple):
+    """A picture's own size, and the size at which it stands in the upper left corner of its canvas."""
+
+    native_size: Size
+    size: Size
+
+
+def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> Placed:
+    """Decode a JPEG into the upper left corner of ``canvas``; the rest of the canvas is left as it was.
+
+    A picture that fits is not resized. A larger one is shrunk by the decoder to the most eighths of its size that fit.
 
     Raises:
-        BadImage: the bytes are not a readable picture.
+        BadImage: the bytes are not a readable picture, whole and without a complaint of the decoder.
     """
     try:
-        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), _FLAGS)
-    except cv2.error as error:
-        raise BadImage(str(error)) from error
-    if image is None:
-        raise BadImage(f"{len(jpeg)} bytes are not a picture")
-    height, width = image.shape[:2]
-    canvas_h, _, canvas_w = canvas.shape
-    shrinks = height >= canvas_h and width >= canvas_w
-    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
-    canvas[:] = cv2.resize(image, (canvas_w, canvas_h), interpolation=interpolation).transpose(0, 2, 1)
-    return height, width
+        height, width = map(int, simplejpeg.decode_jpeg_header(jpeg)[:2])
+        size = fitted_size((height, width), canvas.shape[:2])
+        pixels = simplejpeg.decode_jpeg(jpeg, "RGB", min_height=size[0], min_width=size[1], buffer=_buffer(size))
+    except (ValueError, IndexError) as error:  # an IndexError where there are no bytes at all
+        raise BadImage(f"{len(jpeg)} bytes are not a whole JPEG: {error}") from error
+    if size[0] > canvas.shape[0] or size[1] > canvas.shape[1]:  # even an eighth is too large
+        size = min(size[0], canvas.shape[0]), min(size[1], canvas.shape[1])
+        pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
+    canvas[: size[0], : size[1]] = pixels
+    return Placed((height, width), size)
+
+
+def fitted_size(native_size: Size, canvas_size: tuple[int, ...]) -> Size:
+    """The largest size not above its own to which the decoder can bring a picture so that it fits; else an eighth."""
+    height, width = native_size
+    # The decoder rounds up.
+    sizes = [(-(-height * eighths // _EIGHTHS), -(-width * eighths // _EIGHTHS)) for eighths in range(_EIGHTHS, 0, -1)]
+    return next((size for size in sizes if size[0] <= canvas_size[0] and size[1] <= canvas_size[1]), sizes[-1])
+
+
+def _buffer(size: Size) -> NDArray[np.uint8]:
+    """This thread's memory for a decoded picture: it stays in the processor's cache, and nothing is allocated."""
+    needed = size[0] * size[1] * 3
+    buffer = getattr(_scratch, "buffer", None)
+    if buffer is None or len(buffer) < needed:
+        buffer = _scratch.buffer = np.empty(needed, np.uint8)
+    return buffer

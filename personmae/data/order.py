@@ -3,29 +3,76 @@
 A global batch is a slice of it and a rank takes a slice of that, so a run is resumed by one integer: the step.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
 
-def epoch_order(shard_sizes: list[int], *, seed: int, epoch: int, block_size: int) -> Ids:
+@dataclass(frozen=True, slots=True)
+class EpochOrder:
+    """One epoch: its samples in order, and which shards they come from.
+
+    ``shards[i]`` is used by samples from ``starts[i]`` up to ``stops[i]`` of ``ids`` only; both ascend.
+    """
+
+    ids: Ids
+    shards: Ids
+    starts: Ids
+    stops: Ids
+
+
+def epoch_order(shard_sizes: list[int], *, seed: int, epoch: int, block_size: int) -> EpochOrder:
     """All sample ids of an epoch: shards in random order, samples shuffled within blocks of whole shards.
 
     Samples are numbered shard by shard. A block holds the fewest shards that together have ``block_size`` samples, so
     reading ahead touches few shards at a time.
     """
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    order, block = [], []
-    for shard in rng.permutation(len(shard_sizes)):
-        block.append(np.arange(starts[shard], starts[shard + 1]))
-        if sum(map(len, block)) >= block_size:
-            order.append(rng.permutation(np.concatenate(block)))
-            block = []
-    if block:
-        order.append(rng.permutation(np.concatenate(block)))
-    return np.concatenate(order)
+    firsts = np.concatenate([[0], np.cumsum(shard_sizes)])
+    shards = rng.permutation(len(shard_sizes))
+    ids, starts, stops, block, done = [], [], [], [], 0
+    for shard in shards:
+        block.append(np.arange(firsts[shard], firsts[shard + 1]))
+        size = sum(map(len, block))
+        if size >= block_size or done + size == firsts[-1]:
+            ids.append(rng.permutation(np.concatenate(block)))
+            starts += [done] * len(block)
+            stops += [done + size] * len(block)
+            block, done = [], done + size
+    starts += [done] * (len(shards) - len(starts))  # empty shards behind the last sample
+    stops += [done] * (len(shards) - len(stops))
+    return EpochOrder(np.concatenate(ids), shards, np.array(starts, np.int64), np.array(stops, np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one rank does at once: the samples ``ids``, which lie before ``offset`` in the order of ``epoch``."""
+
+    epoch: int
+    ids: Ids
+    offset: int
+
+
+def micro_batches(
+    order: EpochOrder,
+    *,
+    epoch: int,
+    first_step: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[MicroBatch]:
+    """One rank's part of each global batch of an epoch, from its ``first_step`` on; the tail that fills none is dropped."""
+    for step in range(first_step, len(order.ids) // global_batch_size):
+        stop = (step + 1) * global_batch_size
+        ids = rank_slice(order.ids[stop - global_batch_size : stop], rank, world_size)
+        for start in range(0, len(ids), micro_batch_size):
+            yield MicroBatch(epoch, ids[start : start + micro_batch_size], stop)
 
 
 def rank_slice(batch_ids: Ids, rank: int, world_size: int) -> Ids:

@@ -1,174 +1,184 @@
-"""MDS shards: writing them from a folder of JPEGs, verifying and describing them.
+"""MDS shards: writing one of them from checked pictures, verifying and describing a set of them.
 
-A sample is {jpeg: bytes as they were, key: path below the source, height, width}. mosaicml-streaming writes the shards and
-the index, so ``streaming.StreamingDataset`` opens them too.
+A sample is {jpeg: bytes as they were, key: its name in the source, height, width}. mosaicml-streaming writes the shards, so
+``streaming.StreamingDataset`` opens them too.
 """
 
-import io
-import os
-import shutil
-import tempfile
+import itertools
+import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
-from PIL import Image
+import simplejpeg
 
-from personmae.data import storage
+from personmae import dist
+from personmae.data.mds import INDEX
+from personmae.data.sources import Picture, Source
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 
 COLUMNS = {"jpeg": "bytes", "key": "str", "height": "uint16", "width": "uint16"}
 HASHES = ["xxh64"]
 SHARD_BYTES = 1 << 26
-_SUFFIXES = {".jpg", ".jpeg"}
+_QUALITY = 95
+_LONGEST_SIDE = 65_500  # libjpeg's bound, and a uint16 holds it
+_MOST_PIXELS = 1 << 27  # a few bytes can claim to be a picture that fills the memory
+_NUM_READERS = 4  # threads of a process; they hide the latency of a slow file system
+_CHUNK = 32
 Progress = Callable[[int, int], None]
+Record = dict[str, Any]  # {"shard": its index entry or None, "rejects": [{"key", "reason"}]}
 
 
-def find_pictures(source: Path) -> list[Path]:
-    """All .jpg and .jpeg files below a folder, sorted by path.
+def header_bytes(size_limit: int) -> int:
+    """Bytes of a shard without samples: their number, the end of the last, and what ``MDSWriter`` notes of itself."""
+    names = sorted(COLUMNS)
+    config = {
+        "column_encodings": [COLUMNS[name] for name in names],
+        "column_names": names,
+        "column_sizes": [2 if COLUMNS[name] == "uint16" else None for name in names],
+        "compression": None,
+        "format": "mds",
+        "hashes": HASHES,
+        "size_limit": size_limit,
+        "version": 2,
+    }
+    return 4 + 4 + len(json.dumps(config))
+
+
+def sample_bytes(key: str, num_bytes: int) -> int:
+    """Bytes of a sample: where it begins, the lengths of its two texts, its two sides, and the texts themselves."""
+    return 4 + 2 * 4 + 2 * 2 + len(key.encode("utf-8", "surrogateescape")) + num_bytes
+
+
+def shard_name(number: int) -> str:
+    return f"shard.{number:05}.mds"
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One shard to write."""
+
+    number: int
+    source: Source
+    pictures: list[Picture]
+    shard_bytes: int
+    max_side: int | None
+    staging: Path
+
+    @property
+    def folder(self) -> Path:
+        """Where its file is put."""
+        return self.staging / f"{self.number:05}"
+
+
+def write_shard(task: Task) -> Record:
+    """Read and check a shard's pictures, and write those that are whole into the task's folder."""
+    chunks = [task.pictures[start : start + _CHUNK] for start in range(0, len(task.pictures), _CHUNK)]
+    with task.source, ThreadPoolExecutor(_NUM_READERS) as threads:
+        read = threads.map(lambda chunk: [_sample(task, picture) for picture in chunk], chunks)
+        samples = list(itertools.chain.from_iterable(read))
+    whole = [sample for sample in samples if "reason" not in sample]
+    rejects = [sample for sample in samples if "reason" in sample]
+    return {"shard": _write_mds(task, whole) if whole else None, "rejects": rejects}
+
+
+def _sample(task: Task, picture: Picture) -> dict[str, Any]:
+    """A sample, or {"key", "reason"} where the picture cannot be used."""
+    try:
+        picture.key.encode()
+        jpeg, height, width = checked(task.source.read(picture), picture.num_bytes, task.max_side)
+    except UnicodeEncodeError:
+        reason = "its name is not UTF-8"
+    except OSError as error:
+        if not task.source.path.exists():
+            raise UserError(f"{task.source.path} has gone while it was read; bring it back and run this again") from error
+        reason = f"it cannot be read: {error.strerror or error}"
+    except ValueError as error:
+        reason = str(error)
+    else:
+        return {"jpeg": jpeg, "key": picture.key, "height": np.uint16(height), "width": np.uint16(width)}
+    return {"key": picture.key, "reason": reason}
+
+
+def checked(jpeg: bytes, num_bytes: int, max_side: int | None = None) -> tuple[bytes, int, int]:
+    """A picture that was decoded to its end, with its height and width; shrunk where its longer side exceeds ``max_side``.
 
     Raises:
-        UserError: there is no such folder, or no picture in it.
+        ValueError: it does not have ``num_bytes``, is not a JPEG, is damaged or too large.
     """
-    if not source.is_dir():
-        raise UserError(f"a folder of .jpg files is required; {source} is not a folder")
-    found = [
-        Path(folder) / name
-        for folder, _, names in os.walk(source, followlinks=True)
-        for name in names
-        if Path(name).suffix.lower() in _SUFFIXES
-    ]
-    if not found:
-        raise UserError(f"a folder of .jpg files is required; {source} holds none (other formats must be converted first)")
-    return sorted(found)
-
-
-def jpeg_size(jpeg: bytes | memoryview) -> tuple[int, int]:
-    """(height, width) from a JPEG's header.
-
-    Raises:
-        ValueError: the bytes are not a JPEG, or it is cut off.
-    """
-    jpeg = bytes(jpeg)
+    if not jpeg:
+        raise ValueError("it is empty")
     if jpeg[:2] != b"\xff\xd8":
         raise ValueError(f"it begins with {jpeg[:8]!r}, which is not how a JPEG begins")
-    if b"\xff\xd9" not in jpeg[-1024:]:
-        raise ValueError("its end-of-image mark is missing: it is cut off")
-    with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
-        return image.height, image.width
+    if len(jpeg) != num_bytes:
+        raise ValueError(f"it has {len(jpeg):,} bytes and had {num_bytes:,} when the source was listed")
+    height, width = map(int, simplejpeg.decode_jpeg_header(jpeg)[:2])
+    if max(height, width) > _LONGEST_SIDE or height * width > _MOST_PIXELS:
+        raise ValueError(f"it has {height:,} x {width:,} pixels; {_LONGEST_SIDE:,} a side and {_MOST_PIXELS:,} in all may be")
+    image = simplejpeg.decode_jpeg(jpeg, strict=True)
+    if max_side is None or max(height, width) <= max_side:
+        return jpeg, height, width
+    scale = max_side / max(height, width)
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+    return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=_QUALITY), height, width
 
 
-def write(source: Path, destination: str, *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None) -> int:
-    """Write a folder's pictures as shards to a directory or ``s3://bucket/prefix``; returns how many.
-
-    The index is written last and marks the data set as complete. A directory is built beside its final name and renamed;
-    what was uploaded before an error is deleted again.
-
-    Raises:
-        UserError: the source holds no pictures or an unreadable one, or the destination is taken or cannot be written.
-    """
-    pictures = find_pictures(source)
-    check_destination(destination)
-    check_pictures(pictures)
-    if storage.is_remote(destination):
-        return _write_remote(pictures, source, destination, shard_bytes, progress)
-    target = Path(destination)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _write_samples(pictures, source, str(partial), shard_bytes, progress)
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return len(pictures)
-
-
-def check_destination(destination: str) -> None:
-    """Raise a UserError unless the destination can be reached and is empty."""
-    if not storage.is_remote(destination) and not Path(destination).exists():
-        return
-    present = storage.list_sizes(destination)
-    if present:
-        name = sorted(present)[0]
-        raise UserError(f"an empty destination is required; {destination} already holds {name}: delete it or choose another")
-
-
-def check_pictures(pictures: list[Path]) -> None:
-    """Raise a UserError naming the first file that is not a whole JPEG; nothing has been written by then."""
-
-    def complaint(path: Path) -> str | None:
-        try:
-            jpeg_size(path.read_bytes())
-        except (ValueError, OSError) as error:
-            return f"{path} must be a JPEG file, but {error}"
-        return None
-
-    with ThreadPoolExecutor() as pool:
-        bad = [text for text in pool.map(complaint, pictures, chunksize=64) if text]
-    if bad:
-        more = f" ({len(bad) - 1} more like it)" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{more}; remove or replace it, then run this again")
-
-
-def _write_remote(pictures: list[Path], source: Path, destination: str, shard_bytes: int, progress: Progress | None) -> int:
-    with tempfile.TemporaryDirectory(prefix="personmae-shards-") as local:
-        try:
-            with storage.explained(destination, "writing to"):
-                _write_samples(pictures, source, (local, destination), shard_bytes, progress)
-        except BaseException:
-            written = storage.list_sizes(destination) or {}
-            storage.delete(destination, list(written))
-            raise
-    return len(pictures)
-
-
-def _write_samples(
-    pictures: list[Path], source: Path, out: str | tuple[str, str], shard_bytes: int, progress: Progress | None
-) -> None:
+def _write_mds(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Write one file and return its index entry."""
     from streaming import MDSWriter
 
-    with MDSWriter(out=out, columns=COLUMNS, hashes=HASHES, size_limit=shard_bytes, progress_bar=False) as writer:
-        for done, path in enumerate(pictures, start=1):
-            jpeg = path.read_bytes()
-            height, width = jpeg_size(jpeg)
-            key = path.relative_to(source).as_posix()
-            writer.write({"jpeg": jpeg, "key": key, "height": np.uint16(height), "width": np.uint16(width)})
-            if progress:
-                progress(done, len(pictures))
+    num_bytes = sum(sample_bytes(sample["key"], len(sample["jpeg"])) for sample in samples)
+    limit = task.shard_bytes
+    if header_bytes(limit) + num_bytes > limit:  # one large picture; the writer would begin another file for it
+        limit = num_bytes + 1024
+    with MDSWriter(out=str(task.folder), columns=COLUMNS, hashes=HASHES, size_limit=limit) as writer:
+        for sample in samples:
+            writer.write(sample)
+    index = task.folder / INDEX
+    (entry,) = json.loads(index.read_text())["shards"]
+    index.unlink()
+    name = shard_name(task.number)
+    (task.folder / entry["raw_data"]["basename"]).rename(task.folder / name)
+    entry["raw_data"]["basename"] = name
+    return entry
+
+
+# --- reading back ---
 
 
 def verify(root: str, *, cache_dir: Path, progress: Progress | None = None) -> int:
-    """Read every sample back: shard sizes and hashes, JPEG headers, recorded sizes; returns the number of samples.
+    """Read every sample back: shard sizes and hashes, whole pictures, recorded sizes; returns the number of samples.
 
     Raises:
         UserError: something does not agree; the shard and sample are named.
     """
     done = 0
-    with ShardSet(root, cache_dir) as shards:
+    with ShardSet(root, cache_dir) as shards, ThreadPoolExecutor(dist.usable_cores()) as threads:
         for index, shard in enumerate(shards.shards):
-            shards.check_hash(index)
-            for position in range(shard.samples):
-                sample = shards.sample(index, position)
-                try:
-                    size = jpeg_size(sample["jpeg"])
-                except (ValueError, OSError) as error:
-                    raise UserError(f"sample {position} of {root}/{shard.name} is not a whole JPEG: {error}") from error
-                recorded = tuple(
-                    int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width") if side in sample
-                )
-                if recorded and size != recorded:
-                    raise UserError(f"sample {position} of {root}/{shard.name} is {size}, its record says {recorded}")
-                done += 1
+            opened = shards.open(index)
+            samples = (opened.sample(position) for position in range(shard.samples))
+            for position, complaint in enumerate(threads.map(_complaint, samples)):
+                if complaint:
+                    raise UserError(f"sample {position} of {root}/{shard.name} {complaint}")
+            done += shard.samples
             if progress:
                 progress(done, len(shards))
     return done
+
+
+def _complaint(sample: dict[str, memoryview]) -> str | None:
+    try:
+        _, *size = checked(bytes(sample["jpeg"]), len(sample["jpeg"]))
+    except ValueError as error:
+        return f"is not a whole JPEG: {error}"
+    recorded = [int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width") if side in sample]
+    return f"is {tuple(size)}, its record says {tuple(recorded)}" if recorded and size != recorded else None
 
 
 @dataclass(slots=True)
@@ -193,6 +203,6 @@ def describe(root: str, *, cache_dir: Path) -> Stats:
 
 def _heights(shards: ShardSet) -> Iterator[int]:
     for index, shard in enumerate(shards.shards):
+        opened = shards.open(index)
         for position in range(shard.samples):
-            sample = shards.sample(index, position)
-            yield int(np.frombuffer(sample["height"], np.uint16)[0]) if "height" in sample else jpeg_size(sample["jpeg"])[0]
+            yield int(simplejpeg.decode_jpeg_header(opened.jpeg(position))[0])

@@ -2,19 +2,47 @@
 
 S3 goes through boto3 and its credential chain (environment, profile, web identity, instance role), never unsigned.
 ``S3_ENDPOINT_URL`` or ``AWS_ENDPOINT_URL`` names an S3-compatible server. Other schemes use mosaicml-streaming's clients.
+Nothing here tries again: who reads decides that, by ``passing_reason``.
 """
 
 import functools
 import os
-from collections.abc import Iterator
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from personmae.errors import UserError
 
+READ_TIMEOUT_SECONDS = 15  # without a byte; a stalled connection is given up for another
+_BLOCK = 1 << 20
+
+# Answers of a server that another try may change, and what to call them in counts.
+_PASSING_CODES = {
+    "SlowDown": "throttled",
+    "Throttling": "throttled",
+    "ThrottlingException": "throttled",
+    "RequestLimitExceeded": "throttled",
+    "TooManyRequests": "throttled",
+    "503": "throttled",
+    "ServiceUnavailable": "throttled",
+    "InternalError": "server_error",
+    "500": "server_error",
+    "502": "server_error",
+    "504": "server_error",
+    "RequestTimeout": "timeout",
+    "ExpiredToken": "expired",
+    "ExpiredTokenException": "expired",
+    "RequestExpired": "expired",
+}
 _HINTS = {
+    "ExpiredToken": "the credentials have expired; get new ones",
+    "ExpiredTokenException": "the credentials have expired; get new ones",
+    "RequestExpired": "the credentials have expired, or this machine's clock is wrong; get new ones",
     "NoSuchBucket": "the bucket does not exist; create it or correct the name",
     "404": "it does not exist; correct the name",
     "NoSuchKey": "it does not exist; correct the name",
@@ -40,17 +68,36 @@ def split_s3(url: str) -> tuple[str, str]:
 
 
 @functools.cache
-def s3_client() -> Any:
+def s3_client(max_attempts: int = 4) -> Any:
     """One client for the process; short time-outs, so that a wrong address is an error within seconds."""
-    import boto3
+    from boto3.session import Session
     from botocore.config import Config
 
     endpoint = os.environ.get("S3_ENDPOINT_URL") or None
-    config = Config(connect_timeout=5, read_timeout=60, retries={"max_attempts": 4, "mode": "standard"})
-    try:
-        return boto3.client("s3", endpoint_url=endpoint, config=config)
+    config = Config(
+        connect_timeout=5,
+        read_timeout=READ_TIMEOUT_SECONDS,
+        retries={"total_max_attempts": max_attempts, "mode": "standard"},
+        max_pool_connections=64,
+    )
+    try:  # a session of its own: the default one would keep credentials that have expired
+        return Session().client("s3", endpoint_url=endpoint, config=config)
     except ValueError as error:
         raise UserError(f"S3_ENDPOINT_URL or AWS_ENDPOINT_URL must be an address like http://host:port: {error}") from None
+
+
+def s3_identity() -> str:
+    """Whose credentials are in use and where they come from, for a log; never the secret."""
+    client = s3_client()
+    credentials = client._request_signer._credentials  # no public way leads from a client to what it signs with
+    if credentials is None:
+        return f"no credentials, endpoint {client.meta.endpoint_url}"
+    return f"access key {credentials.access_key[:4]}... from {credentials.method}, endpoint {client.meta.endpoint_url}"
+
+
+def renew_credentials() -> None:
+    """Forget the client, so that the next one reads the credentials anew."""
+    s3_client.cache_clear()
 
 
 @contextmanager
@@ -70,6 +117,12 @@ def explained(location: str, what: str) -> Iterator[None]:
         raise UserError(f"{what} {location} needs credentials and none were found; {hint}") from error
     except (BotoCoreError, Boto3Error) as error:
         raise UserError(f"{what} {location} failed: {error}; check the address and S3_ENDPOINT_URL") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{what} {location} failed: it does not exist; correct the name") from error
+    except (ConnectionError, ImportError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{what} {location} failed: {error}; check the address and the credentials of its client") from error
 
 
 def list_sizes(root: str) -> dict[str, int] | None:
@@ -94,16 +147,99 @@ def list_sizes(root: str) -> dict[str, int] | None:
     return sizes
 
 
-def fetch(root: str, name: str, target: Path) -> None:
-    """Copy ``root/name`` of an object store to the file ``target``, which must not exist yet."""
-    if root.startswith("s3://"):
-        bucket, prefix = split_s3(root)
-        with explained(f"{root}/{name}", "reading"):
-            s3_client().download_file(bucket, f"{prefix}{name}", str(target))
+def passing_reason(error: BaseException) -> str | None:
+    """Why reading may succeed when it is tried again, in a word; None where trying again cannot help."""
+    from botocore import exceptions as boto
+    from urllib3 import exceptions as http
+
+    match error:
+        case boto.ClientError():
+            code = error.response.get("Error", {}).get("Code", "")
+            status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
+            return _PASSING_CODES.get(code) or _PASSING_CODES.get(status)
+        case boto.ReadTimeoutError() | boto.ConnectTimeoutError() | http.ReadTimeoutError() | TimeoutError():
+            return "timeout"
+        case boto.IncompleteReadError() | http.IncompleteRead():
+            return "truncated"
+        case boto.FlexibleChecksumError():
+            return "hash"
+        case boto.CredentialRetrievalError() | boto.TokenRetrievalError():
+            return "expired"
+        case boto.ConnectionError() | boto.HTTPClientError() | http.HTTPError() | ConnectionError() | socket.gaierror():
+            return "connection"
+    return None
+
+
+def fetch_into(file: BinaryIO, root: str, name: str, check: Callable[[], None]) -> None:
+    """Append ``root/name`` of an object store to ``file``, from the byte at which ``file`` stands.
+
+    Whatever goes wrong is raised as the store's client raises it; what had arrived by then has been written. ``check`` is
+    called now and then, and ends the reading by raising.
+    """
+    if not root.startswith("s3://"):
+        _fetch_with_streaming(file, root, name)
         return
+    bucket, prefix = split_s3(root)
+    start = file.tell()
+    asked = {"Range": f"bytes={start}-"} if start else {}
+    body = s3_client(1).get_object(Bucket=bucket, Key=f"{prefix}{name}", **asked)["Body"]
+    with body:
+        for block in body.iter_chunks(_BLOCK):
+            check()
+            file.write(block)
+
+
+def _fetch_with_streaming(file: Any, root: str, name: str) -> None:
     from streaming.base.storage import CloudDownloader
 
-    CloudDownloader.get(root).download(f"{root.rstrip('/')}/{name}", str(target), timeout=60)
+    with tempfile.TemporaryDirectory(prefix=f"{Path(file.name).name}.", dir=Path(file.name).parent) as folder:
+        whole = Path(folder) / name
+        try:
+            CloudDownloader.get(root).download(f"{root.rstrip('/')}/{name}", str(whole), timeout=60)
+        except (OSError, ImportError, ValueError):
+            raise
+        except Exception as error:  # each client has exceptions of its own
+            raise ConnectionError(f"{type(error).__name__}: {error}") from error
+        file.seek(0)
+        with whole.open("rb") as source:
+            shutil.copyfileobj(source, file, _BLOCK)
+
+
+def read(root: str, name: str) -> bytes | None:
+    """The content of a small file directly below a location; None where there is no such file."""
+    if not is_remote(root):
+        path = Path(root) / name
+        return path.read_bytes() if path.is_file() else None
+    if root.startswith("s3://"):
+        bucket, prefix = split_s3(root)
+        client = s3_client()
+        with explained(f"{root}/{name}", "reading"):
+            try:
+                return client.get_object(Bucket=bucket, Key=f"{prefix}{name}")["Body"].read()
+            except client.exceptions.NoSuchKey:
+                return None
+    with tempfile.NamedTemporaryFile() as file:
+        try:
+            _fetch_with_streaming(file, root, name)
+        except FileNotFoundError:
+            return None
+        file.seek(0)
+        return file.read()
+
+
+def upload(root: str, name: str, path: Path) -> None:
+    """Copy a local file to ``root/name`` of an object store."""
+    if root.startswith("s3://"):
+        bucket, prefix = split_s3(root)
+        with explained(f"{root}/{name}", "writing"):
+            s3_client().upload_file(str(path), bucket, f"{prefix}{name}")
+        return
+    from streaming.base.storage import CloudUploader
+
+    if path.name != name:
+        raise ValueError(f"{path} must already be called {name}")
+    uploader = CloudUploader.get((str(path.parent), root.rstrip("/")), keep_local=True, exist_ok=True)
+    uploader.upload_file(name)
 
 
 def delete(root: str, names: list[str]) -> None:

@@ -1,68 +1,63 @@
-"""Shards to batches: fetch, check, map, and decode in the global order.
+"""Batches of decoded pictures in the global order: shards fetched ahead of their use, pictures decoded by threads.
 
 The format is MDS. mosaicml-streaming's own iterator reads sample by sample under a lock that a whole node shares; this
 reader maps each shard once and takes slices of it.
 """
 
+import collections
 import contextlib
-import hashlib
-import json
-import mmap
-import os
+import itertools
+import math
 import queue
 import threading
-import uuid
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from personmae import dist
-from personmae.data import order, storage
+from personmae.data import mds, order, storage
+from personmae.data.cache import HeldShard, ShardCache
+from personmae.data.counters import StreamCounters
 from personmae.data.decode import BadImage, decode_onto
+from personmae.data.lookahead import Lookahead, Orders
+from personmae.data.mds import MappedShard
+from personmae.data.order import EpochOrder, MicroBatch
 from personmae.errors import RankError, UserError
 
-_INDEX = "index.json"
 _MIN_SEEN = 1000  # pictures read before the share of bad ones can stop a run
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One entry of the index."""
-
-    name: str
-    samples: int
-    num_bytes: int
-    hashes: dict[str, str]
-    columns: tuple[str, ...]
-    column_sizes: tuple[int | None, ...]  # None where each sample stores its own
-
-
 class ShardSet:
-    """All samples of a data set, numbered shard by shard; shards are fetched when first needed and stay mapped.
+    """All samples of a data set, numbered shard by shard.
 
     Raises:
         UserError: the location cannot be read, is not an MDS data set, or a shard is missing or truncated.
     """
 
-    def __init__(self, root: str, cache_dir: str | Path):
+    def __init__(self, root: str, cache_dir: str | Path, *, cache_limit_bytes: int | None = None, retry_seconds: float = 60.0):
         self.root = root.rstrip("/")
-        self.remote = storage.is_remote(root)
-        self.directory = Path(cache_dir) if self.remote else Path(root)
-        self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
-        self._locks: dict[int, threading.Lock] = {}
-        self._lock = threading.Lock()
+        self.counters = StreamCounters()
         present = storage.list_sizes(self.root)
-        if present is not None and _INDEX not in present:
-            raise UserError(f"a data set with {_INDEX} is required; {root} has none: write it with 'personmae shards write'")
-        self.shards = self._read_index()
+        index = storage.read(self.root, mds.INDEX) if present is None or mds.INDEX in present else None
+        if index is None:
+            raise UserError(f"a data set with {mds.INDEX} is required; {root} has none: write it with 'personmae shards write'")
+        self.cache = ShardCache(
+            self.root,
+            index,
+            Path(cache_dir),
+            limit_bytes=cache_limit_bytes,
+            retry_seconds=retry_seconds,
+            counters=self.counters,
+        )
+        self.cache_limit_bytes = cache_limit_bytes
+        self.shards = self.cache.shards
         for shard in self.shards:
             if present is not None and present.get(shard.name) != shard.num_bytes:
                 came = f"{present[shard.name]} bytes" if shard.name in present else "missing"
@@ -70,10 +65,11 @@ class ShardSet:
                     f"shard {self.root}/{shard.name} must have {shard.num_bytes} bytes and is {came}; write the data set again"
                 )
         self.sizes = [shard.samples for shard in self.shards]
-        self._starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._firsts = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._opened: tuple[int, HeldShard] | None = None
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._firsts[-1])
 
     def __enter__(self) -> "ShardSet":
         return self
@@ -82,129 +78,128 @@ class ShardSet:
         self.close()
 
     def close(self) -> None:
-        """Unmap all shards."""
-        with self._lock:
-            maps, self._maps = list(self._maps.values()), {}
-        for mapped, _ in maps:
-            with contextlib.suppress(BufferError):  # a slice is still in use; the map goes with it
-                mapped.close()
+        """Let go of all shards and end what is being fetched."""
+        self.cache.close()
+        if self._opened:
+            self._opened[1].release()
+        self._opened = None
+
+    def open(self, index: int) -> MappedShard:
+        """A shard, fetched where it is missing and checked; the one that was opened before is let go."""
+        if self._opened is None or self._opened[0] != index:
+            held = self.cache.open(index)
+            if self._opened:
+                self._opened[1].release()
+            self._opened = index, held
+        return self._opened[1].mapped
+
+    def locate(self, ids: order.Ids) -> tuple[order.Ids, order.Ids]:
+        """Shards of samples, and their positions in them."""
+        shards = np.searchsorted(self._firsts, ids, side="right") - 1
+        return shards, ids - self._firsts[shards]
 
     def jpeg(self, sample_id: int) -> memoryview:
         """The JPEG bytes of a sample, a slice of its mapped shard."""
-        index = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return self.sample(index, sample_id - int(self._starts[index]))["jpeg"]
+        shard, position = self.locate(np.array([sample_id]))
+        return self.open(int(shard[0])).jpeg(int(position[0]))
 
     def where(self, sample_id: int) -> str:
         """Shard and position of a sample, for messages."""
-        index = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
-        return f"sample {sample_id - self._starts[index]} of {self.root}/{self.shards[index].name}"
+        shard, position = self.locate(np.array([sample_id]))
+        return f"sample {position[0]} of {self.root}/{self.shards[int(shard[0])].name}"
 
-    def sample(self, index: int, position: int) -> dict[str, memoryview]:
-        """All columns of a sample, as raw bytes."""
-        mapped, offsets = self._map(index)
-        shard, start = self.shards[index], int(offsets[position])
-        own = sum(size is None for size in shard.column_sizes)
-        stored = iter(np.frombuffer(mapped, np.uint32, own, start).tolist())
-        start += 4 * own
-        view, columns = memoryview(mapped), {}
-        for name, size in zip(shard.columns, shard.column_sizes, strict=True):
-            length = next(stored) if size is None else size
-            columns[name] = view[start : start + length]
-            start += length
-        return columns
 
-    def check_hash(self, index: int) -> None:
-        """Raise a UserError if a shard's content does not have the hash that the index gives."""
-        shard = self.shards[index]
-        self._map(index)
-        if not _agrees(self.directory / shard.name, shard):
-            raise UserError(f"shard {self.root}/{shard.name} does not have the hash its index gives; write it again")
+class JpegReader:
+    """Micro-batches of one rank in the global order, as JPEG bytes: slices of mapped shards.
 
-    def _map(self, index: int) -> tuple[mmap.mmap, np.ndarray]:
-        if (mapped := self._maps.get(index)) is not None:
-            return mapped
-        with self._lock:
-            lock = self._locks.setdefault(index, threading.Lock())
-        with lock:
-            if index not in self._maps:
-                shard = self.shards[index]
-                path = self.directory / shard.name
-                if self.remote and not _agrees(path, shard):  # not there, or cached from another data set
-                    self._fetch(shard.name, shard)
-                with path.open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._maps[index] = mapped, np.frombuffer(mapped, np.uint32, shard.samples + 1, 4)
-            return self._maps[index]
+    The first batch belongs to step ``first_step``; epochs follow each other without end, and each drops only the tail
+    that does not fill a global batch.
 
-    def _read_index(self) -> list[Shard]:
-        path = self.directory / _INDEX
-        if self.remote:
-            self._fetch(_INDEX, None)
-        try:
-            return [_shard(entry) for entry in json.loads(path.read_bytes())["shards"]]
-        except (ValueError, KeyError, TypeError) as error:
+    Raises:
+        UserError: there are fewer samples than one global batch needs, or the cache's limit is too small for the order.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        seed: int,
+        global_batch_size: int,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        first_step: int,
+        block_size: int = 1 << 18,
+        num_connections: int = 8,
+        num_ahead: int = 64,
+    ):
+        if len(shards) < global_batch_size:
+            raise UserError(f"one global batch needs {global_batch_size} samples; {shards.root} holds {len(shards)}")
+        self.steps_per_epoch = len(shards) // global_batch_size
+        self._shards, self._global_batch_size = shards, global_batch_size
+        self._share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size}
+        self._orders = Orders(shards.sizes, seed=seed, block_size=block_size)
+        self._first_epoch, self._first_step = divmod(first_step, self.steps_per_epoch)
+        self._check_limit(self._orders[self._first_epoch], num_connections)
+        self._lookahead = Lookahead(
+            shards.cache, self._orders, epoch=self._first_epoch, num_connections=num_connections, num_ahead=num_ahead
+        )
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, list[memoryview]]]:
+        for batch in self._batches():
+            self._lookahead.move_to(batch.epoch, batch.offset - self._global_batch_size, batch.offset)
+            shards, positions = self._shards.locate(batch.ids)
+            places = self._orders.places(batch.epoch, shards)
+            opened = {place: self._lookahead.get(place) for place in np.unique(places).tolist()}
+            yield batch, [opened[place].jpeg(at) for place, at in zip(places.tolist(), positions.tolist(), strict=True)]
+
+    def stop(self) -> None:
+        """Open nothing more; an iteration that waits for a shard ends with ``Cancelled``."""
+        self._lookahead.stop()
+
+    def close(self) -> None:
+        """End the threads and let all shards go; slices that were handed out stay readable."""
+        self._lookahead.close()
+
+    def _batches(self) -> Iterator[MicroBatch]:
+        first_step = self._first_step
+        for epoch in itertools.count(self._first_epoch):
+            options = {"epoch": epoch, "first_step": first_step, "global_batch_size": self._global_batch_size}
+            yield from order.micro_batches(self._orders[epoch], **options, **self._share)
+            first_step = 0
+
+    def _check_limit(self, first: EpochOrder, num_connections: int) -> None:
+        """Refuse a cache that cannot hold what is in use at once; later epochs differ by a shard at most."""
+        limit, cache = self._shards.cache_limit_bytes, self._shards.cache
+        if limit is None or not cache.remote:
+            return
+        nbytes = np.concatenate([[0], np.cumsum([cache.shards[i].num_bytes for i in first.shards])])
+        starts = np.arange(0, len(first.ids), self._global_batch_size)
+        passed = np.searchsorted(first.stops, starts, side="right")
+        in_use = np.searchsorted(first.starts, starts + self._global_batch_size, side="left")
+        largest = max(shard.num_bytes for shard in cache.shards)
+        needed = int((nbytes[in_use] - nbytes[passed]).max()) + (num_connections + 1) * largest
+        if limit < needed:
             raise UserError(
-                f"{self.root}/{_INDEX} must be an MDS index with a jpeg column; reading it gave: {error}"
-            ) from error
-
-    def _fetch(self, name: str, shard: Shard | None) -> None:
-        """Download to a name of our own, check, and rename: what has its final name is whole, also with several ranks."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        temporary = self.directory / f".{name}.{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        try:
-            storage.fetch(self.root, name, temporary)
-            if shard and not _agrees(temporary, shard):
-                raise UserError(f"shard {self.root}/{name} does not have the size and hash its index gives; write it again")
-            temporary.replace(self.directory / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _shard(entry: dict) -> Shard:
-    if entry["format"] != "mds" or entry.get("compression") or "jpeg" not in entry["column_names"]:
-        raise ValueError("uncompressed MDS shards with a column 'jpeg' are required")
-    raw = entry["raw_data"]
-    return Shard(
-        name=raw["basename"],
-        samples=entry["samples"],
-        num_bytes=raw["bytes"],
-        hashes=raw["hashes"],
-        columns=tuple(entry["column_names"]),
-        column_sizes=tuple(entry["column_sizes"]),
-    )
-
-
-def _agrees(path: Path, shard: Shard) -> bool:
-    """Whether a file is there and has the size and hashes of the index."""
-    if not path.exists() or path.stat().st_size != shard.num_bytes:
-        return False
-    for name, expected in shard.hashes.items():
-        digest = xxhash.xxh64() if name == "xxh64" else hashlib.new(name)
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-        if digest.hexdigest() != expected:
-            return False
-    return True
+                f"data.cache_limit_gb must be at least {math.ceil(needed / 1e6) / 1e3:g} for shuffle blocks of this size and "
+                f"{num_connections} connections; it is {limit / 1e9:.3g}: raise it, or lower data.shuffle_block_size"
+            )
 
 
 class CanvasBatch(NamedTuple):
-    """One micro-batch of a rank, on the host."""
+    """One micro-batch of a rank, on the host; it is overwritten some time after the next one was asked for."""
 
-    canvas: Tensor  # uint8 (B, Hc, 3, Wc), RGB: each row of a picture colour by colour
-    native_size: Tensor  # int64 (B, 2): height, width before the canvas
+    canvas: Tensor  # uint8 (B, Hc, Wc, 3), RGB: each picture in the upper left corner, the rest undefined
+    size: Tensor  # int64 (B, 2): height, width of the picture on its canvas
+    native_size: Tensor  # int64 (B, 2): height, width of the JPEG
     keys: Tensor  # int64 (B,): all randomness of a sample
 
 
 class BatchReader:
-    """Micro-batches of one rank in the global order, decoded ahead of their use by threads.
+    """What a ``JpegReader`` reads, decoded ahead of its use by ``num_threads`` threads.
 
-    The first batch belongs to step ``first_step``; epochs follow each other without end, and each drops only the tail
-    that does not fill a global batch. An unreadable picture is counted, named in ``bad_samples`` and replaced by the next
-    sample; above ``max_bad_ratio`` the run ends.
-
-    Raises:
-        UserError: there are fewer samples than one global batch needs.
+    An unreadable picture is counted, named in ``bad_samples`` and replaced by the next sample; above ``max_bad_ratio`` the
+    run ends. ``reading`` are the arguments of ``JpegReader``, which raises the same errors.
     """
 
     def __init__(
@@ -212,106 +207,164 @@ class BatchReader:
         shards: ShardSet,
         *,
         canvas_size: tuple[int, int],
+        num_threads: int,
+        prefetch_batches: int,
+        max_bad_ratio: float,
         seed: int,
-        global_batch_size: int,
         rank: int,
         world_size: int,
         micro_batch_size: int,
-        first_step: int,
-        num_threads: int,
-        prefetch_batches: int,
-        block_size: int,
-        max_bad_ratio: float,
+        **reading: Any,
     ):
-        if len(shards) < global_batch_size:
-            raise UserError(f"one global batch needs {global_batch_size} samples; {shards.root} holds {len(shards)}")
-        self.steps_per_epoch = len(shards) // global_batch_size
+        self._source = JpegReader(
+            shards, seed=seed, rank=rank, world_size=world_size, micro_batch_size=micro_batch_size, **reading
+        )
+        self.steps_per_epoch = self._source.steps_per_epoch
         self.bad_samples: list[str] = []
-        self._seen = 0
-        self._shards, self._canvas_size, self._seed = shards, canvas_size, seed
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self._rank, self._world_size, self._block_size = rank, world_size, block_size
-        self._num_threads, self._max_bad_ratio = num_threads, max_bad_ratio
-        self._queue: queue.Queue[CanvasBatch | BaseException] = queue.Queue(prefetch_batches)
+        self.counters = shards.counters
+        self._shards, self._seed, self._num_threads, self._max_bad_ratio = shards, seed, num_threads, max_bad_ratio
+        self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
+        # One batch is with the consumer, two are being decoded, the others wait.
+        self._free: queue.Queue[_Slot] = queue.Queue()
+        for _ in range(prefetch_batches + 3):
+            self._free.put(_Slot(micro_batch_size, canvas_size))
+        self._queue: queue.Queue[_Slot | BaseException] = queue.Queue(prefetch_batches)
+        self._handed_out: _Slot | None = None
+        self._num_seen, self._waited, self._last_asked = 0, 0.0, time.monotonic()
         self._stop = threading.Event()
+        self._replacing = threading.Lock()
         cv2.setNumThreads(1)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
-        self._producer = threading.Thread(target=self._produce, args=(first_step,), name="batches", daemon=True)
+        self._producer = threading.Thread(target=self._produce, name="batches", daemon=True)
         self._producer.start()
 
     def __iter__(self) -> Iterator[CanvasBatch]:
         return self
 
     def __next__(self) -> CanvasBatch:
+        if self._handed_out:
+            self._handed_out.hand_back()
+            self._free.put(self._handed_out)
+            self._handed_out = None
+        start = time.monotonic()
         item = self._queue.get()
+        self._waited += time.monotonic() - start
+        self.counters.wait_seconds.inc(time.monotonic() - start)
+        self.counters.queue.set(self._queue.qsize() * self._micro_batch_size)
         if isinstance(item, BaseException):
             self._queue.put(item)  # for whoever asks again
             if isinstance(item, UserError) and self._world_size > 1:
                 raise RankError(f"rank {self._rank}: {item}") from item
             raise item
-        return item
+        self.counters.samples.inc(self._micro_batch_size)
+        self._handed_out = item
+        return item.batch
+
+    def share_waited(self) -> float:
+        """Share of the time since the last call that the consumer spent waiting for a batch."""
+        now = time.monotonic()
+        share = self._waited / max(1e-9, now - self._last_asked)
+        self._waited, self._last_asked = 0.0, now
+        return share
 
     def close(self) -> None:
         """Stop reading ahead and end the threads."""
         self._stop.set()
+        self._source.stop()
         while self._producer.is_alive():
             with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._source.close()
 
-    def _produce(self, first_step: int) -> None:
+    def _produce(self) -> None:
         try:
-            for epoch, ids in self._rank_batches(first_step):
-                for start in range(0, len(ids), self._micro_batch_size):
-                    self._put(self._load(ids[start : start + self._micro_batch_size], epoch))
-                    if self._stop.is_set():
-                        return
+            decoding: collections.deque[tuple[_Slot, list[Future[None]]]] = collections.deque()
+            for batch, jpegs in self._source:
+                slot = self._free_slot()
+                if slot is None:
+                    return
+                decoding.append((slot, self._start(slot, batch, jpegs)))
+                if len(decoding) == 2:
+                    self._finish(*decoding.popleft())
         except BaseException as error:
             self._put(error)
 
-    def _rank_batches(self, first_step: int) -> Iterator[tuple[int, order.Ids]]:
-        epoch, step = divmod(first_step, self.steps_per_epoch)
-        while True:
-            ids = order.epoch_order(self._shards.sizes, seed=self._seed, epoch=epoch, block_size=self._block_size)
-            for index in range(step, self.steps_per_epoch):
-                batch = ids[index * self._global_batch_size : (index + 1) * self._global_batch_size]
-                yield epoch, order.rank_slice(batch, self._rank, self._world_size)
-            epoch, step = epoch + 1, 0
+    def _start(self, slot: "_Slot", batch: MicroBatch, jpegs: list[memoryview]) -> "list[Future[None]]":
+        """Begin to decode a batch onto a slot."""
+        slot.keys[:] = order.sample_keys(batch.ids, seed=self._seed, epoch=batch.epoch)
 
-    def _load(self, ids: order.Ids, epoch: int) -> CanvasBatch:
-        height, width = self._canvas_size
-        canvas = np.empty((len(ids), height, 3, width), np.uint8)
-        native = np.empty((len(ids), 2), np.int64)
-
-        def load(rows: range) -> None:
+        def decode(rows: range) -> None:
             for row in rows:
-                native[row] = self._decode(int(ids[row]), canvas[row])
+                try:
+                    slot.place(row, jpegs[row])
+                except BadImage as error:
+                    self._replace(slot, row, int(batch.ids[row]), error)
 
-        list(self._pool.map(load, [range(i, len(ids), self._num_threads) for i in range(self._num_threads)]))
-        keys = order.sample_keys(ids, seed=self._seed, epoch=epoch)
-        batch = CanvasBatch(torch.from_numpy(canvas), torch.from_numpy(native), torch.from_numpy(keys))
-        return CanvasBatch(*(t.pin_memory() for t in batch)) if dist.use_cuda() else batch
+        threads = min(self._num_threads, len(jpegs))
+        return [self._pool.submit(decode, range(first, len(jpegs), threads)) for first in range(threads)]
 
-    def _decode(self, sample_id: int, canvas: np.ndarray) -> tuple[int, int]:
-        self._seen += 1
-        for candidate in range(sample_id, sample_id + len(self._shards)):
-            try:
-                return decode_onto(self._shards.jpeg(candidate % len(self._shards)), canvas)
-            except BadImage as error:
-                self._count_bad(candidate % len(self._shards), error)
+    def _replace(self, slot: "_Slot", row: int, sample_id: int, error: BadImage) -> None:
+        """Put the next readable sample where an unreadable one should be."""
+        with self._replacing:  # opening a shard lets go of the one that was opened before
+            for candidate in range(sample_id + 1, sample_id + 1 + len(self._shards)):
+                self.bad_samples.append(f"{self._shards.where((candidate - 1) % len(self._shards))}: {error}")
+                self.counters.bad_samples.inc()
+                try:
+                    return slot.place(row, self._shards.jpeg(candidate % len(self._shards)))
+                except BadImage as another:
+                    error = another
         raise UserError(f"{self._shards.root} holds no readable picture")
 
-    def _count_bad(self, sample_id: int, error: BadImage) -> None:
-        where = f"{self._shards.where(sample_id)}: {error}"
-        self.bad_samples.append(where)
-        if len(self.bad_samples) > self._max_bad_ratio * max(self._seen, _MIN_SEEN):
+    def _finish(self, slot: "_Slot", decoding: "list[Future[None]]") -> None:
+        for part in decoding:
+            part.result()
+        self._num_seen += self._micro_batch_size
+        num_bad = len(self.bad_samples)
+        if num_bad > self._max_bad_ratio * max(self._num_seen, _MIN_SEEN):
             raise UserError(
-                f"at most {self._max_bad_ratio:.1%} of the pictures may be unreadable; {len(self.bad_samples)} of the first "
-                f"{self._seen} are, the last being {where}; run 'personmae shards verify {self._shards.root}'"
+                f"at most {self._max_bad_ratio:.1%} of the pictures may be unreadable; {num_bad} of the first {self._num_seen} "
+                f"are, the last being {self.bad_samples[-1]}; run 'personmae shards verify {self._shards.root}'"
             )
+        self._put(slot)
 
-    def _put(self, item: CanvasBatch | BaseException) -> None:
+    def _free_slot(self) -> "_Slot | None":
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Empty):
+                slot = self._free.get(timeout=0.1)
+                slot.wait_until_copied()
+                return slot
+        return None
+
+    def _put(self, item: "_Slot | BaseException") -> None:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 self._queue.put(item, timeout=0.1)
                 return
+
+
+class _Slot:
+    """Memory for one batch, used again and again; pinned where the batch goes to a GPU."""
+
+    def __init__(self, batch_size: int, canvas_size: tuple[int, int]):
+        pinned = dist.use_cuda()
+        self.batch = CanvasBatch(
+            torch.empty((batch_size, *canvas_size, 3), dtype=torch.uint8, pin_memory=pinned),
+            *(torch.empty((batch_size, *shape), dtype=torch.int64, pin_memory=pinned) for shape in ((2,), (2,), ())),
+        )
+        self.canvas, self.size, self.native_size, self.keys = (tensor.numpy() for tensor in self.batch)
+        self._copied = torch.cuda.Event() if pinned else None
+
+    def place(self, row: int, jpeg: memoryview) -> None:
+        """Decode a JPEG onto a row."""
+        self.native_size[row], self.size[row] = decode_onto(jpeg, self.canvas[row])
+
+    def hand_back(self) -> None:
+        """The consumer is done, but for copies that it has queued on its stream."""
+        if self._copied:
+            self._copied.record()
+
+    def wait_until_copied(self) -> None:
+        """Wait for those copies."""
+        if self._copied:
+            self._copied.synchronize()

@@ -1,5 +1,6 @@
 """PersonMAE: from a batch of canvases to both losses (Sec. III). Each equation is named where it stands."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,8 +49,13 @@ class View:
 
     @property
     def canvas_size(self) -> tuple[int, int]:
-        """(height, width) a picture is brought to before it is sent to the device: the largest size of Eq. (1)."""
-        return self.img_size[0] + self.max_shift, self.img_size[1] + self.max_shift // 2
+        """(height, width) of the canvas that carries a picture to the device.
+
+        A crop of most of a picture is resized to at most [H + m, W + m/2] (Eq. (1)); half as much again leaves it enough
+        pixels. Larger pictures are shrunk while they are decoded.
+        """
+        largest = self.img_size[0] + self.max_shift, self.img_size[1] + self.max_shift // 2
+        return math.ceil(1.5 * largest[0]), math.ceil(1.5 * largest[1])
 
 
 def normalise(images: Float[Tensor, "B 3 H W"], mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "B 3 H W"]:
@@ -66,7 +72,7 @@ class Draws(NamedTuple):
 
 
 def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: View) -> Draws:
-    """Draw regions and masks from the samples' keys; ``native_size`` is (height, width) before the canvas."""
+    """Draw regions and masks from the samples' keys; ``native_size`` is (height, width) before decoding."""
     drawn = regions.draw_regions(
         keys,
         native_size,
@@ -83,13 +89,14 @@ def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: V
     return Draws(drawn, masking.ids_visible(mask, num_visible))
 
 
-def cut_batch(canvas: UInt8[Tensor, "B Hc 3 Wc"], draws: Draws, view: View) -> Batch:
+def cut_batch(canvas: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, view: View) -> Batch:
     """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
 
-    Returns ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
+    The pictures stand in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
+    ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
     ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
     """
-    picture = regions.resize_canvas(canvas, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
+    picture = regions.resize_canvas(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
     picture = normalise(picture, view.mean, view.std)
     region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)  # Eq. (2)
     coords = grid_coords(view.grid, canvas.device)

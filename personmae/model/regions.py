@@ -102,16 +102,19 @@ def resize_matrix(
     start: Float[Tensor, " B"],
     stop: Float[Tensor, " B"],
     out_size: Int[Tensor, " B"],
+    mirrored: Bool[Tensor, " B"] | None = None,
     *,
+    in_size: Int[Tensor, " B"],
     in_length: int,
     out_length: int,
     min_out_size: int,
 ) -> Float[Tensor, "B out_length in_length"]:
     """The rows of an antialiased bicubic resize of [start, stop) to ``out_size`` pixels, as a matrix.
 
-    ``start`` and ``stop`` are in pixels of the input and need not be whole; rows at or beyond ``out_size``, which is at
-    least ``min_out_size``, continue past the crop and hold nothing of use. A pixel outside the crop has no weight, as if
-    the picture had been cropped first.
+    The input fills the first ``in_size`` of ``in_length`` pixels; where ``mirrored``, it is read backwards. ``start`` and
+    ``stop`` are in pixels of the input and need not be whole; rows at or beyond ``out_size``, which is at least
+    ``min_out_size``, continue past the crop and hold nothing of use. A pixel outside the crop has no weight, as if the
+    picture had been cropped first.
     """
     step = (stop - start) / out_size
     support = step.clamp(min=1.0)[:, None, None]
@@ -121,8 +124,11 @@ def resize_matrix(
     pixel = (centre - 2 * support - 0.5).ceil().long() + torch.arange(num_taps, device=start.device)
     weight = _cubic((centre - (pixel + 0.5)) / support)
     inside = (pixel + 0.5 > start[:, None, None] - 0.5) & (pixel + 0.5 < stop[:, None, None] + 0.5)
-    weight = weight * (inside & (pixel >= 0) & (pixel < in_length))
+    last = in_size[:, None, None] - 1
+    weight = weight * (inside & (pixel >= 0) & (pixel <= last))
     weight = weight / weight.sum(dim=-1, keepdim=True).clamp(min=1e-3)
+    if mirrored is not None:
+        pixel = torch.where(mirrored[:, None, None], last - pixel, pixel)
     dense = torch.zeros(len(start), out_length, in_length, device=start.device)
     return dense.scatter_add_(2, pixel.clamp(0, in_length - 1), weight)
 
@@ -136,36 +142,45 @@ def _cubic(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
 
 
 def resize_canvas(
-    canvas: UInt8[Tensor, "B Hc 3 Wc"], draws: RegionDraws, *, img_size: tuple[int, int], max_shift: int
+    canvas: UInt8[Tensor, "B Hc Wc 3"],
+    size: Int[Tensor, "B 2"],
+    draws: RegionDraws,
+    *,
+    img_size: tuple[int, int],
+    max_shift: int,
 ) -> Float[Tensor, "B 3 Hm Wm"]:
     """Eq. (1): the global crop, flipped and resized to [H + p, W + p/2]; values in [0, 255].
 
-    The result has room for the largest p; beyond a sample's own H + p and W + p/2 it holds nothing of use.
+    Each picture stands in the upper left corner of its canvas, ``size`` (height, width) pixels large. The result has room
+    for the largest p; beyond a sample's own H + p and W + p/2 it holds nothing of use.
     """
-    _, canvas_h, _, canvas_w = canvas.shape
+    _, canvas_h, canvas_w, _ = canvas.shape
     y0, x0, y1, x1 = draws.boxes.unbind(dim=1)
     (height, width), shift_w = img_size, max_shift // 2
+    size_h, size_w = size.unbind(dim=1)
     rows = resize_matrix(
-        y0 * canvas_h,
-        y1 * canvas_h,
+        y0 * size_h,
+        y1 * size_h,
         height + draws.scale,
+        in_size=size_h,
         in_length=canvas_h,
         out_length=height + max_shift,
         min_out_size=height,
     )
     # A flip mirrors the picture before anything is cut from it.
-    left, right = torch.where(draws.flip, 1 - x1, x0), torch.where(draws.flip, 1 - x0, x1)
     columns = resize_matrix(
-        left * canvas_w,
-        right * canvas_w,
+        torch.where(draws.flip, 1 - x1, x0) * size_w,
+        torch.where(draws.flip, 1 - x0, x1) * size_w,
         width + draws.scale // 2,
+        draws.flip,
+        in_size=size_w,
         in_length=canvas_w,
         out_length=width + shift_w,
         min_out_size=width,
     )
-    columns = torch.where(draws.flip[:, None, None], columns.flip(2), columns)
-    # With a canvas of (row, colour, column) neither product has to move its operands.
-    wide = torch.bmm(canvas.float().flatten(1, 2), columns.transpose(1, 2))  # (B, Hc * 3, Wm)
+    # Each row colour by colour: then neither product has to move its operands.
+    by_colour = canvas.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)  # (B, Hc, 3, Wc)
+    wide = torch.bmm(by_colour.flatten(1, 2), columns.transpose(1, 2))  # (B, Hc * 3, Wm)
     picture = torch.bmm(rows, wide.unflatten(1, (canvas_h, 3)).flatten(2))  # (B, Hm, 3 * Wm)
     return picture.unflatten(2, (3, width + shift_w)).transpose(1, 2).clamp_(0, 255)
 

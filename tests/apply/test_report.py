@@ -13,7 +13,7 @@ import torch
 
 from personmae import checkpoint, config, pretrain
 from personmae.apply import pictures, report
-from personmae.data import shards
+from personmae.data import importer
 from personmae.data.order import sample_keys
 from personmae.errors import UserError
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
@@ -28,7 +28,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with pictures, shards and a pre-training run of three steps."""
     root = tmp_path_factory.mktemp("report")
     _write_pictures(root / "pictures", 12)
-    shards.write(root / "pictures", str(root / "shards"))
+    importer.write(root / "pictures", str(root / "shards"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     pretrain.run(_settings(root))
     for number, handler in handlers.items():
@@ -192,11 +192,12 @@ def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
     checkpoint.load_strictly(model, checkpoint.read(path).tensors["student"], path)
     height, width = view.canvas_size
     generator = torch.Generator().manual_seed(1)
-    canvas = torch.randint(0, 256, (2, height, 3, width), dtype=torch.uint8, generator=generator)
-    draws = draw_batch(torch.tensor([5, 6]), torch.tensor([[80, 40], [80, 40]]), view)
-    drawn = pictures.reconstruct(model, canvas, draws, view)
+    canvas = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
+    size = torch.tensor([[80, 40], [70, 50]])
+    draws = draw_batch(torch.tensor([5, 6]), size, view)
+    drawn = pictures.reconstruct(model, canvas, size, draws, view)
 
-    batch = cut_batch(canvas, draws, view)
+    batch = cut_batch(canvas, size, draws, view)
     with torch.no_grad():
         pred = model.predict_pixels(batch)
     for b in range(2):

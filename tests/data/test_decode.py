@@ -1,11 +1,17 @@
-"""JPEG bytes onto canvases."""
+"""JPEG bytes onto canvases, and what the regions cut from them have to do with the full picture."""
+
+import io
 
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
+import torch
 from PIL import Image
 
-from personmae.data.decode import BadImage, decode_onto
+from personmae.data.decode import BadImage, decode_onto, fitted_size
+from personmae.data.order import sample_keys
+from personmae.model.regions import draw_regions, resize_canvas
 
 
 def jpeg_of(image: np.ndarray, quality: int = 95) -> bytes:
@@ -20,12 +26,11 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 
 def canvas_of(height: int, width: int) -> np.ndarray:
-    return np.full((height, 3, width), 77, np.uint8)
+    return np.full((height, width, 3), 77, np.uint8)
 
 
-def pixels(canvas: np.ndarray) -> np.ndarray:
-    """(H, W, 3) of a canvas."""
-    return canvas.transpose(0, 2, 1)
+def pil_pixels(jpeg: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"), np.float64)
 
 
 def test_channels_are_red_green_blue():
@@ -33,23 +38,43 @@ def test_channels_are_red_green_blue():
     image[...] = (200, 100, 20)
     canvas = canvas_of(32, 16)
     decode_onto(jpeg_of(image), canvas)
-    assert np.abs(canvas.mean(axis=(0, 2)) - (200, 100, 20)).max() < 3
+    assert np.abs(canvas.mean(axis=(0, 1)) - (200, 100, 20)).max() < 3
 
 
-@pytest.mark.parametrize("size", [(40, 20), (160, 90), (320, 160), (400, 120), (100, 300), (1, 1)])
-def test_the_picture_fills_the_canvas_and_its_own_height_and_width_are_returned(size):
+@pytest.mark.parametrize("size", [(40, 20), (160, 80), (1, 1), (97, 80), (160, 3)])
+def test_a_picture_that_fits_stands_in_the_upper_left_corner_as_pil_decodes_it(size):
+    jpeg, canvas = jpeg_of(smooth(*size)), canvas_of(160, 80)
+    assert decode_onto(jpeg, canvas) == (size, size)
+    assert np.abs(canvas[: size[0], : size[1]] - pil_pixels(jpeg)).max() <= 2
+    assert (canvas[size[0] :] == 77).all()
+    assert (canvas[:, size[1] :] == 77).all()
+
+
+@pytest.mark.parametrize("size", [(161, 80), (320, 160), (400, 120), (100, 300), (1100, 500), (640, 640)])
+def test_a_larger_picture_is_shrunk_by_eighths_until_it_fits(size):
     image, canvas = smooth(*size), canvas_of(160, 80)
-    assert decode_onto(jpeg_of(image), canvas) == size
-    expected = np.asarray(Image.fromarray(image).resize((80, 160), Image.Resampling.BICUBIC), np.float64)
-    assert np.abs(pixels(canvas) - expected).mean() < 6
+    placed = decode_onto(jpeg_of(image), canvas)
+    assert placed.native_size == size
+    height, width = placed.size
+    eighths = next(n for n in range(8, 0, -1) if -(-size[0] * n // 8) <= 160 and -(-size[1] * n // 8) <= 80)
+    assert (height, width) == (-(-size[0] * eighths // 8), -(-size[1] * eighths // 8))
+    expected = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), np.float64)
+    assert np.abs(canvas[:height, :width] - expected).mean() < 3
+    assert (canvas[height:] == 77).all()
+    assert (canvas[:, width:] == 77).all()
 
 
-def test_a_picture_of_the_canvas_size_is_copied_as_pil_decodes_it():
-    jpeg, canvas = jpeg_of(smooth(96, 48)), canvas_of(96, 48)
-    decode_onto(jpeg, canvas)
-    import io
+def test_a_picture_of_more_than_eight_canvases_is_made_to_fit():
+    image, canvas = smooth(1500, 100), canvas_of(160, 80)
+    assert decode_onto(jpeg_of(image), canvas).size == (160, 13)
+    assert decode_onto(jpeg_of(image.transpose(1, 0, 2)), canvas).size == (13, 80)
 
-    assert np.abs(pixels(canvas) - np.asarray(Image.open(io.BytesIO(jpeg)), np.float64)).max() <= 3
+
+def test_the_size_that_is_asked_for_is_the_size_that_the_decoder_gives():
+    jpegs = {size: jpeg_of(smooth(*size)) for size in ((401, 200), (500, 199), (399, 201), (800, 401), (333, 777))}
+    for size, jpeg in jpegs.items():
+        height, width = fitted_size(size, (400, 200))
+        assert simplejpeg.decode_jpeg(jpeg, "RGB", min_height=height, min_width=width).shape[:2] == (height, width)
 
 
 def test_shrinking_averages_instead_of_picking_pixels():
@@ -61,7 +86,7 @@ def test_shrinking_averages_instead_of_picking_pixels():
 
 
 def test_a_row_of_a_batch_is_written_and_its_neighbours_are_not():
-    batch = np.full((3, 64, 3, 32), 77, np.uint8)
+    batch = np.full((3, 64, 32, 3), 77, np.uint8)
     decode_onto(memoryview(jpeg_of(smooth(50, 30))), batch[1])
     assert (batch[0] == 77).all()
     assert (batch[2] == 77).all()
@@ -71,20 +96,71 @@ def test_a_row_of_a_batch_is_written_and_its_neighbours_are_not():
 def test_a_grey_jpeg_becomes_three_equal_channels():
     canvas = canvas_of(64, 32)
     decode_onto(jpeg_of(smooth(64, 32)[..., 0]), canvas)
-    assert (canvas == canvas[:, :1]).all()
+    assert (canvas == canvas[..., :1]).all()
+    assert canvas.std() > 10
 
 
 def test_the_orientation_tag_is_ignored_as_recorded_sizes_ignore_it():
-    import io
-
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     file = io.BytesIO()
     Image.fromarray(smooth(60, 30)).save(file, "JPEG", exif=exif)
-    assert decode_onto(file.getvalue(), canvas_of(64, 32)) == (60, 30)
+    assert decode_onto(file.getvalue(), canvas_of(64, 32)).native_size == (60, 30)
 
 
-@pytest.mark.parametrize("jpeg", [b"", b"\xff\xd8\xff", b"not a picture at all", bytes(1000)])
-def test_bytes_that_are_no_picture_are_a_bad_image(jpeg):
+@pytest.mark.parametrize("jpeg", [b"", b"\xff\xd8\xff", b"not a picture at all", bytes(1000), jpeg_of(smooth(99, 50))[:-300]])
+def test_bytes_that_are_no_whole_picture_are_a_bad_image(jpeg):
     with pytest.raises(BadImage):
-        decode_onto(jpeg, canvas_of(8, 8))
+        decode_onto(jpeg, canvas_of(160, 80))
+
+
+# --- the canvas path against the faithful one: the crop cut from the fully decoded picture, resized by PIL ---
+
+IMG_SIZE, MAX_SHIFT, CANVAS = (256, 128), 64, (480, 240)
+
+
+def textured(height: int, width: int, seed: int) -> np.ndarray:
+    """A picture with detail at every scale: twice the frequency has half the amplitude, as in photographs."""
+    rng, image = np.random.default_rng(seed), np.zeros((height, width, 3))
+    for octave in range(2, 9):
+        side = 2**octave
+        noise = rng.normal(0, 160 / side, (side, side, 3))
+        image += cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.clip(image + 128, 0, 255).astype(np.uint8)
+
+
+def differences(native: tuple[int, int], count: int = 8) -> list[float]:
+    """Mean absolute difference of both paths, in grey levels, for ``count`` draws."""
+    jpegs = [jpeg_of(textured(*native, seed)) for seed in range(count)]
+    canvas = np.zeros((count, *CANVAS, 3), np.uint8)
+    size = torch.tensor([decode_onto(jpeg, row).size for jpeg, row in zip(jpegs, canvas, strict=True)])
+    keys = torch.from_numpy(sample_keys(np.arange(count), seed=0, epoch=0))
+    drawn = draw_regions(
+        keys,
+        torch.tensor([native] * count),
+        max_shift=MAX_SHIFT,
+        crop_scale=(0.8, 1.0),
+        crop_ratio=(0.375, 0.667),
+        flip_prob=0.5,
+    )
+    ours = resize_canvas(torch.from_numpy(canvas), size, drawn, img_size=IMG_SIZE, max_shift=MAX_SHIFT)
+    found = []
+    for i, jpeg in enumerate(jpegs):
+        y0, x0, y1, x1 = (drawn.boxes[i].double().numpy() * [*native, *native]).tolist()
+        p = int(drawn.scale[i])
+        picture = Image.open(io.BytesIO(jpeg)).resize((128 + p // 2, 256 + p), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
+        expected = np.asarray(picture, np.float64)
+        expected = expected[:, ::-1] if drawn.flip[i] else expected
+        mine = ours[i].permute(1, 2, 0).double().numpy()[: 256 + p, : 128 + p // 2]
+        found.append(float(np.abs(mine - expected).mean()))
+    return found
+
+
+@pytest.mark.parametrize("native", [(150, 60), (256, 128), (399, 150), (480, 240), (180, 239)])
+def test_a_picture_that_fits_its_canvas_gives_the_pixels_of_the_faithful_path(native):
+    assert max(differences(native)) < 0.5  # grey levels of 255: PIL rounds between its two passes
+
+
+@pytest.mark.parametrize("native", [(481, 190), (500, 230), (640, 300), (720, 360), (1200, 500), (400, 290)])
+def test_a_picture_that_the_decoder_shrinks_agrees_to_one_and_a_half_grey_levels(native):
+    assert max(differences(native)) < 1.5

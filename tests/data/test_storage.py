@@ -8,7 +8,7 @@ import boto3
 import pytest
 from moto.backends import get_backend
 
-from personmae.data import shards, storage
+from personmae.data import importer, shards, storage
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 
@@ -70,7 +70,7 @@ def test_a_directory_lists_its_files_with_sizes_and_nothing_below(tmp_path):
 def test_shards_written_to_s3_are_read_back_as_they_were(pictures, shard_dir, s3_server, tmp_path, prefix):
     bucket = s3_server.bucket("shards")
     root = f"s3://{bucket}{prefix}"
-    assert shards.write(pictures, root, shard_bytes=SHARD_BYTES) == NUM_PICTURES
+    assert importer.write(pictures, root, shard_bytes=SHARD_BYTES) == NUM_PICTURES
     below = prefix.strip("/") + "/" if prefix else ""
     assert sorted(s3_server.keys(bucket)) == sorted(f"{below}{path.name}" for path in shard_dir.iterdir())
     with ShardSet(root, tmp_path / "cache") as remote, ShardSet(str(shard_dir), tmp_path) as local:
@@ -99,7 +99,7 @@ def test_a_listing_longer_than_a_page_is_complete(s3_server):
 
 def test_a_missing_bucket_is_named_and_nothing_is_tried_further(pictures, s3_server, tmp_path):
     for call, args in (
-        (shards.write, (pictures, "s3://no-such-bucket/set")),
+        (importer.write, (pictures, "s3://no-such-bucket/set")),
         (ShardSet, ("s3://no-such-bucket/set", tmp_path)),
     ):
         message = refused(call, *args)
@@ -116,7 +116,7 @@ def test_a_prefix_without_an_index_says_how_to_write_one(s3_server, tmp_path):
 def test_a_taken_prefix_is_left_alone(pictures, s3_server):
     bucket = s3_server.bucket("taken")
     s3_server.client.put_object(Bucket=bucket, Key="set/precious", Body=b"data")
-    assert f"s3://{bucket}/set already holds precious" in refused(shards.write, pictures, f"s3://{bucket}/set")
+    assert f"s3://{bucket}/set already holds precious" in refused(importer.write, pictures, f"s3://{bucket}/set")
     assert s3_server.keys(bucket) == ["set/precious"]
 
 
@@ -128,26 +128,6 @@ def test_a_remote_shard_that_is_missing_or_of_another_size_is_named(shard_dir, s
     assert f"s3://{bucket}/shard.00001.mds must have" in refused(ShardSet, f"s3://{bucket}", tmp_path)
     s3_server.client.delete_object(Bucket=bucket, Key="shard.00001.mds")
     assert f"s3://{bucket}/shard.00001.mds must have" in refused(ShardSet, f"s3://{bucket}", tmp_path)
-
-
-@pytest.mark.integration
-def test_a_failure_half_way_removes_what_was_uploaded_and_nothing_else(pictures, s3_server):
-    bucket = s3_server.bucket("halfway")
-    s3_server.client.put_object(Bucket=bucket, Key="neighbour/x", Body=b"data")
-    uploaded = []
-
-    def stop(done: int, total: int) -> None:
-        if done == total:
-            deadline = time.monotonic() + 20
-            while not uploaded and time.monotonic() < deadline:  # uploads run in the background
-                uploaded.extend(key for key in s3_server.keys(bucket) if key.startswith("set/"))
-                time.sleep(0.05)
-            raise RuntimeError("half way")
-
-    with pytest.raises(RuntimeError, match="half way"):
-        shards.write(pictures, f"s3://{bucket}/set", shard_bytes=SHARD_BYTES, progress=stop)
-    assert uploaded
-    assert s3_server.keys(bucket) == ["neighbour/x"]
 
 
 def free_port() -> int:
@@ -163,7 +143,7 @@ def test_an_address_where_nothing_listens_is_an_error_within_seconds(
     address = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("S3_ENDPOINT_URL", address)
     fresh_s3_client()
-    for call, args in ((ShardSet, ("s3://bucket/set", tmp_path)), (shards.write, (pictures, "s3://bucket/set"))):
+    for call, args in ((ShardSet, ("s3://bucket/set", tmp_path)), (importer.write, (pictures, "s3://bucket/set"))):
         message = refused(call, *args)
         assert "s3://bucket/set" in message
         assert address in message

@@ -33,16 +33,20 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(arguments: list[str],
     assert not (tmp_path / "run").exists()
 
 
-def test_an_empty_folder_and_a_text_file_named_jpg_are_refused(tmp_path: Path, pictures: Path) -> None:
+def test_an_empty_folder_is_refused_and_a_text_file_named_jpg_is_left_out_and_listed(tmp_path: Path, pictures: Path) -> None:
     (tmp_path / "empty").mkdir()
     line = one_line_error(personmae("shards", "write", tmp_path / "empty", tmp_path / "out"))
     assert "a folder of .jpg files is required" in line
     mixed = tmp_path / "mixed"
     shutil.copytree(pictures, mixed)
     (mixed / "0500.jpg").write_text("this is not a picture")
-    line = one_line_error(personmae("shards", "write", mixed, tmp_path / "out"))
-    assert "0500.jpg must be a JPEG file" in line
     assert not list(tmp_path.glob("out*"))
+    written = personmae("shards", "write", mixed, tmp_path / "out")
+    assert written.returncode == 0, written.stderr
+    place = f"{tmp_path}/out/rejects.jsonl"
+    expected = f"50 pictures written to {tmp_path}/out; 1 could not be read and are listed in {place}"
+    assert written.stdout.splitlines()[-1] == expected
+    assert '"key": "0500.jpg"' in Path(place).read_text()
 
 
 def test_a_truncated_shard_is_refused_before_the_first_step(shard_dir: Path, tmp_path: Path) -> None:

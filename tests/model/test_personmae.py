@@ -43,12 +43,14 @@ VIEW = View(
 HEADS = {"encoder": 4, "pixel_decoder": 2, "feature_decoder": 2}
 
 
-def a_batch(count: int = 3, view: View = VIEW) -> tuple[Tensor, Draws]:
+def a_batch(count: int = 3, view: View = VIEW) -> tuple[Tensor, Tensor, Draws]:
+    """Canvases, the sizes of the pictures on them, and draws."""
     generator = torch.Generator().manual_seed(0)
     height, width = view.canvas_size
-    canvas = torch.randint(0, 256, (count, height, 3, width), dtype=torch.uint8, generator=generator)
+    canvas = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
     native = torch.tensor([[200, 100], [90, 41], [300, 140]]).repeat(count, 1)[:count]
-    return canvas, draw_batch(torch.arange(count) * 977 + 13, native, view)
+    size = torch.tensor([[height, width], [90, 41], [150, 70]]).repeat(count, 1)[:count]
+    return canvas, size, draw_batch(torch.arange(count) * 977 + 13, native, view)
 
 
 def a_model(**options: Any) -> PersonMAE:
@@ -63,12 +65,12 @@ def weights_of(module: nn.Module) -> dict[str, paper.Array]:
     return {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
 
 
-def numpy_batch(canvas: Tensor, draws: Draws, view: View) -> list[dict[str, paper.Array]]:
+def numpy_batch(canvas: Tensor, sizes: Tensor, draws: Draws, view: View) -> list[dict[str, paper.Array]]:
     """Eq. (1) to (4) sample by sample."""
     batch, grid, size = [], view.grid, view.img_size
     mean, std = np.array(view.mean) * 255, np.array(view.std) * 255
-    height, width = view.canvas_size
-    for i, image in enumerate(canvas.transpose(2, 3).double().numpy()):
+    for i, (height, width) in enumerate(sizes.tolist()):
+        image = canvas[i, :height, :width].double().numpy()
         y0, x0, y1, x1 = draws.regions.boxes[i].double().numpy()
         p, flip = int(draws.regions.scale[i]), bool(draws.regions.flip[i])
         s_h, s_w = draws.regions.shift[i].tolist()
@@ -87,16 +89,16 @@ def numpy_batch(canvas: Tensor, draws: Draws, view: View) -> list[dict[str, pape
 
 def test_the_canvas_has_room_for_the_largest_size_of_eq1():
     paper_view = dataclasses.replace(VIEW, img_size=(256, 128), max_shift=64)
-    assert paper_view.canvas_size == (320, 160)
+    assert paper_view.canvas_size == (480, 240)  # 3/2 of [256 + 64, 128 + 32]
     assert paper_view.grid == (16, 8)
 
 
 def test_a_batch_of_tokens_equals_eq1_to_eq4_in_float64():
-    canvas, draws = a_batch()
+    canvas, size, draws = a_batch()
     assert draws.regions.flip.any()
     assert not draws.regions.flip.all()
-    ours = cut_batch(canvas, draws, VIEW)
-    for i, sample in enumerate(numpy_batch(canvas, draws, VIEW)):
+    ours = cut_batch(canvas, size, draws, VIEW)
+    for i, sample in enumerate(numpy_batch(canvas, size, draws, VIEW)):
         for name, expected in sample.items():
             np.testing.assert_allclose(ours[name][i].double().numpy(), expected, rtol=0, atol=1e-4, err_msg=name)
 
@@ -114,17 +116,17 @@ def test_the_encoder_sees_the_patches_that_the_mask_of_eq3_leaves(kind):
 
 def test_with_all_visible_and_no_shift_both_regions_are_the_same():
     view = dataclasses.replace(VIEW, max_shift=0)
-    canvas, draws = a_batch(view=view)
-    batch = cut_batch(canvas, draws._replace(ids_keep=torch.arange(32).expand(3, -1)), view)
+    canvas, size, draws = a_batch(view=view)
+    batch = cut_batch(canvas, size, draws._replace(ids_keep=torch.arange(32).expand(3, -1)), view)
     assert torch.equal(batch["patches_a"], batch["patches_b"])
     assert torch.equal(batch["coords_a"], batch["coords_b"])
 
 
 def test_tokens_of_a_sample_do_not_depend_on_its_batch():
-    canvas, draws = a_batch()
-    whole = cut_batch(canvas, draws, VIEW)
+    canvas, size, draws = a_batch()
+    whole = cut_batch(canvas, size, draws, VIEW)
     first = Draws(type(draws.regions)(*(t[:1] for t in draws.regions)), draws.ids_keep[:1])
-    for name, tensor in cut_batch(canvas[:1], first, VIEW).items():
+    for name, tensor in cut_batch(canvas[:1], size[:1], first, VIEW).items():
         torch.testing.assert_close(tensor, whole[name][:1], rtol=0, atol=1e-5)
 
 
@@ -209,13 +211,13 @@ def test_without_feature_weight_there_is_no_feature_decoder_and_no_target_is_nee
 
 
 def test_the_whole_forward_pass_equals_float64_numpy():
-    model, (canvas, draws) = a_model(beta=0.7, feature_weight=1.5), a_batch()
+    model, (canvas, size, draws) = a_model(beta=0.7, feature_weight=1.5), a_batch()
     teacher = Teacher(a_model().encoder, VIEW.grid)
     for parameter in teacher.encoder.parameters():
         parameter.add_(0.01)  # not the student's weights
     weights, teacher_weights = weights_of(model), weights_of(teacher.encoder)
     pixel, feature = [], []
-    for sample in numpy_batch(canvas, draws, VIEW):
+    for sample in numpy_batch(canvas, size, draws, VIEW):
         encoder = paper.below(weights, "encoder")
         tokens = paper.layer_norm(
             paper.encode(sample["patches_a"], sample["coords_a"], encoder, 4, HEADS["encoder"]), encoder, "norm"
@@ -228,7 +230,7 @@ def test_the_whole_forward_pass_equals_float64_numpy():
         target = paper.layer_norm(paper.encode(sample["patches_b"], coords, teacher_weights, 4, HEADS["encoder"])[1:], eps=1e-5)
         pixel.append(paper.eq5_loss(sample["patches_b"], z))
         feature.append(paper.eq7_loss(target, y, 0.7))
-    batch = cut_batch(canvas, draws, VIEW)
+    batch = cut_batch(canvas, size, draws, VIEW)
     losses = model(batch | {"target": teacher(batch["patches_b"])})
     assert losses["pixel_loss"].item() == pytest.approx(np.mean(pixel), rel=1e-4)
     assert losses["feature_loss"].item() == pytest.approx(np.mean(feature), rel=1e-4)
@@ -306,9 +308,9 @@ def test_taken_tokens_are_those_at_the_indices():
 COMPILED = """
 import torch
 from test_personmae import VIEW, a_batch, cut_batch
-canvas, draws = a_batch()
-compiled = torch.compile(cut_batch)(canvas, draws, VIEW)
-for name, expected in cut_batch(canvas, draws, VIEW).items():
+canvas, size, draws = a_batch()
+compiled = torch.compile(cut_batch)(canvas, size, draws, VIEW)
+for name, expected in cut_batch(canvas, size, draws, VIEW).items():
     torch.testing.assert_close(compiled[name], expected, rtol=0, atol=1e-4)
 """
 
@@ -334,11 +336,10 @@ def test_numbers_for_masks_and_regions_come_from_different_streams():
 @pytest.mark.parametrize(("size", "millions"), [("small", 21.7), ("base", 85.7)])
 def test_the_papers_sizes_learn_from_a_batch_at_256_by_128(size, millions):
     view = View((256, 128), 16, VIEW.mean, VIEW.std, 64, VIEW.crop_scale, VIEW.crop_ratio, 0.5, "block", 0.75, 4)
-    canvas, draws = a_batch(count=2, view=view)
     model = PersonMAE(size=size, compute_dtype=torch.bfloat16)
     model.encoder.grad_checkpointing = True
     assert sum(p.numel() for p in model.encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.2)
-    batch = cut_batch(canvas, draws, view)
+    batch = cut_batch(*a_batch(count=2, view=view), view)
     assert batch["patches_a"].shape == (2, 32, 768)
     assert batch["patches_b"].shape == (2, 128, 768)
     batch["target"] = Teacher(model.encoder, view.grid, torch.bfloat16)(batch["patches_b"])

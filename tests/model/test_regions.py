@@ -40,6 +40,11 @@ def draws(boxes: list, flip: list[bool], scale: list[int], shift: list[tuple[int
     return RegionDraws(torch.tensor(boxes), torch.tensor(flip), torch.tensor(scale), torch.tensor(shift))
 
 
+def whole(canvas: Tensor) -> Tensor:
+    """Sizes of pictures that fill their canvases."""
+    return torch.tensor([canvas.shape[1:3]] * len(canvas))
+
+
 def noise(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
@@ -179,12 +184,14 @@ def test_eq1_equals_a_float64_crop_resize_and_flip_for_each_sample():
     boxes = [[0.0, 0.0, 1.0, 1.0], [0.113, 0.051, 0.947, 0.861], [0.31, 0.21, 0.63, 0.52]]
     boxes += [[0.11, 0.12, 0.91, 0.93], [0.0, 0.41, 0.21, 0.56], [0.01, 0.0, 0.99, 0.98]]
     drawn = draws(boxes, [False, True, False, True, True, False], [16, 7, 0, 16, 3, 1])
-    ours = resize_canvas(canvas.transpose(2, 3), drawn, img_size=size, max_shift=16)
+    own = torch.tensor([[80, 40], [80, 40], [61, 33], [50, 40], [80, 21], [77, 39]])
+    ours = resize_canvas(canvas, own, drawn, img_size=size, max_shift=16)
     assert ours.shape == (6, 3, 80, 40)
     for i, box in enumerate(drawn.boxes.double().numpy()):
-        pixels = (box[0] * 80, box[1] * 40, box[2] * 80, box[3] * 40)
+        height, width = own[i].tolist()
+        pixels = (box[0] * height, box[1] * width, box[2] * height, box[3] * width)
         p = int(drawn.scale[i])
-        expected = eq1_resize(canvas[i].double().numpy(), pixels, bool(drawn.flip[i]), p, size)
+        expected = eq1_resize(canvas[i, :height, :width].double().numpy(), pixels, bool(drawn.flip[i]), p, size)
         assert expected.shape == (64 + p, 32 + p // 2, 3)
         mine = ours[i].permute(1, 2, 0).double().numpy()[: 64 + p, : 32 + p // 2]
         np.testing.assert_allclose(mine, expected, rtol=0, atol=5e-3)
@@ -200,37 +207,47 @@ def test_eq1_equals_pils_bicubic_resize_of_the_cropped_picture(box, flip):
     expected = np.asarray(cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cropped, np.float64)
     drawn = draws([[y0 / 256, x0 / 128, y1 / 256, x1 / 128]], [flip], [16])
     canvas = torch.from_numpy(np.array(picture))[None]
-    ours = resize_canvas(canvas.transpose(2, 3), drawn, img_size=(128, 64), max_shift=16)[0].permute(1, 2, 0).double().numpy()
+    ours = resize_canvas(canvas, whole(canvas), drawn, img_size=(128, 64), max_shift=16)[0].permute(1, 2, 0).double().numpy()
     assert np.abs(ours - expected).max() < 1.5
 
 
 def test_an_unchanged_size_is_the_identity():
     canvas = noise(1, 64, 32)
     drawn = draws([[0.0, 0.0, 1.0, 1.0]], [False], [0])
-    ours = resize_canvas(canvas.transpose(2, 3), drawn, img_size=(64, 32), max_shift=0)
+    ours = resize_canvas(canvas, whole(canvas), drawn, img_size=(64, 32), max_shift=0)
     torch.testing.assert_close(ours[0].permute(1, 2, 0), canvas[0].float(), rtol=0, atol=1e-3)
 
 
 def test_a_flip_mirrors_the_unflipped_result():
     canvas = noise(1, 64, 32).expand(2, -1, -1, -1)
     drawn = draws([[0.1, 0.2, 0.8, 0.7]] * 2, [False, True], [8, 8])
-    plain, mirrored = resize_canvas(canvas.transpose(2, 3), drawn, img_size=(64, 32), max_shift=8)
+    plain, mirrored = resize_canvas(canvas, whole(canvas), drawn, img_size=(64, 32), max_shift=8)
     torch.testing.assert_close(mirrored, plain.flip(2), rtol=0, atol=1e-3)
 
 
 def test_rows_of_a_resize_matrix_sum_to_one_up_to_the_size_and_ignore_pixels_outside_the_crop():
     start, stop, size = torch.tensor([3.0, 0.0, 9.7]), torch.tensor([45.0, 48.0, 20.2]), torch.tensor([20, 32, 32])
-    matrix = resize_matrix(start, stop, size, in_length=48, out_length=32, min_out_size=20)
+    mirrored, own = torch.tensor([False, False, True]), torch.tensor([48, 48, 30])
+    matrix = resize_matrix(start, stop, size, mirrored, in_size=own, in_length=60, out_length=32, min_out_size=20)
     for i, rows in enumerate(matrix):
         torch.testing.assert_close(rows[: size[i]].sum(1), torch.ones(int(size[i])))
-        outside = [j for j in range(48) if j + 1 <= start[i] or j >= stop[i]]
+        rows = torch.cat([rows[:, : own[i]].flip(1), rows[:, own[i] :]], dim=1) if mirrored[i] else rows
+        outside = [j for j in range(60) if j + 1 <= start[i] or j >= stop[i]]
         assert (rows[:, outside] == 0).all()
+
+
+def test_what_lies_beside_the_picture_on_its_canvas_is_never_seen():
+    canvas, own = noise(8, 80, 40), torch.tensor([[61, 33]] * 8)
+    drawn = draw_regions(keys_of(8), own, max_shift=16, flip_prob=0.5, **PAPER)
+    first = resize_canvas(canvas, own, drawn, img_size=(64, 32), max_shift=16)
+    canvas[:, 61:], canvas[:, :, 33:] = 0, 255
+    assert torch.equal(first, resize_canvas(canvas, own, drawn, img_size=(64, 32), max_shift=16))
 
 
 def test_pixels_stay_in_the_range_of_the_picture():
     canvas = noise(4, 64, 32) // 128 * 255  # black and white: bicubic overshoots
     drawn = draws([[0.2, 0.2, 0.5, 0.5]] * 4, [False] * 4, [16] * 4)
-    picture = resize_canvas(canvas.transpose(2, 3), drawn, img_size=(64, 32), max_shift=16)
+    picture = resize_canvas(canvas, whole(canvas), drawn, img_size=(64, 32), max_shift=16)
     assert picture.min() == 0
     assert picture.max() == 255
 

@@ -1,0 +1,264 @@
+"""``personmae bench``: measurements of the running system on this machine, as a table and as JSON.
+
+``data``: what a data set's shards can be read and decoded at, beside the usual way of doing the same.
+"""
+
+import json
+import multiprocessing
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from personmae import checkpoint, dist, metrics
+from personmae.data.stream import BatchReader, JpegReader, ShardSet
+from personmae.errors import UserError
+from personmae.model.personmae import View, cut_batch, draw_batch
+
+IMG_SIZE = (256, 128)
+BATCH_SIZE = 256
+CROP_SCALE, CROP_RATIO = (0.8, 1.0), (0.375, 0.667)
+MEAN = STD = (0.5, 0.5, 0.5)
+VIEW = View(IMG_SIZE, 16, MEAN, STD, 64, CROP_SCALE, CROP_RATIO, 0.5, "block", 0.75, 4)
+USUAL = "StreamingDataset, PIL, DataLoader: cropped"
+USUAL_CANVAS = "StreamingDataset, PIL, DataLoader: canvas"
+
+
+@dataclass
+class DataBench:
+    """What to measure. ``num_images`` are read per measurement, ``rounds`` times, the ways taken in turn."""
+
+    shards: str
+    remote: str | None = None  # the same shards in an object store
+    num_images: int = 10_000
+    rounds: int = 3
+    num_threads: int = field(default_factory=dist.usable_cores)
+    rate: float = 6000.0  # images/s of a consumer: about what one GPU takes of ViT-B
+
+
+@dataclass
+class Measured:
+    """Medians over the rounds."""
+
+    images_per_second: float
+    bytes_per_second: float
+    cores: int
+    waited: float | None = None  # share of the time of a consumer with the asked rate
+
+
+def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
+    """Measure, print a table, and write the record to ``out``.
+
+    Raises:
+        UserError: the shards cannot be read, or hold too few samples.
+    """
+    with tempfile.TemporaryDirectory(prefix="personmae-bench-") as scratch, ShardSet(bench.shards, scratch) as shards:
+        for what, count in ((f"samples; {bench.shards} holds", len(shards)), ("--images; asked were", bench.num_images)):
+            if count < 8 * BATCH_SIZE:
+                raise UserError(f"at least {8 * BATCH_SIZE} {what} {count}")
+        mean_bytes = sum(shard.num_bytes for shard in shards.shards) / len(shards)
+        found = {name: Measured(rate, rate * mean_bytes, cores) for name, (rate, cores) in _rates(bench, scratch).items()}
+        found["whole pipeline"].waited = _pass(bench, bench.shards, Path(scratch), rate=bench.rate)[1]
+        if bench.remote:
+            found |= _from_store(bench, bench.remote, Path(scratch), mean_bytes)
+        record = {
+            "commit": metrics.git_commit(),
+            "hardware": metrics.describe_hardware(),
+            "versions": checkpoint.versions(),
+            "data": {"samples": len(shards), "mean_bytes": mean_bytes, **_heights(shards)},
+            "settings": asdict(bench) | {"shards": Path(bench.shards).name, "remote": bool(bench.remote)},
+            "measured": {name: asdict(values) for name, values in found.items()},
+            "ratio": found["whole pipeline"].images_per_second / found[USUAL].images_per_second,
+        }
+    _print(found, record)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _rates(bench: DataBench, scratch: str) -> dict[str, tuple[float, int]]:
+    """Images per second of each way, and the cores it had."""
+    usual_copy = Path(scratch) / "usual"
+    shutil.copytree(bench.shards, usual_copy)  # StreamingDataset writes beside what it reads
+    ways: dict[str, tuple[Callable[[], float], int]] = {
+        "raw read": (lambda: _raw(bench), 1),
+        "decoder alone": (lambda: _decoder(bench), 1),
+        "read, decode, canvas": (lambda: _pipeline(bench, num_threads=1), 1),
+        "whole pipeline": (lambda: _pipeline(bench, num_threads=bench.num_threads), bench.num_threads),
+        USUAL: (lambda: _in_own_process(usual_copy, bench, True), bench.num_threads),
+        USUAL_CANVAS: (lambda: _in_own_process(usual_copy, bench, False), bench.num_threads),
+        "whole pipeline, crop on the CPU": (lambda: _with_crops(bench), bench.num_threads),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(bench.rounds):
+        for name, (measure, _) in ways.items():
+            rates[name].append(measure())
+    return {name: (statistics.median(found), ways[name][1]) for name, found in rates.items()}
+
+
+def _raw(bench: DataBench) -> float:
+    """JPEG bytes in the global order, copied out, on one core."""
+    with ShardSet(bench.shards, "") as shards, closing(_jpegs(shards)) as reader:
+        batches = (sum(len(bytes(jpeg)) for jpeg in jpegs) for _, jpegs in reader)
+        next(batches)
+        return _rate(batches, 4 * bench.num_images)
+
+
+def _jpegs(shards: ShardSet) -> JpegReader:
+    size = BATCH_SIZE
+    return JpegReader(shards, seed=0, global_batch_size=size, rank=0, world_size=1, micro_batch_size=size, first_step=0)
+
+
+def _decoder(bench: DataBench) -> float:
+    """libjpeg-turbo alone, full size, the same buffer, on one core: nothing that decodes can be faster."""
+    buffer = np.empty(1 << 24, np.uint8)
+    with ShardSet(bench.shards, "") as shards, closing(_jpegs(shards)) as reader:
+        copies = [bytes(jpeg) for _, jpegs in islice(reader, -(-bench.num_images // BATCH_SIZE)) for jpeg in jpegs]
+    start = time.perf_counter()
+    for jpeg in copies:
+        simplejpeg.decode_jpeg(jpeg, "RGB", buffer=buffer)
+    return len(copies) / (time.perf_counter() - start)
+
+
+def _pipeline(bench: DataBench, *, num_threads: int) -> float:
+    """Batches as training gets them; with one thread, decoding alone keeps that core busy."""
+    with ShardSet(bench.shards, "") as shards, closing(_reader(shards, num_threads)) as reader:
+        next(reader)
+        return _rate(reader, bench.num_images)
+
+
+def _with_crops(bench: DataBench) -> float:
+    """The regions too, which are otherwise cut on the GPU."""
+    with ShardSet(bench.shards, "") as shards, closing(_reader(shards, bench.num_threads)) as reader:
+        batches = (
+            cut_batch(batch.canvas, batch.size, draw_batch(batch.keys, batch.native_size, VIEW), VIEW) for batch in reader
+        )
+        next(batches)
+        return _rate(batches, bench.num_images // 8)
+
+
+def _reader(shards: ShardSet, num_threads: int) -> BatchReader:
+    return BatchReader(
+        shards,
+        canvas_size=VIEW.canvas_size,
+        seed=0,
+        global_batch_size=BATCH_SIZE,
+        rank=0,
+        world_size=1,
+        micro_batch_size=BATCH_SIZE,
+        first_step=0,
+        num_threads=num_threads,
+        prefetch_batches=4,
+        block_size=1 << 18,
+        max_bad_ratio=0.01,
+    )
+
+
+def _rate(batches: Iterator[Any], num_images: int) -> float:
+    num_batches = -(-num_images // BATCH_SIZE)
+    start = time.perf_counter()
+    for _ in islice(batches, num_batches):
+        pass
+    return num_batches * BATCH_SIZE / (time.perf_counter() - start)
+
+
+def _pass(bench: DataBench, root: str, cache: Path, *, rate: float | None = None) -> tuple[float, float]:
+    """Images per second of one pass over the data set, and the share of its time that the consumer waited.
+
+    A consumer with a ``rate`` leaves the cores alone while it works, as one on a GPU does; without, it only waits.
+    """
+    start = time.perf_counter()
+    with ShardSet(root, cache) as shards, closing(_reader(shards, bench.num_threads)) as reader:
+        for _ in islice(reader, reader.steps_per_epoch):
+            if rate:
+                time.sleep(BATCH_SIZE / rate)
+        seconds = time.perf_counter() - start
+        waited = shards.counters.totals().get("personmae_stream_wait_seconds_total", 0.0)
+        return reader.steps_per_epoch * BATCH_SIZE / seconds, waited / seconds
+
+
+def _from_store(bench: DataBench, root: str, scratch: Path, mean_bytes: float) -> dict[str, Measured]:
+    """Passes over the data set with an empty cache and with a full one, from opening it to the last batch."""
+    found, cores = {}, bench.num_threads
+    for name, cache in (("cold from the store", "cold"), ("warm from the cache", "cold")):
+        rate, _ = _pass(bench, root, scratch / cache)
+        found[name] = Measured(rate, rate * mean_bytes, cores)
+    for name, cache in (("cold from the store", "rated"), ("warm from the cache", "rated")):
+        found[name].waited = _pass(bench, root, scratch / cache, rate=bench.rate)[1]
+    return found
+
+
+def _in_own_process(root: Path, bench: DataBench, crop: bool) -> float:
+    """The usual way has shared memory and locks of its own: a fresh process each time."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(usual_way, str(root), bench.num_images, bench.num_threads, crop).result()
+
+
+def usual_way(root: str, num_images: int, num_workers: int, crop: bool) -> float:
+    """Images per second of StreamingDataset, PIL and a DataLoader, to RegionA as the network takes it or to canvases."""
+    import io
+    import warnings
+
+    from PIL import Image
+    from streaming import StreamingDataset
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+
+    warnings.simplefilter("ignore")
+    steps: list[Any] = [transforms.RandomResizedCrop(IMG_SIZE, CROP_SCALE, CROP_RATIO, transforms.InterpolationMode.BICUBIC)]
+    steps += [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    transform = transforms.Compose(steps)
+
+    def on_canvas(picture: Image.Image) -> torch.Tensor:
+        height, width = VIEW.canvas_size
+        picture.thumbnail((width, height))
+        canvas = torch.zeros(height, width, 3, dtype=torch.uint8)
+        canvas[: picture.height, : picture.width] = torch.from_numpy(np.array(picture))
+        return canvas
+
+    class Crops(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            picture = Image.open(io.BytesIO(super().__getitem__(at)["jpeg"])).convert("RGB")
+            return transform(picture) if crop else on_canvas(picture)
+
+    dataset = Crops(local=root, shuffle=True, batch_size=BATCH_SIZE, num_canonical_nodes=1)
+    loader = DataLoader(dataset, BATCH_SIZE, num_workers=num_workers, drop_last=True, multiprocessing_context="fork")
+    epochs = (batch for _ in range(1_000_000) for batch in loader)
+    next(epochs)
+    return _rate(epochs, num_images)
+
+
+def _heights(shards: ShardSet) -> dict[str, float]:
+    """The middle nine tenths of the first shard's picture heights, in pixels."""
+    first = shards.open(0)
+    heights = [int(simplejpeg.decode_jpeg_header(first.jpeg(at))[0]) for at in range(shards.sizes[0])]
+    return {"height_5_percent": float(np.percentile(heights, 5)), "height_95_percent": float(np.percentile(heights, 95))}
+
+
+def _print(found: dict[str, Measured], record: dict[str, Any]) -> None:
+    data, settings = record["data"], record["settings"]
+    title = f"{data['samples']:,} pictures of {data['mean_bytes'] / 1000:.1f} kB, {settings['num_threads']} cores"
+    table = Table("way", "images/s", "a core", "MB/s", f"waited at {settings['rate']:,.0f}/s", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, values in found.items():
+        per_core = f"{values.images_per_second / values.cores:,.0f}"
+        waited = "" if values.waited is None else f"{values.waited:.1%}"
+        table.add_row(name, f"{values.images_per_second:,.0f}", per_core, f"{values.bytes_per_second / 1e6:,.0f}", waited)
+    console = Console()
+    console.print(table)
+    console.print(f"the whole pipeline is {record['ratio']:.1f} times the usual way with the crop, which it leaves to the GPU")

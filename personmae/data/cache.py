@@ -1,0 +1,370 @@
+"""The shards of one data set on this host: fetched, checked, kept within a limit, shared by the ranks of the host.
+
+What has a shard's name is whole and has its hash; it is fetched under another name first. Ranks agree through advisory
+locks on these files themselves, which the kernel drops when a process ends, however it ends: a reader holds a shared
+lock on its shard, so that nobody removes it, and a fetcher an exclusive one on the unfinished file, so that nobody
+fetches the same. Nothing else is left behind to clean up or to wait for.
+"""
+
+import contextlib
+import copy
+import errno
+import fcntl
+import itertools
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import xxhash
+
+from personmae.data import mds, storage
+from personmae.data.counters import StreamCounters
+from personmae.data.mds import MappedShard, Shard
+from personmae.errors import UserError
+
+MAX_BAD_FETCHES = 3  # in a row, of one shard, with a wrong hash or expired credentials
+FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0
+_POLL_SECONDS = 0.05
+_FULL_SECONDS = 10.0  # that a disk may stay full of what other ranks hold
+_PART = ".part"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Cancelled(Exception):  # noqa: N818 - a way to end
+    """The cache was closed while something was being fetched."""
+
+
+class HeldShard:
+    """A mapped shard that stays on this host until it is released."""
+
+    def __init__(self, mapped: MappedShard, lock: BinaryIO | None):
+        self.mapped, self._lock = mapped, lock
+
+    def release(self) -> None:
+        """Let the file be removed when room is needed; slices of it stay readable."""
+        if self._lock:
+            self._lock.close()
+
+
+class ShardCache:
+    """Opens the shards of a directory in place, and those of an object store by way of ``directory``.
+
+    ``limit_bytes`` bounds the files in ``directory``, None leaves them alone. Fetching goes on through errors that may
+    pass until no byte has come for ``retry_seconds``.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        index: bytes,
+        directory: Path,
+        *,
+        limit_bytes: int | None,
+        retry_seconds: float,
+        counters: StreamCounters,
+    ):
+        self.root, self.shards = root, mds.parse_index(index, f"{root}/{mds.INDEX}")
+        self.remote = storage.is_remote(root)
+        # Another data set, or another version of this one, has another index and never meets these files.
+        self.directory = directory / f"shards-{xxhash.xxh64(index).hexdigest()}" if self.remote else Path(root)
+        self._limit, self._retry_seconds, self._counters = limit_bytes, retry_seconds, counters
+        self._next_use: Callable[[str], float] = lambda name: 0.0
+        self._give_back: Callable[[], bool] = lambda: False
+        self._full_since: float | None = None
+        self._closed = threading.Event()
+        self._parts: set[Path] = set()  # unfinished files of this cache; the directory's lock guards it
+        if self.remote:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_abandoned()
+
+    def for_reader(self, next_use: Callable[[str], float], give_back: Callable[[], bool]) -> "ShardCache":
+        """The same cache with an end of its own, which removes first what ``next_use`` gives the highest number.
+
+        ``give_back`` releases a shard that its reader holds ahead of need, and says whether there was one: another is needed.
+        """
+        mine = copy.copy(self)
+        mine._next_use, mine._give_back = next_use, give_back
+        mine._closed, mine._parts = threading.Event(), set()
+        return mine
+
+    def close(self) -> None:
+        """End what is being fetched and remove it: a thread that waits for the network may not notice for a while."""
+        self._closed.set()
+        if self.remote:
+            with contextlib.suppress(FileNotFoundError), self._directory_lock():
+                while self._parts:
+                    self._discard(self._parts.pop())
+
+    def open(self, index: int) -> HeldShard:
+        """Map a shard, fetching it first where it is missing.
+
+        Raises:
+            UserError: it cannot be had, or does not have the hash of the index.
+            Cancelled: the cache was closed meanwhile.
+        """
+        while not (held := self.open_if_possible(index, needed=True)):
+            self._pause(_POLL_SECONDS)  # another rank fetches it
+        return held
+
+    def open_if_possible(self, index: int, *, needed: bool = False) -> HeldShard | None:
+        """Like ``open``, but None where another rank is fetching the shard, or where there is no room for it now.
+
+        What is ``needed`` takes room even beyond the limit: a consumer that waits for it may be what others wait for.
+        """
+        shard = self.shards[index]
+        if not self.remote:
+            return self._open_in_place(shard)
+        if held := self._take(shard):
+            self._counters.hits.inc()
+            self._counters.bytes.labels("cache").inc(shard.num_bytes)
+            return held
+        part = self._claim(shard, needed=needed)
+        if part is None:
+            return None
+        with part:
+            self._counters.misses.inc()
+            self._fetch(part, shard)
+        return self._take(shard)
+
+    def _open_in_place(self, shard: Shard) -> HeldShard:
+        path = self.directory / shard.name
+        try:
+            whole = mds.agrees(path, shard)
+        except FileNotFoundError:
+            raise UserError(f"shard {self.root}/{shard.name} is missing; write the data set again") from None
+        if not whole:
+            self._counters.corrupt.inc()
+            raise UserError(f"shard {self.root}/{shard.name} does not have the size and hash its index gives; write it again")
+        self._counters.bytes.labels("cache").inc(shard.num_bytes)
+        return HeldShard(MappedShard(path, shard), None)
+
+    def _take(self, shard: Shard) -> HeldShard | None:
+        """Lock, check and map a shard that is here."""
+        path = self.directory / shard.name
+        with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:  # it may be removed meanwhile
+            lock = stack.enter_context(path.open("rb"))
+            fcntl.flock(lock, fcntl.LOCK_SH)  # who removes a file holds it for an instant only
+            if not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                return None
+            if mds.agrees(path, shard):
+                held = HeldShard(MappedShard(path, shard), lock)
+                stack.pop_all()
+                return held
+            with self._directory_lock():  # damaged on this disk
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    self._counters.corrupt.inc()
+                    path.unlink()
+        return None
+
+    def _claim(self, shard: Shard, *, needed: bool) -> BinaryIO | None:
+        """The unfinished file, locked and with its full size reserved on the disk."""
+        path = self.directory / f"{shard.name}{_PART}"
+        with self._directory_lock(), contextlib.ExitStack() as stack:  # two ranks must not give the same room away
+            if self._closed.is_set():
+                raise Cancelled
+            part = stack.enter_context(open(path, "r+b", buffering=0, opener=_open_or_create))
+            try:
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return None
+            stack.callback(self._discard, path)
+            if (self.directory / shard.name).exists() or not self._reserve(part, shard, needed=needed):
+                return None
+            stack.pop_all()
+            self._parts.add(path)
+            return part
+
+    def _reserve(self, part: BinaryIO, shard: Shard, *, needed: bool) -> bool:
+        """Give ``part`` the shard's size, removing others where the limit or the disk asks for it."""
+        os.truncate(part.fileno(), 0)
+        while self._limit is not None and self._used_bytes() + shard.num_bytes > self._limit:
+            if not self._make_room(needed):
+                if needed:
+                    break
+                return False
+        while True:
+            try:
+                os.posix_fallocate(part.fileno(), 0, shard.num_bytes)
+                break
+            except OSError as error:
+                if error.errno not in _DISK_FULL:
+                    raise
+                if self._make_room(needed):
+                    continue
+                if needed and self._stays_full():
+                    raise self._disk_full(part, shard) from error
+                return False
+        self._full_since = None
+        self._counters.cache_bytes.set(self._used_bytes())
+        return True
+
+    def _make_room(self, needed: bool) -> bool:
+        return self._evict() or (needed and self._give_back())
+
+    def _stays_full(self) -> bool:
+        """Whether there is nothing that other ranks could let go, or they have not done so for a while."""
+        self._full_since = self._full_since or time.monotonic()
+        return len(os.listdir(self.directory)) == 1 or time.monotonic() - self._full_since > _FULL_SECONDS
+
+    def _evict(self) -> bool:
+        """Remove the shard that is used last among those that no rank holds; False where all are held."""
+        present = [path for path in self.directory.iterdir() if path.is_file() and path.suffix != _PART]
+        for path in sorted(present, key=lambda path: (self._next_use(path.name), path.name), reverse=True):
+            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as victim:
+                fcntl.flock(victim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                self._counters.evictions.inc()
+                return True
+        return False
+
+    def _used_bytes(self) -> int:
+        total = 0
+        for entry in os.scandir(self.directory):
+            with contextlib.suppress(FileNotFoundError):
+                total += entry.stat().st_size if entry.is_file() else 0
+        return total
+
+    @contextmanager
+    def _directory_lock(self) -> Iterator[None]:
+        handle = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _remove_abandoned(self) -> None:
+        """Remove what a killed process did not finish."""
+        with self._directory_lock():
+            for path in self.directory.glob(f"*{_PART}"):
+                with contextlib.suppress(BlockingIOError), path.open("rb") as part:
+                    fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._discard(path)
+            for folder in self.directory.glob(f"*{_PART}.*"):
+                if not folder.with_suffix("").exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _discard(self, path: Path) -> None:
+        """Remove an unfinished file and what a client has put beside it."""
+        path.unlink(missing_ok=True)
+        for folder in self.directory.glob(f"{path.name}.*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _fetch(self, part: BinaryIO, shard: Shard) -> None:
+        """Fill the unfinished file, check it and give it its name."""
+        path = Path(part.name)
+        try:
+            self._fill(part, shard)
+            with self._directory_lock():  # names of unfinished files change under it only
+                self._check_open()
+                path.rename(self.directory / shard.name)
+                self._parts.discard(path)
+        except BaseException as error:
+            with self._directory_lock():
+                if path in self._parts:  # otherwise it has been removed, and the name may be another's by now
+                    self._parts.discard(path)
+                    self._discard(path)
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                raise self._disk_full(part, shard) from error
+            raise
+
+    def _fill(self, part: BinaryIO, shard: Shard) -> None:
+        """Read until the content is that of the index; go on where a broken connection stopped."""
+        attempts = _Attempts(f"{self.root}/{shard.name}", self._retry_seconds, self._counters)
+        while True:
+            before, start = part.tell(), time.monotonic()
+            try:
+                if part.tell() < shard.num_bytes:
+                    storage.fetch_into(part, self.root, shard.name, self._check_open)
+                if part.tell() == shard.num_bytes and mds.agrees(Path(part.name), shard):
+                    self._counters.requests.labels("get", "ok").inc()
+                    return
+                reason, error = "hash", None
+            except Exception as raised:
+                self._check_open()
+                reason, error = storage.passing_reason(raised), raised
+            finally:
+                self._counters.request_seconds.observe(time.monotonic() - start)
+                self._counters.bytes.labels("remote").inc(max(0, part.tell() - before))
+            self._counters.requests.labels("get", reason or "refused").inc()
+            if reason == "hash":
+                self._counters.corrupt.inc()
+            delay = attempts.next_delay(reason, error, progress=part.tell() > before)
+            if reason == "hash":
+                part.seek(0)
+                part.truncate(shard.num_bytes)
+            if reason == "expired":
+                storage.renew_credentials()
+            self._pause(delay)
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise Cancelled
+
+    def _pause(self, seconds: float) -> None:
+        if self._closed.wait(seconds):
+            raise Cancelled
+
+    def _disk_full(self, part: BinaryIO, shard: Shard) -> UserError:
+        return UserError(
+            f"shard {self.root}/{shard.name} needs {shard.num_bytes:,} bytes and the disk of {Path(part.name).parent} is full; "
+            "make room there, or set data.cache_dir to a larger disk or data.cache_limit_gb to what this one can hold"
+        )
+
+
+def _open_or_create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+class _Attempts:
+    """When to try a read again, and when to give up."""
+
+    def __init__(self, location: str, retry_seconds: float, counters: StreamCounters):
+        self._location, self._retry_seconds, self._counters = location, retry_seconds, counters
+        self._tries, self._since, self._bad = itertools.count(), time.monotonic(), 0
+
+    def next_delay(self, reason: str | None, error: Exception | None, *, progress: bool) -> float:
+        """Seconds to wait before the next try, growing and with jitter, so that many readers do not come back at once.
+
+        Raises:
+            UserError: trying again cannot help, or has been tried for long enough; the shard and the cause are named.
+        """
+        if error and not reason:
+            with storage.explained(self._location, "reading shard"):
+                raise error
+        self._bad = self._bad + 1 if reason in ("hash", "expired") else 0
+        if progress and reason not in ("hash", "expired"):
+            self._tries, self._since = itertools.count(), time.monotonic()
+        if self._bad >= MAX_BAD_FETCHES or time.monotonic() - self._since > self._retry_seconds:
+            raise self._give_up(reason, error) from error
+        assert reason
+        self._counters.retries.labels(reason).inc()
+        tries = next(self._tries)
+        delay = min(FIRST_DELAY_SECONDS * 2**tries, MAX_DELAY_SECONDS) * random.uniform(0.5, 1.5)
+        if tries & (tries - 1) == 0:  # the first, second, third, fifth, ninth: a long outage is not a flood of lines
+            print(
+                f"shard {self._location}: {error or 'wrong hash'} ({reason}); again in {delay:.1f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return delay
+
+    def _give_up(self, reason: str | None, error: Exception | None) -> UserError:
+        if reason == "hash":
+            return UserError(
+                f"shard {self._location} does not have the size and hash its index gives, fetched {self._bad} times in a row; "
+                "write it again"
+            )
+        if reason == "expired":
+            return UserError(f"shard {self._location} cannot be read: the credentials have expired ({error}); get new ones")
+        return UserError(
+            f"shard {self._location} cannot be read: {error}; tried again for {self._retry_seconds:.0f} s "
+            "(data.retry_seconds) without a byte: check the address and the network"
+        )

@@ -1,0 +1,182 @@
+"""The shards of the global order: opened ahead of their use, let go behind it."""
+
+import contextlib
+import itertools
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from personmae.data import order
+from personmae.data.cache import Cancelled, HeldShard, ShardCache
+from personmae.data.mds import MappedShard
+from personmae.data.order import EpochOrder
+from personmae.errors import UserError
+
+
+class Orders:
+    """The orders of the epochs that are read now and next, made when they are first asked for."""
+
+    def __init__(self, shard_sizes: list[int], *, seed: int, block_size: int):
+        self._arguments: dict[str, Any] = {"shard_sizes": shard_sizes, "seed": seed, "block_size": block_size}
+        self._num_shards = len(shard_sizes)
+        self._lock = threading.Lock()
+        self._made: dict[int, tuple[EpochOrder, order.Ids]] = {}
+
+    def __getitem__(self, epoch: int) -> EpochOrder:
+        return self._make(epoch)[0]
+
+    def shard_at(self, place: int) -> int:
+        """The shard at a place of all epochs' shards in order."""
+        epoch, rank = divmod(place, self._num_shards)
+        return int(self[epoch].shards[rank])
+
+    def rank_of(self, epoch: int, shard: int) -> int:
+        """How many shards come before this one in an epoch."""
+        return int(self._make(epoch)[1][shard])
+
+    def places(self, epoch: int, shards: order.Ids) -> order.Ids:
+        """The places of an epoch's shards."""
+        return epoch * self._num_shards + self._make(epoch)[1][shards]
+
+    def _make(self, epoch: int) -> tuple[EpochOrder, order.Ids]:
+        with self._lock:
+            if epoch not in self._made:
+                made = order.epoch_order(**self._arguments, epoch=epoch)
+                ranks = np.empty_like(made.shards)
+                ranks[made.shards] = np.arange(len(ranks))
+                self._made = {e: m for e, m in self._made.items() if abs(e - epoch) <= 1}
+                self._made[epoch] = made, ranks
+            return self._made[epoch]
+
+
+class Lookahead:
+    """The shards of the global order, opened ahead of their use by ``num_connections`` threads, let go behind it.
+
+    Epochs follow each other without end. Shards are opened in the order of their first use, at most ``num_ahead`` beyond
+    those that are in use now.
+    """
+
+    def __init__(self, cache: ShardCache, orders: Orders, *, epoch: int, num_connections: int, num_ahead: int):
+        self._cache, self._orders = cache.for_reader(self._next_use, self._give_back), orders
+        self._num_ahead = min(num_ahead, len(cache.shards))  # never beyond the next epoch
+        self._numbers = {shard.name: index for index, shard in enumerate(cache.shards)}
+        self._condition = threading.Condition()
+        self._opened: dict[int, HeldShard] = {}
+        self._busy: set[int] = set()
+        self._error: BaseException | None = None
+        # Places number the shards of all epochs in order; those from passed up to in_use are in use now.
+        self._passed = self._in_use = epoch * len(cache.shards)
+        self._next = itertools.count(self._passed)
+        self._stopped = False
+        self._threads = [threading.Thread(target=self._work, name=f"shards-{i}", daemon=True) for i in range(num_connections)]
+        for thread in self._threads:
+            thread.start()
+
+    def move_to(self, epoch: int, start: int, stop: int) -> None:
+        """Say that samples from ``start`` up to ``stop`` of an epoch's order are used now, and none before them again."""
+        found, before = self._orders[epoch], epoch * len(self._cache.shards)
+        passed = before + int(np.searchsorted(found.stops, start, side="right"))
+        with self._condition:
+            self._in_use = before + int(np.searchsorted(found.starts, stop, side="left"))
+            self._passed = passed
+            for place in [place for place in self._opened if place < passed]:
+                self._opened.pop(place).release()
+            self._condition.notify_all()
+
+    def get(self, place: int) -> MappedShard:
+        """The shard at a place, once it is open."""
+        with self._condition:
+            while place not in self._opened:
+                if self._error:
+                    raise self._error
+                if self._stopped:
+                    raise Cancelled
+                if place not in self._busy:
+                    break
+                self._condition.wait(1.0)
+            else:
+                return self._opened[place].mapped
+            self._busy.add(place)
+        return self._open(place, needed=True).mapped  # type: ignore[union-attr]
+
+    def stop(self) -> None:
+        """Open nothing more; who waits for a shard gets ``Cancelled``."""
+        self._cache.close()
+        with self._condition:
+            self._stopped = True
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """End the threads and let all shards go."""
+        self.stop()
+        deadline = time.monotonic() + 2.0
+        for thread in self._threads:  # one that waits for the network ends with its time-out
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        with self._condition:
+            opened, self._opened = list(self._opened.values()), {}
+        for held in opened:
+            held.release()
+
+    def _work(self) -> None:
+        with contextlib.suppress(Cancelled):
+            for place in self._next:
+                while not self._stopped and not self._open_ahead(place):
+                    pass
+                if self._stopped:
+                    return
+
+    def _open_ahead(self, place: int) -> bool:
+        """Open a shard if it is its turn; False where it must wait."""
+        with self._condition:
+            if place < self._passed or place in self._opened:
+                return True
+            if place >= self._in_use + self._num_ahead or place in self._busy:
+                self._condition.wait(0.5)
+                return False
+            self._busy.add(place)
+        try:
+            opened = self._open(place, needed=False)
+        except (UserError, OSError) as error:
+            with self._condition:
+                self._error = error  # for the consumer, in whose way it lies
+                self._condition.notify_all()
+            return True
+        if opened is None:
+            with self._condition:
+                self._condition.wait(0.1)
+        return opened is not None
+
+    def _open(self, place: int, *, needed: bool) -> HeldShard | None:
+        held = None
+        try:
+            index = int(self._orders.shard_at(place))
+            held = self._cache.open(index) if needed else self._cache.open_if_possible(index)
+        finally:
+            with self._condition:
+                self._busy.discard(place)
+                if held and (self._stopped or place < self._passed):
+                    held.release()
+                elif held:
+                    self._opened[place] = held
+                self._condition.notify_all()
+        return held
+
+    def _give_back(self) -> bool:
+        """Release the shard that was opened furthest ahead, for one that is in use now; False where there is none."""
+        with self._condition:
+            last = max(self._opened, default=-1)
+            if last < self._in_use:
+                return False
+            self._opened.pop(last).release()
+            return True
+
+    def _next_use(self, name: str) -> float:
+        """The place at which a shard is used next."""
+        if name not in self._numbers:
+            return float("inf")
+        index, num_shards = self._numbers[name], len(self._cache.shards)
+        epoch = self._passed // num_shards
+        place = epoch * num_shards + self._orders.rank_of(epoch, index)
+        return place if place >= self._passed else (epoch + 1) * num_shards + self._orders.rank_of(epoch + 1, index)
