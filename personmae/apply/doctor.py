@@ -25,7 +25,17 @@ from rich.text import Text
 
 from personmae.errors import UserError
 
-PACKAGES = ("personmae", "torch", "torchvision", "deepspeed", "timm", "mosaicml-streaming", "numpy", "opencv-python-headless")
+PACKAGES = (
+    "personmae",
+    "torch",
+    "torchvision",
+    "deepspeed",
+    "timm",
+    "mosaicml-streaming",
+    "numpy",
+    "opencv-python-headless",
+    "simplejpeg",
+)
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 MIN_FREE_BYTES = 1 << 30  # of disk, for a run's checkpoints and logs
 COMPILE_TIMEOUT, TIMEOUT = 120, 60  # seconds
@@ -103,7 +113,7 @@ REMEDIES = {
 # What each verb stands on besides its own module; a name is a probe or one of the machine's parts.
 VERBS = {
     "synth": ("personmae.data.synthetic", ("disk",)),
-    "shards": ("personmae.data.shards", ("torchvision", "disk")),
+    "shards": ("personmae.data.importer", ("torchvision", "disk")),
     "pretrain": (
         "personmae.pretrain",
         ("torch", "torchvision", "process group", "deepspeed", "compiler", "torch.compile", "disk", "shards"),
@@ -111,6 +121,7 @@ VERBS = {
     "finetune": ("personmae.finetune", ("torch", "process group", "disk")),
     "evaluate": ("personmae.evaluate", ("torch",)),
     "report": ("personmae.apply.report", ("torch",)),
+    "bench": ("personmae.bench", ("torch", "torchvision", "disk")),
     "doctor": ("personmae.apply.doctor", ()),
 }
 

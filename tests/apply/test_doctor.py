@@ -83,7 +83,7 @@ def test_a_broken_torch_stops_what_needs_it_and_not_doctor(monkeypatch: pytest.M
     assert told["synth"].works
     assert told["doctor"].works
     assert "libtorch_cpu.so" in told["pretrain"].detail
-    assert told["shards"] == Outcome(False, "personmae.data.shards does not import: no torch")
+    assert told["shards"] == Outcome(False, "personmae.data.importer does not import: no torch")
 
 
 def _everything() -> list[str]:

@@ -167,6 +167,14 @@ def test_missing_credentials_are_an_error_that_names_the_variables(s3_server, fr
     assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in refused(ShardSet, "s3://bucket/set", tmp_path)
 
 
+def test_the_identity_in_use_is_told_without_its_secret(s3_server, fresh_s3_client, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-mine")
+    fresh_s3_client()
+    told = storage.s3_identity()
+    assert told == f"access key AKIA... from env, endpoint {s3_server.endpoint}"
+
+
 def test_one_client_serves_the_process(s3_server):
     assert storage.s3_client() is storage.s3_client()
     assert storage.s3_client().meta.endpoint_url == s3_server.endpoint
