@@ -53,14 +53,26 @@ def run(settings: config.Pretrain) -> None:
         if world.is_first:
             print(f"{settings.run_dir} is complete: {start} of {total_steps} steps are done", flush=True)
         return
-    reader = build_reader(settings, shards, plan, world, view, first_step=start)
+    reader = build_reader(settings, shards, plan, world, view, first_step=start, total_steps=total_steps)
     held = checkpoint.lock(settings.run_dir) if world.is_first else None
     if world.is_first:
         announce(settings, model, plan, len(shards), total_steps, start)
     log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start)
-    step, finite, num_bad = start, torch.tensor(True, device=world.device), 0
+    step, saved, finite, num_bad = start, start, torch.tensor(True, device=world.device), 0
+
+    def keep() -> None:
+        if engine.any(not finite):
+            raise Diverged(f"the loss is not finite by step {step}; {settings.run_dir} keeps an earlier state")
+        save(settings, engine, teacher, step, total_steps, len(shards), world.is_first)
+
     try:
         while step < total_steps:
+            reader.wait(lambda: stop.requested)  # while a store is away, a run can still be stopped
+            if engine.any(stop.requested):
+                if step > saved:
+                    keep()
+                kept = f"state saved in {settings.run_dir}" if step else "nothing to save yet"
+                raise Stopped(f"at step {step} of {total_steps}, {kept}; run this again to go on")
             parts = []
             for micro in range(plan.grad_accum_steps):
                 batch = to_device(next(reader), world.device)
@@ -83,13 +95,9 @@ def run(settings: config.Pretrain) -> None:
                 means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()}
                 log.log(step, means, images_per_step=plan.global_batch_size)
                 num_bad = tell_bad_samples(reader, num_bad)
-            stopping = engine.any(stop.requested)
-            if stopping or step % settings.checkpoint.every_steps == 0 or step == total_steps:
-                if engine.any(not finite):
-                    raise Diverged(f"the loss is not finite by step {step}; {settings.run_dir} keeps an earlier state")
-                save(settings, engine, teacher, step, total_steps, len(shards), world.is_first)
-            if stopping and step < total_steps:
-                raise Stopped(f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on")
+            if step % settings.checkpoint.every_steps == 0 or step == total_steps:
+                keep()
+                saved = step
     finally:
         reader.close()
         log.close()
@@ -140,9 +148,16 @@ def open_shards(settings: config.Pretrain) -> ShardSet:
 
 
 def build_reader(
-    settings: config.Pretrain, shards: ShardSet, plan: dist.BatchPlan, world: dist.World, view: View, *, first_step: int
+    settings: config.Pretrain,
+    shards: ShardSet,
+    plan: dist.BatchPlan,
+    world: dist.World,
+    view: View,
+    *,
+    first_step: int,
+    total_steps: int,
 ) -> BatchReader:
-    """This rank's batches from ``first_step`` on."""
+    """This rank's batches from ``first_step`` to the run's last."""
     return BatchReader(
         shards,
         canvas_size=view.canvas_size,
@@ -152,6 +167,7 @@ def build_reader(
         world_size=world.world_size,
         micro_batch_size=plan.micro_batch_size,
         first_step=first_step,
+        total_steps=total_steps,
         num_threads=settings.data.num_threads or max(1, dist.usable_cores() // world.local_world_size),
         prefetch_batches=settings.data.prefetch_batches,
         block_size=settings.data.shuffle_block_size,

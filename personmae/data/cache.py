@@ -8,9 +8,11 @@ fetches the same. Nothing else is left behind to clean up or to wait for.
 
 import contextlib
 import copy
+import enum
 import errno
 import fcntl
 import itertools
+import math
 import os
 import random
 import shutil
@@ -39,6 +41,13 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 class Cancelled(Exception):  # noqa: N818 - a way to end
     """The cache was closed while something was being fetched."""
+
+
+class NotNow(enum.Enum):
+    """Why a shard could not be opened at once."""
+
+    FETCHED_ELSEWHERE = "another rank is fetching it"
+    NO_ROOM = "others that are used sooner fill the cache"
 
 
 class HeldShard:
@@ -109,12 +118,12 @@ class ShardCache:
             UserError: it cannot be had, or does not have the hash of the index.
             Cancelled: the cache was closed meanwhile.
         """
-        while not (held := self.open_if_possible(index, needed=True)):
-            self._pause(_POLL_SECONDS)  # another rank fetches it
+        while isinstance(held := self.open_if_possible(index, needed=True), NotNow):
+            self._pause(_POLL_SECONDS)
         return held
 
-    def open_if_possible(self, index: int, *, needed: bool = False) -> HeldShard | None:
-        """Like ``open``, but None where another rank is fetching the shard, or where there is no room for it now.
+    def open_if_possible(self, index: int, *, needed: bool = False) -> HeldShard | NotNow:
+        """Like ``open``, but without waiting for another rank or for room.
 
         What is ``needed`` takes room even beyond the limit: a consumer that waits for it may be what others wait for.
         """
@@ -126,12 +135,12 @@ class ShardCache:
             self._counters.bytes.labels("cache").inc(shard.num_bytes)
             return held
         part = self._claim(shard, needed=needed)
-        if part is None:
-            return None
+        if isinstance(part, NotNow):
+            return part
         with part:
             self._counters.misses.inc()
             self._fetch(part, shard)
-        return self._take(shard)
+        return self._take(shard) or NotNow.NO_ROOM  # another rank has removed it already
 
     def _open_in_place(self, shard: Shard) -> HeldShard:
         path = self.directory / shard.name
@@ -163,7 +172,7 @@ class ShardCache:
                     path.unlink()
         return None
 
-    def _claim(self, shard: Shard, *, needed: bool) -> BinaryIO | None:
+    def _claim(self, shard: Shard, *, needed: bool) -> BinaryIO | NotNow:
         """The unfinished file, locked and with its full size reserved on the disk."""
         path = self.directory / f"{shard.name}{_PART}"
         with self._directory_lock(), contextlib.ExitStack() as stack:  # two ranks must not give the same room away
@@ -173,10 +182,12 @@ class ShardCache:
             try:
                 fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return None
+                return NotNow.FETCHED_ELSEWHERE
             stack.callback(self._discard, path)
-            if (self.directory / shard.name).exists() or not self._reserve(part, shard, needed=needed):
-                return None
+            if (self.directory / shard.name).exists():
+                return NotNow.FETCHED_ELSEWHERE
+            if not self._reserve(part, shard, needed=needed):
+                return NotNow.NO_ROOM
             stack.pop_all()
             self._parts.add(path)
             return part
@@ -184,8 +195,9 @@ class ShardCache:
     def _reserve(self, part: BinaryIO, shard: Shard, *, needed: bool) -> bool:
         """Give ``part`` the shard's size, removing others where the limit or the disk asks for it."""
         os.truncate(part.fileno(), 0)
+        earliest = -math.inf if needed else self._next_use(shard.name)
         while self._limit is not None and self._used_bytes() + shard.num_bytes > self._limit:
-            if not self._make_room(needed):
+            if not self._make_room(earliest, needed):
                 if needed:
                     break
                 return False
@@ -196,7 +208,7 @@ class ShardCache:
             except OSError as error:
                 if error.errno not in _DISK_FULL:
                     raise
-                if self._make_room(needed):
+                if self._make_room(earliest, needed):
                     continue
                 if needed and self._stays_full():
                     raise self._disk_full(part, shard) from error
@@ -205,18 +217,19 @@ class ShardCache:
         self._counters.cache_bytes.set(self._used_bytes())
         return True
 
-    def _make_room(self, needed: bool) -> bool:
-        return self._evict() or (needed and self._give_back())
+    def _make_room(self, earliest: float, needed: bool) -> bool:
+        return self._evict(earliest) or (needed and self._give_back())
 
     def _stays_full(self) -> bool:
         """Whether there is nothing that other ranks could let go, or they have not done so for a while."""
         self._full_since = self._full_since or time.monotonic()
         return len(os.listdir(self.directory)) == 1 or time.monotonic() - self._full_since > _FULL_SECONDS
 
-    def _evict(self) -> bool:
-        """Remove the shard that is used last among those that no rank holds; False where all are held."""
+    def _evict(self, earliest: float) -> bool:
+        """Remove the shard that is used last among those that no rank holds and this one does not use before ``earliest``."""
         present = [path for path in self.directory.iterdir() if path.is_file() and path.suffix != _PART]
-        for path in sorted(present, key=lambda path: (self._next_use(path.name), path.name), reverse=True):
+        uses = [(self._next_use(path.name), path) for path in present]
+        for _, path in sorted((use for use in uses if use[0] >= earliest), reverse=True):
             with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as victim:
                 fcntl.flock(victim, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -235,7 +248,13 @@ class ShardCache:
     def _directory_lock(self) -> Iterator[None]:
         handle = os.open(self.directory, os.O_RDONLY)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError as error:
+                raise UserError(
+                    f"data.cache_dir must be on a disk whose directories can be locked; {self.directory} is not "
+                    f"({error.strerror}): choose one of this host"
+                ) from error
             yield
         finally:
             os.close(handle)

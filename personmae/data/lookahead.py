@@ -1,7 +1,7 @@
 """The shards of the global order: opened ahead of their use, let go behind it."""
 
 import contextlib
-import itertools
+import math
 import threading
 import time
 from typing import Any
@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from personmae.data import order
-from personmae.data.cache import Cancelled, HeldShard, ShardCache
+from personmae.data.cache import Cancelled, HeldShard, NotNow, ShardCache
 from personmae.data.mds import MappedShard
 from personmae.data.order import EpochOrder
 from personmae.errors import UserError
+
+_RETRY_SECONDS = 0.1  # until a shard is asked for again for which there was no room, or which another rank was fetching
 
 
 class Orders:
@@ -40,6 +42,10 @@ class Orders:
         """The places of an epoch's shards."""
         return epoch * self._num_shards + self._make(epoch)[1][shards]
 
+    def place_at(self, epoch: int, offset: int) -> int:
+        """The first place whose shard is not needed for the samples before ``offset`` of an epoch."""
+        return epoch * self._num_shards + int(np.searchsorted(self[epoch].starts, offset, side="left"))
+
     def _make(self, epoch: int) -> tuple[EpochOrder, order.Ids]:
         with self._lock:
             if epoch not in self._made:
@@ -55,20 +61,30 @@ class Lookahead:
     """The shards of the global order, opened ahead of their use by ``num_connections`` threads, let go behind it.
 
     Epochs follow each other without end. Shards are opened in the order of their first use, at most ``num_ahead`` beyond
-    those that are in use now.
+    those that are in use now, and none from place ``end`` on.
     """
 
-    def __init__(self, cache: ShardCache, orders: Orders, *, epoch: int, num_connections: int, num_ahead: int):
+    def __init__(
+        self,
+        cache: ShardCache,
+        orders: Orders,
+        *,
+        epoch: int,
+        num_connections: int,
+        num_ahead: int,
+        end: int | None = None,
+    ):
         self._cache, self._orders = cache.for_reader(self._next_use, self._give_back), orders
         self._num_ahead = min(num_ahead, len(cache.shards))  # never beyond the next epoch
+        self._end = math.inf if end is None else end
         self._numbers = {shard.name: index for index, shard in enumerate(cache.shards)}
         self._condition = threading.Condition()
         self._opened: dict[int, HeldShard] = {}
         self._busy: set[int] = set()
+        self._put_off: dict[int, tuple[float, NotNow | None]] = {}  # until when, and why
         self._error: BaseException | None = None
         # Places number the shards of all epochs in order; those from passed up to in_use are in use now.
         self._passed = self._in_use = epoch * len(cache.shards)
-        self._next = itertools.count(self._passed)
         self._stopped = False
         self._threads = [threading.Thread(target=self._work, name=f"shards-{i}", daemon=True) for i in range(num_connections)]
         for thread in self._threads:
@@ -83,6 +99,7 @@ class Lookahead:
             self._passed = passed
             for place in [place for place in self._opened if place < passed]:
                 self._opened.pop(place).release()
+            self._put_off = {place: put_off for place, put_off in self._put_off.items() if place >= passed}
             self._condition.notify_all()
 
     def get(self, place: int) -> MappedShard:
@@ -99,7 +116,9 @@ class Lookahead:
             else:
                 return self._opened[place].mapped
             self._busy.add(place)
-        return self._open(place, needed=True).mapped  # type: ignore[union-attr]
+        self._open(place, needed=True)
+        with self._condition:
+            return self._opened[place].mapped
 
     def stop(self) -> None:
         """Open nothing more; who waits for a shard gets ``Cancelled``."""
@@ -121,47 +140,51 @@ class Lookahead:
 
     def _work(self) -> None:
         with contextlib.suppress(Cancelled):
-            for place in self._next:
-                while not self._stopped and not self._open_ahead(place):
-                    pass
-                if self._stopped:
-                    return
+            while (place := self._wait_for_place()) is not None:
+                try:
+                    self._open(place, needed=False)
+                except (UserError, OSError) as error:
+                    with self._condition:
+                        self._error = error  # for the consumer, in whose way it lies
+                        self._put_off[place] = math.inf, None
+                        self._condition.notify_all()
 
-    def _open_ahead(self, place: int) -> bool:
-        """Open a shard if it is its turn; False where it must wait."""
+    def _wait_for_place(self) -> int | None:
+        """The first place that can be opened now, taken for this thread; None when all is over."""
         with self._condition:
-            if place < self._passed or place in self._opened:
-                return True
-            if place >= self._in_use + self._num_ahead or place in self._busy:
-                self._condition.wait(0.5)
-                return False
-            self._busy.add(place)
-        try:
-            opened = self._open(place, needed=False)
-        except (UserError, OSError) as error:
-            with self._condition:
-                self._error = error  # for the consumer, in whose way it lies
-                self._condition.notify_all()
-            return True
-        if opened is None:
-            with self._condition:
-                self._condition.wait(0.1)
-        return opened is not None
+            while not self._stopped:
+                if (place := self._first_place(time.monotonic())) is not None:
+                    self._busy.add(place)
+                    return place
+                self._condition.wait(_RETRY_SECONDS)
+        return None
 
-    def _open(self, place: int, *, needed: bool) -> HeldShard | None:
+    def _first_place(self, now: float) -> int | None:
+        for place in range(self._passed, int(min(self._in_use + self._num_ahead, self._end))):
+            until, why = self._put_off.get(place, (0.0, None))
+            if place not in self._opened and place not in self._busy and until <= now:
+                return place
+            if why is NotNow.NO_ROOM:  # none goes before it, or the room would never come
+                return None
+        return None
+
+    def _open(self, place: int, *, needed: bool) -> None:
+        """Open a shard that this thread has taken, or put it off."""
         held = None
         try:
-            index = int(self._orders.shard_at(place))
+            index = self._orders.shard_at(place)
             held = self._cache.open(index) if needed else self._cache.open_if_possible(index)
         finally:
             with self._condition:
                 self._busy.discard(place)
-                if held and (self._stopped or place < self._passed):
+                self._put_off.pop(place, None)
+                if isinstance(held, NotNow):
+                    self._put_off[place] = time.monotonic() + _RETRY_SECONDS, held
+                elif held and not needed and (self._stopped or place < self._passed):
                     held.release()
                 elif held:
                     self._opened[place] = held
                 self._condition.notify_all()
-        return held
 
     def _give_back(self) -> bool:
         """Release the shard that was opened furthest ahead, for one that is in use now; False where there is none."""

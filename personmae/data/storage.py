@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from personmae.errors import UserError
 
 READ_TIMEOUT_SECONDS = 15  # without a byte; a stalled connection is given up for another
 _BLOCK = 1 << 20
+_making_client = threading.Lock()  # it takes a tenth of a second and ten megabytes: threads must not make one each
 
 # Answers of a server that another try may change, and what to call them in counts.
 _PASSING_CODES = {
@@ -182,7 +184,9 @@ def fetch_into(file: BinaryIO, root: str, name: str, check: Callable[[], None]) 
     bucket, prefix = split_s3(root)
     start = file.tell()
     asked = {"Range": f"bytes={start}-"} if start else {}
-    body = s3_client(1).get_object(Bucket=bucket, Key=f"{prefix}{name}", **asked)["Body"]
+    with _making_client:
+        client = s3_client(1)
+    body = client.get_object(Bucket=bucket, Key=f"{prefix}{name}", **asked)["Body"]
     with body:
         for block in body.iter_chunks(_BLOCK):
             check()

@@ -11,7 +11,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,8 +112,8 @@ class ShardSet:
 class JpegReader:
     """Micro-batches of one rank in the global order, as JPEG bytes: slices of mapped shards.
 
-    The first batch belongs to step ``first_step``; epochs follow each other without end, and each drops only the tail
-    that does not fill a global batch.
+    The first batch belongs to step ``first_step``; epochs follow each other, and each drops only the tail that does not fill
+    a global batch. With ``total_steps`` the last batch belongs to the step before it, and no shard beyond is fetched.
 
     Raises:
         UserError: there are fewer samples than one global batch needs, or the cache's limit is too small for the order.
@@ -129,6 +129,7 @@ class JpegReader:
         world_size: int,
         micro_batch_size: int,
         first_step: int,
+        total_steps: int | None = None,
         block_size: int = 1 << 18,
         num_connections: int = 8,
         num_ahead: int = 64,
@@ -140,9 +141,15 @@ class JpegReader:
         self._share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size}
         self._orders = Orders(shards.sizes, seed=seed, block_size=block_size)
         self._first_epoch, self._first_step = divmod(first_step, self.steps_per_epoch)
+        self._end = None if total_steps is None else divmod(total_steps, self.steps_per_epoch)  # (epoch, step in it)
         self._check_limit(self._orders[self._first_epoch], num_connections)
         self._lookahead = Lookahead(
-            shards.cache, self._orders, epoch=self._first_epoch, num_connections=num_connections, num_ahead=num_ahead
+            shards.cache,
+            self._orders,
+            epoch=self._first_epoch,
+            num_connections=num_connections,
+            num_ahead=num_ahead,
+            end=self._end and self._orders.place_at(self._end[0], self._end[1] * global_batch_size),
         )
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, list[memoryview]]]:
@@ -164,8 +171,16 @@ class JpegReader:
     def _batches(self) -> Iterator[MicroBatch]:
         first_step = self._first_step
         for epoch in itertools.count(self._first_epoch):
+            last_offset = len(self._shards)
+            if self._end and epoch == self._end[0]:
+                last_offset = self._end[1] * self._global_batch_size
             options = {"epoch": epoch, "first_step": first_step, "global_batch_size": self._global_batch_size}
-            yield from order.micro_batches(self._orders[epoch], **options, **self._share)
+            for batch in order.micro_batches(self._orders[epoch], **options, **self._share):
+                if batch.offset > last_offset:
+                    return
+                yield batch
+            if self._end and epoch == self._end[0]:
+                return
             first_step = 0
 
     def _check_limit(self, first: EpochOrder, num_connections: int) -> None:
@@ -248,8 +263,7 @@ class BatchReader:
             self._handed_out = None
         start = time.monotonic()
         item = self._queue.get()
-        self._waited += time.monotonic() - start
-        self.counters.wait_seconds.inc(time.monotonic() - start)
+        self._count_wait(start)
         self.counters.queue.set(self._queue.qsize() * self._micro_batch_size)
         if isinstance(item, BaseException):
             self._queue.put(item)  # for whoever asks again
@@ -259,6 +273,18 @@ class BatchReader:
         self.counters.samples.inc(self._micro_batch_size)
         self._handed_out = item
         return item.batch
+
+    def wait(self, stopped: Callable[[], bool]) -> None:
+        """Return when the next batch is ready, or ``stopped()``; a signal's handler runs meanwhile."""
+        start = time.monotonic()
+        with self._queue.not_empty:
+            while not self._queue.queue and not stopped():
+                self._queue.not_empty.wait(0.1)
+        self._count_wait(start)
+
+    def _count_wait(self, start: float) -> None:
+        self._waited += time.monotonic() - start
+        self.counters.wait_seconds.inc(time.monotonic() - start)
 
     def share_waited(self) -> float:
         """Share of the time since the last call that the consumer spent waiting for a batch."""
@@ -287,6 +313,9 @@ class BatchReader:
                 decoding.append((slot, self._start(slot, batch, jpegs)))
                 if len(decoding) == 2:
                     self._finish(*decoding.popleft())
+            while decoding:
+                self._finish(*decoding.popleft())
+            self._put(StopIteration())
         except BaseException as error:
             self._put(error)
 

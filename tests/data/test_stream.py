@@ -236,6 +236,27 @@ def test_epochs_follow_each_other_in_other_orders_and_with_other_keys(data):
     assert len(torch.cat(epochs).unique()) == 3 * 48
 
 
+@pytest.mark.parametrize("total_steps", [1, 4, 6, 9, 12])
+def test_a_run_of_so_many_steps_ends_after_them_and_opens_no_shard_beyond(data, total_steps):
+    options = {"micro_batch_size": 8, "first_step": 0, "total_steps": total_steps}
+    expected = read(data, total_steps, micro_batch_size=8)
+    before = data.counters.totals().get("personmae_stream_bytes_total{source=cache}", 0)
+    with reading(data, **options) as reader:
+        found = [kept(batch) for batch in reader]
+        with pytest.raises(StopIteration):
+            next(reader)
+    assert len(found) == total_steps
+    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+    needed, epoch = 0, 0
+    while total_steps > 0:
+        made = order.epoch_order(data.sizes, seed=3, epoch=epoch, block_size=16)
+        last = min(total_steps, 6) * 8 if total_steps <= 6 else len(made.ids)
+        needed += sum(data.shards[i].num_bytes for i, start in zip(made.shards, made.starts, strict=True) if start < last)
+        total_steps, epoch = total_steps - 6, epoch + 1
+    opened = data.counters.totals()["personmae_stream_bytes_total{source=cache}"] - before
+    assert opened == needed
+
+
 def test_too_few_samples_for_a_global_batch_are_refused_at_once(data):
     before = threading.active_count()
     with pytest.raises(UserError, match=f"one global batch needs 51 samples; .* holds {NUM_PICTURES}"):

@@ -1,0 +1,659 @@
+"""The shards of an object store on this host: fetched once, checked, within the limit, shared by ranks, nothing else left."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import islice
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import boto3.session
+import cv2
+import numpy as np
+import pytest
+import torch
+from botocore.exceptions import ClientError
+from streaming.base.storage import CloudDownloader, download
+
+from personmae.data import cache, mds, storage
+from personmae.data.cache import ShardCache
+from personmae.data.counters import StreamCounters
+from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.errors import UserError
+
+NUM_SHARDS = 64
+OPTIONS: dict[str, Any] = {
+    "canvas_size": (40, 20),
+    "seed": 3,
+    "global_batch_size": 8,
+    "rank": 0,
+    "world_size": 1,
+    "micro_batch_size": 8,
+    "first_step": 0,
+    "num_threads": 2,
+    "prefetch_batches": 2,
+    "block_size": 8,  # two shards
+    "max_bad_ratio": 0.1,
+    "num_connections": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 shards of 4 pictures, 7 kB each; read only."""
+    from streaming import MDSWriter
+
+    directory, rng = tmp_path_factory.mktemp("many") / "set", np.random.default_rng(0)
+    with MDSWriter(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=8_000) as writer:
+        for _ in range(4 * NUM_SHARDS):
+            _, jpeg = cv2.imencode(".jpg", rng.integers(0, 256, (40, 24, 3), dtype=np.uint8))
+            writer.write({"jpeg": jpeg.tobytes()})
+    assert len(list(directory.glob("*.mds"))) == NUM_SHARDS
+    return directory
+
+
+def num_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.mds"))
+
+
+@pytest.fixture
+def put(s3_server) -> Callable[[Path, str], str]:
+    """Uploads a directory into a bucket of that name; returns its location."""
+
+    def upload(directory: Path, bucket: str) -> str:
+        s3_server.bucket(bucket)
+        for path in directory.iterdir():
+            s3_server.client.upload_file(str(path), bucket, f"set/{path.name}")
+        return f"s3://{bucket}/set"
+
+    return upload
+
+
+def present(data: ShardSet) -> list[str]:
+    return sorted(path.name for path in data.cache.directory.iterdir())
+
+
+def read_epochs(data: ShardSet, count: int = 1, **options) -> list[CanvasBatch]:
+    """Every batch of the first epochs, black where there is no picture."""
+    batches = []
+    with closing(BatchReader(data, **(OPTIONS | options))) as reader:
+        for batch in islice(reader, count * reader.steps_per_epoch):
+            batches.append(CanvasBatch(*(tensor.clone() for tensor in batch)))
+            for canvas, (height, width) in zip(batches[-1].canvas, batch.size.tolist(), strict=True):
+                canvas[height:], canvas[:, width:] = 0, 0
+    return batches
+
+
+def assert_same(got: list[CanvasBatch], expected: list[CanvasBatch]) -> None:
+    assert len(got) == len(expected) > 0
+    assert all(torch.equal(a, b) for one, other in zip(got, expected, strict=True) for a, b in zip(one, other, strict=True))
+
+
+def cache_of(directory: Path, folder: Path, *, limit_bytes: int | None = None, root: str = "s3://no-such/set") -> ShardCache:
+    """A cache of a data set without the rest of a reader."""
+    index = (directory / mds.INDEX).read_bytes()
+    return ShardCache(root, index, folder, limit_bytes=limit_bytes, retry_seconds=5, counters=StreamCounters())
+
+
+@pytest.fixture
+def copying(many: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Instead of a store, the directory ``many``; yields the names that were fetched."""
+    fetched = []
+
+    def fetch_into(file, root, name, check):
+        check()
+        fetched.append(name)
+        file.write((many / name).read_bytes()[file.tell() :])
+
+    monkeypatch.setattr(storage, "fetch_into", fetch_into)
+    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
+    return fetched
+
+
+# --- fetched once, checked, kept ---
+
+
+def test_a_remote_set_is_fetched_once_and_kept(shard_dir, put, tmp_path):
+    location = put(shard_dir, "kept")
+    names = sorted(path.name for path in shard_dir.glob("*.mds"))
+    with ShardSet(location, tmp_path) as data, ShardSet(str(shard_dir), tmp_path) as local:
+        assert present(data) == []  # shards come when they are needed
+        assert all(data.jpeg(number) == local.jpeg(number) for number in range(len(data)))
+        assert present(data) == names
+        totals = data.counters.totals()
+        assert totals["personmae_cache_misses_total"] == len(names)
+        assert totals["personmae_stream_requests_total{op=get,outcome=ok}"] == len(names)
+        assert totals["personmae_stream_bytes_total{source=remote}"] == num_bytes(shard_dir)
+    with ShardSet(f"{location}/", tmp_path) as data:
+        assert [data.open(index) is not None for index in range(len(names))]
+        totals = data.counters.totals()
+        assert totals["personmae_cache_hits_total"] == len(names)
+        assert not [name for name in totals if "requests" in name or "misses" in name]
+
+
+def test_another_data_set_at_the_same_place_does_not_meet_the_files_of_the_first(shard_dir, many, put, s3_server, tmp_path):
+    location = put(shard_dir, "rewritten")
+    with ShardSet(location, tmp_path) as data:
+        data.open(0)
+        first = data.cache.directory
+    for path in many.iterdir():
+        s3_server.client.upload_file(str(path), "rewritten", f"set/{path.name}")
+    with ShardSet(location, tmp_path) as data, ShardSet(str(many), tmp_path) as local:
+        assert data.cache.directory != first
+        assert data.jpeg(0) == local.jpeg(0)
+
+
+def test_a_download_whose_hash_does_not_agree_is_refused_and_not_kept(shard_dir, put, s3_server, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
+    location = put(shard_dir, "flipped")
+    content = bytearray((shard_dir / "shard.00001.mds").read_bytes())
+    content[-1] ^= 1
+    s3_server.client.put_object(Bucket="flipped", Key="set/shard.00001.mds", Body=bytes(content))
+    with ShardSet(location, tmp_path) as data:
+        data.open(0)
+        with pytest.raises(UserError, match=r"s3://flipped/set/shard\.00001\.mds does not have the size and hash"):
+            data.open(1)
+        assert present(data) == ["shard.00000.mds"]
+        assert data.counters.totals()["personmae_corrupt_shards_total"] == cache.MAX_BAD_FETCHES
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_file_that_was_damaged_on_disk_is_fetched_again(many, copying, tmp_path, damage):
+    first = cache_of(many, tmp_path)
+    first.open(0).release()
+    path = first.directory / "shard.00000.mds"
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes({"flip": bytes(content), "cut": bytes(content[:-1]), "empty": b""}[damage])
+    second = cache_of(many, tmp_path)
+    second.open(0).release()
+    assert path.read_bytes() == (many / "shard.00000.mds").read_bytes()
+    assert copying == ["shard.00000.mds"] * 2
+
+
+def test_a_file_that_another_rank_removes_while_it_is_checked_is_fetched_again(many, copying, tmp_path, monkeypatch):
+    data = cache_of(many, tmp_path)
+    data.open(0).release()
+    agrees = mds.agrees
+
+    def removed_meanwhile(path, shard):
+        monkeypatch.setattr(mds, "agrees", agrees)
+        path.unlink()
+        return agrees(path, shard)
+
+    monkeypatch.setattr(mds, "agrees", removed_meanwhile)
+    data.open(0).release()
+    assert copying == ["shard.00000.mds"] * 2
+
+
+def test_a_connection_that_breaks_behind_the_last_byte_costs_nothing(many, copying, tmp_path, monkeypatch):
+    copy = storage.fetch_into
+
+    def broken(file, root, name, check):
+        if file.tell() == (many / name).stat().st_size:  # what a store says to a range behind the end
+            raise ClientError({"Error": {"Code": "InvalidRange"}}, "GetObject")
+        copy(file, root, name, check)
+        raise ConnectionResetError
+
+    monkeypatch.setattr(storage, "fetch_into", broken)
+    cache_of(many, tmp_path).open(0).release()
+    assert copying == ["shard.00000.mds"]
+
+
+def test_threads_that_fetch_at_once_share_one_client(put, many, tmp_path, monkeypatch, fresh_s3_client):
+    location, made = put(many, "shared"), []
+    session = boto3.session.Session
+    with ShardSet(location, tmp_path) as data:
+        monkeypatch.setattr(boto3.session, "Session", lambda: made.append(1) or session())
+        read_epochs(data, num_connections=8)
+    assert len(made) == 1
+
+
+# --- the limit ---
+
+
+@contextmanager
+def watching(directory: Path) -> Iterator[list[int]]:
+    """The largest that a directory has been, looked at again and again, never between a removal and what it is for."""
+    largest, stop = [0], threading.Event()
+
+    def watch() -> None:
+        handle = os.open(directory, os.O_RDONLY)
+        while not stop.is_set():
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            largest[0] = max(largest[0], sum(entry.stat().st_size for entry in os.scandir(directory)))
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            time.sleep(0.001)
+        os.close(handle)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield largest
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_a_cache_of_a_tenth_of_the_data_set_is_never_exceeded_and_reads_the_same(many, copying, tmp_path):
+    with ShardSet(str(many), tmp_path) as local:
+        expected = read_epochs(local, 2)
+    limit = num_bytes(many) // 10
+    data = remote_set(many, tmp_path, limit)
+    with watching(data.cache.directory) as largest:
+        assert_same(read_epochs(data, 2), expected)
+    assert num_bytes(many) // 20 < largest[0] <= limit
+    assert len(copying) <= 2 * NUM_SHARDS + 8
+    totals = data.counters.totals()
+    assert totals["personmae_cache_evictions_total"] >= 2 * NUM_SHARDS - 16
+    assert totals["personmae_cache_bytes"] <= limit
+    data.close()
+    assert all(re.fullmatch(r"shard\.\d+\.mds", name) for name in present(data))
+
+
+@pytest.mark.parametrize(("num_connections", "num_ahead"), [(4, 64), (8, 64), (8, 2)])
+def test_reading_ahead_over_many_connections_stays_within_the_limit(many, copying, tmp_path, num_connections, num_ahead):
+    needed = smallest_limit(remote_set(many, tmp_path / "unused", None), num_connections)
+    with ShardSet(str(many), tmp_path) as local:
+        expected = read_epochs(local, 2)
+    data = remote_set(many, tmp_path, needed)
+    with watching(data.cache.directory) as largest:
+        assert_same(read_epochs(data, 2, num_connections=num_connections, num_ahead=num_ahead), expected)
+    assert largest[0] <= needed
+    data.close()
+
+
+def remote_set(directory: Path, folder: Path, limit_bytes: int | None) -> ShardSet:
+    """A data set whose shards come through ``copying``."""
+    data = ShardSet(str(directory), folder)
+    data.cache, data.cache_limit_bytes = cache_of(directory, folder / "cache", limit_bytes=limit_bytes), limit_bytes
+    data.cache._counters = data.counters
+    return data
+
+
+def smallest_limit(data: ShardSet, num_connections: int) -> int:
+    """The smallest limit that is not refused."""
+    refused, accepted = 1, num_bytes(Path(data.root))
+    while accepted - refused > 1:
+        data.cache_limit_bytes = (refused + accepted) // 2
+        try:
+            BatchReader(data, **{**OPTIONS, "num_connections": num_connections}).close()
+            accepted = data.cache_limit_bytes
+        except UserError:
+            refused = data.cache_limit_bytes
+    return accepted
+
+
+def test_a_limit_too_small_for_the_shuffle_block_is_refused_at_once_with_one_that_works(many, copying, tmp_path):
+    before = threading.active_count()
+    data = remote_set(many, tmp_path, 20_000)
+    with pytest.raises(UserError, match=r"data\.cache_limit_gb must be at least ([\d.]+) .* it is 2e-05") as caught:
+        BatchReader(data, **OPTIONS)
+    assert threading.active_count() == before
+    assert copying == []
+    found = re.search(r"at least ([\d.]+) ", str(caught.value))
+    assert found
+    data = remote_set(many, tmp_path, round(float(found[1]) * 1e9))
+    BatchReader(data, **OPTIONS).close()
+    data.close()
+
+
+def test_what_is_used_last_is_removed_first(many, copying, tmp_path):
+    size = max(path.stat().st_size for path in many.glob("*.mds"))
+    uses = {"shard.00000.mds": 5.0, "shard.00001.mds": 9.0, "shard.00002.mds": 7.0, "shard.00003.mds": 1.0}
+    data = cache_of(many, tmp_path, limit_bytes=3 * size).for_reader(uses.__getitem__, lambda: False)
+    for index in range(4):
+        data.open(index).release()
+    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00002.mds", "shard.00003.mds"]
+    data.open(1).release()
+    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00001.mds", "shard.00003.mds"]
+
+
+def test_a_shard_larger_than_the_limit_is_had_when_it_is_needed_but_not_ahead(many, copying, tmp_path):
+    data = cache_of(many, tmp_path, limit_bytes=1000)
+    assert data.open_if_possible(0) is cache.NotNow.NO_ROOM
+    assert not list(data.directory.iterdir())
+    held = data.open(0)
+    assert len(held.mapped.jpeg(0)) > 100
+    data.open(1).release()
+    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00001.mds"]
+    held.release()
+
+
+@pytest.fixture
+def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reserving space fails above 20 kB in a directory, which is room for two shards."""
+    reserve = os.posix_fallocate
+
+    def fallocate(file: int, offset: int, length: int) -> None:
+        directory = Path(os.readlink(f"/proc/self/fd/{file}")).parent
+        if length + sum(path.stat().st_size for path in directory.iterdir()) > 20_000:
+            raise OSError(errno.ENOSPC, "no space")
+        reserve(file, offset, length)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_disk_full_of_what_other_ranks_hold_is_waited_for(many, copying, tmp_path):
+    other = cache_of(many, tmp_path)
+    held = [other.open(0), other.open(1)]
+    threading.Timer(0.3, held[0].release).start()
+    data = cache_of(many, tmp_path)
+    assert data.open_if_possible(2) is cache.NotNow.NO_ROOM
+    start = time.monotonic()
+    data.open(2).release()
+    assert 0.2 < time.monotonic() - start < 5
+    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00001.mds", "shard.00002.mds"]
+    held[1].release()
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_a_disk_that_stays_full_is_named_and_nothing_half_written_is_left(many, copying, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_FULL_SECONDS", 0.3)
+    data = cache_of(many, tmp_path)
+    held = [data.open(0), data.open(1)]
+    with pytest.raises(
+        UserError, match=r"shard s3://no-such/set/shard\.00002\.mds needs [\d,]+ bytes and the disk of .* is full"
+    ):
+        data.open(2)
+    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00001.mds"]
+    for shard in held:
+        shard.release()
+    data.open(2).release()
+
+
+@pytest.mark.usefixtures("small_disk")
+def test_what_was_opened_ahead_gives_way_to_what_is_needed(many, copying, tmp_path):
+    ahead: list[cache.HeldShard] = []
+    data = cache_of(many, tmp_path).for_reader(lambda name: 0.0, lambda: bool(ahead) and not ahead.pop().release())
+    ahead += [data.open(0), data.open(1)]
+    assert data.open_if_possible(2) is cache.NotNow.NO_ROOM
+    assert len(ahead) == 2
+    data.open(2).release()
+    assert len(ahead) == 1
+    ahead.pop().release()
+
+
+def test_slices_stay_readable_when_their_file_was_removed(many, copying, tmp_path):
+    data = cache_of(many, tmp_path, limit_bytes=10_000)
+    held = data.open(0)
+    jpeg = held.mapped.jpeg(0)
+    content = bytes(jpeg)
+    held.release()
+    data.open(1).release()
+    assert not (data.directory / "shard.00000.mds").exists()
+    assert bytes(jpeg) == content
+
+
+# --- several readers ---
+
+HOLDER = """
+import sys
+from pathlib import Path
+from personmae.data import storage
+from personmae.data.cache import ShardCache
+from personmae.data.counters import StreamCounters
+directory, folder = map(Path, sys.argv[1:])
+index = (directory / "index.json").read_bytes()
+storage.fetch_into = lambda file, root, name, check: file.write((directory / name).read_bytes())
+cache = ShardCache("s3://no-such/set", index, folder, limit_bytes=None, retry_seconds=5, counters=StreamCounters())
+held = cache.open(0)
+print("held", flush=True)
+sys.stdin.readline()
+held.release()
+print("released", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_shard_that_another_process_holds_is_not_removed(many, copying, tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(many), str(tmp_path)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        data = cache_of(many, tmp_path, limit_bytes=20_000)
+        data = data.for_reader(lambda name: float(name == "shard.00000.mds"), lambda: False)
+        held = data.directory / "shard.00000.mds"
+        for index in range(1, 6):
+            data.open(index).release()
+            assert held.exists()
+        holder.stdin.write("\n")
+        holder.stdin.flush()
+        assert holder.stdout.readline() == "released\n"
+        data.open(6).release()
+        assert not held.exists()
+        holder.kill()
+
+
+RANK = """
+import hashlib, json, sys
+from itertools import islice
+from personmae.data.stream import BatchReader, ShardSet
+location, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+limit = options.pop("limit")
+with ShardSet(location, folder, cache_limit_bytes=limit) as data:
+    reader = BatchReader(data, **options)
+    for batch in islice(reader, reader.steps_per_epoch):
+        print(json.dumps(batch.keys.tolist()), flush=True)
+        sys.stdin.readline()
+    reader.close()
+    print(json.dumps(data.counters.totals()))
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("share_of_set", [1, 2])
+def test_ranks_of_a_host_fetch_each_shard_once_together(many, put, tmp_path, share_of_set):
+    location, steps = put(many, "shared"), 4 * NUM_SHARDS // 12
+    limit = num_bytes(many) // share_of_set
+    ranks = []
+    for rank in range(3):
+        options = OPTIONS | {"rank": rank, "world_size": 3, "global_batch_size": 12, "micro_batch_size": 4, "limit": limit}
+        options |= {"num_ahead": 8, "prefetch_batches": 1}
+        command = [sys.executable, "-c", RANK, location, str(tmp_path), json.dumps(options)]
+        ranks.append(subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True))
+    keys: list[int] = []
+    for _ in range(steps):  # in step, as gradients keep them
+        for rank in ranks:
+            keys += json.loads(rank.stdout.readline())
+        for rank in ranks:
+            rank.stdin.write("\n")
+            rank.stdin.flush()
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0, 0], said
+    fetched = sum(json.loads(out).get("personmae_stream_requests_total{op=get,outcome=ok}", 0) for out, _ in said)
+    assert NUM_SHARDS <= fetched <= NUM_SHARDS + (0 if share_of_set == 1 else NUM_SHARDS // 4)
+    with ShardSet(str(many), tmp_path) as local:
+        expected = read_epochs(local, global_batch_size=12, micro_batch_size=12)
+    assert keys == torch.cat([batch.keys for batch in expected]).tolist()
+    (directory,) = tmp_path.iterdir()
+    assert all(re.fullmatch(r"shard\.\d+\.mds", path.name) for path in directory.iterdir())
+    assert num_bytes(directory) <= limit
+
+
+def test_two_readers_of_one_process_share_a_cache(many, copying, tmp_path):
+    with ShardSet(str(many), tmp_path) as local:
+        expected = read_epochs(local)
+    data = remote_set(many, tmp_path, num_bytes(many) // 4)
+    results: list[list[CanvasBatch]] = []
+    threads = [threading.Thread(target=lambda: results.append(read_epochs(data))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got in results:
+        assert_same(got, expected)
+    data.close()
+    assert len(results) == 2
+
+
+# --- ends ---
+
+
+def test_closing_removes_what_is_being_fetched_and_a_late_end_of_it_changes_nothing(many, tmp_path, monkeypatch):
+    entered, may_go = threading.Event(), threading.Event()
+
+    def slow(file, root, name, check):  # a client that cannot be interrupted
+        entered.set()
+        may_go.wait(10)
+        file.write((many / name).read_bytes())
+
+    monkeypatch.setattr(storage, "fetch_into", slow)
+    data = cache_of(many, tmp_path)
+    errors: list[BaseException] = []
+
+    def fetch() -> None:
+        try:
+            data.open(0)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    assert entered.wait(10)
+    assert [path.name for path in data.directory.iterdir()] == ["shard.00000.mds.part"]
+    data.close()
+    assert not list(data.directory.iterdir())
+    other = cache_of(many, tmp_path)
+    unfinished = other._claim(other.shards[0], needed=True)  # another rank begins the same shard
+    assert unfinished is not None
+    may_go.set()
+    thread.join()
+    assert isinstance(errors[0], cache.Cancelled)
+    assert [path.name for path in data.directory.iterdir()] == ["shard.00000.mds.part"]
+    other.close()
+    unfinished.close()
+    assert not list(data.directory.iterdir())
+
+
+def test_a_cache_that_is_closed_after_the_last_check_keeps_nothing(many, copying, tmp_path, monkeypatch):
+    data, agrees = cache_of(many, tmp_path), mds.agrees
+
+    def closed_afterwards(path, shard):
+        whole = agrees(path, shard)
+        data.close()
+        return whole
+
+    monkeypatch.setattr(mds, "agrees", closed_afterwards)
+    with pytest.raises(cache.Cancelled):
+        data.open(0)
+    assert not list(data.directory.iterdir())
+
+
+def test_a_start_removes_what_a_killed_process_left_and_nothing_that_is_being_fetched(many, copying, tmp_path):
+    data = cache_of(many, tmp_path)
+    (data.directory / "shard.00001.mds.part").write_bytes(bytes(100))
+    (data.directory / "shard.00002.mds.part.abc").mkdir()
+    (data.directory / "shard.00002.mds.part.abc" / "shard.00002.mds").touch()
+    live = data._claim(data.shards[0], needed=True)
+    (data.directory / "shard.00000.mds.part.abc").mkdir()
+    assert live is not None
+    cache_of(many, tmp_path)
+    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds.part", "shard.00000.mds.part.abc"]
+    data.close()
+    live.close()
+    assert not list(data.directory.iterdir())
+
+
+def test_an_unexpected_error_leaves_nothing_half_written(many, tmp_path, monkeypatch):
+    def failing(file, root, name, check):
+        file.write(b"something")
+        raise RuntimeError("unexpected")
+
+    monkeypatch.setattr(storage, "fetch_into", failing)
+    data = cache_of(many, tmp_path)
+    with pytest.raises(RuntimeError):
+        data.open(0)
+    assert not list(data.directory.iterdir())
+
+
+# --- data sets and stores of other kinds ---
+
+
+def test_an_index_without_shards_and_empty_shards_are_read_as_what_they_are(shard_dir, many, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / mds.INDEX).write_text('{"version": 2, "shards": []}')
+    with (
+        ShardSet(str(empty), tmp_path) as data,
+        pytest.raises(UserError, match=r"one global batch needs 8 samples; .* holds 0"),
+    ):
+        read_epochs(data)
+    mixed = Path(shutil.copytree(many, tmp_path / "mixed"))
+    index = json.loads((mixed / mds.INDEX).read_text())
+    for place in (0, 10, 66):
+        content = np.array([0, 8], np.uint32).tobytes()
+        (mixed / f"empty.{place}.mds").write_bytes(content)
+        raw = {"basename": f"empty.{place}.mds", "bytes": len(content), "hashes": {}}
+        index["shards"].insert(place, index["shards"][0] | {"samples": 0, "raw_data": raw})
+    (mixed / mds.INDEX).write_text(json.dumps(index))
+    with ShardSet(str(mixed), tmp_path) as data:
+        keys = torch.cat([batch.keys for batch in read_epochs(data)])
+    assert len(keys.unique()) == 4 * NUM_SHARDS
+
+
+class FromDirectory(CloudDownloader):
+    """A store of a scheme of its own, ``test://`` and a path; counts and spoils what it is asked for."""
+
+    asked: list[str] = []  # noqa: RUF012 - one store
+    failures: list[Exception] = []  # noqa: RUF012
+
+    @staticmethod
+    def _client_identifier() -> str:
+        return "test"
+
+    def clean_up(self) -> None:
+        pass
+
+    def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
+        self.asked.append(remote)
+        Path(f"{local}.tmp").write_bytes(b"")
+        if remote.endswith(".mds") and self.failures:
+            raise self.failures.pop()
+        shutil.copy(remote.removeprefix("test://store"), f"{local}.tmp")
+        os.rename(f"{local}.tmp", local)
+
+
+@pytest.fixture
+def other_store(monkeypatch: pytest.MonkeyPatch) -> type[FromDirectory]:
+    monkeypatch.setitem(download.DOWNLOADER_MAPPINGS, "test", FromDirectory)
+    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
+    FromDirectory.asked.clear()
+    FromDirectory.failures.clear()
+    return FromDirectory
+
+
+def test_other_schemes_are_read_through_the_clients_of_mosaicml_streaming(many, other_store, tmp_path):
+    with ShardSet(str(many), tmp_path) as local:
+        expected = read_epochs(local)
+    other_store.failures += [TimeoutError("late"), RuntimeError("a client's own error"), ConnectionResetError("gone")]
+    limit = num_bytes(many) // 5
+    with ShardSet(f"test://store{many}", tmp_path / "cache", cache_limit_bytes=limit) as data:
+        assert_same(read_epochs(data, num_connections=4), expected)
+        assert all(re.fullmatch(r"shard\.\d+\.mds", name) for name in present(data))
+        totals = data.counters.totals()
+    assert totals["personmae_cache_evictions_total"] > NUM_SHARDS // 3
+    assert totals["personmae_stream_retries_total{reason=connection}"] == 2
+    assert totals["personmae_stream_retries_total{reason=timeout}"] == 1
+    assert all(asked.startswith(f"test://store{many}/") for asked in other_store.asked)
+
+
+def test_a_missing_shard_of_another_scheme_is_named(many, other_store, tmp_path):
+    damaged = Path(shutil.copytree(many, tmp_path / "damaged"))
+    (damaged / "shard.00003.mds").unlink()
+    with ShardSet(f"test://store{damaged}", tmp_path / "cache") as data:
+        with pytest.raises(UserError, match=r"shard\.00003\.mds failed: it does not exist"):
+            read_epochs(data)
+        assert all(re.fullmatch(r"shard\.\d+\.mds", name) for name in present(data))
