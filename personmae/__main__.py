@@ -8,7 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
-from personmae.errors import run_program
+from personmae.errors import UserError, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -184,6 +184,14 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     """What ``personmae X CONFIG`` and ``launcher/X.py --config CONFIG`` share."""
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="set a key of the configuration")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="RANKS",
+        help="pretrain: print the plan for so many ranks and stop",
+    )
 
 
 def run_config(name: str, path: str, args: argparse.Namespace) -> None:
@@ -197,7 +205,13 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
         return
     import importlib
 
-    importlib.import_module(f"personmae.{name}").run(settings)
+    program = importlib.import_module(f"personmae.{name}")
+    if args.dry_run is None:
+        program.run(settings)
+    elif hasattr(program, "dry_run"):
+        program.dry_run(settings, args.dry_run)
+    else:
+        raise UserError(f"--dry-run is for pretrain; {name} has no plan to print: leave it out")
 
 
 def _evaluate(verbs: argparse._SubParsersAction) -> None:

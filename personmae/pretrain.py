@@ -3,6 +3,7 @@
 ``personmae pretrain CONFIG [a.b=c ...]`` and ``deepspeed launcher/pretrain.py --config CONFIG [a.b=c ...]`` both end here.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from personmae.errors import Diverged, Stopped, UserError
 from personmae.model import teacher as ema
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher
+from personmae.plan import show_plan
 
 PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,048
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -106,6 +108,31 @@ def run(settings: config.Pretrain) -> None:
         dist.stop()
         if held:
             held.close()
+
+
+def dry_run(settings: config.Pretrain, world_size: int) -> None:
+    """Open the data and print what the run would come to on ``world_size`` ranks; nothing is written or trained.
+
+    Raises:
+        UserError: the data cannot be read, or the ranks cannot share the batch.
+    """
+    with tempfile.TemporaryDirectory() as cache, ShardSet(settings.data.shards, cache) as shards:
+        num_samples, total_steps = len(shards), count_steps(settings, len(shards))
+    images = total_steps * settings.train.global_batch_size
+    facts = {
+        "size": f"{settings.model.size} at {settings.model.img_size[0]}x{settings.model.img_size[1]}",
+        "data": f"{num_samples:,} samples at {settings.data.shards}",
+        "run": f"{total_steps:,} steps, {images:,} images, {images / num_samples:.1f} epochs, in {settings.run_dir}",
+        "engine": settings.engine.name,
+    }
+    show_plan(
+        build_model(settings),
+        View(**settings.view_arguments()),
+        global_batch_size=settings.train.global_batch_size,
+        max_micro_batch_size=settings.train.max_micro_batch_size,
+        world_size=world_size,
+        facts=facts,
+    )
 
 
 def build_model(settings: config.Pretrain) -> PersonMAE:
