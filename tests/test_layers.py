@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
     f"personmae.reid.{name}" for name in ("heads", "losses", "cluster", "ranking", "sampler", "datasets", "transforms")
 }
-MIDDLE = {"personmae.engine", "personmae.checkpoint", "personmae.metrics", "personmae.data"} | {
-    f"personmae.reid.{name}" for name in ("features", "retrieval")
-}
+MIDDLE = {
+    f"personmae.{name}" for name in ("engine", "checkpoint", "archive", "keeper", "snapshot", "metrics", "plan", "data")
+} | {f"personmae.reid.{name}" for name in ("features", "retrieval")}
 PROGRAMS = {f"personmae.{name}" for name in ("pretrain", "finetune", "unsupervised", "evaluate", "bench", "apply")}
 GROUND = {"personmae.errors"}
 HEAVY = {"torch", "cv2", "numpy", "boto3", "streaming", "deepspeed", "timm", "matplotlib"}
@@ -63,7 +63,7 @@ def test_the_walk_finds_imports_at_any_depth():
 
 def test_every_module_has_a_layer():
     upper = PROGRAMS | {"personmae.__main__", "launcher"}
-    lower = GROUND | {"personmae.dist", "personmae.nvml", "personmae.config"}
+    lower = GROUND | {"personmae.dist", "personmae.nvml", "personmae.config", "personmae.heartbeat"}
     packages = {"personmae", "personmae.reid"}
     assert [m for m in FILES if m not in packages and not within(m, upper | MIDDLE | TORCH_ONLY | lower)] == []
 
@@ -81,7 +81,7 @@ def test_programs_never_import_each_other():
 
 
 def test_nothing_below_imports_a_program():
-    layers = TORCH_ONLY | MIDDLE | GROUND | {"personmae.dist", "personmae.nvml", "personmae.config"}
+    layers = TORCH_ONLY | MIDDLE | GROUND | {"personmae.dist", "personmae.nvml", "personmae.config", "personmae.heartbeat"}
     assert [f"{m} -> {i}" for m in OURS if within(m, layers) for i in OURS[m] if within(i, PROGRAMS)] == []
 
 
@@ -106,7 +106,10 @@ def test_data_knows_no_model_and_no_engine():
 
 
 def test_dist_nvml_and_the_configuration_stand_on_errors_alone():
-    assert trespasses({"personmae.dist", "personmae.nvml", "personmae.config", "personmae.errors"}, GROUND) == []
+    assert (
+        trespasses({"personmae.dist", "personmae.nvml", "personmae.heartbeat", "personmae.config", "personmae.errors"}, GROUND)
+        == []
+    )
 
 
 def test_the_configuration_needs_pydantic_yaml_and_the_standard_library():
@@ -119,8 +122,9 @@ def test_the_model_needs_torch_and_nothing_that_computes_besides():
     assert outside - set(sys.stdlib_module_names) == {"torch", "jaxtyping", "personmae"}
 
 
-def test_the_launcher_imports_the_command_line_configuration_and_errors_alone():
-    assert trespasses({"launcher"}, {"launcher", "personmae.__main__", "personmae.config", "personmae.errors"}) == []
+def test_the_launcher_imports_the_command_line_configuration_heartbeats_and_errors_alone():
+    allowed = {"launcher"} | {f"personmae.{name}" for name in ("__main__", "config", "errors", "heartbeat")}
+    assert trespasses({"launcher"}, allowed) == []
 
 
 def test_the_bottom_imports_nothing_of_ours():
