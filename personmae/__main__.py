@@ -1,6 +1,7 @@
 """The console script: verbs, one line of help each. Nothing heavy is imported before a verb is chosen."""
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -86,7 +87,7 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
         epilog=_SHARDS_WRITE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    write.add_argument("source", type=Path, metavar="SRC", help="where the pictures are")
+    write.add_argument("source", type=_named, metavar="SRC", help="where the pictures are")
     write.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix; must be empty or unfinished")
     write.add_argument(
         "--shard-mb", type=_positive, default=64, metavar="N", help="largest size of a shard in MiB (default 64)"
@@ -106,10 +107,23 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+
+
+def _counting(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+
+
+def _named(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
 
 
 def _shards_write(args: argparse.Namespace) -> None:
@@ -150,15 +164,15 @@ def _shards_verify(args: argparse.Namespace) -> None:
     from personmae.data import shards
 
     with _cache_dir(args.cache_dir) as cache, _progress("shards verify", "pictures") as progress:
-        count = shards.verify(args.root, cache_dir=cache, progress=progress)
+        count = shards.verify(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
     print(f"{count:,} samples of {args.root} are whole")
 
 
 def _shards_stats(args: argparse.Namespace) -> None:
     from personmae.data import shards
 
-    with _cache_dir(args.cache_dir) as cache:
-        stats = shards.describe(args.root, cache_dir=cache)
+    with _cache_dir(args.cache_dir) as cache, _progress("shards stats", "pictures") as progress:
+        stats = shards.describe(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
     mean = stats.num_bytes / max(1, stats.num_samples)
     print(f"{stats.num_samples:,} samples in {stats.num_shards} shards, {stats.num_bytes:,} bytes, {mean:,.0f} a sample")
     for band, count in stats.heights.items():
@@ -186,7 +200,7 @@ def add_program_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument(
         "--dry-run",
-        type=int,
+        type=_counting,
         nargs="?",
         const=1,
         metavar="RANKS",
@@ -247,9 +261,9 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
     data = actions.add_parser("data", help="reading and decoding shards, beside StreamingDataset + PIL + DataLoader")
     data.add_argument("shards", metavar="SHARDS", help="a directory of shards")
     data.add_argument("--remote", metavar="URL", help="the same shards in an object store, read with an empty and a full cache")
-    data.add_argument("--images", type=int, default=10_000, help="pictures per measurement (default 10000)")
+    data.add_argument("--images", type=_counting, default=10_000, help="pictures per measurement (default 10000)")
     data.add_argument(
-        "--rounds", type=int, default=3, help="times each way is measured, in turn; the median counts (default 3)"
+        "--rounds", type=_counting, default=3, help="times each way is measured, in turn; the median counts (default 3)"
     )
     data.add_argument(
         "--rate",

@@ -5,7 +5,7 @@
 
 import json
 import multiprocessing
-import shutil
+import os
 import statistics
 import tempfile
 import time
@@ -65,10 +65,17 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
     Raises:
         UserError: the shards cannot be read, or hold too few samples.
     """
+    if not Path(bench.shards).is_dir():
+        raise UserError(f"a directory of shards is required; {bench.shards} is none: name those of a store with --remote")
     with tempfile.TemporaryDirectory(prefix="personmae-bench-") as scratch, ShardSet(bench.shards, scratch) as shards:
-        for what, count in ((f"samples; {bench.shards} holds", len(shards)), ("--images; asked were", bench.num_images)):
-            if count < 8 * BATCH_SIZE:
-                raise UserError(f"at least {8 * BATCH_SIZE} {what} {count}")
+        if bench.remote:
+            with ShardSet(bench.remote, scratch) as same:  # a mistake is told now and not after minutes
+                if same.digest != shards.digest:
+                    raise UserError(f"--remote must hold the same shards as {bench.shards}; {bench.remote} has another index")
+        least = 8 * BATCH_SIZE
+        for name, count in ((f"samples in {bench.shards}", len(shards)), ("--images", bench.num_images)):
+            if count < least:
+                raise UserError(f"at least {least} {name} are required, got {count}")
         mean_bytes = sum(shard.num_bytes for shard in shards.shards) / len(shards)
         found = {name: Measured(rate, rate * mean_bytes, cores) for name, (rate, cores) in _rates(bench, scratch).items()}
         found["whole pipeline"].waited = _pass(bench, bench.shards, Path(scratch), rate=bench.rate)[1]
@@ -92,12 +99,14 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
 
 def _rates(bench: DataBench, scratch: str) -> dict[str, tuple[float, int]]:
     """Images per second of each way, and the cores it had."""
-    usual_copy = Path(scratch) / "usual"
-    shutil.copytree(bench.shards, usual_copy)  # StreamingDataset writes beside what it reads
+    usual_copy = Path(scratch) / "usual"  # StreamingDataset may write beside what it reads
+    usual_copy.mkdir()
+    for path in Path(bench.shards).resolve().iterdir():
+        (usual_copy / path.name).symlink_to(path)
     ways: dict[str, tuple[Callable[[], float], int]] = {
-        "raw read": (lambda: _raw(bench), 1),
-        "decoder alone": (lambda: _decoder(bench), 1),
-        "read, decode, canvas": (lambda: _pipeline(bench, num_threads=1), 1),
+        "raw read": (lambda: _on_one_core(lambda: _raw(bench)), 1),
+        "decoder alone": (lambda: _on_one_core(lambda: _decoder(bench)), 1),
+        "read, decode, canvas": (lambda: _on_one_core(lambda: _pipeline(bench, num_threads=1)), 1),
         "whole pipeline": (lambda: _pipeline(bench, num_threads=bench.num_threads), bench.num_threads),
         USUAL: (lambda: _in_own_process(usual_copy, bench, True), bench.num_threads),
         USUAL_CANVAS: (lambda: _in_own_process(usual_copy, bench, False), bench.num_threads),
@@ -110,8 +119,18 @@ def _rates(bench: DataBench, scratch: str) -> dict[str, tuple[float, int]]:
     return {name: (statistics.median(found), ways[name][1]) for name, found in rates.items()}
 
 
+def _on_one_core(measure: Callable[[], float]) -> float:
+    """Threads that are started meanwhile share this one's core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        return measure()
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
 def _raw(bench: DataBench) -> float:
-    """JPEG bytes in the global order, copied out, on one core."""
+    """JPEG bytes in the global order, copied out."""
     with ShardSet(bench.shards, "") as shards, closing(_jpegs(shards)) as reader:
         batches = (sum(len(bytes(jpeg)) for jpeg in jpegs) for _, jpegs in reader)
         next(batches)
@@ -124,7 +143,7 @@ def _jpegs(shards: ShardSet) -> JpegReader:
 
 
 def _decoder(bench: DataBench) -> float:
-    """libjpeg-turbo alone, full size, the same buffer, on one core: nothing that decodes can be faster."""
+    """libjpeg-turbo alone, full size, into one buffer: the most that can be had of it."""
     buffer = np.empty(1 << 24, np.uint8)
     with ShardSet(bench.shards, "") as shards, closing(_jpegs(shards)) as reader:
         copies = [bytes(jpeg) for _, jpegs in islice(reader, -(-bench.num_images // BATCH_SIZE)) for jpeg in jpegs]
@@ -135,7 +154,7 @@ def _decoder(bench: DataBench) -> float:
 
 
 def _pipeline(bench: DataBench, *, num_threads: int) -> float:
-    """Batches as training gets them; with one thread, decoding alone keeps that core busy."""
+    """Batches as training gets them."""
     with ShardSet(bench.shards, "") as shards, closing(_reader(shards, num_threads)) as reader:
         next(reader)
         return _rate(reader, bench.num_images)
@@ -236,7 +255,9 @@ def usual_way(root: str, num_images: int, num_workers: int, crop: bool) -> float
             return transform(picture) if crop else on_canvas(picture)
 
     dataset = Crops(local=root, shuffle=True, batch_size=BATCH_SIZE, num_canonical_nodes=1)
-    loader = DataLoader(dataset, BATCH_SIZE, num_workers=num_workers, drop_last=True, multiprocessing_context="fork")
+    loader = DataLoader(
+        dataset, BATCH_SIZE, num_workers=num_workers, drop_last=True, multiprocessing_context="fork", persistent_workers=True
+    )
     epochs = (batch for _ in range(1_000_000) for batch in loader)
     next(epochs)
     return _rate(epochs, num_images)

@@ -146,7 +146,7 @@ class Pretrain(Section):
     """PersonMAE pre-training."""
 
     run_dir: str = Field(description="logs, checkpoints and the resolved configuration")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     data: Data
     model: Model = Model()
     decoders: Decoders = Decoders()
@@ -239,7 +239,7 @@ class Finetune(Section):
     """Supervised person re-identification on one benchmark."""
 
     run_dir: str
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     benchmark: Literal["market1501", "occluded_duke"] = "market1501"
     root: str = Field(description="directory of the benchmark")
     init: str = Field(description="a pre-training run or checkpoint, or 'random'")

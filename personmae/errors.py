@@ -34,8 +34,10 @@ _OS_ERRORS = {
     errno.EROFS: "the file system is read-only",
     errno.ENOTDIR: "a file stands where a directory is needed",
     errno.EEXIST: "something else is in the way",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "links lead in a circle",
 }
-_OS_ADVICE = "make room there or choose another place, then run this again"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
@@ -51,7 +53,9 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
         if error.errno not in _OS_ERRORS:
             raise
         where = f" at {error.filename}" if error.filename else ""
-        message, code, quiet = f"error: {_OS_ERRORS[error.errno]}{where}; {_OS_ADVICE}", EXIT_USER_ERROR, False
+        advice = "make room there or choose another place" if error.errno in _FULL else "mend it or choose another place"
+        message = f"error: {_OS_ERRORS[error.errno]}{where}; {advice}, then run this again"
+        code, quiet = EXIT_USER_ERROR, False
     except Diverged as error:
         message, code = f"error: {error}", EXIT_FAILED
     except Stopped as stop:

@@ -35,7 +35,7 @@ def run(settings: config.Pretrain) -> None:
     plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
     dist.start(world)
-    shards = open_shards(settings)
+    shards = open_shards(settings, world)
     total_steps = count_steps(settings, len(shards))
 
     torch.manual_seed(settings.seed)
@@ -50,10 +50,13 @@ def run(settings: config.Pretrain) -> None:
             teacher.compile()
     engine = build_engine(settings, model, plan)
 
-    start = resume(settings, engine, teacher, len(shards)) if settings.checkpoint.resume == "auto" else 0
+    start = resume(settings, engine, teacher, shards) if settings.checkpoint.resume == "auto" else 0
     if start >= total_steps:
         if world.is_first:
             print(f"{settings.run_dir} is complete: {start} of {total_steps} steps are done", flush=True)
+        shards.close()
+        engine.close()
+        dist.stop()
         return
     reader = build_reader(settings, shards, plan, world, view, first_step=start, total_steps=total_steps)
     held = checkpoint.lock(settings.run_dir) if world.is_first else None
@@ -65,7 +68,7 @@ def run(settings: config.Pretrain) -> None:
     def keep() -> None:
         if engine.any(not finite):
             raise Diverged(f"the loss is not finite by step {step}; {settings.run_dir} keeps an earlier state")
-        save(settings, engine, teacher, step, total_steps, len(shards), world.is_first)
+        save(settings, engine, teacher, step, total_steps, shards, world.is_first)
 
     try:
         while step < total_steps:
@@ -163,8 +166,17 @@ def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPl
     )
 
 
-def open_shards(settings: config.Pretrain) -> ShardSet:
-    """The data set, with its cache below the run's directory unless another is named."""
+def open_shards(settings: config.Pretrain, world: dist.World) -> ShardSet:
+    """The data set, with its cache below the run's directory unless another is named.
+
+    Raises:
+        UserError: it cannot be read, or several hosts would share a cache.
+    """
+    if "://" in settings.data.shards and not settings.data.cache_dir and world.local_world_size < world.world_size:
+        raise UserError(
+            "data.cache_dir must name a disk of each host where several hosts read from an object store; it is empty, which "
+            "means run_dir, and hosts share that"
+        )
     limit = settings.data.cache_limit_gb
     return ShardSet(
         settings.data.shards,
@@ -261,7 +273,7 @@ def save(
     teacher: Teacher | None,
     step: int,
     total_steps: int,
-    num_samples: int,
+    shards: ShardSet,
     is_first: bool,
 ) -> None:
     """Write a checkpoint; here stands everything that a resumed run needs."""
@@ -274,7 +286,7 @@ def save(
             "total_steps": total_steps,
             "images_seen": step * settings.train.global_batch_size,
             "num_updates": state.num_updates,
-            "identity": settings.identity() | {"data.num_samples": num_samples},
+            "identity": identity(settings, shards),
             "model": model_record(settings.model),
             "config_hash": config.config_hash(settings),
             "versions": checkpoint.versions(),
@@ -285,13 +297,18 @@ def save(
     dist.barrier()
 
 
-def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None, num_samples: int) -> int:
+def identity(settings: config.Pretrain, shards: ShardSet) -> dict[str, Any]:
+    """What must agree before a run is resumed: settings, and the data set, since sample numbers follow from its shards."""
+    return settings.identity() | {"data.num_samples": len(shards), "data.index": shards.digest}
+
+
+def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None, shards: ShardSet) -> int:
     """Take over the newest valid checkpoint of the run, if there is one; returns the steps it has done."""
     found = checkpoint.newest_for_all(settings.run_dir)
     if not found:
         return 0
     saved = checkpoint.read(found)
-    ours, theirs = settings.identity() | {"data.num_samples": num_samples}, saved.state.get("identity", {})
+    ours, theirs = identity(settings, shards), saved.state.get("identity", {})
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
         told = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
         raise UserError(

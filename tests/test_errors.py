@@ -60,9 +60,10 @@ def test_the_keyboards_interrupt_is_one_line_and_130(capsys):
 def test_a_place_that_cannot_be_written_is_a_user_error_that_names_the_file(capsys, number, said):
     code, line = ending(OSError(number, "as the system says it", "/data/run/x"), capsys)
     assert code == 78
-    assert line.startswith(f"error: {said} at /data/run/x; make room there or choose another place")
+    advice = "make room there" if "full" in said or "quota" in said else "mend it"
+    assert line.startswith(f"error: {said} at /data/run/x; {advice} or choose another place, then run this again")
     assert line.count("\n") == 1
-    assert ending(OSError(number, "as the system says it"), capsys)[1].startswith(f"error: {said}; make room")
+    assert ending(OSError(number, "as the system says it"), capsys)[1].startswith(f"error: {said}; {advice}")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), ValueError("a bug"), RuntimeError("a bug")])

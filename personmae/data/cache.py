@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import xxhash
 
@@ -137,10 +137,14 @@ class ShardCache:
         part = self._claim(shard, needed=needed)
         if isinstance(part, NotNow):
             return part
-        with part:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(part)
             self._counters.misses.inc()
             self._fetch(part, shard)
-        return self._take(shard) or NotNow.NO_ROOM  # another rank has removed it already
+            held = HeldShard(MappedShard(self.directory / shard.name, shard), part)
+            fcntl.flock(part, fcntl.LOCK_SH)  # removed in this instant, it would still be mapped
+            stack.pop_all()
+            return held
 
     def _open_in_place(self, shard: Shard) -> HeldShard:
         path = self.directory / shard.name
@@ -342,6 +346,31 @@ def _open_or_create(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CREAT, 0o666)
 
 
+T = TypeVar("T")
+
+
+def persist(call: Callable[[], T], location: str, retry_seconds: float, counters: StreamCounters) -> T:
+    """Make a small request of a store, again where it failed for a reason that may pass; a wrong address is told at once.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from botocore.exceptions import EndpointConnectionError
+
+    attempts = _Attempts(location, retry_seconds, counters)
+    while True:
+        try:
+            return call()
+        except UserError as error:
+            reason = storage.passing_reason(error)
+            if isinstance(error.__cause__, EndpointConnectionError) or reason not in ("throttled", "server_error", *_BROKEN):
+                raise
+            time.sleep(attempts.next_delay(reason, error, progress=False))
+
+
+_BROKEN = ("timeout", "truncated", "connection")  # on the way
+
+
 class _Attempts:
     """When to try a read again, and when to give up."""
 
@@ -361,7 +390,7 @@ class _Attempts:
         self._bad = self._bad + 1 if reason in ("hash", "expired") else 0
         if progress and reason not in ("hash", "expired"):
             self._tries, self._since = itertools.count(), time.monotonic()
-        if self._bad >= MAX_BAD_FETCHES or time.monotonic() - self._since > self._retry_seconds:
+        if self._bad >= MAX_BAD_FETCHES or (not self._bad and time.monotonic() - self._since > self._retry_seconds):
             raise self._give_up(reason, error) from error
         assert reason
         self._counters.retries.labels(reason).inc()

@@ -9,6 +9,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -67,7 +68,7 @@ def write(
         raise UserError(f"--processes must be at least 1, got {num_processes}; use 1 to work in this process")
     if max_side is not None and max_side < 1:
         raise UserError(f"--max-side must be at least 1 pixel, got {max_side}")
-    destination = destination.rstrip("/") if storage.is_remote(destination.rstrip("/")) else str(destination)
+    destination = destination.rstrip("/") if storage.is_remote(destination) else _resolved(destination)
     try:
         with _sigterm_as_interrupt():
             _standing(destination)  # listing a source may take minutes
@@ -79,6 +80,16 @@ def write(
         raise Stopped(
             "a worker process was killed, for lack of memory as a rule; run the same command again, with fewer --processes"
         ) from error
+
+
+def _resolved(destination: str) -> str:
+    """The directory that a path leads to, which must be one that can be renamed into place at the end."""
+    if not destination or re.match(r"[a-z0-9]+:", destination):
+        raise UserError(f"a directory or a location like s3://bucket/prefix is required; got {destination!r}")
+    path = Path(destination).resolve()
+    if path.is_mount():
+        raise UserError(f"a directory that can be replaced is required; {path} is a mount point: name a folder in it")
+    return str(path)
 
 
 @contextmanager

@@ -31,10 +31,10 @@ class Orders:
 
     def shard_at(self, place: int) -> int:
         """The shard at a place of all epochs' shards in order."""
-        epoch, rank = divmod(place, self._num_shards)
-        return int(self[epoch].shards[rank])
+        epoch, number = divmod(place, self._num_shards)
+        return int(self[epoch].shards[number])
 
-    def rank_of(self, epoch: int, shard: int) -> int:
+    def num_before(self, epoch: int, shard: int) -> int:
         """How many shards come before this one in an epoch."""
         return int(self._make(epoch)[1][shard])
 
@@ -50,10 +50,10 @@ class Orders:
         with self._lock:
             if epoch not in self._made:
                 made = order.epoch_order(**self._arguments, epoch=epoch)
-                ranks = np.empty_like(made.shards)
-                ranks[made.shards] = np.arange(len(ranks))
+                num_before = np.empty_like(made.shards)
+                num_before[made.shards] = np.arange(len(num_before))
                 self._made = {e: m for e, m in self._made.items() if abs(e - epoch) <= 1}
-                self._made[epoch] = made, ranks
+                self._made[epoch] = made, num_before
             return self._made[epoch]
 
 
@@ -82,6 +82,7 @@ class Lookahead:
         self._opened: dict[int, HeldShard] = {}
         self._busy: set[int] = set()
         self._put_off: dict[int, tuple[float, NotNow | None]] = {}  # until when, and why
+        self._beside: tuple[int, HeldShard] | None = None
         self._error: BaseException | None = None
         # Places number the shards of all epochs in order; those from passed up to in_use are in use now.
         self._passed = self._in_use = epoch * len(cache.shards)
@@ -120,6 +121,15 @@ class Lookahead:
         with self._condition:
             return self._opened[place].mapped
 
+    def open_beside(self, index: int) -> MappedShard:
+        """A shard out of order; the one that was opened so before is let go. For one thread at a time."""
+        if self._beside is None or self._beside[0] != index:
+            held = self._cache.open(index)
+            if self._beside:
+                self._beside[1].release()
+            self._beside = index, held
+        return self._beside[1].mapped
+
     def stop(self) -> None:
         """Open nothing more; who waits for a shard gets ``Cancelled``."""
         self._cache.close()
@@ -135,6 +145,8 @@ class Lookahead:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))
         with self._condition:
             opened, self._opened = list(self._opened.values()), {}
+        if self._beside:
+            opened.append(self._beside[1])
         for held in opened:
             held.release()
 
@@ -201,5 +213,5 @@ class Lookahead:
             return float("inf")
         index, num_shards = self._numbers[name], len(self._cache.shards)
         epoch = self._passed // num_shards
-        place = epoch * num_shards + self._orders.rank_of(epoch, index)
-        return place if place >= self._passed else (epoch + 1) * num_shards + self._orders.rank_of(epoch + 1, index)
+        place = epoch * num_shards + self._orders.num_before(epoch, index)
+        return place if place >= self._passed else (epoch + 1) * num_shards + self._orders.num_before(epoch + 1, index)

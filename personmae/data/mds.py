@@ -47,6 +47,10 @@ def _shard(entry: dict) -> Shard:
     if entry["format"] != "mds" or entry.get("compression") or "jpeg" not in entry["column_names"]:
         raise ValueError("uncompressed MDS shards with a column 'jpeg' are required")
     raw = entry["raw_data"]
+    if unknown := set(raw["hashes"]) - xxhash.algorithms_available - hashlib.algorithms_available:
+        raise ValueError(f"the hash {min(unknown)} is not known here")
+    if raw["bytes"] < 4 * (entry["samples"] + 2):
+        raise ValueError(f"{raw['basename']} of {raw['bytes']} bytes cannot hold {entry['samples']} samples")
     return Shard(
         name=raw["basename"],
         samples=entry["samples"],
@@ -66,7 +70,7 @@ def agrees(path: Path, shard: Shard) -> bool:
     if path.stat().st_size != shard.num_bytes:
         return False
     for name, expected in shard.hashes.items():
-        digest = xxhash.xxh64() if name == "xxh64" else hashlib.new(name)
+        digest = getattr(xxhash, name)() if name in xxhash.algorithms_available else hashlib.new(name)
         with path.open("rb") as file:
             while block := file.read(_BLOCK):
                 digest.update(block)

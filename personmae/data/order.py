@@ -34,17 +34,15 @@ def epoch_order(shard_sizes: list[int], *, seed: int, epoch: int, block_size: in
     rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     firsts = np.concatenate([[0], np.cumsum(shard_sizes)])
     shards = rng.permutation(len(shard_sizes))
-    ids, starts, stops, block, done = [], [], [], [], 0
-    for shard in shards:
+    ids, starts, stops, block, size, done = [], [], [], [], 0, 0
+    for number, shard in enumerate(shards, start=1):
         block.append(np.arange(firsts[shard], firsts[shard + 1]))
-        size = sum(map(len, block))
-        if size >= block_size or done + size == firsts[-1]:
+        size += len(block[-1])
+        if size >= block_size or number == len(shards):
             ids.append(rng.permutation(np.concatenate(block)))
             starts += [done] * len(block)
             stops += [done + size] * len(block)
-            block, done = [], done + size
-    starts += [done] * (len(shards) - len(starts))  # empty shards behind the last sample
-    stops += [done] * (len(shards) - len(stops))
+            block, size, done = [], 0, done + size
     return EpochOrder(np.concatenate(ids), shards, np.array(starts, np.int64), np.array(stops, np.int64))
 
 

@@ -6,6 +6,7 @@ A sample is {jpeg: bytes as they were, key: its name in the source, height, widt
 
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ _LONGEST_SIDE = 65_500  # libjpeg's bound, and a uint16 holds it
 _MOST_PIXELS = 1 << 27  # a few bytes can claim to be a picture that fills the memory
 _NUM_READERS = 4  # threads of a process; they hide the latency of a slow file system
 _CHUNK = 32
+_LOST = (FileNotFoundError, PermissionError, IsADirectoryError)  # of one file, and for good
+_CACHE_BYTES = 1 << 28  # of a set that is read once, from end to end
 Progress = Callable[[int, int], None]
 Record = dict[str, Any]  # {"shard": its index entry or None, "rejects": [{"key", "reason"}]}
 
@@ -91,10 +94,12 @@ def _sample(task: Task, picture: Picture) -> dict[str, Any]:
     """A sample, or {"key", "reason"} where the picture cannot be used."""
     try:
         picture.key.encode()
-        jpeg, height, width = checked(task.source.read(picture), picture.num_bytes, task.max_side)
+        jpeg, height, width = checked(_read(task.source, picture), picture.num_bytes, task.max_side)
+    except UserError:  # which is a ValueError too
+        raise
     except UnicodeEncodeError:
         reason = "its name is not UTF-8"
-    except OSError as error:
+    except _LOST as error:
         if not task.source.path.exists():
             raise UserError(f"{task.source.path} has gone while it was read; bring it back and run this again") from error
         reason = f"it cannot be read: {error.strerror or error}"
@@ -103,6 +108,28 @@ def _sample(task: Task, picture: Picture) -> dict[str, Any]:
     else:
         return {"jpeg": jpeg, "key": picture.key, "height": np.uint16(height), "width": np.uint16(width)}
     return {"key": picture.key, "reason": reason}
+
+
+def _read(source: Source, picture: Picture) -> bytes:
+    """The bytes of a picture; a disk or a network that fails is asked again before the import stops.
+
+    Raises:
+        OSError: one of ``_LOST``: this picture is not to be had.
+        UserError: reading fails in another way, so that leaving the picture out would be wrong.
+    """
+    for pause in (0.1, 1.0, 5.0, None):
+        try:
+            return source.read(picture)
+        except _LOST:
+            raise
+        except OSError as error:
+            if pause is None:
+                what = error.strerror or error
+                raise UserError(
+                    f"{picture.key} of {source.path} cannot be read: {what}; mend that and run the same command to go on"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError
 
 
 def checked(jpeg: bytes, num_bytes: int, max_side: int | None = None) -> tuple[bytes, int, int]:
@@ -152,14 +179,17 @@ def _write_mds(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
 # --- reading back ---
 
 
-def verify(root: str, *, cache_dir: Path, progress: Progress | None = None) -> int:
+def verify(root: str, *, cache_dir: Path, keep: bool = False, progress: Progress | None = None) -> int:
     """Read every sample back: shard sizes and hashes, whole pictures, recorded sizes; returns the number of samples.
+
+    Fetched shards stay in ``cache_dir`` where they are to be kept.
 
     Raises:
         UserError: something does not agree; the shard and sample are named.
     """
     done = 0
-    with ShardSet(root, cache_dir) as shards, ThreadPoolExecutor(dist.usable_cores()) as threads:
+    limit = None if keep else _CACHE_BYTES
+    with ShardSet(root, cache_dir, cache_limit_bytes=limit) as shards, ThreadPoolExecutor(dist.usable_cores()) as threads:
         for index, shard in enumerate(shards.shards):
             opened = shards.open(index)
             samples = (opened.sample(position) for position in range(shard.samples))
@@ -191,18 +221,20 @@ class Stats:
     heights: dict[str, int] = field(default_factory=dict)
 
 
-def describe(root: str, *, cache_dir: Path) -> Stats:
-    """Counts, bytes and a histogram of picture heights in octaves of half a step."""
-    with ShardSet(root, cache_dir) as shards:
-        heights = np.fromiter(_heights(shards), np.int64)
-        edges = np.unique(np.round(2.0 ** np.arange(4, 13, 0.5)).astype(int))
+def describe(root: str, *, cache_dir: Path, keep: bool = False, progress: Progress | None = None) -> Stats:
+    """Counts, bytes and a histogram of picture heights in half-octaves; fetched shards stay where they are to be kept."""
+    with ShardSet(root, cache_dir, cache_limit_bytes=None if keep else _CACHE_BYTES) as shards:
+        heights = np.fromiter(_heights(shards, progress or (lambda done, total: None)), np.int64)
+        edges = np.unique(np.round(2.0 ** np.arange(0, 16.5, 0.5)).astype(int))
         counts, _ = np.histogram(heights, edges)
         histogram = {f"{a}-{b - 1} px": int(n) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True) if n}
         return Stats(len(shards.shards), len(shards), sum(shard.num_bytes for shard in shards.shards), histogram)
 
 
-def _heights(shards: ShardSet) -> Iterator[int]:
+def _heights(shards: ShardSet, progress: Progress) -> Iterator[int]:
+    done = 0
     for index, shard in enumerate(shards.shards):
         opened = shards.open(index)
-        for position in range(shard.samples):
-            yield int(simplejpeg.decode_jpeg_header(opened.jpeg(position))[0])
+        yield from (int(simplejpeg.decode_jpeg_header(opened.jpeg(position))[0]) for position in range(shard.samples))
+        done += shard.samples
+        progress(done, len(shards))

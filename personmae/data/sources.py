@@ -1,7 +1,7 @@
 """Where pictures come from: a folder tree, an LMDB or uncompressed tars, and which of their pictures are wanted.
 
 A source lists all its pictures once, quickly and always in the same order, and then gives the bytes of any of them in any
-process. Whether those bytes are a picture is for the importer in ``shards`` to say.
+process. Whether those bytes are a picture is for ``shards`` to say.
 """
 
 import io
@@ -125,19 +125,22 @@ class FolderSource(Source):
         return (self.path / picture.key).read_bytes()
 
 
-def _keys_below(root: Path) -> Iterator[str]:
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not _leads_up(folder, name)]
-        below = os.path.relpath(folder, root)
-        for name in names:
-            if name.lower().endswith(_SUFFIXES):
-                yield name if below == "." else f"{below}/{name}"
-
-
-def _leads_up(folder: str, name: str) -> bool:
-    """Whether a folder is a link to one that contains it, which would be walked until the system refuses."""
-    path = f"{folder}/{name}"
-    return os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/")
+def _keys_below(root: Path, below: str = "", around: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Paths of the .jpg files below a folder, links followed; ``around`` are the folders in which this one is being walked."""
+    folder = root / below
+    real = os.path.realpath(folder)
+    if real in around:  # a link back to where it came from
+        return
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"all folders below {root} must be readable; {folder} is not: {error.strerror}; mend it") from error
+    for entry in entries:
+        path = f"{below}/{entry.name}" if below else entry.name
+        if entry.is_dir():
+            yield from _keys_below(root, path, around | {real})
+        elif entry.name.lower().endswith(_SUFFIXES):
+            yield path
 
 
 @final
@@ -195,7 +198,7 @@ class LmdbSource(Source):
         except lmdb.Error as error:
             raise OSError(str(error)) from error
         if value is None:
-            raise OSError("it is no longer in the database")
+            raise FileNotFoundError("it is no longer in the database")
         return value
 
 
@@ -228,8 +231,11 @@ class TarSource(Source):
             if file.read(6).startswith(_COMPRESSED_MARKS):
                 raise _compressed(tar)
         try:
-            with tarfile.open(tar, "r:") as archive:
+            with tarfile.open(tar, "r:") as archive, tar.open("rb") as file:
                 members = [m for m in archive if m.isreg() and m.name.lower().endswith(_SUFFIXES)]
+                file.seek(archive.offset)  # where tarfile has stopped, be it at the end or at damage
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError(f"what follows byte {archive.offset:,} is neither a member nor the end")
         except tarfile.TarError as error:
             raise UserError(f"a whole tar is required; {tar} is not one: {error}; write or copy it again") from error
         keys = ((f"{stem}/{member.name.removeprefix('./')}", member) for member in members)
@@ -314,7 +320,16 @@ def read_list(path: Path, *, trust_pickle: bool = False) -> list[str]:
 def _unpickled(content: bytes, path: Path) -> list[str]:
     try:
         names = _PlainUnpickler(io.BytesIO(content)).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         raise UserError(f"a pickle of a plain list of names is required; {path} is not one: {error}") from error
     names = names.get("keys") if isinstance(names, dict) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

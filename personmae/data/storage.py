@@ -149,11 +149,30 @@ def list_sizes(root: str) -> dict[str, int] | None:
     return sizes
 
 
+def list_folders(root: str) -> list[str] | None:
+    """Names of the folders directly below an ``s3://`` location or a directory; None where the store cannot list.
+
+    Raises:
+        UserError: the bucket does not exist or may not be read.
+    """
+    if not is_remote(root):
+        return [entry.name for entry in os.scandir(root) if entry.is_dir()] if Path(root).is_dir() else []
+    if not root.startswith("s3://"):
+        return None
+    bucket, prefix = split_s3(root)
+    with explained(root, "listing"):
+        pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
+        found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])]
+    return [folder.removeprefix(prefix).rstrip("/") for folder in found]
+
+
 def passing_reason(error: BaseException) -> str | None:
     """Why reading may succeed when it is tried again, in a word; None where trying again cannot help."""
     from botocore import exceptions as boto
     from urllib3 import exceptions as http
 
+    if isinstance(error, UserError) and error.__cause__:  # it was explained already
+        error = error.__cause__
     match error:
         case boto.ClientError():
             code = error.response.get("Error", {}).get("Code", "")
@@ -222,7 +241,7 @@ def read(root: str, name: str) -> bytes | None:
                 return client.get_object(Bucket=bucket, Key=f"{prefix}{name}")["Body"].read()
             except client.exceptions.NoSuchKey:
                 return None
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as file, explained(f"{root}/{name}", "reading"):
         try:
             _fetch_with_streaming(file, root, name)
         except FileNotFoundError:
@@ -242,8 +261,21 @@ def upload(root: str, name: str, path: Path) -> None:
 
     if path.name != name:
         raise ValueError(f"{path} must already be called {name}")
-    uploader = CloudUploader.get((str(path.parent), root.rstrip("/")), keep_local=True, exist_ok=True)
-    uploader.upload_file(name)
+    with explained(f"{root}/{name}", "writing"):
+        uploader = CloudUploader.get((str(path.parent), root.rstrip("/")), keep_local=True, exist_ok=True)
+        uploader.upload_file(name)
+
+
+def write(root: str, name: str, content: bytes) -> None:
+    """Make ``content`` the small file ``root/name`` of an object store."""
+    if root.startswith("s3://"):
+        bucket, prefix = split_s3(root)
+        with explained(f"{root}/{name}", "writing"):
+            s3_client().put_object(Bucket=bucket, Key=f"{prefix}{name}", Body=content)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_bytes(content)
+        upload(root, name, Path(folder) / name)
 
 
 def delete(root: str, names: list[str]) -> None:

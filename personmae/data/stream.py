@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from personmae import dist
 from personmae.data import mds, order, storage
-from personmae.data.cache import HeldShard, ShardCache
+from personmae.data.cache import HeldShard, ShardCache, persist
 from personmae.data.counters import StreamCounters
 from personmae.data.decode import BadImage, decode_onto
 from personmae.data.lookahead import Lookahead, Orders
@@ -44,8 +45,11 @@ class ShardSet:
     def __init__(self, root: str, cache_dir: str | Path, *, cache_limit_bytes: int | None = None, retry_seconds: float = 60.0):
         self.root = root.rstrip("/")
         self.counters = StreamCounters()
-        present = storage.list_sizes(self.root)
-        index = storage.read(self.root, mds.INDEX) if present is None or mds.INDEX in present else None
+        present = persist(lambda: storage.list_sizes(self.root), self.root, retry_seconds, self.counters)
+        index = None
+        if present is None or mds.INDEX in present:
+            location = f"{self.root}/{mds.INDEX}"
+            index = persist(lambda: storage.read(self.root, mds.INDEX), location, retry_seconds, self.counters)
         if index is None:
             raise UserError(f"a data set with {mds.INDEX} is required; {root} has none: write it with 'personmae shards write'")
         self.cache = ShardCache(
@@ -57,6 +61,7 @@ class ShardSet:
             counters=self.counters,
         )
         self.cache_limit_bytes = cache_limit_bytes
+        self.digest = xxhash.xxh64_hexdigest(index)  # of the index, and so of every sample's number and content
         self.shards = self.cache.shards
         for shard in self.shards:
             if present is not None and present.get(shard.name) != shard.num_bytes:
@@ -160,6 +165,11 @@ class JpegReader:
             opened = {place: self._lookahead.get(place) for place in np.unique(places).tolist()}
             yield batch, [opened[place].jpeg(at) for place, at in zip(places.tolist(), positions.tolist(), strict=True)]
 
+    def jpeg(self, sample_id: int) -> memoryview:
+        """The bytes of a sample out of order; its shard is opened beside those of the order."""
+        shard, position = self._shards.locate(np.array([sample_id]))
+        return self._lookahead.open_beside(int(shard[0])).jpeg(int(position[0]))
+
     def stop(self) -> None:
         """Open nothing more; an iteration that waits for a shard ends with ``Cancelled``."""
         self._lookahead.stop()
@@ -184,7 +194,7 @@ class JpegReader:
             first_step = 0
 
     def _check_limit(self, first: EpochOrder, num_connections: int) -> None:
-        """Refuse a cache that cannot hold what is in use at once; later epochs differ by a shard at most."""
+        """Refuse a cache that cannot hold what is in use at once, as the first epoch has it; later ones differ little."""
         limit, cache = self._shards.cache_limit_bytes, self._shards.cache
         if limit is None or not cache.remote:
             return
@@ -236,6 +246,7 @@ class BatchReader:
         )
         self.steps_per_epoch = self._source.steps_per_epoch
         self.bad_samples: list[str] = []
+        self._bad: set[int] = set()
         self.counters = shards.counters
         self._shards, self._seed, self._num_threads, self._max_bad_ratio = shards, seed, num_threads, max_bad_ratio
         self._rank, self._world_size, self._micro_batch_size = rank, world_size, micro_batch_size
@@ -335,25 +346,35 @@ class BatchReader:
 
     def _replace(self, slot: "_Slot", row: int, sample_id: int, error: BadImage) -> None:
         """Put the next readable sample where an unreadable one should be."""
-        with self._replacing:  # opening a shard lets go of the one that was opened before
-            for candidate in range(sample_id + 1, sample_id + 1 + len(self._shards)):
-                self.bad_samples.append(f"{self._shards.where((candidate - 1) % len(self._shards))}: {error}")
-                self.counters.bad_samples.inc()
+        with self._replacing:
+            for candidate in range(sample_id, sample_id + len(self._shards)):
+                self._note_bad(candidate % len(self._shards), error)
+                following = (candidate + 1) % len(self._shards)
+                if following in self._bad:
+                    continue
                 try:
-                    return slot.place(row, self._shards.jpeg(candidate % len(self._shards)))
+                    return slot.place(row, self._source.jpeg(following))
                 except BadImage as another:
                     error = another
         raise UserError(f"{self._shards.root} holds no readable picture")
+
+    def _note_bad(self, sample_id: int, error: BadImage) -> None:
+        if sample_id not in self._bad:
+            self._bad.add(sample_id)
+            self.bad_samples.append(f"{self._shards.where(sample_id)}: {error}")
+            self.counters.bad_samples.inc()
 
     def _finish(self, slot: "_Slot", decoding: "list[Future[None]]") -> None:
         for part in decoding:
             part.result()
         self._num_seen += self._micro_batch_size
-        num_bad = len(self.bad_samples)
-        if num_bad > self._max_bad_ratio * max(self._num_seen, _MIN_SEEN):
+        num_seen = max(min(self._num_seen, len(self._shards)), _MIN_SEEN)
+        expected = self._max_bad_ratio * num_seen
+        if len(self._bad) > expected + 3 * expected**0.5:  # more than chance gives
             raise UserError(
-                f"at most {self._max_bad_ratio:.1%} of the pictures may be unreadable; {num_bad} of the first {self._num_seen} "
-                f"are, the last being {self.bad_samples[-1]}; run 'personmae shards verify {self._shards.root}'"
+                f"at most {self._max_bad_ratio:.1%} of the pictures may be unreadable; {len(self._bad)} of the first "
+                f"{self._num_seen} are, the last being {self.bad_samples[-1]}; "
+                f"run 'personmae shards verify {self._shards.root}'"
             )
         self._put(slot)
 

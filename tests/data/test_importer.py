@@ -1,5 +1,6 @@
 """Importing pictures into a directory of shards, interruptions included."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ import simplejpeg
 from streaming import MDSWriter, StreamingDataset
 
 from personmae.data import importer, shards
-from personmae.data.sources import Selection, open_source
+from personmae.data.sources import FolderSource, Selection, open_source
 from personmae.errors import Stopped, UserError
 
 NUM_PICTURES = 50
@@ -310,3 +311,49 @@ def test_progress_counts_to_the_end(source, tmp_path):
 
 
 # --- reading back ---
+
+
+def failing_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """The first ``times`` reads of 2.jpg fail as on a network that is away; nobody waits for it."""
+    left, read = [times], FolderSource.read
+
+    def fail(self, picture):
+        if picture.key == "2.jpg" and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, picture)
+
+    monkeypatch.setattr(FolderSource, "read", fail)
+    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+
+
+def test_a_read_that_fails_for_a_while_changes_nothing(source, tmp_path, monkeypatch):
+    importer.write(source, str(tmp_path / "undisturbed"))
+    failing_reads(monkeypatch, 3)
+    assert importer.write(source, str(tmp_path / "out")) == 4
+    assert tree(tmp_path / "out") == tree(tmp_path / "undisturbed")
+
+
+def test_a_read_that_keeps_failing_stops_the_import_and_rejects_nothing(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        failing_reads(patched, 1000)
+        assert f"2.jpg of {source} cannot be read: Input/output error" in refused(source, tmp_path / "out")
+    assert importer.write(source, str(tmp_path / "out")) == 4
+    assert not (tmp_path / "out" / importer.REJECTS).exists()
+
+
+@pytest.mark.parametrize("destination", ["", "s3:/bucket/x", "run:1"])
+def test_what_is_neither_a_directory_nor_a_location_is_refused(source, destination, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"a directory or a location like s3://bucket/prefix is required"):
+        importer.write(source, destination)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_link_to_an_empty_directory_is_followed_and_a_mount_point_is_refused_at_once(source, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert importer.write(source, str(tmp_path / "link")) == 4
+    assert (tmp_path / "real" / "index.json").exists()
+    assert (tmp_path / "link").is_symlink()
+    assert "/proc is a mount point" in refused(source, Path("/proc"))

@@ -1,5 +1,6 @@
 """Folders, LMDBs and tars as sources of pictures; lists and shares of them."""
 
+import errno
 import gzip
 import io
 import os
@@ -289,3 +290,44 @@ def test_a_share_depends_on_names_not_on_their_order_or_sizes():
 def test_a_share_that_is_empty_or_no_share_is_refused():
     assert "--fraction must be above 0 and at most 1, got 0" in refused(share, 0)
     assert "the shares asked for leave none" in refused(share, 0.0001)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_tar_that_is_damaged_after_its_first_member_is_refused_and_not_half_read(tmp_path, damage):
+    path = tmp_path / "crops.tar"
+    with tarfile.open(path, "w") as archive:
+        for i in range(20):
+            member = tarfile.TarInfo(f"{i:02}.jpg")
+            member.size = 600
+            archive.addfile(member, io.BytesIO(bytes([i]) * 600))
+    assert len(open_source(path).pictures()) == 20
+    content, header = bytearray(path.read_bytes()), 12 * (512 + 1024)
+    content[header + 3] ^= 1
+    path.write_bytes(content if damage == "flip" else content[: header + 100])
+    with pytest.raises(UserError, match=rf"a whole tar is required; .*crops\.tar is not one: what follows byte {header:,} is"):
+        open_source(path).pictures()
+
+
+def test_folders_that_are_linked_to_each_other_are_walked_once_from_each_side(tmp_path):
+    for here, there in (("a", "b"), ("b", "a")):
+        (tmp_path / here).mkdir()
+        (tmp_path / here / f"{here}.jpg").touch()
+        (tmp_path / here / "l").symlink_to(f"../{there}")
+    keys = [picture.key for picture in open_source(tmp_path).pictures()]
+    assert keys == ["a/a.jpg", "a/l/b.jpg", "b/b.jpg", "b/l/a.jpg"]
+
+
+def test_a_folder_that_cannot_be_listed_stops_the_import(tmp_path, monkeypatch):
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "a.jpg").touch()
+    (tmp_path / "lost").mkdir()
+    scandir = os.scandir
+
+    def failing(path):
+        if Path(path).name == "lost":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(UserError, match=r"all folders below .* must be readable; .*/lost is not: Input/output error"):
+        open_source(tmp_path).pictures()

@@ -310,12 +310,28 @@ def test_the_last_sample_is_replaced_by_the_first(data, own_shards, tmp_path):
     assert np.array_equal(batch.canvas[ids.index(bad)].numpy(), expected)
 
 
+def test_bad_images_in_a_row_are_each_counted_once_in_all_epochs(data, own_shards, tmp_path):
+    bad = [spoil(own_shards, 1, position, tmp_path) for position in (0, 1, 2)]
+    with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged) as reader:
+        for _ in range(3 * 12):
+            next(reader)
+        assert len(reader.bad_samples) == len(set(reader.bad_samples)) == 3
+        assert reader.counters.totals()["personmae_stream_bad_samples_total"] == 3
+    ids = order.epoch_order(data.sizes, seed=3, epoch=0, block_size=16).ids[:48].tolist()
+    with ShardSet(str(own_shards), tmp_path) as damaged:
+        batch = joined(read(damaged, 12))
+    successor = np.zeros((*CANVAS, 3), np.uint8)
+    decode_onto(data.jpeg(bad[-1] + 1), successor)
+    for number in set(bad) & set(ids):
+        assert np.array_equal(batch.canvas[ids.index(number)].numpy(), successor)
+
+
 def test_more_bad_images_than_allowed_stop_the_run_with_one_line(own_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "_MIN_SEEN", 10)
     for position in range(6):
         spoil(own_shards, 0, position, tmp_path)
-    with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged, max_bad_ratio=0.05) as reader:
-        with pytest.raises(UserError, match=r"at most 5\.0% of the pictures may be unreadable") as caught:
+    with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged, max_bad_ratio=0.01) as reader:
+        with pytest.raises(UserError, match=r"at most 1\.0% of the pictures may be unreadable") as caught:
             list(islice(reader, 12))
         assert f"run 'personmae shards verify {own_shards}'" in str(caught.value)
         assert "shard.00000.mds" in str(caught.value)

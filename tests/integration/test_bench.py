@@ -45,4 +45,4 @@ def test_every_way_is_measured_and_the_record_says_on_what(crops: Path, tmp_path
 
 def test_too_few_samples_are_refused(shard_dir: Path) -> None:
     line = one_line_error(personmae("bench", "data", shard_dir))
-    assert f"at least 2048 samples; {shard_dir} holds 50" in line
+    assert f"at least 2048 samples in {shard_dir} are required, got 50" in line

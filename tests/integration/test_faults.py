@@ -541,3 +541,14 @@ def test_a_run_that_waits_for_a_store_that_has_gone_can_still_be_stopped(proxy: 
     assert time.monotonic() - start < 10
     assert "stopped: at step 0 of 20, nothing to save yet" in Path(f"{tmp_path / 'run'}.log").read_text()
     assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_a_data_set_is_opened_through_a_broken_connection_and_a_busy_store(proxy: FaultProxy, tmp_path: Path) -> None:
+    for fault in (
+        Fault(r"index\.json", what="reset", after_bytes=500, times=3),
+        Fault(r"index\.json", what="close", after_bytes=500, times=3),
+        Fault(r"", error=(503, "SlowDown"), times=9),
+    ):
+        proxy.faults = [fault]
+        with ShardSet(f"s3://{BUCKET}/many", tmp_path, retry_seconds=60) as data:
+            assert len(data.shards) > 10

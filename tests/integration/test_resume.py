@@ -11,6 +11,7 @@ import pytest
 from programs import losses, pretrain, start_pretrain
 
 from personmae import checkpoint
+from personmae.data import importer
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -76,6 +77,16 @@ def test_a_run_is_not_continued_with_other_settings(shard_dir: Path, native_run:
     assert "mask.kind=block (now random)" in said
     assert "optim.lr=0.002 (now 0.0001)" in said
     assert not (run_dir / "metrics.jsonl").exists()
+
+
+def test_a_run_is_not_continued_on_the_same_pictures_in_other_shards(
+    shard_dir: Path, pictures: Path, native_run: Path, tmp_path: Path
+) -> None:
+    importer.write(pictures, str(tmp_path / "other"), shard_bytes=30_000)  # another order follows from other shards
+    run_dir = copy_of(native_run, tmp_path / "run")
+    run = start_pretrain(tmp_path / "other", run_dir, "engine.name=native")
+    assert run.wait(timeout=60) == 78
+    assert "data.index=" in Path(f"{run_dir}.log").read_text()
 
 
 def test_a_run_directory_belongs_to_one_process(shard_dir: Path, tmp_path: Path) -> None:
