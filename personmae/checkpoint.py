@@ -1,28 +1,31 @@
 """The portable checkpoint: tensors by parameter name in safetensors, everything else in JSON, no pickle.
 
-``RUN/checkpoints/step-00012000/`` holds one .safetensors file per kind of tensor, ``state.json``, and ``manifest.json`` with
-the size and hash of every file, written last; the whole folder is written under another name and renamed, then ``LATEST``
-points at it. Any engine at any world size resumes it.
+``RUN/checkpoints/step-00012000/`` holds one .safetensors file per kind of tensor (or one part of it per rank, as in
+``student-00001-of-00004.safetensors``), ``state.json``, and ``manifest.json`` with the size and hash of every file, written
+last; the whole folder is written under another name and renamed, then ``LATEST`` points at it. Any engine at any world size
+resumes it. Saving beside the step loop is in keeper.py, the object store in archive.py.
 """
 
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import nn
 
-from personmae import dist
 from personmae.errors import RankError, UserError
+from personmae.snapshot import Fingerprint, Snapshot, Tensors, write_blocks
 
-_MANIFEST, _STATE, _LATEST = "manifest.json", "state.json", "LATEST"
-Tensors = dict[str, Tensor]
+MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
+_FOLDER = re.compile(r"(?:\.old-)?step-(\d{8,})")
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,79 +59,258 @@ def folder(run_dir: str | Path) -> Path:
     return Path(run_dir) / "checkpoints"
 
 
+def name_of(step: int) -> str:
+    """The folder's name for a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step that a folder's name gives; None where it is not a checkpoint's."""
+    match = _FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+# --- writing ---
+
+
 def write(run_dir: str | Path, checkpoint: Checkpoint, *, keep_last: int) -> Path:
     """Write, commit by renaming, point ``LATEST`` at it, and delete all but the ``keep_last`` newest up to this step."""
-    root = folder(run_dir)
-    final = root / f"step-{checkpoint.step:08d}"
-    partial = root / f".partial-{final.name}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for kind, tensors in checkpoint.tensors.items():
-            _save_tensors(partial / f"{kind}.safetensors", tensors)
-        _write_synced(partial / _STATE, json.dumps({"step": checkpoint.step} | checkpoint.state, indent=1))
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        _write_synced(partial / _MANIFEST, json.dumps(files, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _write_synced(root / f".{_LATEST}", final.name)
-    (root / f".{_LATEST}").replace(root / _LATEST)
-    steps = sorted(root.glob("step-*"))
-    abandoned = [path for path in steps if path.name > final.name]  # left by a run that fell back, or was started afresh
-    older = [path for path in steps if path.name <= final.name][:-keep_last]
-    for path in abandoned + older:
-        (path / _MANIFEST).unlink(missing_ok=True)  # no longer a checkpoint, should the deletion be cut short
-        shutil.rmtree(path)
+    snapshot = Snapshot()
+    snapshot.take(checkpoint.tensors)
+    final = commit(run_dir, checkpoint.step, snapshot, checkpoint.state)
+    steps = local_steps(run_dir)
+    # Later steps were left by a run that fell back, or was started afresh.
+    line = {step for step in steps if step <= checkpoint.step}
+    delete(run_dir, surplus(steps, line, keep_last=keep_last))
     return final
+
+
+def commit(
+    run_dir: str | Path,
+    step: int,
+    snapshot: Snapshot,
+    state: dict[str, Any],
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+) -> Path:
+    """Write a checkpoint, commit it by renaming, and point ``LATEST`` at it.
+
+    With more than one rank each calls this with the part of every kind that is its own, over a shared directory; ``barrier``
+    waits for all, and the first rank commits. A rank that cannot write does not keep the others waiting.
+
+    Raises:
+        OSError: this rank's part cannot be written.
+        RankError: another rank's part was not; nothing is committed.
+    """
+    final = folder(run_dir) / name_of(step)
+    partial = final.with_name(f".partial-{final.name}")
+    try:
+        failure = _begin(partial) if rank == 0 else None
+        barrier()
+        failure = failure or _write_part(partial, snapshot, rank, world_size)
+        barrier()
+        if failure:
+            raise failure
+        if rank == 0:
+            files = _collect(partial, world_size)
+            files[STATE] = _write_synced(partial / STATE, json.dumps({"step": step} | state, indent=1))
+            _write_synced(partial / MANIFEST, json.dumps(files, indent=1))
+            _sync_folder(partial)
+            put_in_place(partial, final)
+            _write_synced(final.with_name(f".{LATEST}"), final.name)
+            final.with_name(f".{LATEST}").replace(final.with_name(LATEST))
+            _sync_folder(final.parent)
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename a whole folder, over an earlier one if need be; at any instant ``newest`` finds one of the two."""
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    partial.rename(final)
+    _sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(path: Path) -> Path:
+    """Give a checkpoint whose replacement was cut short its name back; returns where it lies."""
+    final = path.with_name(path.name.removeprefix(".old-"))
+    if path != final:
+        shutil.rmtree(final, ignore_errors=True)  # damaged, or ``newest`` would have preferred it
+        path.rename(final)
+    return final
+
+
+def surplus(steps: Iterable[int], line: Collection[int], *, keep_last: int, keep_every: int | None = None) -> list[int]:
+    """The steps to delete: all but the last ``keep_last`` of a run's ``line``, and every ``keep_every``-th of it.
+
+    Steps beside the line were passed over or left by another run.
+    """
+    steps = sorted(steps)
+    ours = [step for step in steps if step in line]
+    kept = {*ours[-keep_last:], *(step for step in ours if keep_every and step % keep_every == 0)}
+    return [step for step in steps if step not in kept]
+
+
+def delete(run_dir: str | Path, steps: Iterable[int]) -> None:
+    """Delete checkpoints, and what killed processes have left behind."""
+    root = folder(run_dir)
+    for path in (root / name_of(step) for step in steps):
+        (path / MANIFEST).unlink(missing_ok=True)  # no longer a checkpoint, should the deletion be cut short
+        shutil.rmtree(path)
+    for path in [*root.glob(".partial-*"), *root.glob(".old-*")]:
+        shutil.rmtree(path)
+
+
+def _begin(partial: Path) -> OSError | None:
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def _write_part(partial: Path, snapshot: Snapshot, rank: int, world_size: int) -> OSError | None:
+    """Write one rank's files; of several ranks, each leaves a list of its own."""
+    part = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
+    try:
+        files = {}
+        for kind, file in snapshot.files.items():
+            path = partial / f"{kind}{part}.safetensors"
+            files[path.name] = file.write(path)
+        _write_synced(_list_of(partial, rank), json.dumps(files))
+    except OSError as error:
+        return error
+    return None
+
+
+def _collect(partial: Path, world_size: int) -> dict[str, Fingerprint]:
+    """The lists of all ranks as one; they are deleted."""
+    lists = [path for rank in range(world_size) if (path := _list_of(partial, rank)).is_file()]
+    if len(lists) < world_size:
+        raise RankError(
+            f"a checkpoint needs the parts of all {world_size} ranks; {len(lists)} are in {partial}: see the other ranks' "
+            "errors, and let run_dir lie on storage that all hosts share"
+        )
+    files = {name: entry for path in lists for name, entry in json.loads(path.read_bytes()).items()}
+    for path in lists:
+        path.unlink()
+    return files
+
+
+def _list_of(partial: Path, rank: int) -> Path:
+    return partial / f".files-{rank:05d}.json"
+
+
+def _write_synced(path: Path, text: str) -> Fingerprint:
+    return write_blocks(path, [text.encode()])
+
+
+def _sync_folder(path: Path) -> None:
+    """Make names that were written or changed in a folder outlast a power failure."""
+    number = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+# --- finding and reading ---
+
+
+def local_steps(run_dir: str | Path) -> list[int]:
+    """Steps of the folders below a run directory, whole or not, ascending."""
+    return sorted(step for path in folder(run_dir).glob("step-*") if (step := step_of(path.name)) is not None)
+
+
+def folders(run_dir: str | Path) -> list[Path]:
+    """Folders that may be whole checkpoints, newest first; of two with a step, the replaced one comes second."""
+    root = folder(run_dir)
+    paths = [path for path in (*root.glob("step-*"), *root.glob(".old-step-*")) if step_of(path.name) is not None]
+    return sorted(paths, key=lambda path: (step_of(path.name), path.name[0] != "."), reverse=True)
 
 
 def newest(run_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run whose files all agree with their manifest."""
-    for path in sorted(folder(run_dir).glob("step-*"), reverse=True):
+    for path in folders(run_dir):
         if not (fault := find_fault(path)):
             return path
-        print(f"checkpoint {path} is passed over: {fault}", flush=True)
+        tell_passed_over(path, fault)
     return None
 
 
-def newest_for_all(run_dir: str | Path) -> Path | None:
-    """``newest``, decided by the first rank for all.
-
-    Raises:
-        RankError: another host does not see it.
-    """
-    found = dist.from_first_rank(str(newest(run_dir) or "") if dist.is_first() else "")
-    if not found:
-        return None
-    if not Path(found).is_dir():
-        raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {found}")
-    return Path(found)
+def tell_passed_over(where: str | Path, fault: str) -> None:
+    """Say in a line that a checkpoint is not used, and why."""
+    print(f"checkpoint {where} is passed over: {fault}", flush=True)
 
 
 def find_fault(path: Path) -> str | None:
     """Why a folder is not a whole checkpoint, or None."""
     try:
-        files: dict[str, dict[str, Any]] = json.loads((path / _MANIFEST).read_bytes())
-    except FileNotFoundError:
-        return f"it has no {_MANIFEST}"
-    except ValueError:
-        return f"its {_MANIFEST} is not JSON"
-    for name, expected in files.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if _fingerprint(path / name) != expected:
-            return f"{name} does not have the size and hash of its manifest"
+        content = (path / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return f"it has no {MANIFEST}"
+    files, fault = parse_manifest(content)
+    return fault or next((fault for name, expected in files.items() if (fault := find_file_fault(path / name, expected))), None)
+
+
+def parse_manifest(content: bytes) -> tuple[dict[str, Fingerprint], str | None]:
+    """Size and hash of every file by name, or why that cannot be known: it may come from a network."""
+    try:
+        files = json.loads(content)
+        plain = all(Path(name).name == name and entry.keys() == {"bytes", "sha256"} for name, entry in files.items())
+    except (ValueError, AttributeError):
+        return {}, f"its {MANIFEST} is not JSON"
+    if not plain or STATE not in files:
+        return {}, f"its {MANIFEST} does not list files"
+    for match in filter(None, map(_PART.fullmatch, (Path(name).stem for name in files))):
+        for number in range(1, int(match[3]) + 1):
+            if (part := f"{match[1]}-{number:05d}-of-{match[3]}.safetensors") not in files:
+                return {}, f"{part} is missing"
+    return files, None
+
+
+def find_file_fault(path: Path, expected: Fingerprint) -> str | None:
+    """Why a file is not what its manifest says, or None."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        return f"{path.name} does not have the size and hash of its manifest"
     return None
 
 
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint that ``newest`` or ``locate`` returned; tensors are on the CPU."""
-    state = json.loads((path / _STATE).read_bytes())
-    tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    state = json.loads((path / STATE).read_bytes())
+    tensors: dict[str, Tensors] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        tensors.setdefault(_kind_of(file), {}).update(load_file(file))
     return Checkpoint(state["step"], tensors, state)
+
+
+def read_kind(path: Path, kind: str) -> Tensors:
+    """All tensors of one kind; empty where the checkpoint has none."""
+    files = [file for file in sorted(path.glob("*.safetensors")) if _kind_of(file) == kind]
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def _kind_of(file: Path) -> str:
+    match = _PART.fullmatch(file.stem)
+    return match[1] if match else file.stem
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def locate(where: str | Path) -> Path:
@@ -138,7 +320,7 @@ def locate(where: str | Path) -> Path:
         UserError: there is none.
     """
     path = Path(where)
-    if (path / _MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         if fault := find_fault(path):
             raise UserError(f"checkpoint {path} is damaged: {fault}; use another one of its run")
         return path
@@ -150,7 +332,7 @@ def locate(where: str | Path) -> Path:
 
 def digest(path: Path) -> str:
     """A short digest of all files of a checkpoint, from its manifest."""
-    return hashlib.sha256((path / _MANIFEST).read_bytes()).hexdigest()[:12]
+    return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest()[:12]
 
 
 def read_encoder(where: str | Path, kind: str = "student") -> tuple[Tensors, dict[str, Any]]:
@@ -160,15 +342,14 @@ def read_encoder(where: str | Path, kind: str = "student") -> tuple[Tensors, dic
         UserError: there is no checkpoint, or ``where`` is a run directory whose training has not reached its end.
     """
     path = locate(where)
-    state = json.loads((path / _STATE).read_bytes())
+    state = json.loads((path / STATE).read_bytes())
     if path != Path(where) and state["step"] < state.get("total_steps", 0):
         raise UserError(
             f"{where} must be a finished run and is at step {state['step']} of {state['total_steps']}; run it to its end, "
             f"or name the checkpoint itself: {path}"
         )
-    if not (path / f"{kind}.safetensors").is_file():
+    if not (tensors := read_kind(path, kind)):
         raise UserError(f"a pre-training checkpoint is required; {path} has no {kind} weights")
-    tensors = load_file(path / f"{kind}.safetensors")
     encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
     return encoder or tensors, state["model"]
 
@@ -196,32 +377,3 @@ def versions() -> dict[str, str]:
 
     names = ("personmae", "torch", "deepspeed", "timm", "mosaicml-streaming", "numpy", "opencv-python-headless", "simplejpeg")
     return {name: metadata.version(name) for name in names}
-
-
-def _save_tensors(path: Path, tensors: Tensors) -> None:
-    try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
-    except Exception as error:  # safetensors hides the operating system's error in a text of its own
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise OSError(28, "No space left on device", str(path)) from error
-        raise
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def to_cpu(tensors: Tensors) -> Tensors:
-    """A copy on the CPU that later steps do not change."""
-    return {
-        name: t.detach().to("cpu", torch.float32 if t.is_floating_point() else t.dtype, copy=True)
-        for name, t in tensors.items()
-    }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from personmae.errors import UserError
 
@@ -103,7 +103,12 @@ class Train(Section):
     total_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = Field(default=True, description="torch.compile of student, teacher and region cutting")
-    grad_checkpointing: bool = Field(default=False, description="recompute the encoder's activations in the backward pass")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none", description="what of the encoder the backward pass computes again instead of keeping it"
+    )
+    max_skipped_steps: int = Field(
+        default=10, gt=0, description="steps in a row that may be skipped because a gradient is not finite"
+    )
     log_every: int = Field(default=50, gt=0, description="steps between two log lines")
 
 
@@ -127,19 +132,40 @@ class Data(Section):
 
 
 class Deepspeed(Section):
-    zero_stage: Literal[0] = Field(default=0, description="ZeRO stage; 1 to 3 come with the portable sharded state")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=0, description="what is sharded: 1 moments, 2 gradients too, 3 parameters too"
+    )
     extra: dict[str, Any] = Field(default_factory=dict, description="merged last into the generated DeepSpeed dict")
 
 
+class Fsdp(Section):
+    shard_size: int | None = Field(
+        default=None, gt=0, description="ranks that share one copy of the states (HSDP); default all of them"
+    )
+
+
 class Engine(Section):
-    name: Literal["native", "deepspeed"] = "deepspeed"
+    name: Literal["native", "deepspeed", "fsdp"] = "deepspeed"
     deepspeed: Deepspeed = Deepspeed()
+    fsdp: Fsdp = Fsdp()
 
 
 class Checkpoint(Section):
-    every_steps: int = Field(default=1000, gt=0)
-    keep_last: int = Field(default=2, gt=0)
+    every_steps: int = Field(default=1000, gt=0, description="save at multiples of so many steps")
+    every_seconds: float | None = Field(default=None, gt=0, description="and so long after the last save, by rank 0's clock")
+    keep_last: int = Field(default=2, gt=0, description="the newest ones, which are kept")
+    keep_every: int | None = Field(default=None, gt=0, description="multiples of so many steps are saved and kept for good")
+    store: str | None = Field(default=None, description="s3://bucket/prefix of this run alone: a copy of each checkpoint")
+    retry_seconds: float = Field(default=600, gt=0, description="how long the upload of a checkpoint is tried again")
+    close_seconds: float = Field(default=120, gt=0, description="how long the end of a run waits for uploads")
     resume: Literal["auto", "none"] = Field(default="auto", description="auto: continue the newest valid checkpoint of run_dir")
+
+    @field_validator("store")
+    @classmethod
+    def _is_an_object_store(cls, store: str | None) -> str | None:
+        if store is not None and "://" not in store:
+            raise ValueError("must be a location like s3://bucket/prefix, or null; a run's own directory is run_dir")
+        return store
 
 
 class Pretrain(Section):
@@ -193,7 +219,7 @@ class Pretrain(Section):
         """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""
         values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint"})
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
-        for name in ("compile", "max_micro_batch_size", "log_every", "grad_checkpointing"):
+        for name in ("compile", "max_micro_batch_size", "log_every", "activation_checkpointing", "max_skipped_steps"):
             del values["train"][name]
         return flatten(values)
 

@@ -106,6 +106,10 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request)
 
+    def settle(self) -> None:
+        """The stop is agreed on: a SIGTERM that comes late must not end a rank whose interpreter is already closing."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
     def _request(self, number: int, _: object) -> None:
         self.requested = True
         if number == signal.SIGINT:  # a second Ctrl-C ends at once; checkpoints are whole or absent
@@ -114,11 +118,16 @@ class StopSignal:
 
 def any_rank(flag: bool) -> bool:
     """True on all ranks when it is True on one."""
+    return any_ranks(flag)[0]
+
+
+def any_ranks(*flags: bool) -> tuple[bool, ...]:
+    """Each flag True on all ranks when it is True on one, by one collective."""
     if not tdist.is_initialized():
-        return flag
-    value = torch.tensor(int(flag))
-    tdist.all_reduce(value, op=tdist.ReduceOp.MAX)
-    return bool(value)
+        return flags
+    values = torch.tensor(flags, dtype=torch.int32)
+    tdist.all_reduce(values, op=tdist.ReduceOp.MAX)
+    return tuple(map(bool, values.tolist()))
 
 
 def is_first() -> bool:

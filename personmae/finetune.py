@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personmae import checkpoint, config, dist, metrics, optim
+from personmae import archive, checkpoint, config, dist, metrics, optim
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Diverged, Stopped, UserError
+from personmae.keeper import Schedule, Writer
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids, train_labels
@@ -51,12 +52,16 @@ def run(settings: config.Finetune) -> None:
     module, model_settings = build(settings, num_classes=int(train_labels(benchmark.train).max()) + 1)
     module.to(world.device).train()
     engine = build_engine(settings, module)
-    start = resume(settings, engine) if settings.checkpoint.resume == "auto" else 0
+    found = resume(settings, engine) if settings.checkpoint.resume == "auto" else None
+    start = checkpoint.step_of(found.name) or 0 if found else 0
     labels = torch.from_numpy(train_labels(benchmark.train))
     num_threads = max(1, dist.usable_cores() // world.local_world_size)
     pool = ThreadPoolExecutor(num_threads)
     images = ImageSet([sample.path for sample in benchmark.train], settings.model.img_size, pool=pool)
     held = checkpoint.lock(settings.run_dir) if world.is_first else None
+    writer = open_writer(settings, found) if world.is_first else None
+    wanted = settings.checkpoint
+    schedule = Schedule(wanted.every_steps, wanted.every_seconds, wanted.keep_every)
     if world.is_first:
         announce(settings, benchmark, module, total_steps, start)
     log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="finetune", total_steps=total_steps, first_step=start)
@@ -88,13 +93,17 @@ def run(settings: config.Finetune) -> None:
                 stacked = dist.mean(torch.stack([value.float() for value in losses.values()]))
                 values = dict(zip(losses, stacked.tolist(), strict=True)) | {"lr": lr_scale * settings.optim.lr}
                 log.log(step, values, images_per_step=order.shape[1])
-            stopping = engine.any(stop.requested)
-            if stopping or step % settings.checkpoint.every_steps == 0 or step == total_steps:
+            timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
+            stopping, timed = dist.any_ranks(stop.requested, timed)
+            if stopping or timed or schedule.by_step(step) or step == total_steps:
                 if engine.any(not finite):
                     raise Diverged(f"the loss is not finite by step {step}; {settings.run_dir} keeps an earlier state")
-                save(settings, engine, step, total_steps, model_settings, world.is_first)
+                if writer:
+                    save(settings, writer, engine, step, total_steps, model_settings)
             if stopping and step < total_steps:
+                finish(writer)
                 raise Stopped(f"at step {step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on")
+        finish(writer)
         engine.close()
         dist.stop()  # the other ranks need not wait for the evaluation
         if world.is_first:
@@ -103,6 +112,8 @@ def run(settings: config.Finetune) -> None:
         pool.shutdown(cancel_futures=True)
         log.close()
         dist.stop()
+        if writer:
+            writer.close()  # last: it may raise
         if held:
             held.close()
 
@@ -194,28 +205,46 @@ def lr_scale_at(settings: config.Finetune, step: int, total_steps: int) -> float
     )
 
 
-def save(
-    settings: config.Finetune, engine: Engine, step: int, total_steps: int, model_settings: dict[str, Any], is_first: bool
-) -> None:
-    """Write a checkpoint; here stands everything that a resumed run needs."""
-    if is_first:
-        state = engine.portable_state()
-        tensors = {"model": state.params, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-        head = engine.module.get_submodule("model.head")
-        record = {
-            "total_steps": total_steps,
-            "num_updates": state.num_updates,
-            "num_classes": num_classes(head),
-            "init": settings.init,
-            "head": settings.head.model_dump(),
-            "model": model_settings,
-            "run_hash": run_hash(settings),
-            "versions": checkpoint.versions(),
-        }
-        checkpoint.write(
-            settings.run_dir, checkpoint.Checkpoint(step, tensors, record), keep_last=settings.checkpoint.keep_last
-        )
+def open_writer(settings: config.Finetune, resumed: Path | None) -> Writer:
+    """What saves the run's states beside the loop."""
+    wanted = settings.checkpoint
+    return Writer(
+        settings.run_dir,
+        keep_last=wanted.keep_last,
+        keep_every=wanted.keep_every,
+        store=wanted.store,
+        resumed=resumed,
+        retry_seconds=wanted.retry_seconds,
+        close_seconds=wanted.close_seconds,
+    )
+
+
+def finish(writer: Writer | None) -> None:
+    """Wait on all ranks until the first has everything written and uploaded: a launcher ends it when another one ends."""
+    if writer:
+        writer.close()
     dist.barrier()
+
+
+def save(
+    settings: config.Finetune, writer: Writer, engine: Engine, step: int, total_steps: int, model_settings: dict[str, Any]
+) -> None:
+    """Have a checkpoint written; here stands everything that a resumed run needs."""
+    state = engine.portable_state()
+    assert state  # the native engine gives it to the first rank, which is the one that saves
+    tensors = {"model": state.params, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    head = engine.module.get_submodule("model.head")
+    record = {
+        "total_steps": total_steps,
+        "num_updates": state.num_updates,
+        "num_classes": num_classes(head),
+        "init": settings.init,
+        "head": settings.head.model_dump(),
+        "model": model_settings,
+        "run_hash": run_hash(settings),
+        "versions": checkpoint.versions(),
+    }
+    writer.save(checkpoint.Checkpoint(step, tensors, record))
 
 
 def run_hash(settings: config.Finetune) -> str:
@@ -246,11 +275,11 @@ def num_classes(head: nn.Module) -> int:
     return next(p.shape[0] for name, p in head.named_parameters() if name.endswith("classifier.weight"))
 
 
-def resume(settings: config.Finetune, engine: Engine) -> int:
-    """Take over the newest valid checkpoint of the run, if there is one; returns the steps it has done."""
-    found = checkpoint.newest_for_all(settings.run_dir)
+def resume(settings: config.Finetune, engine: Engine) -> Path | None:
+    """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
+    found = archive.newest_for_all(settings.run_dir, settings.checkpoint.store)
     if not found:
-        return 0
+        return None
     saved = checkpoint.read(found)
     if saved.state.get("run_hash") != run_hash(settings):
         raise UserError(
@@ -260,7 +289,7 @@ def resume(settings: config.Finetune, engine: Engine) -> int:
     engine.load_portable(
         PortableState(saved.tensors["model"], saved.tensors["exp_avg"], saved.tensors["exp_avg_sq"], saved.state["num_updates"])
     )
-    return saved.step
+    return found
 
 
 def announce(settings: config.Finetune, benchmark: Benchmark, module: SupervisedReID, total_steps: int, start: int) -> None:

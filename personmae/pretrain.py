@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, metrics, optim
+from personmae import archive, checkpoint, config, dist, metrics, optim
 from personmae.data import storage
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.engine.base import Engine, PortableState
 from personmae.errors import Diverged, Stopped, UserError
+from personmae.heartbeat import Heartbeat, Phase
+from personmae.keeper import Schedule, Writer
 from personmae.model import teacher as ema
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher
@@ -32,6 +34,7 @@ def run(settings: config.Pretrain) -> None:
         Stopped: a signal asked for it; the state is saved.
     """
     world = dist.read_world()
+    heartbeat = Heartbeat()
     plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
     dist.start(world)
@@ -50,9 +53,11 @@ def run(settings: config.Pretrain) -> None:
             teacher.compile()
     engine = build_engine(settings, model, plan)
 
-    start = resume(settings, engine, teacher, shards) if settings.checkpoint.resume == "auto" else 0
+    found = resume(settings, engine, teacher, shards) if settings.checkpoint.resume == "auto" else None
+    start = checkpoint.step_of(found.name) or 0 if found else 0
     if start >= total_steps:
         if world.is_first:
+            open_writer(settings, found).close()  # the last checkpoint may not have got to the store
             print(f"{settings.run_dir} is complete: {start} of {total_steps} steps are done", flush=True)
         shards.close()
         engine.close()
@@ -60,24 +65,33 @@ def run(settings: config.Pretrain) -> None:
         return
     reader = build_reader(settings, shards, plan, world, view, first_step=start, total_steps=total_steps)
     held = checkpoint.lock(settings.run_dir) if world.is_first else None
+    writer = open_writer(settings, found) if world.is_first else None
+    wanted = settings.checkpoint
+    schedule = Schedule(wanted.every_steps, wanted.every_seconds, wanted.keep_every)
     if world.is_first:
         announce(settings, model, plan, len(shards), total_steps, start)
     log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start)
-    step, saved, finite, num_bad = start, start, torch.tensor(True, device=world.device), 0
-
-    def keep() -> None:
-        if engine.any(not finite):
-            raise Diverged(f"the loss is not finite by step {step}; {settings.run_dir} keeps an earlier state")
-        save(settings, engine, teacher, step, total_steps, shards, world.is_first)
-
+    step = saved = start
+    num_bad, due = 0, False
+    in_row = num_skipped = torch.zeros((), device=world.device)  # skipped steps, counted where nothing waits for them
+    working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
     try:
         while step < total_steps:
+            heartbeat.beat("wait_data", step)
             reader.wait(lambda: stop.requested)  # while a store is away, a run can still be stopped
-            if engine.any(stop.requested):
-                if step > saved:
-                    keep()
-                kept = f"state saved in {settings.run_dir}" if step else "nothing to save yet"
+            timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
+            stopping, timed = dist.any_ranks(stop.requested, timed)
+            due |= step > saved and (stopping or timed or schedule.by_step(step))
+            if due and last_step_counted(in_row, settings, step):
+                heartbeat.beat("checkpoint", step)
+                save(settings, writer, engine, teacher, step, total_steps, shards)
+                saved, due = step, False
+            if stopping:
+                stop.settle()
+                finish(writer)
+                kept = f"state saved in {settings.run_dir}" if saved else "nothing to save yet"
                 raise Stopped(f"at step {step} of {total_steps}, {kept}; run this again to go on")
+            heartbeat.beat(working, step)
             parts = []
             for micro in range(plan.grad_accum_steps):
                 batch = to_device(next(reader), world.device)
@@ -86,29 +100,33 @@ def run(settings: config.Pretrain) -> None:
                     inputs["target"] = teacher(inputs["patches_b"])
                 parts.append(engine.forward_backward(inputs, last_micro=micro == plan.grad_accum_steps - 1))
             lr_scale = lr_scale_at(settings, step, total_steps)
-            grad_norm = engine.step(lr_scale)
+            grad_norm, skipped = engine.step(lr_scale)
             if teacher:
-                teacher.update(model.encoder, momentum_at(settings, step, total_steps))
-            step += 1
+                with engine.full_params(model.encoder) as params:
+                    teacher.update(params, momentum_at(settings, step, total_steps), skipped)
+            step, working = step + 1, "step"
 
-            finite &= torch.stack([part["loss"] for part in parts]).isfinite().all()
+            in_row, num_skipped = (in_row + skipped) * skipped, num_skipped + skipped
             log.advance(step)
             if step % settings.train.log_every == 0 or step == total_steps:
                 values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-                values["grad_norm"] = grad_norm
-                means = mean_over_ranks(values)  # the only wait for the device in this loop
+                means = mean_over_ranks(values | {"grad_norm": grad_norm, "skipped_steps": num_skipped})
                 means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()}
                 log.log(step, means, images_per_step=plan.global_batch_size)
+                last_step_counted(in_row, settings, step)  # like the line above, the only wait for the device
                 num_bad = tell_bad_samples(reader, num_bad)
-            if step % settings.checkpoint.every_steps == 0 or step == total_steps:
-                keep()
-                saved = step
+        last_step_counted(in_row, settings, step)
+        heartbeat.beat("checkpoint", step)
+        save(settings, writer, engine, teacher, step, total_steps, shards)
+        finish(writer)
     finally:
         reader.close()
         log.close()
         shards.close()
         engine.close()
         dist.stop()
+        if writer:
+            writer.close()  # last: it may raise
         if held:
             held.close()
 
@@ -141,7 +159,7 @@ def dry_run(settings: config.Pretrain, world_size: int) -> None:
 def build_model(settings: config.Pretrain) -> PersonMAE:
     """Student and decoders, freshly initialised."""
     model = PersonMAE(**settings.model_arguments(), compute_dtype=_DTYPES[settings.train.precision])
-    model.encoder.grad_checkpointing = settings.train.grad_checkpointing
+    model.encoder.activation_checkpointing = settings.train.activation_checkpointing
     return model
 
 
@@ -153,6 +171,16 @@ def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPl
         from personmae.engine.native import NativeEngine
 
         return NativeEngine(model, optimizer, grad_accum_steps=plan.grad_accum_steps, max_norm=settings.optim.max_norm)
+    if settings.engine.name == "fsdp":
+        from personmae.engine.fsdp import FsdpEngine
+
+        return FsdpEngine(
+            model,
+            optimizer,
+            grad_accum_steps=plan.grad_accum_steps,
+            max_norm=settings.optim.max_norm,
+            shard_size=settings.engine.fsdp.shard_size,
+        )
     from personmae.engine.deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(
@@ -267,34 +295,67 @@ def model_record(model: config.Model) -> dict[str, Any]:
     return model.model_dump(mode="json")
 
 
+def last_step_counted(in_row: Tensor, settings: config.Pretrain, step: int) -> bool:
+    """Whether the last step changed the parameters: a state is saved only then. Waits for the device.
+
+    Raises:
+        Diverged: too many steps in a row were skipped.
+    """
+    if in_row >= settings.train.max_skipped_steps:
+        raise Diverged(
+            f"the gradient was not finite in {int(in_row)} steps in a row, up to step {step}; {settings.run_dir} keeps an "
+            "earlier state"
+        )
+    return not in_row
+
+
+def open_writer(settings: config.Pretrain, resumed: Path | None) -> Writer:
+    """What saves the run's states beside the loop."""
+    wanted = settings.checkpoint
+    return Writer(
+        settings.run_dir,
+        keep_last=wanted.keep_last,
+        keep_every=wanted.keep_every,
+        store=wanted.store,
+        resumed=resumed,
+        retry_seconds=wanted.retry_seconds,
+        close_seconds=wanted.close_seconds,
+    )
+
+
+def finish(writer: Writer | None) -> None:
+    """Wait on all ranks until the first has everything written and uploaded: a launcher ends it when another one ends."""
+    if writer:
+        writer.close()
+    dist.barrier()
+
+
 def save(
     settings: config.Pretrain,
+    writer: Writer | None,
     engine: Engine,
     teacher: Teacher | None,
     step: int,
     total_steps: int,
     shards: ShardSet,
-    is_first: bool,
 ) -> None:
-    """Write a checkpoint; here stands everything that a resumed run needs."""
-    if is_first:
-        state = engine.portable_state()
-        tensors = {"student": state.params, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-        if teacher:
-            tensors["teacher"] = checkpoint.to_cpu(dict(teacher.encoder.state_dict()))
-        record = {
-            "total_steps": total_steps,
-            "images_seen": step * settings.train.global_batch_size,
-            "num_updates": state.num_updates,
-            "identity": identity(settings, shards),
-            "model": model_record(settings.model),
-            "config_hash": config.config_hash(settings),
-            "versions": checkpoint.versions(),
-        }
-        checkpoint.write(
-            settings.run_dir, checkpoint.Checkpoint(step, tensors, record), keep_last=settings.checkpoint.keep_last
-        )
-    dist.barrier()
+    """Have a checkpoint written; here stands everything that a resumed run needs."""
+    state = engine.portable_state()  # by all ranks together
+    if not writer or not state:
+        return
+    tensors = {"student": state.params, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+    if teacher:
+        tensors["teacher"] = dict(teacher.encoder.state_dict())
+    record = {
+        "total_steps": total_steps,
+        "images_seen": step * settings.train.global_batch_size,
+        "num_updates": state.num_updates,
+        "identity": identity(settings, shards),
+        "model": model_record(settings.model),
+        "config_hash": config.config_hash(settings),
+        "versions": checkpoint.versions(),
+    }
+    writer.save(checkpoint.Checkpoint(step, tensors, record))
 
 
 def identity(settings: config.Pretrain, shards: ShardSet) -> dict[str, Any]:
@@ -302,11 +363,11 @@ def identity(settings: config.Pretrain, shards: ShardSet) -> dict[str, Any]:
     return settings.identity() | {"data.num_samples": len(shards), "data.index": shards.digest}
 
 
-def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None, shards: ShardSet) -> int:
-    """Take over the newest valid checkpoint of the run, if there is one; returns the steps it has done."""
-    found = checkpoint.newest_for_all(settings.run_dir)
+def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None, shards: ShardSet) -> Path | None:
+    """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
+    found = archive.newest_for_all(settings.run_dir, settings.checkpoint.store)
     if not found:
-        return 0
+        return None
     saved = checkpoint.read(found)
     ours, theirs = identity(settings, shards), saved.state.get("identity", {})
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
@@ -314,7 +375,6 @@ def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None, s
         raise UserError(
             f"{found} belongs to a run with other settings: {told}; use the same, another run_dir, or checkpoint.resume=none"
         )
-    checkpoint.load_strictly(engine.module, saved.tensors["student"], found)
     engine.load_portable(
         PortableState(
             saved.tensors["student"], saved.tensors["exp_avg"], saved.tensors["exp_avg_sq"], saved.state["num_updates"]
@@ -322,7 +382,7 @@ def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None, s
     )
     if teacher:
         checkpoint.load_strictly(teacher.encoder, saved.tensors.get("teacher", {}), found)
-    return saved.step
+    return found
 
 
 def announce(

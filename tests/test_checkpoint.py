@@ -1,20 +1,16 @@
 """The portable checkpoint: bit-exact, committed by its manifest, never lost to a kill."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from personmae import checkpoint
+from personmae import checkpoint, snapshot
 from personmae.checkpoint import Checkpoint
-from personmae.errors import UserError
+from personmae.errors import RankError, UserError
 
 
 def make(step: int) -> Checkpoint:
@@ -123,10 +119,10 @@ def test_the_manifest_lists_every_file_and_is_written_last(tmp_path):
     assert {name: stat.st_size for name, stat in files.items()} == {n: entry["bytes"] for n, entry in manifest.items()}
 
 
-@pytest.mark.parametrize("moment", ["_save_tensors", "_write_synced", "_fingerprint"])
-def test_an_error_while_writing_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize(("module", "moment"), [(snapshot, "_put"), (checkpoint, "_write_synced")])
+def test_an_error_while_writing_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, monkeypatch, module, moment):
     (older,) = write(tmp_path, 1)
-    calls, real = [], getattr(checkpoint, moment)
+    calls, real = [], getattr(module, moment)
 
     def fails_the_second_time(*args):
         calls.append(args)
@@ -134,43 +130,12 @@ def test_an_error_while_writing_leaves_the_earlier_checkpoint_and_nothing_else(t
             raise OSError(5, "the disk is gone")
         return real(*args)
 
-    monkeypatch.setattr(checkpoint, moment, fails_the_second_time)
+    monkeypatch.setattr(module, moment, fails_the_second_time)
     with pytest.raises(OSError, match="the disk is gone"):
         write(tmp_path, 2)
     monkeypatch.undo()
     assert names(tmp_path) == ["LATEST", "step-00000001"]
     assert checkpoint.newest(tmp_path) == older
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from personmae import checkpoint
-moment, run = sys.argv[1], Path(sys.argv[2])
-state = checkpoint.Checkpoint(2, {"student": {"a": torch.ones(3)}, "teacher": {"a": torch.ones(3)}}, {})
-calls, real = [], checkpoint._write_synced
-def write(path, text):
-    if path.name == moment:
-        path.write_text(text[: len(text) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(path, text)
-checkpoint._write_synced = write
-checkpoint.write(run, state, keep_last=2)
-"""
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(("moment", "expected"), [("state.json", 1), ("manifest.json", 1), (".LATEST", 2)])
-def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(tmp_path, moment, expected):
-    write(tmp_path, 1)
-    done = subprocess.run([sys.executable, "-c", KILLED, moment, str(tmp_path)], timeout=120)
-    assert done.returncode == -signal.SIGKILL
-    newest = checkpoint.newest(tmp_path)
-    assert newest is not None
-    assert checkpoint.read(newest).step == expected
-    write(tmp_path, 2, 3)
-    assert [name for name in names(tmp_path) if not name.startswith(".")] == ["LATEST", "step-00000002", "step-00000003"]
 
 
 def test_a_step_written_again_replaces_the_earlier_one(tmp_path):
@@ -254,22 +219,90 @@ def test_weights_that_fit_are_loaded():
     assert torch.equal(model.weight, other.weight)
 
 
-def test_copies_on_the_cpu_are_fp32_and_do_not_change_with_the_original():
-    source = {"w": torch.ones(3, dtype=torch.bfloat16, requires_grad=True), "n": torch.tensor(3)}
-    copy = checkpoint.to_cpu(source)
-    with torch.no_grad():
-        source["w"].add_(1)
-    assert (copy["w"].dtype, copy["n"].dtype) == (torch.float32, torch.int64)
-    assert copy["w"].tolist() == [1.0] * 3
-    assert not copy["w"].requires_grad
+# --- parts of several ranks ---
 
 
-def test_a_full_disk_is_told_as_such(tmp_path):
-    if not os.path.exists("/dev/full"):
-        pytest.skip("this system has no /dev/full")
-    with pytest.raises(OSError, match="No space left") as caught:
-        checkpoint._write_synced(Path("/dev/full"), "x" * 100_000)
-    assert caught.value.errno == 28
+def part_of(state: Checkpoint, rank: int) -> snapshot.Snapshot:
+    """Every second tensor."""
+    taken = snapshot.Snapshot()
+    taken.take({kind: dict(list(tensors.items())[rank::2]) for kind, tensors in state.tensors.items()})
+    return taken
+
+
+def commit_parts(run: Path) -> Path:
+    """Two ranks, one after the other."""
+    partial = checkpoint.folder(run) / ".partial-step-00000005"
+    barriers = iter([lambda: checkpoint._write_part(partial, part_of(make(5), 1), 1, 2), lambda: None])
+    return checkpoint.commit(run, 5, part_of(make(5), 0), make(5).state, world_size=2, barrier=lambda: next(barriers)())
+
+
+def test_parts_of_several_ranks_are_joined(tmp_path):
+    state, path = make(5), commit_parts(tmp_path)
+    assert (path / "student-00002-of-00002.safetensors").is_file()
+    assert checkpoint.newest(tmp_path) == path
+    read = checkpoint.read(path)
+    assert read.tensors.keys() == state.tensors.keys()
+    for kind, tensors in state.tensors.items():
+        assert {n: t.tolist() for n, t in read.tensors[kind].items()} == {n: t.tolist() for n, t in tensors.items()}
+        assert checkpoint.read_kind(path, kind).keys() == tensors.keys()
+
+
+def test_a_part_that_is_missing_is_a_fault_even_where_the_manifest_does_not_know(tmp_path):
+    path = commit_parts(tmp_path)
+    files = json.loads((path / "manifest.json").read_text())
+    del files["teacher-00001-of-00002.safetensors"]
+    (path / "manifest.json").write_text(json.dumps(files))
+    assert checkpoint.find_fault(path) == "teacher-00001-of-00002.safetensors is missing"
+
+
+def test_without_the_part_of_a_rank_nothing_is_committed(tmp_path):
+    taken = snapshot.Snapshot()
+    taken.take(make(5).tensors)
+    with pytest.raises(RankError, match=r"needs the parts of all 2 ranks; 1 are in .*: see the other ranks' errors"):
+        checkpoint.commit(tmp_path, 5, taken, {}, world_size=2)
+    assert names(tmp_path) == []
+
+
+# --- what is deleted ---
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "deleted"),
+    [
+        ({1, 2, 3, 4, 5, 6}, {"keep_last": 2}, [1, 2, 3, 4]),
+        ({1, 2, 3, 4, 5, 6}, {"keep_last": 1, "keep_every": 3}, [1, 2, 4, 5]),
+        ({1, 2, 3, 6}, {"keep_last": 2}, [1, 2, 4, 5]),  # 4 and 5 were passed over: they do not count among the last
+        ({1, 2}, {"keep_last": 3, "keep_every": 2}, [3, 4, 5, 6]),
+    ],
+)
+def test_surplus_is_what_is_neither_among_the_last_nor_kept_for_good(line, options, deleted):
+    assert checkpoint.surplus([6, 5, 4, 3, 2, 1], line, **options) == deleted
+
+
+def test_a_folder_that_was_being_replaced_is_still_found(tmp_path):
+    (path,) = write(tmp_path, 5)
+    path.rename(path.with_name(f".old-{path.name}"))
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert checkpoint.read(found).step == 5
+    (path,) = write(tmp_path, 5)
+    assert checkpoint.newest(tmp_path) == path
+    assert names(tmp_path) == ["LATEST", path.name]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"state.json": 3}', '{"../state.json": {"bytes": 1, "sha256": ""}}'])
+def test_a_manifest_of_another_form_is_a_fault(tmp_path, content):
+    (path,) = write(tmp_path, 1)
+    (path / "manifest.json").write_text(content)
+    assert (checkpoint.find_fault(path) or "").startswith("its manifest.json ")
+
+
+def test_folders_with_other_names_are_left_alone(tmp_path):
+    (checkpoint.folder(tmp_path) / "step-by-step").mkdir(parents=True)
+    (path,) = write(tmp_path, 1)
+    assert checkpoint.newest(tmp_path) == path
+    assert checkpoint.local_steps(tmp_path) == [1]
+    assert "step-by-step" in names(tmp_path)
 
 
 def test_versions_name_what_computes():

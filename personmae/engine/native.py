@@ -1,13 +1,25 @@
 """The plain engine: one process, or DistributedDataParallel over several."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as tdist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from personmae.engine.base import Batch, Engine, set_lr
+from personmae.engine.base import (
+    Batch,
+    Engine,
+    PortableState,
+    Step,
+    full_shapes,
+    guarded_update,
+    load_replicated,
+    replicated_state,
+    require_fit,
+    total_norm,
+)
 
 
 class NativeEngine(Engine):
@@ -16,6 +28,7 @@ class NativeEngine(Engine):
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, grad_accum_steps: int, max_norm: float | None):
         self.module, self.optimizer = module, optimizer
         self._grad_accum_steps, self._max_norm = grad_accum_steps, max_norm
+        self._shapes = full_shapes(module)
         distributed = tdist.is_initialized() and tdist.get_world_size() > 1
         self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True) if distributed else module
 
@@ -26,15 +39,23 @@ class NativeEngine(Engine):
             (losses["loss"] / self._grad_accum_steps).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def step(self, lr_scale: float) -> Tensor:
-        set_lr(self.optimizer, lr_scale)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if self._max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._max_norm, norm)
+    def step(self, lr_scale: float) -> Step:
+        norm = total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
+        done = guarded_update(self.optimizer, lr_scale, norm, self._max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return done
+
+    @contextlib.contextmanager
+    def full_params(self, module: nn.Module) -> Iterator[list[Tensor]]:
+        yield list(module.parameters())
+
+    def portable_state(self) -> PortableState | None:
+        return replicated_state(self.module, self.optimizer)
+
+    def load_portable(self, state: PortableState) -> None:
+        require_fit(self._shapes, state)
+        load_replicated(self.module, self.optimizer, state)
 
     def close(self) -> None:
         """Nothing is held."""

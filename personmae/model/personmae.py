@@ -127,7 +127,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Float[Tensor, "B T D"], coords_b: Float[Tensor, "B L 2"]) -> Float[Tensor, "B L out_dim"]:
         visible = self.embed(tokens).float()  # like the positions; see VisionTransformer.embed
         wanted = self.mask_token + sincos_embedding(coords_b, self.mask_token.shape[-1])
-        x = run_blocks(self.blocks, torch.cat([visible, wanted], dim=1), recompute=False)
+        x = run_blocks(self.blocks, torch.cat([visible, wanted], dim=1))
         return self.head(self.norm(x[:, -coords_b.shape[1] :]))
 
 

@@ -1,6 +1,7 @@
 """The momentum encoder E_m of Eq. (6): an fp32 moving average of the online encoder that never receives a gradient."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,21 @@ class Teacher(nn.Module):
         return F.layer_norm(tokens[:, 1:].float(), tokens.shape[-1:])
 
     @torch.no_grad()
-    def update(self, encoder: VisionTransformer, momentum: float) -> None:
-        """Eq. (6): theta_m <- gamma theta_m + (1 - gamma) theta_o, in fp32."""
+    def update(self, params: Sequence[Tensor], momentum: float, skipped: Tensor | None = None) -> None:
+        """Eq. (6): theta_m <- gamma theta_m + (1 - gamma) theta_o, in fp32.
+
+        ``params`` are the online encoder's, whole and in order. ``skipped`` is a scalar on the device, 1 where the online
+        encoder was not updated: then the average stands still too.
+        """
         ours: list[Tensor] = list(self.encoder.parameters())
-        theirs: list[Tensor] = list(encoder.parameters())
-        torch._foreach_lerp_(ours, theirs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+        if [p.shape for p in params] != [p.shape for p in ours]:
+            raise ValueError("the teacher needs the online encoder's whole parameters; gather them with engine.full_params")
+        weight = 1 - momentum
+        if skipped is None:
+            torch._foreach_lerp_(ours, list(params), weight)  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            weights = [(1 - skipped) * weight] * len(ours)
+            torch._foreach_lerp_(ours, list(params), weights)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def momentum_at(

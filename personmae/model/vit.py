@@ -4,13 +4,14 @@ Positions are an argument, not a buffer: a token carries its real-valued (y, x) 
 regions, visible subsets and other input sizes need no special case.
 """
 
-from typing import Final
+from functools import partial
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 SIZES: Final[dict[str, dict[str, int]]] = {
     "micro": {"embed_dim": 128, "depth": 4, "num_heads": 4},
@@ -18,6 +19,16 @@ SIZES: Final[dict[str, dict[str, int]]] = {
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
 }
+
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
+_ATEN: Final = torch.ops.aten
+# What ``selective`` keeps: outputs of the matrix products and of attention, which are dear to compute again.
+_KEPT: Final = [
+    *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default),
+    *(_ATEN._scaled_dot_product_flash_attention.default, _ATEN._scaled_dot_product_efficient_attention.default),
+    *(_ATEN._scaled_dot_product_cudnn_attention.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default),
+]
 
 
 def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B L P"]:
@@ -144,7 +155,9 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         self.embed_dim, self.patch_size = embed_dim, patch_size
-        self.grad_checkpointing = False
+        self.activation_checkpointing: ActivationCheckpointing = (
+            "none"  # what the backward pass computes again instead of keeping it
+        )
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
@@ -173,7 +186,7 @@ class VisionTransformer(nn.Module):
         """Tokens after the last block, before the final LayerNorm; only ``ids_keep`` is encoded where it is given."""
         if ids_keep is not None:
             patches, coords = take_tokens(patches, ids_keep), take_tokens(coords, ids_keep)
-        return run_blocks(self.blocks, self.embed(patches, coords), self.grad_checkpointing and self.training)
+        return run_blocks(self.blocks, self.embed(patches, coords), self.activation_checkpointing if self.training else "none")
 
     def forward(
         self,
@@ -184,10 +197,22 @@ class VisionTransformer(nn.Module):
         return self.norm(self.forward_features(patches, coords, ids_keep))
 
 
-def run_blocks(blocks: nn.ModuleList, x: Float[Tensor, "B L D"], recompute: bool) -> Float[Tensor, "B L D"]:
-    """Apply blocks in order; ``recompute`` trades their stored activations for a second forward pass."""
+def run_blocks(
+    blocks: nn.ModuleList, x: Float[Tensor, "B L D"], activation_checkpointing: ActivationCheckpointing = "none"
+) -> Float[Tensor, "B L D"]:
+    """Apply blocks in order.
+
+    ``activation_checkpointing`` trades stored activations for a second forward pass: ``full`` keeps the input of each block
+    alone, ``selective`` also what is dear to compute.
+    """
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        if activation_checkpointing == "none":
+            x = block(x)
+        elif activation_checkpointing == "full":
+            x = checkpoint(block, x, use_reentrant=False)
+        else:
+            kept = partial(create_selective_checkpoint_contexts, _KEPT)
+            x = checkpoint(block, x, use_reentrant=False, context_fn=kept)
     return x
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from programs import ROOT, SETTINGS, STEPS, launch, losses, pretrain
+from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 GOLDEN = ROOT / "tests/golden/pretrain_20_steps.json"
@@ -45,8 +47,17 @@ def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(native_run), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ["engine.name=deepspeed"],
+        ["engine.name=deepspeed", "engine.deepspeed.zero_stage=3"],
+        ["engine.name=fsdp", "train.activation_checkpointing=selective"],
+    ],
+    ids=["zero0", "zero3", "fsdp"],
+)
 def test_a_checkpoint_of_one_engine_is_resumed_by_another_on_two_ranks(
-    shard_dir: Path, native_run: Path, tmp_path: Path
+    engine: list[str], shard_dir: Path, native_run: Path, tmp_path: Path
 ) -> None:
     stopped = ["train.total_steps=20", "checkpoint.every_steps=5"]
     run_dir = tmp_path / "run"
@@ -54,9 +65,16 @@ def test_a_checkpoint_of_one_engine_is_resumed_by_another_on_two_ranks(
     kept = sorted((native_run / "checkpoints").glob("step-*"))[0]
     assert kept.name == "step-00000015"
     (run_dir / "checkpoints" / kept.name).symlink_to(kept)
-    result = deepspeed(shard_dir, run_dir, 2, "engine.name=deepspeed", *stopped)
+    result = deepspeed(shard_dir, run_dir, 2, *engine, *stopped)
     assert result.returncode == 0, result.stdout + result.stderr
     np.testing.assert_allclose(losses(run_dir), losses(native_run)[15:], rtol=1e-5)
+    # What the engine has written is the state of the plain loop, the teacher included.
+    ours, theirs = (folder / "checkpoints/step-00000020" for folder in (run_dir, native_run))
+    for kind in ("student", "teacher", "exp_avg", "exp_avg_sq"):
+        written, expected = (load_file(folder / f"{kind}.safetensors") for folder in (ours, theirs))
+        assert written.keys() == expected.keys()
+        ours_flat, theirs_flat = (torch.cat([t[name].flatten() for name in expected]) for t in (written, expected))
+        assert (ours_flat - theirs_flat).norm() < 1e-4 * theirs_flat.norm(), kind
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_named_with_what_would_work(shard_dir: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def test_admissible_world_sizes_are_the_divisors_of_the_batch():
 def test_activations_grow_with_the_model_and_shrink_when_they_are_computed_again():
     shallow, deep = (saved_bytes_per_image(PersonMAE(size="micro", decoder_depth=depth), VIEW) for depth in (1, 3))
     again = PersonMAE(size="micro", decoder_depth=1)
-    again.encoder.grad_checkpointing = True
+    again.encoder.activation_checkpointing = "full"
     assert 0 < saved_bytes_per_image(again, VIEW) < shallow < deep
     tokens = 32 + 8  # one fp32 matrix of all tokens of a decoder is the least that a block keeps
     assert deep - shallow > 2 * 2 * tokens * 128 * 4

@@ -44,7 +44,7 @@ def test_after_k_updates_it_is_the_moving_average_in_float64():
         with torch.no_grad():
             for parameter in student.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        teacher.update(student, gamma)
+        teacher.update(list(student.parameters()), gamma)
         for name, parameter in student.named_parameters():
             average[name] = gamma * average[name] + (1 - gamma) * parameter.detach().double().numpy()
     own = dict(teacher.encoder.named_parameters())
@@ -62,7 +62,7 @@ def test_at_momentum_9999_ours_moves_where_a_bf16_average_stands_still():
         for parameter in student.parameters():
             parameter.mul_(1.1)
     for _ in range(100):
-        teacher.update(student, 0.9999)
+        teacher.update(list(student.parameters()), 0.9999)
         rounded = {name: p.lerp(student.get_parameter(name).bfloat16(), 1e-4) for name, p in rounded.items()}
     for name, parameter in teacher.encoder.named_parameters():
         assert torch.equal(rounded[name], before[name].bfloat16()), name
@@ -73,10 +73,29 @@ def test_at_momentum_9999_ours_moves_where_a_bf16_average_stands_still():
 def test_momentum_1_never_moves_and_momentum_0_copies():
     student, other = encoder(0), encoder(1)
     teacher = Teacher(student, GRID)
-    teacher.update(other, 1.0)
+    teacher.update(list(other.parameters()), 1.0)
     assert all(torch.equal(t, s) for t, s in zip(teacher.encoder.parameters(), student.parameters(), strict=True))
-    teacher.update(other, 0.0)
+    teacher.update(list(other.parameters()), 0.0)
     assert all(torch.equal(t, s) for t, s in zip(teacher.encoder.parameters(), other.parameters(), strict=True))
+
+
+def test_a_skipped_step_leaves_it_where_it_is_and_any_other_moves_it_as_without_the_flag():
+    student, other = encoder(0), encoder(1)
+    teacher, reference = Teacher(student, GRID), Teacher(student, GRID)
+    teacher.update(list(other.parameters()), 0.9, torch.tensor(1.0))
+    assert all(torch.equal(t, s) for t, s in zip(teacher.encoder.parameters(), student.parameters(), strict=True))
+    teacher.update(list(other.parameters()), 0.9, torch.tensor(0.0))
+    reference.update(list(other.parameters()), 0.9)
+    assert all(torch.equal(t, r) for t, r in zip(teacher.encoder.parameters(), reference.encoder.parameters(), strict=True))
+
+
+def test_shards_of_the_student_are_refused():
+    student = encoder()
+    teacher = Teacher(student, GRID)
+    with pytest.raises(ValueError, match=r"whole parameters; gather them with engine\.full_params"):
+        teacher.update([p.flatten()[:3] for p in student.parameters()], 0.9)
+    with pytest.raises(ValueError, match="whole parameters"):
+        teacher.update(list(student.parameters())[1:], 0.9)
 
 
 def test_it_is_an_fp32_copy_that_shares_no_memory_with_the_student():

@@ -142,7 +142,7 @@ def test_recomputed_activations_give_the_same_gradients():
     stored = gradients(model, patches, coords)
     entered = []
     model.blocks[0].register_forward_pre_hook(lambda *_: entered.append(1))
-    model.grad_checkpointing = True
+    model.activation_checkpointing = "full"
     recomputed = gradients(model, patches, coords)
     assert len(entered) == 2  # once forward, once in the backward pass
     assert stored.keys() == recomputed.keys() == dict(model.named_parameters()).keys()

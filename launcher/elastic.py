@@ -1,0 +1,119 @@
+"""``python -m launcher.elastic run|store``: the agent that starts and watches the ranks of one host, and the agents' store."""
+
+import argparse
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from launcher.agent import Agent, Options
+from launcher.membership import Policy
+from launcher.ranks import Limits
+from launcher.store import serve
+from personmae.__main__ import Parser
+from personmae.errors import EXIT_COMPLETE, UserError, run_program
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and be an agent or the store; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    return run_program(lambda: sys.exit(args.run(args)))
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="python -m launcher.elastic", description="Ranks on hosts that come and go.")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    store = verbs.add_parser("store", help="be the rendezvous store; it needs one CPU core and no GPU")
+    store.add_argument("--port", type=int, default=29400)
+    store.set_defaults(run=_store)
+    run = verbs.add_parser("run", help="be the agent of this host")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- SCRIPT ...", help="what each rank runs")
+    run.set_defaults(run=_run)
+
+    group = run.add_argument_group("ranks")
+    group.add_argument("--nnodes", default="1", metavar="MIN:MAX", help="how many agents make a round (default 1)")
+    group.add_argument("--nproc-per-node", type=int, default=1, metavar="N", help="ranks on this host (default 1)")
+    group.add_argument("--admissible-batch", type=int, metavar="B", help="global batch: a world size must divide it")
+    group.add_argument("--inadmissible", choices=("wait", "subset"), default="wait", help="when one does not (default wait)")
+    group.add_argument("--log-dir", type=Path, metavar="DIR", help="also write each rank's output to a file there")
+
+    group = run.add_argument_group("meeting")
+    group.add_argument("--store", default="127.0.0.1:29400", metavar="HOST:PORT", help="(default 127.0.0.1:29400)")
+    group.add_argument("--run-id", default="run", help="agents with the same one belong together (default run)")
+    group.add_argument("--address", help="how other hosts reach this one (default: as this one reaches the store)")
+    _seconds(group, "--settle-seconds", 15, "first-comers and newcomers wait so long for others to join")
+    _seconds(group, "--join-seconds", 900, "give up when no round comes together")
+    _seconds(group, "--keep-alive-seconds", 15, "an agent that is silent for so long is lost")
+    _seconds(group, "--store-seconds", 120, "how long the store may be away; ranks go on meanwhile")
+
+    group = run.add_argument_group("ending and going on")
+    _seconds(group, "--grace-seconds", 120, "for ranks to save and stop before they are killed")
+    group.add_argument("--max-restarts", type=int, default=3, metavar="N", help="failures without progress (default 3)")
+    _seconds(group, "--backoff-seconds", 5, "pause after the first failure; doubled after each further one")
+    for phase, default in (("start", 600), ("compile", 900), ("step", 300), ("checkpoint", 600), ("wait-data", 1800)):
+        _seconds(group, f"--{phase}-seconds", default, f"a rank that is silent for so long in this phase hangs: {phase}")
+    group.add_argument("--port", type=int, default=0, metavar="P", help="/healthz, /readyz and /metrics; 0 is off (default)")
+    return parser
+
+
+def _seconds(group: argparse._ArgumentGroup, name: str, default: float, text: str) -> None:
+    group.add_argument(name, type=float, default=float(default), metavar="S", help=f"{text} (default {default})")
+
+
+def _store(args: argparse.Namespace) -> int:
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    serve(args.port, stopped)
+    return EXIT_COMPLETE
+
+
+def _run(args: argparse.Namespace) -> int:
+    limits = Limits(*(getattr(args, name) for name in Limits.__dataclass_fields__))
+    return Agent(read_options(args), read_policy(args), limits).run()
+
+
+def read_policy(args: argparse.Namespace) -> Policy:
+    fewest, _, most = args.nnodes.partition(":")
+    if not (fewest.isdigit() and (most or fewest).isdigit() and 1 <= int(fewest) <= int(most or fewest)):
+        raise UserError(f"--nnodes must be N or MIN:MAX with 1 <= MIN <= MAX, got {args.nnodes}")
+    return Policy(
+        int(fewest),
+        int(most or fewest),
+        max_restarts=args.max_restarts,
+        backoff_seconds=args.backoff_seconds,
+        batch=args.admissible_batch,
+        inadmissible=args.inadmissible,
+    )
+
+
+def read_options(args: argparse.Namespace) -> Options:
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise UserError("a script is required: ... run [options] -- launcher/pretrain.py --config CONFIG")
+    if not (Path(command[0]).is_file() or shutil.which(command[0])):
+        raise UserError(f"the script {command[0]!r} cannot be found; give its path from here, {Path.cwd()}")
+    host, _, port = args.store.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--store must be HOST:PORT, got {args.store}")
+    if args.nproc_per_node < 1:
+        raise UserError(f"--nproc-per-node must be at least 1, got {args.nproc_per_node}")
+    return Options(
+        store=(host.strip("[]"), int(port)),
+        run_id=args.run_id,
+        num_ranks=args.nproc_per_node,
+        command=[sys.executable, "-u", *command] if command[0].endswith(".py") else command,
+        address=args.address,
+        grace_seconds=args.grace_seconds,
+        join_seconds=args.join_seconds,
+        settle_seconds=args.settle_seconds,
+        keep_alive_seconds=args.keep_alive_seconds,
+        store_seconds=args.store_seconds,
+        port=args.port,
+        log_dir=args.log_dir,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

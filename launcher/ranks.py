@@ -1,0 +1,294 @@
+"""The ranks of this host as processes: started, listened to, signalled, watched and ended."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.membership import Round
+from personmae import heartbeat
+from personmae.errors import EXIT_COMPLETE, EXIT_STOPPED, EXIT_USER_ERROR
+from personmae.heartbeat import Beat, Phase
+
+_TAIL_LINES = 200
+_PR_SET_PDEATHSIG = 1
+_printing = threading.Lock()
+
+
+def say(text: str, prefix: str = "elastic") -> None:
+    """Print lines of the agent's own, or of a rank."""
+    with _printing, contextlib.suppress(BrokenPipeError, ValueError):
+        for line in text.splitlines():
+            print(f"[{prefix}] {line}", flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long a rank may say nothing new, by what it said last."""
+
+    start_seconds: float = 600
+    compile_seconds: float = 900
+    step_seconds: float = 300
+    checkpoint_seconds: float = 600
+    wait_data_seconds: float = 1800
+
+    def of(self, phase: Phase) -> float:
+        return float(getattr(self, f"{phase}_seconds"))
+
+
+def rank_environment(now: Round, node_id: str, *, run_id: str, beats: Path, interface: str | None) -> list[dict[str, str]]:
+    """What ``torchrun`` would export to each rank of a node."""
+    place = now.place(node_id)
+    assert place, "a node of the round asks"
+    first, share = place
+    group = [i for i, s in enumerate(now.shares) if s]
+    host = [node.id for node in now.nodes].index(node_id)
+    shared = {
+        "WORLD_SIZE": str(now.world_size),
+        "LOCAL_WORLD_SIZE": str(share),
+        "ROLE_WORLD_SIZE": str(now.world_size),
+        "GROUP_RANK": str(host),
+        "GROUP_WORLD_SIZE": str(len(group)),
+        "MASTER_ADDR": now.nodes[0].address,
+        "MASTER_PORT": str(now.nodes[0].port),
+        "TORCHELASTIC_RESTART_COUNT": str(now.number - 1),
+        "TORCHELASTIC_RUN_ID": run_id,
+        heartbeat.DIRECTORY: str(beats),
+    }
+    if interface:  # gloo would look the host's name up, which need not lead to the address that the others reach
+        shared["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", interface)
+    ranks = range(first, first + share)
+    return [shared | {"RANK": str(r), "ROLE_RANK": str(r), "LOCAL_RANK": str(r - first)} for r in ranks]
+
+
+class RankProcess:
+    """One rank: a process group of its own, whose output is prefixed with its number and whose last lines are kept."""
+
+    def __init__(self, command: Sequence[str], environ: dict[str, str], *, beats: Path, log: Path | None) -> None:
+        self.rank, self.local_rank = int(environ["RANK"]), int(environ["LOCAL_RANK"])
+        self.started = time.monotonic()
+        self.ended_at = 0.0  # of time.time
+        self._asked = self._cleared = False
+        self._beats = beats
+        self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self._process = subprocess.Popen(
+            command,
+            env=os.environ | environ,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_the_agent,
+        )
+        self._reader = threading.Thread(target=self._read, args=(log,), daemon=True, name=f"rank-{self.rank}")
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _read(self, log: Path | None) -> None:
+        assert self._process.stdout
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._process.stdout)
+            file = stack.enter_context(open(log, "ab")) if log else None
+            for raw in self._process.stdout:
+                line = raw.decode(errors="replace").rstrip("\n")
+                self._tail.append(line)
+                say(line or " ", str(self.rank))
+                if file:
+                    file.write(raw)
+                    file.flush()
+        self.ended_at = self.ended_at or time.time()
+
+    def code(self) -> int | None:
+        """The exit code as a shell would tell it; None while the rank runs.
+
+        Ranks agree to stop as soon as one is asked. Another that is asked while its interpreter is already ending, and has
+        given up its handlers, dies of the signal although all is saved: that is a stop too, unless it had not even begun.
+        """
+        code = self._process.poll()
+        if code is None:
+            return None
+        self.ended_at = self.ended_at or time.time()
+        self._clear()
+        if self._asked and code == -signal.SIGTERM and not ((beat := self.beat()) and beat.phase == "start"):
+            return EXIT_STOPPED
+        return code if code >= 0 else 128 - code
+
+    def stop(self) -> None:
+        """Ask the rank, and not its children, to save its state and end."""
+        with contextlib.suppress(ProcessLookupError):
+            if self._process.poll() is None:
+                self._asked = True
+                os.kill(self.pid, signal.SIGTERM)
+
+    def kill(self, *, wait: bool = True) -> None:
+        """End the rank and all that it has started."""
+        self._clear()
+        if not wait:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process in the hands of a driver does not die
+            self._process.wait(timeout=5)
+        self._reader.join(timeout=2)
+
+    def _clear(self) -> None:
+        """Kill the group, once: later its number may belong to others."""
+        if not self._cleared:
+            self._cleared = True
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def tail(self, num_lines: int = 40) -> str:
+        self._reader.join(timeout=1)
+        return "\n".join(list(self._tail)[-num_lines:])[-4000:]
+
+    def error_line(self) -> str:
+        """The line that says what the user has to mend, if this rank has said it."""
+        self._reader.join(timeout=1)
+        return next((line for line in reversed(self._tail) if line.startswith("error:")), "")
+
+    def beat(self) -> Beat | None:
+        return heartbeat.read_beat(self._beats, self.local_rank)
+
+    def silent(self) -> tuple[Phase, float]:
+        """What the rank said last and how many seconds ago."""
+        beat = self.beat()
+        return (beat.phase, time.monotonic() - beat.time) if beat else ("start", time.monotonic() - self.started)
+
+    def stacks(self, seconds: float = 3.0) -> str:
+        """Where each of the rank's threads is: from py-spy, else from the rank's own fault handler."""
+        state = _process_state(self.pid)
+        if py_spy := shutil.which("py-spy"):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                command = [py_spy, "dump", "--nonblocking", "--pid", str(self.pid)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+                if done.returncode == 0:
+                    return f"state {state}\n{done.stdout}"
+        file = heartbeat.stacks_file(self._beats, self.local_rank)
+        if not file.exists():
+            return f"state {state}; no stacks: the rank has no heartbeat, and py-spy is not installed"
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGUSR1)
+        deadline, size = time.monotonic() + seconds, -1
+        while time.monotonic() < deadline and (size <= 0 or size != file.stat().st_size):
+            size = file.stat().st_size
+            time.sleep(0.2)
+        return f"state {state}\n{file.read_text(errors='replace') or 'no stacks: the rank does not answer'}"
+
+
+class Ranks:
+    """All ranks of this host in one round; it may be none."""
+
+    def __init__(self, command: Sequence[str], environs: Sequence[dict[str, str]], beats: Path, log_dir: Path | None) -> None:
+        for old in beats.iterdir():
+            old.unlink()
+        self.all = []
+        for environ in environs:
+            name = f"round-{int(environ['TORCHELASTIC_RESTART_COUNT']) + 1}-rank-{environ['RANK']}.log"
+            log = log_dir / name if log_dir else None
+            self.all.append(RankProcess(command, environ, beats=beats, log=log))
+        self._stopped = False
+
+    def codes(self) -> dict[int, int]:
+        """Exit codes, by rank, of those that have ended."""
+        return {rank.rank: code for rank in self.all if (code := rank.code()) is not None}
+
+    def ended(self) -> bool:
+        return len(self.codes()) == len(self.all)
+
+    def stop(self) -> None:
+        """Ask all at once, and only once: a second request would end a rank in the middle of saving."""
+        if not self._stopped:
+            self._stopped = True
+            for rank in self.all:
+                rank.stop()
+
+    def kill(self) -> None:
+        """End all at once."""
+        for rank in self.all:
+            rank.kill(wait=False)
+        for rank in self.all:
+            rank.kill()
+
+    def step(self) -> int:
+        """The highest step that a rank has told."""
+        return max((beat.step for rank in self.all if (beat := rank.beat())), default=0)
+
+    def under_way(self) -> bool:
+        """Whether all that tell anything have begun to train; ranks without heartbeats count as such."""
+        beats = [rank.beat() for rank in self.all]
+        return not any(beats) or all(beat and beat.phase not in ("start", "compile") for beat in beats)
+
+    def hung(self, limits: Limits) -> RankProcess | None:
+        """The rank that has been silent beyond what its phase allows, a stopped one first."""
+        if not any(rank.beat() for rank in self.all):
+            return None  # a script that sends no heartbeats is not judged by them
+        late = [rank for rank in self.all if rank.code() is None and rank.silent()[1] > limits.of(rank.silent()[0])]
+        return min(late, key=lambda rank: (_process_state(rank.pid) != "T (stopped)", rank.rank)) if late else None
+
+    def first_failed(self) -> RankProcess:
+        """The rank that ended first among those that neither completed nor stopped in good order."""
+        failed = [rank for rank in self.all if rank.code() not in (None, EXIT_COMPLETE, EXIT_STOPPED)]
+        return min(failed, key=lambda rank: rank.ended_at)
+
+    def user_error(self) -> str:
+        """The one line of a user error, from whichever rank has said it."""
+        lines = [rank.error_line() for rank in self.all if rank.code() == EXIT_USER_ERROR]
+        return next((line for line in lines if line), "")
+
+
+def reach(host: str, port: int) -> str:
+    """The address of this host that is used to reach another, so one that the other can reach."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)
+        return probe.getsockname()[0]
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an IPv4 address."""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, name.encode().ljust(256, b"\0"))  # SIOCGIFADDR
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
+
+
+def reserve_port(address: str) -> socket.socket:
+    """A socket that keeps a free port of this host until it is closed."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    held = socket.socket(family, socket.SOCK_STREAM)
+    held.bind((address, 0))
+    return held
+
+
+def _process_state(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("State:"):
+                return line.split(":", 1)[1].strip()
+    return "unknown"
+
+
+_prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
+
+
+def _die_with_the_agent() -> None:
+    """A rank does not outlive its agent, however that ends; called between fork and exec."""
+    if _prctl:
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

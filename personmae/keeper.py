@@ -1,0 +1,279 @@
+"""Keeping a run's checkpoints beside its step loop: when to save, the threads that write and upload, what to delete.
+
+The loop waits for the copy to host memory alone. One thread writes and commits that copy; another uploads what is committed,
+from the disk, so a slow or absent store never holds up the next save.
+"""
+
+import copy
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from personmae import archive, checkpoint
+from personmae.checkpoint import Checkpoint
+from personmae.snapshot import Snapshot
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_LAST_WORD_SECONDS = 1.0  # for an upload that waits to be tried again to say that it is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """When a state is saved: at multiples of steps, which all ranks know, and after a time, which one clock must decide."""
+
+    every_steps: int
+    every_seconds: float | None = None
+    keep_every: int | None = None  # a step that is kept for good must be saved
+
+    def by_step(self, step: int) -> bool:
+        """Whether the state after ``step`` steps is saved."""
+        return step % self.every_steps == 0 or (self.keep_every is not None and step % self.keep_every == 0)
+
+    def by_time(self, seconds: float) -> bool:
+        """Whether to save ``seconds`` after the last time."""
+        return self.every_seconds is not None and seconds >= self.every_seconds
+
+
+class CheckpointCounters:
+    """What a writer counts, by the names under which Prometheus knows it, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        prefix = "personmae"
+        self.seconds = Histogram(
+            f"{prefix}_checkpoint_duration_seconds",
+            "time of a stage: wait and snapshot hold up the step loop, persist and upload do not",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.bytes = Counter(f"{prefix}_checkpoint_bytes", "bytes committed to the run directory", registry=registry)
+        self.failures = Counter(
+            f"{prefix}_checkpoint_failures", "stages that failed, each try of an upload", ["stage"], registry=registry
+        )
+        self.last_time = Gauge(
+            f"{prefix}_last_checkpoint_timestamp_seconds", "when the last one was committed", registry=registry
+        )
+        self.last_step = Gauge(f"{prefix}_last_checkpoint_step", "the step of the last one", registry=registry)
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Observe a stage that succeeds, count one that fails."""
+        start = time.monotonic()
+        try:
+            yield
+        except BaseException:
+            self.failures.labels(stage).inc()
+            raise
+        self.seconds.labels(stage).observe(time.monotonic() - start)
+
+
+class Writer:
+    """Saves the states of a run without holding it up; only the first rank has one, unless all write their parts.
+
+    ``store`` is an object store to which every committed checkpoint is uploaded, or None. ``resumed`` is the checkpoint from
+    which the run goes on: it is never deleted before ``keep_last`` newer ones are committed, and what lies beyond it is
+    deleted with the first. With ``world_size`` above one, all ranks have a writer over a shared directory, and ``barrier``
+    waits for all of them on a process group that nothing else uses, for it is called from a thread.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        store: str | None = None,
+        resumed: Path | None = None,
+        retry_seconds: float = 600.0,
+        close_seconds: float = 120.0,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], object] = lambda: None,
+    ):
+        self.counters = CheckpointCounters()
+        self.committed: int | None = None  # the last step that is safe in the run directory
+        self.uploaded: int | None = None  # and in the store
+        self._run_dir, self._store = Path(run_dir), store.rstrip("/") if store else None
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._retry_seconds, self._close_seconds = retry_seconds, close_seconds
+        self._parts: dict[str, Any] = {"rank": rank, "world_size": world_size, "barrier": barrier}
+        self._is_first = rank == 0
+        resumed = checkpoint.settle(resumed) if resumed and self._is_first else resumed
+        self._resumed = (checkpoint.step_of(resumed.name) or 0) if resumed else 0
+        self._own: set[int] = set()  # steps that this writer has committed
+        self._snapshot, self._saved_at = Snapshot(), time.monotonic()
+        self._writing: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._changed = threading.Condition()  # guards what follows
+        self._queue: list[tuple[int, Path]] = []
+        self._in_upload: int | None = None
+        self._closing = self._given_up = False
+        self._uploading: threading.Thread | None = None
+        if self._store and self._is_first:
+            # A daemon: what a store does must not keep a process from ending.
+            self._uploading = threading.Thread(target=self._upload_all, name="checkpoint upload", daemon=True)
+            self._uploading.start()
+            if resumed:  # it may not have got there before the run was cut short
+                self._enqueue(self._resumed, resumed)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save would wait for the one before."""
+        return self._writing is not None and self._writing.is_alive()
+
+    @property
+    def seconds_since_save(self) -> float:
+        """Seconds since the last save began, or since the start."""
+        return time.monotonic() - self._saved_at
+
+    def save(self, state: Checkpoint, *, wait: bool = False) -> float:
+        """Copy a state to host memory and have it written; with ``wait``, return once it is committed to the run directory.
+
+        Returns the seconds for which the caller was held up.
+
+        Raises:
+            OSError: this state, with ``wait``, or the one before could not be written; nothing is saved from then on.
+        """
+        self._saved_at = time.monotonic()
+        self._finish_writing()
+        self.counters.seconds.labels("wait").observe(self.seconds_since_save)
+        with self.counters.time("snapshot"):
+            self._snapshot.take(state.tensors)
+            record = copy.deepcopy(state.state)
+        self._writing = threading.Thread(target=self._write, args=(state.step, record), name="checkpoint write")
+        self._writing.start()
+        if wait:
+            self._finish_writing()
+        return self.seconds_since_save
+
+    def close(self) -> None:
+        """Wait until all is written, and for a bounded time until all is uploaded.
+
+        Raises:
+            OSError: the last state could not be written.
+        """
+        try:
+            self._finish_writing()
+        finally:
+            self._finish_uploading()
+        if self._own and self._is_first:
+            self._prune()
+
+    # --- the thread that writes ---
+
+    def _finish_writing(self) -> None:
+        if self._writing:
+            self._writing.join()
+        if self._error:
+            raise self._error
+
+    def _write(self, step: int, record: dict[str, Any]) -> None:
+        try:
+            with self.counters.time("persist"):
+                path = checkpoint.commit(self._run_dir, step, self._snapshot, record, **self._parts)
+            if self._is_first:
+                self._note_commit(step, path)
+                self._prune()
+        except BaseException as error:  # raised where the run can end: at the next save, or at the close
+            self._error = error
+
+    def _note_commit(self, step: int, path: Path) -> None:
+        self.committed = step
+        self._own.add(step)
+        self.counters.bytes.inc(sum(file.stat().st_size for file in path.iterdir()))
+        self.counters.last_time.set_to_current_time()
+        self.counters.last_step.set(step)
+        if self._store:
+            self._enqueue(step, path)
+
+    def _prune(self) -> None:
+        with self._changed:
+            needed = {self._in_upload, *(step for step, _ in self._queue)}
+        steps = self._surplus(checkpoint.local_steps(self._run_dir))
+        checkpoint.delete(self._run_dir, [step for step in steps if step not in needed])
+
+    def _surplus(self, steps: list[int]) -> list[int]:
+        line = {step for step in steps if step <= self._resumed} | self._own
+        return checkpoint.surplus(steps, line, keep_last=self._keep_last, keep_every=self._keep_every)
+
+    # --- the thread that uploads ---
+
+    def _enqueue(self, step: int, path: Path) -> None:
+        """Have a checkpoint uploaded in place of those that wait, but for those that are kept for good."""
+        with self._changed:
+            self._queue = [*(waiting for waiting in self._queue if self._for_good(waiting[0])), (step, path)]
+            self._changed.notify_all()
+
+    def _for_good(self, step: int) -> bool:
+        return self._keep_every is not None and step % self._keep_every == 0
+
+    def _upload_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._closing)
+                if not self._queue or self._given_up:
+                    return
+                self._in_upload, path = self._queue.pop(0)
+            self._upload(self._in_upload, path)
+            with self._changed:
+                self._in_upload = None
+
+    def _upload(self, step: int, path: Path) -> None:
+        where, sent = f"{self._store}/{checkpoint.name_of(step)}", set[str]()
+        deadline, told = time.monotonic() + self._retry_seconds, False
+
+        def attempt() -> None:
+            with self.counters.time("upload"):
+                archive.send(self._store or "", path, step, sent)
+
+        def wait(error: Exception, delay: float) -> bool:
+            nonlocal told
+            if not told:
+                print(f"checkpoint {where} is not uploaded yet: {error}; trying again", flush=True)
+            told = True
+            with self._changed:
+                self._changed.wait_for(lambda: self._superseded(step), timeout=delay)
+                return not self._superseded(step) and time.monotonic() < deadline
+
+        try:
+            archive.patiently(attempt, wait)
+        except Exception as error:  # whatever it is, the run goes on: the checkpoint is whole in the run directory
+            print(f"checkpoint {where} is not uploaded: {error}; {path} is kept here", flush=True)
+            return
+        self.uploaded = step
+        if step in self._own:
+            self._prune_store()
+
+    def _superseded(self, step: int) -> bool:
+        return self._given_up or (bool(self._queue) and not self._for_good(step))
+
+    def _prune_store(self) -> None:
+        store = self._store or ""
+        try:
+            for step in self._surplus(archive.steps(store)):
+                archive.delete(store, step)
+        except Exception as error:  # the next upload deletes them
+            self.counters.failures.labels("prune").inc()
+            print(f"checkpoints in {store} that are no longer needed are left: {error}", flush=True)
+
+    def _finish_uploading(self) -> None:
+        if not self._uploading or self._given_up:
+            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._uploading.join(self._close_seconds)
+        with self._changed:
+            self._given_up = True
+            self._changed.notify_all()
+        self._uploading.join(_LAST_WORD_SECONDS)
+        if self._uploading.is_alive() or self._queue:
+            kept = f"{checkpoint.folder(self._run_dir)} keeps what is not"
+            print(f"checkpoint: not all is uploaded to {self._store} after {self._close_seconds:g} s; {kept}", flush=True)

@@ -1,0 +1,39 @@
+"""All runs of the scenario, done once in three starts of real processes."""
+
+from typing import Any
+
+import pytest
+from engine_runs import MAX_NORM, POISONED, Results, launch
+from scenario import ENGINES, MIDDLE, STEPS
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("engines")
+
+    def task(name: str, engine: str, **settings: Any) -> dict[str, Any]:
+        common = {"max_norm": None, "activation_checkpointing": "none", "load": None, "first": 0, "last": STEPS, "poison": None}
+        return common | {"engine": engine, "out": str(folder / name)} | settings
+
+    def all_runs(engine: str, ranks: int) -> list[dict[str, Any]]:
+        return [
+            task(f"{engine}-{ranks}", engine),
+            task(f"{engine}-{ranks}-clipped", engine, max_norm=MAX_NORM, poison=POISONED),
+        ]
+
+    def continued(name: str, engine: str, origin: str) -> dict[str, Any]:
+        return task(name, engine, load=str(folder / f"{origin}-{MIDDLE}.safetensors"), first=MIDDLE)
+
+    plain = [task("plain", "plain"), task("plain-clipped", "plain", max_norm=MAX_NORM, poison=POISONED)]
+    one = [run for engine in ENGINES for run in all_runs(engine, 1)]
+    launch(plain + one, 1, folder)
+    two = [run for engine in (*ENGINES, "hsdp") for run in all_runs(engine, 2)]
+    two += [
+        task(f"{engine}-2-{mode}", engine, activation_checkpointing=mode, last=MIDDLE)
+        for engine in ENGINES
+        for mode in ("selective", "full")
+    ]
+    two += [continued(f"{a}-1-then-{b}-2", b, f"{a}-1") for a, b in zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True)]
+    launch(two, 2, folder)
+    launch([continued(f"{a}-2-then-{b}-1", b, f"{a}-2") for b in ENGINES for a in ENGINES], 1, folder)
+    return Results(folder)

@@ -1,0 +1,88 @@
+"""What a rank tells its agent, and what that costs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher.ranks import Limits
+from personmae import heartbeat
+from personmae.heartbeat import Beat, Heartbeat, read_beat
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(heartbeat.DIRECTORY, str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    return tmp_path
+
+
+def test_without_an_agent_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(heartbeat.DIRECTORY, raising=False)
+    monkeypatch.chdir(tmp_path)
+    Heartbeat().beat("step", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_beat_is_read_as_it_was_sent(directory: Path) -> None:
+    assert read_beat(directory, 3) is None
+    beats = Heartbeat()
+    begun = read_beat(directory, 3)
+    assert begun is not None
+    assert (begun.phase, begun.step) == ("start", 0)
+    for phase in heartbeat.PHASES:
+        before = time.monotonic()
+        beats.beat(phase, 2**40)
+        beat = read_beat(directory, 3)
+        assert beat is not None
+        assert beat == Beat(phase, 2**40, beat.time)
+        assert before - 1e-3 <= beat.time <= time.monotonic() + 1e-3
+
+
+def test_a_beat_costs_less_than_20_microseconds(directory: Path) -> None:
+    beats = Heartbeat()
+    times = []
+    for step in range(5000):
+        before = time.perf_counter()
+        beats.beat("step", step)
+        times.append(time.perf_counter() - before)
+    print(f"\na beat: {sorted(times)[2500] * 1e6:.2f} us")
+    assert sorted(times)[2500] < 20e-6
+
+
+def test_every_phase_has_a_limit_of_its_own() -> None:
+    limits = Limits(1, 2, 3, 4, 5)
+    assert [limits.of(phase) for phase in heartbeat.PHASES] == [1, 2, 3, 4, 5]
+
+
+STUCK = """
+import os, threading, time
+from personmae.heartbeat import Heartbeat
+beats = Heartbeat()
+def a_thread(): time.sleep(60)
+threading.Thread(target=a_thread, daemon=True).start()
+def stuck_here():
+    print("ready", flush=True)
+    threading.Event().wait()
+stuck_here()
+"""
+
+
+@pytest.mark.integration
+def test_a_stuck_rank_shows_where_all_its_threads_are(tmp_path: Path) -> None:
+    environ = os.environ | {heartbeat.DIRECTORY: str(tmp_path), "LOCAL_RANK": "0"}
+    with subprocess.Popen([sys.executable, "-c", STUCK], env=environ, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGUSR1)
+        file, deadline = heartbeat.stacks_file(tmp_path, 0), time.monotonic() + 10
+        while "stuck_here" not in file.read_text() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None
+        process.kill()
+    assert "stuck_here" in file.read_text()
+    assert "a_thread" in file.read_text()

@@ -1,0 +1,257 @@
+"""Which checkpoint a run resumes, from its directory and an S3 store over real HTTP."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from boto3.session import Session
+
+from personmae import archive, checkpoint, dist
+from personmae.checkpoint import Checkpoint
+from personmae.data import storage
+from personmae.errors import RankError, UserError
+
+BUCKET = "runs"
+
+
+@pytest.fixture(scope="module")
+def client(_moto_endpoint: str) -> Iterator[Any]:
+    """A client of the tests' own, and the environment for the package's; both are made once, for that takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ENDPOINT_URL", "AWS_PROFILE", "AWS_SESSION_TOKEN", "HTTP_PROXY", "http_proxy"):
+            patch.delenv(name, raising=False)
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setenv("S3_ENDPOINT_URL", _moto_endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        storage.s3_client.cache_clear()
+        made = Session().client("s3", endpoint_url=_moto_endpoint)
+        made.create_bucket(Bucket=BUCKET)
+        yield made
+        made.close()
+        storage.s3_client.cache_clear()
+
+
+@pytest.fixture
+def store(client: Any, tmp_path: Path) -> str:
+    """A place of the test's own."""
+    return f"s3://{BUCKET}/{tmp_path.name}"
+
+
+def key_of(store: str, step: int, name: str) -> str:
+    return f"{storage.split_s3(store)[1]}{checkpoint.name_of(step)}/{name}"
+
+
+def keys(client: Any, store: str) -> set[str]:
+    """Names below a store."""
+    prefix = storage.split_s3(store)[1]
+    found = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    return {item["Key"].removeprefix(prefix) for item in found}
+
+
+def write(run: Path, step: int, *, value: float | None = None) -> Path:
+    tensors = {"student": {"w": torch.full((4,), float(step if value is None else value))}, "teacher": {"w": torch.ones(2)}}
+    return checkpoint.write(run, Checkpoint(step, tensors, {}), keep_last=9)
+
+
+def write_both(run: Path, store: str, *steps: int) -> list[Path]:
+    paths = [write(run, step) for step in steps]
+    for step, path in zip(steps, paths, strict=True):
+        archive.send(store, path, step, set())
+    return paths
+
+
+def newest_step(run: Path, store: str | None) -> int | None:
+    path = archive.newest(run, store)
+    if path is None:
+        return None
+    read = checkpoint.read(path)
+    assert read.tensors["student"]["w"].tolist() == [float(read.step)] * 4
+    return read.step
+
+
+def spoil_remote(client: Any, store: str, step: int, name: str) -> None:
+    key = key_of(store, step, name)
+    content = bytearray(client.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    content[-1] ^= 1
+    client.put_object(Bucket=BUCKET, Key=key, Body=bytes(content))
+
+
+def test_what_is_sent_lies_below_its_step_and_latest_names_it(tmp_path, store, client):
+    (path,) = write_both(tmp_path, store, 3)
+    assert keys(client, store) == {*(f"{path.name}/{file.name}" for file in path.iterdir()), "LATEST"}
+    assert storage.read(store, "LATEST") == b"step-00000003"
+    assert archive.steps(store) == [3]
+
+
+def test_the_manifest_is_sent_after_all_files_and_latest_after_it(tmp_path, store, monkeypatch):
+    sent = []
+    for name in ("upload", "write", "delete"):
+        call = getattr(storage, name)
+        monkeypatch.setattr(storage, name, lambda root, n, *args, call=call: (sent.append(n), call(root, n, *args)))
+    path = write(tmp_path, 3)
+    archive.send(store, path, 3, set())
+    assert set(sent[:-2]) == {"student.safetensors", "teacher.safetensors", "state.json"}
+    assert sent[-2:] == ["manifest.json", "LATEST"]
+    sent.clear()
+    archive.send(store, path, 3, set())
+    assert sent == ["LATEST"]
+    archive.send(store, write(tmp_path, 3, value=9), 3, set())
+    assert sent[1] == ["manifest.json"]  # what changes is no checkpoint meanwhile
+
+
+def test_a_try_that_was_cut_short_goes_on_with_what_is_left(tmp_path, store, monkeypatch):
+    path, sent = write(tmp_path, 3), {"student.safetensors", "state.json"}
+    uploaded = []
+    monkeypatch.setattr(storage, "upload", lambda _, name, __: uploaded.append(name))
+    archive.send(store, path, 3, sent)
+    assert uploaded == ["teacher.safetensors"]
+
+
+@pytest.mark.parametrize(("here", "there", "expected"), [([1, 3], [2], 3), ([1], [1, 2], 2), ([], [4], 4), ([4], [], 4)])
+def test_the_newest_of_both_places_wins(tmp_path, store, here, there, expected):
+    write_both(tmp_path / "elsewhere", store, *there)
+    for step in here:
+        write(tmp_path / "run", step)
+    assert newest_step(tmp_path / "run", store) == expected
+    assert (checkpoint.folder(tmp_path / "run") / checkpoint.name_of(expected)).is_dir()
+
+
+def test_of_equal_ones_the_local_is_taken_and_nothing_is_fetched(tmp_path, store, monkeypatch):
+    (path,) = write_both(tmp_path, store, 1)
+    monkeypatch.setattr(archive, "fetch", lambda *_: pytest.fail("nothing needs to be fetched"))
+    assert archive.newest(tmp_path, store) == path
+
+
+def test_nothing_anywhere_is_no_checkpoint(tmp_path, store):
+    assert archive.newest(tmp_path, store) is None
+    assert archive.newest(tmp_path, None) is None
+
+
+def test_a_damaged_local_one_is_replaced_by_that_of_the_store(tmp_path, store, capsys):
+    _, path = write_both(tmp_path, store, 1, 2)
+    (path / "state.json").write_text("{}")
+    assert newest_step(tmp_path, store) == 2
+    assert checkpoint.find_fault(path) is None
+    assert f"checkpoint {path} is passed over: state.json does not have the size and hash" in capsys.readouterr().out
+    assert [p.name for p in checkpoint.folder(tmp_path).iterdir() if p.name.startswith((".old", ".partial"))] == []
+
+
+@pytest.mark.parametrize("damage", ["spoiled", "missing", "no manifest", "bad manifest", "path outside"])
+def test_a_damaged_one_of_the_store_is_passed_over_and_told(tmp_path, store, client, capsys, damage):
+    write_both(tmp_path / "elsewhere", store, 1, 2)
+    manifest = key_of(store, 2, "manifest.json")
+    match damage:
+        case "spoiled":
+            spoil_remote(client, store, 2, "student.safetensors")
+        case "missing":
+            client.delete_object(Bucket=BUCKET, Key=key_of(store, 2, "student.safetensors"))
+        case "no manifest":
+            client.delete_object(Bucket=BUCKET, Key=manifest)
+        case "bad manifest":
+            client.put_object(Bucket=BUCKET, Key=manifest, Body=b"{")
+        case _:
+            outside = json.dumps({"state.json": {"bytes": 2, "sha256": ""}, "../../x": {"bytes": 2, "sha256": ""}})
+            client.put_object(Bucket=BUCKET, Key=manifest, Body=outside.encode())
+    assert newest_step(tmp_path / "run", store) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"checkpoint {store}/step-00000002 is passed over: ")
+    assert [path.name for path in checkpoint.folder(tmp_path / "run").iterdir()] == ["step-00000001"]
+
+
+def test_a_deleted_one_is_gone(tmp_path, store, client):
+    write_both(tmp_path, store, 1, 2)
+    archive.delete(store, 1)
+    assert archive.steps(store) == [2]
+    assert not [key for key in keys(client, store) if "step-00000001" in key]
+    archive.delete(store, 1)
+
+
+def test_a_bucket_that_does_not_exist_is_named(tmp_path, client):
+    with pytest.raises(UserError, match=r"s3://nowhere/run was refused .*the bucket does not exist; create it"):
+        archive.newest(tmp_path, "s3://nowhere/run")
+
+
+def test_a_store_that_cannot_list_is_read_by_its_pointer(tmp_path, store, monkeypatch):
+    write_both(tmp_path / "elsewhere", store, 1, 2)
+    monkeypatch.setattr(storage, "list_folders", lambda _: None)
+    assert archive.steps(store) == [2]
+    assert newest_step(tmp_path / "run", store) == 2
+    assert archive.steps(f"{store}/nothing") == []
+
+
+# --- all ranks ---
+
+
+class OtherHost:
+    """Makes this process a rank of another host, to which a first rank offers checkpoints."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *offers: Path):
+        told = [json.dumps({"path": str(path), "digest": checkpoint.digest(path)}) for path in offers]
+        answers = iter([*told, "{}"])
+        monkeypatch.setattr(dist, "is_first", lambda: False)
+        monkeypatch.setattr(dist, "from_first_rank", lambda _: next(answers))
+
+
+def hide(run: Path) -> None:
+    """What another host does not see."""
+    run.rename(run.with_name("hidden"))
+
+
+def test_a_host_fetches_once_for_all_its_ranks_and_keeps_one_only(tmp_path, store, monkeypatch):
+    paths = write_both(tmp_path / "first", store, 1, 2)
+    OtherHost(monkeypatch, *paths[:1])
+    hide(tmp_path / "first")
+    found = archive.newest_for_all(tmp_path / "second", store)
+    assert found == tmp_path / "second" / "fetched" / "step-00000001"
+    assert found is not None
+    assert checkpoint.find_fault(found) is None
+    (tmp_path / "hidden").rename(tmp_path / "first")
+    OtherHost(monkeypatch, *paths)
+    hide(tmp_path / "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(archive, "fetch", lambda *_: pytest.fail("it is here already"))
+        assert archive.newest_for_all(tmp_path / "second", store) == found
+    fetched = tmp_path / "second" / "fetched"
+    assert archive.newest_for_all(tmp_path / "second", store) == fetched / "step-00000002"
+    assert [path.name for path in fetched.glob("*step-*")] == ["step-00000002"]
+
+
+def test_a_host_that_cannot_have_it_makes_all_take_the_next(tmp_path, store, client, monkeypatch, capsys):
+    paths = write_both(tmp_path / "first", store, 1, 2)
+    spoil_remote(client, store, 2, "teacher.safetensors")
+    OtherHost(monkeypatch, paths[1], paths[0])
+    hide(tmp_path / "first")
+    found = archive.newest_for_all(tmp_path / "second", store)
+    assert found is not None
+    assert found.name == "step-00000001"
+    assert "step-00000002 is passed over: on this host, teacher.safetensors does not have" in capsys.readouterr().out
+
+
+def test_another_one_of_the_same_step_is_not_taken_for_it(tmp_path, store, monkeypatch, capsys):
+    write_both(tmp_path / "elsewhere", store, 1)
+    path = write(tmp_path / "first", 1, value=5)
+    OtherHost(monkeypatch, path)
+    hide(tmp_path / "first")
+    assert archive.newest_for_all(tmp_path / "second", store) is None
+    assert "on this host, it is not the one that the first host has" in capsys.readouterr().out
+
+
+def test_without_a_store_all_hosts_must_see_the_run_directory(tmp_path, monkeypatch):
+    path = write(tmp_path / "first", 1)
+    OtherHost(monkeypatch, path)
+    hide(tmp_path / "first")
+    with pytest.raises(RankError, match=f"run_dir must lie on storage that all hosts share; this one does not see {path}"):
+        archive.newest_for_all(tmp_path / "second")
+
+
+def test_an_error_of_the_first_rank_is_raised_on_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "is_first", lambda: False)
+    monkeypatch.setattr(dist, "from_first_rank", lambda _: json.dumps({"error": "the store is away"}))
+    with pytest.raises(UserError, match="the store is away"):
+        archive.newest_for_all(tmp_path, "s3://b/run")
