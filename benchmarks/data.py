@@ -18,7 +18,7 @@ from pathlib import Path
 import boto3
 import crops
 
-from personmae.bench import DataBench, run_data
+from personmae.bench.data import DataBench, run_data
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "data.json"

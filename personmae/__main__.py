@@ -274,7 +274,7 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
     data.add_argument("--out", type=Path, help="write the record as JSON")
 
     def run(args: argparse.Namespace) -> None:
-        from personmae.bench import DataBench, run_data
+        from personmae.bench.data import DataBench, run_data
 
         settings = DataBench(args.shards, args.remote, num_images=args.images, rounds=args.rounds, rate=args.rate)
         run_data(settings, args.out)

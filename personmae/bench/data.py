@@ -1,7 +1,4 @@
-"""``personmae bench``: measurements of the running system on this machine, as a table and as JSON.
-
-``data``: what a data set's shards can be read and decoded at, beside the usual way of doing the same.
-"""
+"""``personmae bench data``: what a data set's shards can be read and decoded at, beside the usual way of doing the same."""
 
 import json
 import multiprocessing
