@@ -109,6 +109,10 @@ class Train(Section):
     max_skipped_steps: int = Field(
         default=10, gt=0, description="steps in a row that may be skipped because a gradient is not finite"
     )
+    spike_factor: float | None = Field(
+        default=None, gt=1, description="go back to a checkpoint when the loss is so many times its running mean; default never"
+    )
+    max_rollbacks: int = Field(default=3, gt=0, description="how often that may happen before the run stops")
     log_every: int = Field(default=50, gt=0, description="steps between two log lines")
 
 
@@ -167,6 +171,14 @@ class Checkpoint(Section):
             raise ValueError("must be a location like s3://bucket/prefix, or null; a run's own directory is run_dir")
         return store
 
+    def writer_arguments(self) -> dict[str, Any]:
+        """Arguments of ``keeper.Writer``, but for where."""
+        return self.model_dump(include={"keep_last", "keep_every", "store", "retry_seconds", "close_seconds"})
+
+    def schedule_arguments(self) -> dict[str, Any]:
+        """Arguments of ``keeper.Schedule``."""
+        return self.model_dump(include={"every_steps", "every_seconds", "keep_every"})
+
 
 class Pretrain(Section):
     """PersonMAE pre-training."""
@@ -219,8 +231,7 @@ class Pretrain(Section):
         """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""
         values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint"})
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
-        for name in ("compile", "max_micro_batch_size", "log_every", "activation_checkpointing", "max_skipped_steps"):
-            del values["train"][name]
+        values["train"] = {name: values["train"][name] for name in ("global_batch_size", "epochs", "total_steps", "precision")}
         return flatten(values)
 
 

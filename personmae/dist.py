@@ -130,6 +130,15 @@ def any_ranks(*flags: bool) -> tuple[bool, ...]:
     return tuple(map(bool, values.tolist()))
 
 
+def all_flags(flag: bool) -> list[bool]:
+    """Every rank's flag, in the order of ranks."""
+    if not tdist.is_initialized():
+        return [flag]
+    flags: list[bool] = [False] * tdist.get_world_size()
+    tdist.all_gather_object(flags, flag)
+    return flags
+
+
 def is_first() -> bool:
     """Whether this is rank 0, also where there is no process group."""
     return not tdist.is_initialized() or tdist.get_rank() == 0

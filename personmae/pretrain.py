@@ -3,7 +3,11 @@
 ``personmae pretrain CONFIG [a.b=c ...]`` and ``deepspeed launcher/pretrain.py --config CONFIG [a.b=c ...]`` both end here.
 """
 
+import contextlib
+import itertools
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from personmae.data import storage
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.engine.base import Engine, PortableState
 from personmae.errors import Diverged, Stopped, UserError
+from personmae.guard import Guard
 from personmae.heartbeat import Heartbeat, Phase
 from personmae.keeper import Schedule, Writer
 from personmae.model import teacher as ema
@@ -26,12 +31,36 @@ PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,0
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+@dataclass
+class Run:
+    """What a run is made of, and how far it has come."""
+
+    settings: config.Pretrain
+    world: dist.World
+    plan: dist.BatchPlan
+    view: View
+    shards: ShardSet
+    engine: Engine
+    teacher: Teacher | None
+    total_steps: int
+    step: int = 0  # updates done
+    cursor: int = 0  # global batches of the sample order that are behind; more than ``step`` after a rollback
+
+
+class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
+    """The loss has jumped; ``good_step`` is the last one at which it was as usual."""
+
+    def __init__(self, good_step: int):
+        self.good_step = good_step
+
+
 def run(settings: config.Pretrain) -> None:
     """Train until ``total_steps`` are done, resuming what the run directory holds.
 
     Raises:
         UserError: the configuration or the data cannot be trained on; found before the first step.
         Stopped: a signal asked for it; the state is saved.
+        Diverged: gradients are no longer finite, or the loss has jumped too often.
     """
     world = dist.read_world()
     heartbeat = Heartbeat()
@@ -39,7 +68,6 @@ def run(settings: config.Pretrain) -> None:
     stop = dist.StopSignal()
     dist.start(world)
     shards = open_shards(settings, world)
-    total_steps = count_steps(settings, len(shards))
 
     torch.manual_seed(settings.seed)
     model = build_model(settings).to(world.device)
@@ -53,27 +81,45 @@ def run(settings: config.Pretrain) -> None:
             teacher.compile()
     engine = build_engine(settings, model, plan)
 
-    found = resume(settings, engine, teacher, shards) if settings.checkpoint.resume == "auto" else None
-    start = checkpoint.step_of(found.name) or 0 if found else 0
-    if start >= total_steps:
+    state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)))
+    found = resume(state) if settings.checkpoint.resume == "auto" else None
+    held = None
+    try:
+        if state.step >= state.total_steps:
+            if world.is_first:
+                open_writer(settings, found).close()  # the last checkpoint may not have got to the store
+                print(f"{settings.run_dir} is complete: {state.step} of {state.total_steps} steps are done", flush=True)
+            return None
+        held = checkpoint.lock(settings.run_dir) if world.is_first else None
         if world.is_first:
-            open_writer(settings, found).close()  # the last checkpoint may not have got to the store
-            print(f"{settings.run_dir} is complete: {start} of {total_steps} steps are done", flush=True)
+            announce(state)
+        for attempt in itertools.count():
+            try:
+                return train(state, found, cut, heartbeat, stop)
+            except Spiked as spike:
+                found = roll_back(state, spike, attempt)
+    finally:
         shards.close()
         engine.close()
         dist.stop()
-        return
-    reader = build_reader(settings, shards, plan, world, view, first_step=start, total_steps=total_steps)
-    held = checkpoint.lock(settings.run_dir) if world.is_first else None
+        if held:
+            held.close()
+
+
+def train(
+    state: Run, found: Path | None, cut: Callable[..., dict[str, Tensor]], heartbeat: Heartbeat, stop: dist.StopSignal
+) -> None:
+    """The loop: from the state that was ``found``, or from the start, to the end."""
+    settings, world, engine, teacher, total_steps = state.settings, state.world, state.engine, state.teacher, state.total_steps
     writer = open_writer(settings, found) if world.is_first else None
-    wanted = settings.checkpoint
-    schedule = Schedule(wanted.every_steps, wanted.every_seconds, wanted.keep_every)
-    if world.is_first:
-        announce(settings, model, plan, len(shards), total_steps, start)
-    log = metrics.RunLog(settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=start)
-    step = saved = start
+    schedule = Schedule(**settings.checkpoint.schedule_arguments())
+    log = metrics.RunLog(
+        settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=state.step
+    )
+    reader = build_reader(state)
+    guard = Guard(world.device, max_skipped_steps=settings.train.max_skipped_steps, spike_factor=settings.train.spike_factor)
+    step = saved = good = state.step
     num_bad, due = 0, False
-    in_row = num_skipped = torch.zeros((), device=world.device)  # skipped steps, counted where nothing waits for them
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
     try:
         while step < total_steps:
@@ -82,9 +128,9 @@ def run(settings: config.Pretrain) -> None:
             timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
             stopping, timed = dist.any_ranks(stop.requested, timed)
             due |= step > saved and (stopping or timed or schedule.by_step(step))
-            if due and last_step_counted(in_row, settings, step):
+            if due and last_step_counted(guard, state):
                 heartbeat.beat("checkpoint", step)
-                save(settings, writer, engine, teacher, step, total_steps, shards)
+                save(state, writer)
                 saved, due = step, False
             if stopping:
                 stop.settle()
@@ -93,42 +139,40 @@ def run(settings: config.Pretrain) -> None:
                 raise Stopped(f"at step {step} of {total_steps}, {kept}; run this again to go on")
             heartbeat.beat(working, step)
             parts = []
-            for micro in range(plan.grad_accum_steps):
+            for micro in range(state.plan.grad_accum_steps):
                 batch = to_device(next(reader), world.device)
-                inputs = cut(batch.canvas, batch.size, draw_batch(batch.keys, batch.native_size, view), view)
+                inputs = cut(batch.canvas, batch.size, draw_batch(batch.keys, batch.native_size, state.view), state.view)
                 if teacher:
                     inputs["target"] = teacher(inputs["patches_b"])
-                parts.append(engine.forward_backward(inputs, last_micro=micro == plan.grad_accum_steps - 1))
+                parts.append(engine.forward_backward(inputs, last_micro=micro == state.plan.grad_accum_steps - 1))
+            losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
             lr_scale = lr_scale_at(settings, step, total_steps)
             grad_norm, skipped = engine.step(lr_scale)
             if teacher:
-                with engine.full_params(model.encoder) as params:
+                with engine.full_params(engine.module.get_submodule("encoder")) as params:
                     teacher.update(params, momentum_at(settings, step, total_steps), skipped)
-            step, working = step + 1, "step"
+            guard.note(losses["loss"], skipped)
+            step, state.step, state.cursor, working = step + 1, step + 1, state.cursor + 1, "step"
 
-            in_row, num_skipped = (in_row + skipped) * skipped, num_skipped + skipped
             log.advance(step)
             if step % settings.train.log_every == 0 or step == total_steps:
-                values = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-                means = mean_over_ranks(values | {"grad_norm": grad_norm, "skipped_steps": num_skipped})
+                means = mean_over_ranks(losses | {"grad_norm": grad_norm, "skipped_steps": guard.num_skipped})
                 means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()}
-                log.log(step, means, images_per_step=plan.global_batch_size)
-                last_step_counted(in_row, settings, step)  # like the line above, the only wait for the device
+                log.log(step, means, images_per_step=state.plan.global_batch_size)
+                last_step_counted(guard, state)  # like the lines above, the only wait for the device
                 num_bad = tell_bad_samples(reader, num_bad)
-        last_step_counted(in_row, settings, step)
+                if guard.spiked():
+                    raise Spiked(good)
+                good = step
+        last_step_counted(guard, state)
         heartbeat.beat("checkpoint", step)
-        save(settings, writer, engine, teacher, step, total_steps, shards)
+        save(state, writer)
         finish(writer)
     finally:
         reader.close()
         log.close()
-        shards.close()
-        engine.close()
-        dist.stop()
         if writer:
             writer.close()  # last: it may raise
-        if held:
-            held.close()
 
 
 def dry_run(settings: config.Pretrain, world_size: int) -> None:
@@ -214,33 +258,25 @@ def open_shards(settings: config.Pretrain, world: dist.World) -> ShardSet:
     )
 
 
-def build_reader(
-    settings: config.Pretrain,
-    shards: ShardSet,
-    plan: dist.BatchPlan,
-    world: dist.World,
-    view: View,
-    *,
-    first_step: int,
-    total_steps: int,
-) -> BatchReader:
-    """This rank's batches from ``first_step`` to the run's last."""
+def build_reader(state: Run) -> BatchReader:
+    """This rank's batches from the run's cursor to its end."""
+    data, world = state.settings.data, state.world
     return BatchReader(
-        shards,
-        canvas_size=view.canvas_size,
-        seed=settings.seed,
-        global_batch_size=plan.global_batch_size,
+        state.shards,
+        canvas_size=state.view.canvas_size,
+        seed=state.settings.seed,
+        global_batch_size=state.plan.global_batch_size,
         rank=world.rank,
         world_size=world.world_size,
-        micro_batch_size=plan.micro_batch_size,
-        first_step=first_step,
-        total_steps=total_steps,
-        num_threads=settings.data.num_threads or max(1, dist.usable_cores() // world.local_world_size),
-        prefetch_batches=settings.data.prefetch_batches,
-        block_size=settings.data.shuffle_block_size,
-        max_bad_ratio=settings.data.max_bad_ratio,
-        num_connections=settings.data.num_connections,
-        num_ahead=settings.data.prefetch_shards,
+        micro_batch_size=state.plan.micro_batch_size,
+        first_step=state.cursor,
+        total_steps=state.cursor + state.total_steps - state.step,
+        num_threads=data.num_threads or max(1, dist.usable_cores() // world.local_world_size),
+        prefetch_batches=data.prefetch_batches,
+        block_size=data.shuffle_block_size,
+        max_bad_ratio=data.max_bad_ratio,
+        num_connections=data.num_connections,
+        num_ahead=data.prefetch_shards,
     )
 
 
@@ -295,32 +331,53 @@ def model_record(model: config.Model) -> dict[str, Any]:
     return model.model_dump(mode="json")
 
 
-def last_step_counted(in_row: Tensor, settings: config.Pretrain, step: int) -> bool:
+def last_step_counted(guard: Guard, state: Run) -> bool:
     """Whether the last step changed the parameters: a state is saved only then. Waits for the device.
 
     Raises:
-        Diverged: too many steps in a row were skipped.
+        Diverged: too many steps in a row were skipped; the state is kept for a look.
     """
-    if in_row >= settings.train.max_skipped_steps:
+    if guard.exhausted():
+        blame, where = guard.blame(), Path(state.settings.run_dir) / "diverged"
+        if dumped := portable(state):
+            with contextlib.closing(Writer(where, keep_last=1)) as writer:
+                writer.save(dumped)
         raise Diverged(
-            f"the gradient was not finite in {int(in_row)} steps in a row, up to step {step}; {settings.run_dir} keeps an "
-            "earlier state"
+            f"the gradient was not finite in {int(guard.in_row)} steps in a row, up to step {state.step}, which read batch "
+            f"{state.cursor - 1} of the order: {blame}; {where} has the state, the run's own checkpoints are from before"
         )
-    return not in_row
+    return not guard.in_row
+
+
+def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
+    """Go back to the newest checkpoint from before a spike, and on with the batches behind it (as PaLM's authors did).
+
+    Raises:
+        Diverged: there is none, or the loss has jumped too often.
+    """
+    run_dir, store = state.settings.run_dir, state.settings.checkpoint.store
+    at, cursor, most = state.step, state.cursor, state.settings.train.max_rollbacks
+    told = f"the loss has jumped by step {at}, above {state.settings.train.spike_factor:g} times what it was before"
+    if attempt >= most:
+        raise Diverged(f"{told}, after {most} rollbacks; lower optim.base_lr, or look at the data")
+    if state.world.is_first:
+        checkpoint.delete(run_dir, [step for step in checkpoint.local_steps(run_dir) if step > spike.good_step])
+        for step in archive.steps(store) if store else ():
+            if step > spike.good_step:
+                archive.delete(store or "", step)
+    dist.barrier()
+    found = resume(state)
+    if not found:
+        raise Diverged(f"{told}, and {run_dir} has no checkpoint from before; lower checkpoint.every_steps")
+    state.cursor = max(cursor, state.cursor)
+    if state.world.is_first:
+        print(f"{told}: back to step {state.step}, and on without the {cursor - state.step} batches since", flush=True)
+    return found
 
 
 def open_writer(settings: config.Pretrain, resumed: Path | None) -> Writer:
     """What saves the run's states beside the loop."""
-    wanted = settings.checkpoint
-    return Writer(
-        settings.run_dir,
-        keep_last=wanted.keep_last,
-        keep_every=wanted.keep_every,
-        store=wanted.store,
-        resumed=resumed,
-        retry_seconds=wanted.retry_seconds,
-        close_seconds=wanted.close_seconds,
-    )
+    return Writer(settings.run_dir, resumed=resumed, **settings.checkpoint.writer_arguments())
 
 
 def finish(writer: Writer | None) -> None:
@@ -330,32 +387,32 @@ def finish(writer: Writer | None) -> None:
     dist.barrier()
 
 
-def save(
-    settings: config.Pretrain,
-    writer: Writer | None,
-    engine: Engine,
-    teacher: Teacher | None,
-    step: int,
-    total_steps: int,
-    shards: ShardSet,
-) -> None:
-    """Have a checkpoint written; here stands everything that a resumed run needs."""
-    state = engine.portable_state()  # by all ranks together
-    if not writer or not state:
-        return
-    tensors = {"student": state.params, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
-    if teacher:
-        tensors["teacher"] = dict(teacher.encoder.state_dict())
+def save(state: Run, writer: Writer | None) -> None:
+    """Have a checkpoint written."""
+    saved = portable(state)
+    if writer and saved:
+        writer.save(saved)
+
+
+def portable(state: Run) -> checkpoint.Checkpoint | None:
+    """Everything that a resumed run needs, on the first rank; called by all ranks together."""
+    settings, engine_state = state.settings, state.engine.portable_state()
+    if engine_state is None:
+        return None
+    tensors = {"student": engine_state.params, "exp_avg": engine_state.exp_avg, "exp_avg_sq": engine_state.exp_avg_sq}
+    if state.teacher:
+        tensors["teacher"] = dict(state.teacher.encoder.state_dict())
     record = {
-        "total_steps": total_steps,
-        "images_seen": step * settings.train.global_batch_size,
-        "num_updates": state.num_updates,
-        "identity": identity(settings, shards),
+        "total_steps": state.total_steps,
+        "images_seen": state.step * settings.train.global_batch_size,
+        "cursor": state.cursor,
+        "num_updates": engine_state.num_updates,
+        "identity": identity(settings, state.shards),
         "model": model_record(settings.model),
         "config_hash": config.config_hash(settings),
         "versions": checkpoint.versions(),
     }
-    writer.save(checkpoint.Checkpoint(step, tensors, record))
+    return checkpoint.Checkpoint(state.step, tensors, record)
 
 
 def identity(settings: config.Pretrain, shards: ShardSet) -> dict[str, Any]:
@@ -363,32 +420,33 @@ def identity(settings: config.Pretrain, shards: ShardSet) -> dict[str, Any]:
     return settings.identity() | {"data.num_samples": len(shards), "data.index": shards.digest}
 
 
-def resume(settings: config.Pretrain, engine: Engine, teacher: Teacher | None, shards: ShardSet) -> Path | None:
+def resume(state: Run) -> Path | None:
     """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
-    found = archive.newest_for_all(settings.run_dir, settings.checkpoint.store)
+    found = archive.newest_for_all(state.settings.run_dir, state.settings.checkpoint.store)
     if not found:
         return None
     saved = checkpoint.read(found)
-    ours, theirs = identity(settings, shards), saved.state.get("identity", {})
+    ours, theirs = identity(state.settings, state.shards), saved.state.get("identity", {})
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
         told = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
         raise UserError(
             f"{found} belongs to a run with other settings: {told}; use the same, another run_dir, or checkpoint.resume=none"
         )
-    engine.load_portable(
+    state.engine.load_portable(
         PortableState(
             saved.tensors["student"], saved.tensors["exp_avg"], saved.tensors["exp_avg_sq"], saved.state["num_updates"]
         )
     )
-    if teacher:
-        checkpoint.load_strictly(teacher.encoder, saved.tensors.get("teacher", {}), found)
+    if state.teacher:
+        checkpoint.load_strictly(state.teacher.encoder, saved.tensors.get("teacher", {}), found)
+    state.step = saved.step
+    state.cursor = saved.state.get("cursor", saved.step)
     return found
 
 
-def announce(
-    settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan, num_samples: int, total_steps: int, start: int
-) -> None:
+def announce(state: Run) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
+    settings, total_steps = state.settings, state.total_steps
     metrics.record_run(
         settings.run_dir,
         config_yaml=config.dump_yaml(settings),
@@ -398,10 +456,10 @@ def announce(
     )
     if settings.data.shards.startswith("s3://"):
         print(f"pretrain: {settings.data.shards} with {storage.s3_identity()}")
-    millions = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"pretrain: {settings.model.size} ({millions:.1f} M parameters with decoders), {num_samples:,} samples")
-    print(f"pretrain: {plan}")
-    going = f"resuming at step {start} of {total_steps}" if start else f"{total_steps} steps"
+    millions = sum(p.numel() for p in state.engine.module.parameters()) / 1e6
+    print(f"pretrain: {settings.model.size} ({millions:.1f} M parameters with decoders), {len(state.shards):,} samples")
+    print(f"pretrain: {state.plan}")
+    going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"
     print(
         f"pretrain: {going}, peak lr {peak_lr(settings):.3g}, engine {settings.engine.name}, run {settings.run_dir}",
         flush=True,

@@ -12,7 +12,8 @@ TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
     f"personmae.reid.{name}" for name in ("heads", "losses", "cluster", "ranking", "sampler", "datasets", "transforms")
 }
 MIDDLE = {
-    f"personmae.{name}" for name in ("engine", "checkpoint", "archive", "keeper", "snapshot", "metrics", "plan", "data")
+    f"personmae.{name}"
+    for name in ("engine", "checkpoint", "archive", "keeper", "snapshot", "guard", "metrics", "plan", "data")
 } | {f"personmae.reid.{name}" for name in ("features", "retrieval")}
 PROGRAMS = {f"personmae.{name}" for name in ("pretrain", "finetune", "unsupervised", "evaluate", "bench", "apply")}
 GROUND = {"personmae.errors", "personmae.heartbeat"}
