@@ -4,6 +4,7 @@ Agents meet in a round (``membership.py``), each runs its share of the ranks (``
 stops, or a host comes or goes, the round ends everywhere and the next is formed. docs/operations.md has the whole contract.
 """
 
+import contextlib
 import shutil
 import signal
 import socket
@@ -12,39 +13,20 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from launcher import membership
 from launcher.health import Health, Metrics, serve
 from launcher.membership import Closed, Node, Policy, Reason, Report, State
-from launcher.ranks import Limits, Ranks, interface_of, rank_environment, reach, reserve_port, say
-from launcher.store import INTERVAL_SECONDS, Link
+from launcher.options import Options
+from launcher.ranks import Limits, RankProcess, Ranks, interface_of, rank_environment, reach, reserve_port, say
+from launcher.store import INTERVAL_SECONDS, Change, Link
 from personmae.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 
-_TURN_SECONDS = 0.1
+_TURN_SECONDS, _AGAIN_SECONDS = 0.1, 2.0
 _SETTLE_SECONDS = 1.0  # for other ranks of the host to end too, one of them perhaps with the user error behind it all
-_KILL_SECONDS = 30.0
-_STUCK_SECONDS = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line says beyond ``Policy`` and ``Limits``."""
-
-    store: tuple[str, int]
-    run_id: str
-    num_ranks: int
-    command: list[str]
-    address: str | None
-    grace_seconds: float
-    join_seconds: float
-    settle_seconds: float
-    keep_alive_seconds: float
-    store_seconds: float
-    port: int
-    log_dir: Path | None
+_KILL_SECONDS, _STUCK_SECONDS = 30.0, 120.0
+_ASLEEP_SECONDS = 3.0  # a turn that took longer: this process was stopped, or its machine, and the ranks most likely with it
 
 
 class Agent:
@@ -56,19 +38,18 @@ class Agent:
         self.id = f"{self.host}-{uuid.uuid4().hex[:8]}"
         self.metrics = Metrics(policy.min_nodes, policy.max_nodes)
         self.signals = 0
-        self._turned = time.monotonic()
+        self._turned = self._woke = time.monotonic()
         self._beats = Path(tempfile.mkdtemp(prefix="personmae-beats-"))
         self._ranks = Ranks([], [], self._beats, None)
         self._number = 0  # of the round that _ranks belong to
         self._turn: Callable[[State], int | None] = self._wait
-        self._since = time.monotonic()  # the present turn's beginning
+        self._since = self._idle_since = time.monotonic()  # the present turn's beginning, and the last round's end
         self._port: socket.socket | None = None
-        self._asked = 0.0
-        self._told = ""
+        self._asked, self._told = 0.0, ""
         self._failure: Report | None = None
+        self._said: Change | None = None  # what ends this host's part in the round
         self._first_exit = self._killed = self._pause_seconds = 0.0
         self._left: Reason | None = None
-        self._idle_since = time.monotonic()
         self.link = Link(
             options.store,
             options.run_id,
@@ -82,10 +63,11 @@ class Agent:
         """Take part until the run is over or this host has to leave; returns the agent's exit code."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
-        server = serve(self.options.port, self.metrics, self.health) if self.options.port else None
-        if self.options.log_dir:
-            self.options.log_dir.mkdir(parents=True, exist_ok=True)
+        server = None
         try:
+            server = serve(self.options.port, self.metrics, self.health) if self.options.port else None
+            if self.options.log_dir:
+                self.options.log_dir.mkdir(parents=True, exist_ok=True)
             self.link.start()
             while True:
                 code = self._once()
@@ -108,7 +90,7 @@ class Agent:
             sick = f"the agent has been stuck for {stuck:.0f} s"
         elif self.link.silent_seconds() > self.options.store_seconds:
             sick = f"the store has been silent for {self.link.silent_seconds():.0f} s"
-        elif self._turn == self._watch and (rank := self._ranks.hung(self.limits)):
+        elif self._turn == self._watch and (rank := self._hung()):
             sick = "rank {} has been silent for {:.0f} s in phase {}".format(rank.rank, *reversed(rank.silent()))
         return Health(sick, self._turn == self._watch and self._ranks.under_way())
 
@@ -119,10 +101,13 @@ class Agent:
         self._turn, self._since = turn, time.monotonic()
 
     def _once(self) -> int | None:
-        state = self.link.view.state
-        self._turned = time.monotonic()
+        state, now = self.link.view.state, time.monotonic()
+        if now - self._turned > _ASLEEP_SECONDS:
+            self._woke = now
+            self.link.forgive()
+        self._turned = now
         self.link.revive()
-        self._measure(state)
+        self.metrics.show(state, self._ranks, self.link.silent_seconds(), running=self._turn == self._watch)
         if state.closed and state.knows(self.id):
             return self._close(state.closed)
         if not self._left and self.signals:
@@ -136,15 +121,20 @@ class Agent:
 
     def _wait(self, state: State) -> int | None:
         """For the next round, which some agent forms once all are ready."""
-        now, waited = state.round, time.monotonic() - self._since
+        now = state.round
         if now.number != self._number and self.id in now.active:
             self._start(state)
-        elif not state.knows(self.id) and time.monotonic() - self._asked > 2:
+            return None
+        others_run = bool(now.active) and not now.reports and self.id not in now.active
+        if others_run and self.link.silent_seconds() < self.options.keep_alive_seconds:
+            self._since = time.monotonic()  # a spare waits for as long as they do
+        waited = time.monotonic() - self._since
+        if not state.awaits(self.id) and time.monotonic() - self._asked > _AGAIN_SECONDS:
             self._ask()
         elif waited > self.options.join_seconds:
             missing = self._missing(state)
             return self._leave(EXIT_FAILED, f"no round came together within {self.options.join_seconds:g} s: {missing}")
-        elif self.link.connected and waited > 2 and (missing := self._missing(state)) != self._told:
+        elif (others_run or waited > 2) and (missing := self._missing(state)) != self._told:
             self._told = missing
             say(f"waiting: {missing}")
         return None
@@ -159,21 +149,18 @@ class Agent:
         except OSError as error:
             say(f"cannot find the way to the store yet: {error}")
             return
-        node = Node(self.id, self.host, address, self._port.getsockname()[1], self.options.num_ranks)
-        self.link.post(lambda state: membership.join(state, node))
+        node, last = Node(self.id, self.host, address, self._port.getsockname()[1], self.options.num_ranks), self._number
+        self.link.post(lambda state: membership.join(state, node, last))
 
     def _missing(self, state: State) -> str:
-        if not self.link.connected:
-            return "the store does not answer"
+        if not self.link.connected or self.link.silent_seconds() > 5:
+            return "the store at {}:{} does not answer".format(*self.options.store)
         return membership.missing(state, self.id, self.policy)
 
     def _start(self, state: State) -> None:
         now = state.round
-        if self._port:
-            self._port.close()  # from here on the port is rank 0's
-            self._port = None
         address = next(n.address for n in now.nodes if n.id == self.id)
-        self._number, self._failure, self._first_exit, self._killed = now.number, None, 0.0, 0.0
+        self._number, self._failure, self._said, self._first_exit, self._killed = now.number, None, None, 0.0, 0.0
         environs = rank_environment(
             now, self.id, run_id=self.options.run_id, beats=self._beats, interface=interface_of(address)
         )
@@ -188,25 +175,30 @@ class Agent:
 
     def _watch(self, state: State) -> int | None:
         """The ranks at work."""
-        now, codes = state.round, self._ranks.codes()
+        codes = self._ranks.codes()
         if self._over(state):
             self._go(self._end)
-        elif rank := self._ranks.hung(self.limits):
+        elif rank := self._hung():
             phase, seconds = rank.silent()
             text = f"rank {rank.rank} said nothing for {seconds:.1f} s in phase {phase}"
+            text += "" if rank.beat() else "; a script that sends no heartbeats needs --start-seconds inf"
             say(f"hang: {text}")
             self._report("hang", rank=rank.rank, tail=text)
             self._go(self._end)
         elif codes:
             self._first_exit = self._first_exit or time.monotonic()
             return self._judge(time.monotonic() - self._first_exit)
-        elif now.active[0] == self.id and membership.grow(state, self.policy) and self._may_grow():
+        elif self._may_grow(state):
             self._report("member_joined")
             self._go(self._end)
         return None
 
-    def _may_grow(self) -> bool:
-        return self.link.settled() and self._ranks.under_way()
+    def _hung(self) -> RankProcess | None:
+        return self._ranks.hung(self.limits, time.monotonic() - self._woke)
+
+    def _may_grow(self, state: State) -> bool:
+        first = state.round.active[0] == self.id
+        return first and membership.grow(state, self.policy) and self.link.settled() and self._ranks.under_way()
 
     def _judge(self, seconds: float) -> int | None:
         """Some ranks have ended by themselves, the first of them so long ago."""
@@ -223,8 +215,7 @@ class Agent:
                 self._kill()
                 self._go(self._suspect)
         elif ended and verdict == "complete":
-            number = self._number
-            self.link.post(lambda state: membership.finish(state, number, self.id))
+            self._finish()
             self._go(self._done)
         elif ended or (verdict != "complete" and seconds > self.options.grace_seconds):
             self._report("stopped")
@@ -234,12 +225,11 @@ class Agent:
     def _suspect(self, state: State) -> int | None:
         """A rank has failed: by itself, or because another host is lost? That shows when the others were last heard."""
         assert self._failure
-        heard, failed_at = self.link.view.heard, self._since
+        heard, failed_at, number, why = self.link.view.heard, self._since, self._number, self._failure
         others = [node_id for node_id in state.round.active if node_id != self.id]
         alive = all(heard.get(node_id, 0) > failed_at + 2 * INTERVAL_SECONDS for node_id in others)
         if alive or self._over(state):
-            number, why = self._number, self._failure
-            self.link.post(lambda state: membership.report(state, number, why, self.policy))
+            self._end_by(lambda state: membership.report(state, number, why, self.policy))
             self._go(self._end)
         return None
 
@@ -247,11 +237,13 @@ class Agent:
         """The round is over: stop this host's ranks, in good order where that is still possible."""
         seconds, gone = time.monotonic() - self._since, state.round.number != self._number
         if not (gone or self._over(state)):
-            return None  # what this agent has reported is on its way
+            return self._repeat()  # what this agent has reported is on its way
         if not self._ranks.ended():
             failed = membership.judge(self._ranks.codes().values()) == "failed"
             if any(r.reason == "hang" for r in state.round.reports) and not self._killed and not gone:
-                self._dump()
+                for told in self._ranks.traces():
+                    say(told)
+                self._kill()
             if failed:
                 self._tear()
             if gone or failed or state.round.broken or self.id not in state.round.active:
@@ -269,8 +261,7 @@ class Agent:
         if verdict == "user_error":
             return self._user_error()
         if verdict == "complete" and self._ranks.all:
-            number = self._number
-            self.link.post(lambda state: membership.finish(state, number, self.id))
+            self._finish()
         self._tell_end(state)
         self._pause_seconds = 0.0 if gone else state.round.pause_seconds
         self._idle_since = time.monotonic()
@@ -280,6 +271,9 @@ class Agent:
     def _pause(self, _: State) -> int | None:
         """After a failure, longer each time."""
         if time.monotonic() - self._since >= self._pause_seconds:
+            if self._port:
+                self._port.close()  # it was held throughout the round, for rank 0
+                self._port = None
             self._ask()
             self._told = ""
             self._go(self._wait)
@@ -289,7 +283,8 @@ class Agent:
         """This host's ranks are complete; the run is over when all are."""
         if self._over(state):
             self._go(self._end)
-        return None
+            return None
+        return None if self.id in state.round.done else self._repeat()
 
     def _depart(self, state: State) -> int | None:
         """This agent has to leave; its ranks may save first."""
@@ -303,9 +298,8 @@ class Agent:
             self._kill()
         if verdict == "user_error":
             return self._user_error()
-        number = self._number
         if verdict == "complete" and ended:
-            self.link.post(lambda state: membership.finish(state, number, self.id))
+            self._finish()
             return self._leave(EXIT_COMPLETE, "complete")
         if verdict == "failed":
             self._tear()
@@ -324,7 +318,20 @@ class Agent:
     def _report(self, reason: Reason, *, rank: int | None = None, tail: str = "") -> None:
         number = self._number
         why = Report(reason, self.host, self._ranks.step(), time.time(), rank, None, tail)
-        self.link.post(lambda state: membership.report(state, number, why, self.policy))
+        self._end_by(lambda state: membership.report(state, number, why, self.policy))
+
+    def _finish(self) -> None:
+        number = self._number
+        self._end_by(lambda state: membership.finish(state, number, self.id))
+
+    def _end_by(self, change: Change) -> None:
+        self._said, self._asked = change, time.monotonic()
+        self.link.post(change)
+
+    def _repeat(self) -> None:
+        """Say it again: it may have got lost with a store that was replaced. The record takes it once."""
+        if self._said and self.link.idle and time.monotonic() - self._asked > _AGAIN_SECONDS:
+            self._end_by(self._said)
 
     def _tear(self) -> None:
         number = self._number
@@ -334,14 +341,6 @@ class Agent:
         if not self._killed:
             self._killed = time.monotonic()
             self._ranks.kill()
-
-    def _dump(self) -> None:
-        """Print where all ranks of this host are."""
-        with ThreadPoolExecutor() as pool:
-            for rank, stacks in zip(self._ranks.all, pool.map(lambda rank: rank.stacks(), self._ranks.all), strict=True):
-                phase, seconds = rank.silent()
-                say(f"stacks of rank {rank.rank}, {seconds:.1f} s after its last word, in phase {phase}, {stacks}")
-        self._kill()
 
     def _tell_end(self, state: State) -> None:
         for code in self._ranks.codes().values():
@@ -356,19 +355,6 @@ class Agent:
         pause = f"; going on in {state.round.pause_seconds:g} s" if state.round.pause_seconds else ""
         say(f"round {self._number} ended: {why}{counted}{pause}")
         _tell_failure(state)
-
-    def _measure(self, state: State) -> None:
-        running = self._turn == self._watch
-        self.metrics.world_size.set(state.round.world_size if running else 0)
-        self.metrics.nodes.set(len(state.round.active) if running else 0)
-        self.metrics.failures.set(state.budget.failures)
-        self.metrics.store_lost.set(self.link.silent_seconds())
-        if running and (step := self._ranks.step()):
-            self.metrics.last_step.set(step)
-        if not running:
-            self.metrics.heartbeat_age.clear()
-        for rank in self._ranks.all if running else ():
-            self.metrics.heartbeat_age.labels(rank.local_rank).set(rank.silent()[1])
 
     def _begin_to_leave(self, reason: Reason, why: str) -> None:
         self._left = reason
@@ -393,7 +379,8 @@ class Agent:
             while not closed.message and time.monotonic() < deadline:  # rank 0, on another host, is the one that says it
                 time.sleep(_TURN_SECONDS)
                 closed = self.link.view.state.closed or closed
-            print(closed.message or "error: a rank ended with a user error", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(closed.message or "error: a rank ended with a user error", file=sys.stderr, flush=True)
             return self._leave(EXIT_USER_ERROR, "a user error; not to be repeated")
         if closed.code == EXIT_COMPLETE:
             return self._leave(EXIT_COMPLETE, "complete")
@@ -401,7 +388,7 @@ class Agent:
         return self._leave(closed.code, closed.message)
 
     def _leave(self, code: int, why: str) -> int:
-        self.link.post(lambda state: membership.leave(state, self.id))
+        self.link.post(lambda state: membership.leave(state, self.id, self.policy))
         self.link.flush(3 if self.link.silent_seconds() < 3 else 0)
         say(f"ends with code {code}: {why}")
         return code

@@ -1,18 +1,18 @@
 """``python -m launcher.elastic run|store``: the agent that starts and watches the ranks of one host, and the agents' store."""
 
 import argparse
-import shutil
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
-from launcher.agent import Agent, Options
-from launcher.membership import Policy
+from launcher.agent import Agent
+from launcher.options import read_options, read_policy
 from launcher.ranks import Limits
 from launcher.store import serve
 from personmae.__main__ import Parser
-from personmae.errors import EXIT_COMPLETE, UserError, run_program
+from personmae.errors import EXIT_COMPLETE, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +51,8 @@ def build_parser() -> Parser:
     _seconds(group, "--grace-seconds", 120, "for ranks to save and stop before they are killed")
     group.add_argument("--max-restarts", type=int, default=3, metavar="N", help="failures without progress (default 3)")
     _seconds(group, "--backoff-seconds", 5, "pause after the first failure; doubled after each further one")
-    for phase, default in (("start", 600), ("compile", 900), ("step", 300), ("checkpoint", 600), ("wait-data", 1800)):
+    for name, default in asdict(Limits()).items():
+        phase = name.removesuffix("_seconds").replace("_", "-")
         _seconds(group, f"--{phase}-seconds", default, f"a rank that is silent for so long in this phase hangs: {phase}")
     group.add_argument("--port", type=int, default=0, metavar="P", help="/healthz, /readyz and /metrics; 0 is off (default)")
     return parser
@@ -72,47 +73,6 @@ def _store(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     limits = Limits(*(getattr(args, name) for name in Limits.__dataclass_fields__))
     return Agent(read_options(args), read_policy(args), limits).run()
-
-
-def read_policy(args: argparse.Namespace) -> Policy:
-    fewest, _, most = args.nnodes.partition(":")
-    if not (fewest.isdigit() and (most or fewest).isdigit() and 1 <= int(fewest) <= int(most or fewest)):
-        raise UserError(f"--nnodes must be N or MIN:MAX with 1 <= MIN <= MAX, got {args.nnodes}")
-    return Policy(
-        int(fewest),
-        int(most or fewest),
-        max_restarts=args.max_restarts,
-        backoff_seconds=args.backoff_seconds,
-        batch=args.admissible_batch,
-        inadmissible=args.inadmissible,
-    )
-
-
-def read_options(args: argparse.Namespace) -> Options:
-    command = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not command:
-        raise UserError("a script is required: ... run [options] -- launcher/pretrain.py --config CONFIG")
-    if not (Path(command[0]).is_file() or shutil.which(command[0])):
-        raise UserError(f"the script {command[0]!r} cannot be found; give its path from here, {Path.cwd()}")
-    host, _, port = args.store.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--store must be HOST:PORT, got {args.store}")
-    if args.nproc_per_node < 1:
-        raise UserError(f"--nproc-per-node must be at least 1, got {args.nproc_per_node}")
-    return Options(
-        store=(host.strip("[]"), int(port)),
-        run_id=args.run_id,
-        num_ranks=args.nproc_per_node,
-        command=[sys.executable, "-u", *command] if command[0].endswith(".py") else command,
-        address=args.address,
-        grace_seconds=args.grace_seconds,
-        join_seconds=args.join_seconds,
-        settle_seconds=args.settle_seconds,
-        keep_alive_seconds=args.keep_alive_seconds,
-        store_seconds=args.store_seconds,
-        port=args.port,
-        log_dir=args.log_dir,
-    )
 
 
 if __name__ == "__main__":

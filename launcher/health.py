@@ -7,6 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 
+from launcher.membership import State
+from launcher.ranks import Ranks
 from personmae.errors import UserError
 
 
@@ -47,6 +49,19 @@ class Metrics:
             registry=self.registry,
         )
 
+    def show(self, state: State, ranks: Ranks, store_silence: float, *, running: bool) -> None:
+        """Take over what is so at present; ``running``: the ranks are at work in the record's round."""
+        self.world_size.set(state.round.world_size if running else 0)
+        self.nodes.set(len(state.round.active) if running else 0)
+        self.failures.set(state.budget.failures)
+        self.store_lost.set(store_silence)
+        if running and (step := ranks.step()):
+            self.last_step.set(step)
+        if not running:
+            self.heartbeat_age.clear()
+        for rank in ranks.all if running else ():
+            self.heartbeat_age.labels(rank.local_rank).set(rank.silent()[1])
+
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"personmae_{name}", text, registry=self.registry)
 
@@ -55,6 +70,8 @@ def serve(port: int, metrics: Metrics, check: Callable[[], Health]) -> Threading
     """Answer in the background until ``shutdown`` is called on what this returns."""
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 10  # for a client that opens a connection and says nothing
+
         def do_GET(self) -> None:
             health = check()
             answers = {

@@ -115,9 +115,14 @@ class State:
     waiting: tuple[Node, ...] = ()
     budget: Budget = field(default_factory=Budget)
     closed: Closed | None = None
+    version: int = 0  # counts the changes, so that an older record is known as such
+
+    def awaits(self, node_id: str) -> bool:
+        """Whether a node has made ready for the next round."""
+        return any(node.id == node_id for node in self.waiting)
 
     def knows(self, node_id: str) -> bool:
-        return node_id in self.round.active or any(node.id == node_id for node in self.waiting)
+        return node_id in self.round.active or self.awaits(node_id)
 
 
 def to_json(state: State) -> str:
@@ -134,11 +139,17 @@ def from_json(text: str) -> State:
         waiting=tuple(Node(**node) for node in raw["waiting"]),
         budget=Budget(**raw["budget"]),
         closed=Closed(**raw["closed"]) if raw["closed"] else None,
+        version=raw["version"],
     )
 
 
-def join(state: State, node: Node) -> State:
-    """A node is ready for the next round. A record that a finished run has left, with nobody in it, is begun anew."""
+def join(state: State, node: Node, last: int | None = None) -> State:
+    """A node is ready for the next round. A record that a finished run has left, with nobody in it, is begun anew.
+
+    ``last`` is the round that the node has run last: asked from before the present one, it comes too late to count.
+    """
+    if last is not None and last < state.round.number and node.id in state.round.active:
+        return state
     if state.closed:
         return State(Round(number=state.round.number), (node,)) if not (state.waiting or state.round.active) else state
     others = tuple(n for n in state.waiting if n.id != node.id)
@@ -146,15 +157,18 @@ def join(state: State, node: Node) -> State:
     return replace(state, waiting=(*others, node), round=replace(state.round, active=active))
 
 
-def leave(state: State, node_id: str) -> State:
-    """A node takes no further part."""
+def leave(state: State, node_id: str, policy: Policy) -> State:
+    """A node takes no further part. A round that runs with ranks of its cannot go on, unless they are complete."""
+    if node_id in _working(state.round) and node_id not in state.round.done and not state.round.reports:
+        host = next(node.host for node in state.round.nodes if node.id == node_id)
+        state = report(state, state.round.number, Report("peer_lost", host), policy)
     waiting = tuple(n for n in state.waiting if n.id != node_id)
     return replace(state, waiting=waiting, round=replace(state.round, active=_without(state.round.active, [node_id])))
 
 
 def bury(state: State, dead: Collection[str], policy: Policy) -> State:
-    """Nodes have not been heard of for too long."""
-    lost = [node for node in state.round.nodes if node.id in dead and node.id in state.round.active]
+    """Nodes have not been heard of for too long. Without a spare one, the round goes on."""
+    lost = [node for node in state.round.nodes if node.id in dead and node.id in _working(state.round)]
     waiting = tuple(n for n in state.waiting if n.id not in dead)
     state = replace(state, waiting=waiting, round=replace(state.round, active=_without(state.round.active, dead)))
     for node in lost:
@@ -189,7 +203,7 @@ def finish(state: State, number: int, node_id: str) -> State:
         return state
     done = (*_without(state.round.done, [node_id]), node_id)
     state = replace(state, round=replace(state.round, done=done))
-    needed = {n.id for n, share in zip(state.round.nodes, state.round.shares, strict=True) if share}
+    needed = {node.id for node, share in zip(state.round.nodes, state.round.shares, strict=True) if share}
     return close(state, EXIT_COMPLETE, "") if needed <= set(done) else state
 
 
@@ -223,8 +237,8 @@ def grow(state: State, policy: Policy) -> bool:
     """Whether those who wait would make the running round's world larger."""
     if state.closed or not state.waiting or state.round.reports:
         return False
-    nodes = (*state.round.nodes, *state.waiting)[: policy.max_nodes]
-    return world_of(nodes, policy) > state.round.world_size
+    there = (node for node in state.round.nodes if node.id in state.round.active)
+    return world_of((*there, *state.waiting)[: policy.max_nodes], policy) > state.round.world_size
 
 
 def missing(state: State, node_id: str, policy: Policy) -> str:
@@ -299,6 +313,11 @@ def judge(codes: Collection[int]) -> Literal["complete", "stopped", "user_error"
     if codes and all(code == EXIT_COMPLETE for code in codes):
         return "complete"
     return "stopped" if codes and all(code == EXIT_STOPPED for code in codes) else "mixed"
+
+
+def _working(now: Round) -> set[str]:
+    """Nodes that have ranks in a round and have not left it."""
+    return {node.id for node, share in zip(now.nodes, now.shares, strict=True) if share and node.id in now.active}
 
 
 def _without(ids: tuple[str, ...], gone: Collection[str]) -> tuple[str, ...]:

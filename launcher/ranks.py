@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,24 +11,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from launcher.membership import Round
+from launcher.stacks import ask_flight_record, flight_environment, process_state, read_stacks
 from personmae import heartbeat
 from personmae.errors import EXIT_COMPLETE, EXIT_STOPPED, EXIT_USER_ERROR
 from personmae.heartbeat import Beat, Phase
 
 _TAIL_LINES = 200
+_LINE_BYTES = 1 << 16  # a progress bar may never end its line
 _PR_SET_PDEATHSIG = 1
 _printing = threading.Lock()
 
 
 def say(text: str, prefix: str = "elastic") -> None:
-    """Print lines of the agent's own, or of a rank."""
-    with _printing, contextlib.suppress(BrokenPipeError, ValueError):
-        for line in text.splitlines():
-            print(f"[{prefix}] {line}", flush=True)
+    """Print lines of the agent's own, or of a rank. A full disk below the log must not end a run, nor spoil its exit code."""
+    left = "".join(f"[{prefix}] {line}\n" for line in text.splitlines()).encode(errors="backslashreplace")
+    with _printing, contextlib.suppress(OSError, ValueError):
+        while left:  # with no buffer, which would be tried again when the agent ends
+            left = left[os.write(sys.stdout.fileno(), left) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,7 @@ class Limits:
     step_seconds: float = 300
     checkpoint_seconds: float = 600
     wait_data_seconds: float = 1800
+    evaluate_seconds: float = 3600
 
     def of(self, phase: Phase) -> float:
         return float(getattr(self, f"{phase}_seconds"))
@@ -79,7 +84,7 @@ class RankProcess:
         self.started = time.monotonic()
         self.ended_at = 0.0  # of time.time
         self._asked = self._cleared = False
-        self._beats = beats
+        self._beats, self._environ = beats, environ
         self._tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self._process = subprocess.Popen(
             command,
@@ -88,7 +93,7 @@ class RankProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_die_with_the_agent,
+            preexec_fn=partial(_die_with, os.getpid()),
         )
         self._reader = threading.Thread(target=self._read, args=(log,), daemon=True, name=f"rank-{self.rank}")
         self._reader.start()
@@ -99,17 +104,23 @@ class RankProcess:
 
     def _read(self, log: Path | None) -> None:
         assert self._process.stdout
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._process.stdout)
-            file = stack.enter_context(open(log, "ab")) if log else None
-            for raw in self._process.stdout:
+        with self._process.stdout as pipe:
+            while raw := pipe.readline(_LINE_BYTES):
                 line = raw.decode(errors="replace").rstrip("\n")
                 self._tail.append(line)
                 say(line or " ", str(self.rank))
-                if file:
-                    file.write(raw)
-                    file.flush()
+                log = self._write(log, raw) if log else None
         self.ended_at = self.ended_at or time.time()
+
+    def _write(self, log: Path, raw: bytes) -> Path | None:
+        """Append to the rank's file; None when that cannot be written, since a rank must not wait for a reader that is gone."""
+        try:
+            with log.open("ab") as file:
+                file.write(raw)
+        except OSError as error:
+            say(f"{log} is not written any further: {error.strerror}")
+            return None
+        return log
 
     def code(self) -> int | None:
         """The exit code as a shell would tell it; None while the rank runs.
@@ -166,25 +177,13 @@ class RankProcess:
         beat = self.beat()
         return (beat.phase, time.monotonic() - beat.time) if beat else ("start", time.monotonic() - self.started)
 
-    def stacks(self, seconds: float = 3.0) -> str:
-        """Where each of the rank's threads is: from py-spy, else from the rank's own fault handler."""
-        state = _process_state(self.pid)
-        if py_spy := shutil.which("py-spy"):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                command = [py_spy, "dump", "--nonblocking", "--pid", str(self.pid)]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-                if done.returncode == 0:
-                    return f"state {state}\n{done.stdout}"
-        file = heartbeat.stacks_file(self._beats, self.local_rank)
-        if not file.exists():
-            return f"state {state}; no stacks: the rank has no heartbeat, and py-spy is not installed"
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGUSR1)
-        deadline, size = time.monotonic() + seconds, -1
-        while time.monotonic() < deadline and (size <= 0 or size != file.stat().st_size):
-            size = file.stat().st_size
-            time.sleep(0.2)
-        return f"state {state}\n{file.read_text(errors='replace') or 'no stacks: the rank does not answer'}"
+    def traces(self) -> str:
+        """What it was doing, for the log."""
+        phase, seconds = self.silent()
+        where = read_stacks(self.pid, heartbeat.stacks_file(self._beats, self.local_rank))
+        record = ask_flight_record(self._environ)
+        told = f"stacks of rank {self.rank}, {seconds:.1f} s after its last word, in phase {phase}, {where}"
+        return f"{told}\nflight record of rank {self.rank}: {record}" if record else told
 
 
 class Ranks:
@@ -193,12 +192,17 @@ class Ranks:
     def __init__(self, command: Sequence[str], environs: Sequence[dict[str, str]], beats: Path, log_dir: Path | None) -> None:
         for old in beats.iterdir():
             old.unlink()
-        self.all = []
-        for environ in environs:
-            name = f"round-{int(environ['TORCHELASTIC_RESTART_COUNT']) + 1}-rank-{environ['RANK']}.log"
-            log = log_dir / name if log_dir else None
-            self.all.append(RankProcess(command, environ, beats=beats, log=log))
+        self.all: list[RankProcess] = []
         self._stopped = False
+        try:
+            for environ in environs:
+                number = int(environ["TORCHELASTIC_RESTART_COUNT"]) + 1
+                log = log_dir / f"round-{number}-rank-{environ['RANK']}.log" if log_dir else None
+                recording = flight_environment(beats, log_dir, number) if log_dir else {}
+                self.all.append(RankProcess(command, environ | recording, beats=beats, log=log))
+        except BaseException:
+            self.kill()  # one could not be started: the others have nobody yet who watches them
+            raise
 
     def codes(self) -> dict[int, int]:
         """Exit codes, by rank, of those that have ended."""
@@ -230,12 +234,22 @@ class Ranks:
         beats = [rank.beat() for rank in self.all]
         return not any(beats) or all(beat and beat.phase not in ("start", "compile") for beat in beats)
 
-    def hung(self, limits: Limits) -> RankProcess | None:
-        """The rank that has been silent beyond what its phase allows, a stopped one first."""
-        if not any(rank.beat() for rank in self.all):
-            return None  # a script that sends no heartbeats is not judged by them
-        late = [rank for rank in self.all if rank.code() is None and rank.silent()[1] > limits.of(rank.silent()[0])]
-        return min(late, key=lambda rank: (_process_state(rank.pid) != "T (stopped)", rank.rank)) if late else None
+    def hung(self, limits: Limits, awake_seconds: float = float("inf")) -> RankProcess | None:
+        """The rank that has been silent beyond what its phase allows, a stopped one first.
+
+        ``awake_seconds``: since this agent was last asleep, and the ranks with it, if it ever was.
+        """
+        late = []
+        for rank in self.all:
+            phase, seconds = rank.silent()
+            if min(seconds, awake_seconds) > limits.of(phase) and rank.code() is None:
+                late.append(rank)
+        return min(late, key=lambda rank: (process_state(rank.pid) != "T (stopped)", rank.rank)) if late else None
+
+    def traces(self) -> list[str]:
+        """What all ranks are doing, asked of all at once."""
+        with ThreadPoolExecutor(max_workers=len(self.all) or 1) as pool:
+            return list(pool.map(lambda rank: rank.traces(), self.all))
 
     def first_failed(self) -> RankProcess:
         """The rank that ended first among those that neither completed nor stopped in good order."""
@@ -270,25 +284,23 @@ def interface_of(address: str) -> str | None:
 
 
 def reserve_port(address: str) -> socket.socket:
-    """A socket that keeps a free port of this host until it is closed."""
+    """A socket that keeps a free port of this host for a rank, which may bind it too, from anybody else until it is closed.
+
+    Both sides ask for SO_REUSEADDR, as torch's store does: the port is nobody else's, and is given out for no connection.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     held = socket.socket(family, socket.SOCK_STREAM)
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     held.bind((address, 0))
     return held
-
-
-def _process_state(pid: int) -> str:
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("State:"):
-                return line.split(":", 1)[1].strip()
-    return "unknown"
 
 
 _prctl = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 
 
-def _die_with_the_agent() -> None:
+def _die_with(agent: int) -> None:
     """A rank does not outlive its agent, however that ends; called between fork and exec."""
     if _prctl:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != agent:  # it has ended already
+            os._exit(1)

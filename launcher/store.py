@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -56,7 +56,8 @@ class Link:
     """A thread that reads the record, applies this agent's changes to it and watches over the other agents.
 
     The agent's own thread never waits for the network: it reads ``view``, and gives changes to ``post``. Changes stay in the
-    queue while the store is away. A store that comes back empty is given the last record that this agent knew.
+    queue while the store is away. A store that comes back empty is given the last record that this agent knew; where another
+    agent was faster and knew less, the later record takes the place of its.
     """
 
     def __init__(
@@ -102,6 +103,15 @@ class Link:
         """How long the store has not answered."""
         return time.monotonic() - self._contact
 
+    @property
+    def idle(self) -> bool:
+        """Whether everything posted has arrived."""
+        return not self._queue
+
+    def forgive(self) -> None:
+        """This process was asleep: the store was not silent meanwhile."""
+        self._contact = time.monotonic()
+
     def revive(self) -> None:
         """Leave a call that does not return to its thread, and begin another."""
         if min(self.silent_seconds(), time.monotonic() - self._begun) > _CALL_SECONDS + 5:
@@ -124,7 +134,7 @@ class Link:
             try:
                 if store is None:
                     store = self._connect()
-                self._exchange(store)
+                self._exchange(store, generation)
             except (RuntimeError, OSError, ValueError):  # what torch raises when a connection breaks, or a name is not known
                 store = None
             self.changed.set()
@@ -146,24 +156,30 @@ class Link:
     def _key(self) -> str:
         return f"{self._prefix}/record"
 
-    def _exchange(self, store: Any) -> None:
+    def _exchange(self, store: Any, generation: int) -> None:
         now = time.monotonic()
         if now - self._contact > self._keep_alive / 2:  # we were away or asleep: judge nobody by that
             self.view = View(self.view.state, dict.fromkeys(self.view.heard, now))
         store.add(f"{self._prefix}/beat/{self._node_id}", 1)
         while True:
             text = store.get(self._key).decode()
-            state = membership.from_json(text)
+            told, known = membership.from_json(text), self.view.state
+            state = told if told.version >= known.version else known
             heard = self._listen(store, state)
             queued = len(self._queue)
             changed = state
             for change in list(self._queue)[:queued]:
                 changed = change(changed)
             changed = self._watch(changed, heard)
-            if changed != state:
+            if changed != told:
+                changed = replace(changed, version=state.version + 1)
                 wanted = membership.to_json(changed)
+                if generation != self._generation:
+                    return  # this call was given up for stuck; another thread does its work
                 if store.compare_set(self._key, text, wanted).decode() != wanted:
                     continue  # another agent was faster
+            if generation != self._generation:
+                return
             for _ in range(queued):
                 self._queue.popleft()
             self._contact = time.monotonic()

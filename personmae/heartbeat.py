@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 DIRECTORY = "PERSONMAE_HEARTBEAT_DIR"
-Phase = Literal["start", "compile", "step", "checkpoint", "wait_data"]
+Phase = Literal["start", "compile", "step", "checkpoint", "wait_data", "evaluate"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 _RECORD = struct.Struct("<qqq")  # phase, step, time in ns of the clock that all processes of a host share
+_TIME = struct.Struct("<q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class Heartbeat:
             return
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         with open(beat_file(directory, local_rank), "w+b") as file:
-            file.truncate(_RECORD.size)
+            file.write(bytes(_RECORD.size))  # a page that a full disk could not give later would be a bus error
+            file.flush()
             self._map = mmap.mmap(file.fileno(), _RECORD.size)
         stacks = os.open(stacks_file(directory, local_rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # open until the end
         faulthandler.register(signal.SIGUSR1, stacks, all_threads=True)
@@ -48,7 +50,8 @@ class Heartbeat:
     def beat(self, phase: Phase, step: int) -> None:
         """Say that ``phase`` begins or goes on, ``step`` steps being done."""
         if self._map is not None:
-            _RECORD.pack_into(self._map, 0, PHASES.index(phase), step, time.monotonic_ns())
+            _TIME.pack_into(self._map, _RECORD.size - _TIME.size, now := time.monotonic_ns())
+            _RECORD.pack_into(self._map, 0, PHASES.index(phase), step, now)  # a new phase is never seen with an old time
 
 
 def beat_file(directory: str | Path, local_rank: int) -> Path:

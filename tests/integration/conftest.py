@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from fault_sets import proxy, remote  # noqa: F401 - fixtures of several files
 from programs import pretrain
 
 

@@ -1,7 +1,6 @@
 """Killed or stopped at any moment, a run goes on where it was and ends as if nothing had happened."""
 
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -41,17 +40,6 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_losses(shard_dir: Path, nat
     assert done is not None
     assert 3 <= int(done.name.removeprefix("step-")) < 20
     pretrain(shard_dir, run_dir, "engine.name=native", "checkpoint.every_steps=3")
-    np.testing.assert_array_equal(losses(run_dir), losses(native_run))
-
-
-def test_sigterm_saves_and_exits_75_and_the_same_command_goes_on(shard_dir: Path, native_run: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    run = start_pretrain(shard_dir, run_dir, "engine.name=native", "checkpoint.every_steps=1000")
-    wait_for_step(run, run_dir, 4)
-    run.send_signal(signal.SIGTERM)
-    assert run.wait(timeout=60) == 75
-    assert checkpoint.newest(run_dir) is not None
-    pretrain(shard_dir, run_dir, "engine.name=native")
     np.testing.assert_array_equal(losses(run_dir), losses(native_run))
 
 

@@ -3,75 +3,28 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from agents import ROOT, Start
 
+from launcher import membership
 from launcher.agent import Agent
-from launcher.elastic import build_parser, read_options, read_policy
+from launcher.elastic import build_parser
+from launcher.membership import Node, State
+from launcher.options import read_options, read_policy
 from launcher.ranks import Limits
+from launcher.store import View
 from personmae.errors import UserError
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).resolve().parents[2]
-Start = Callable[..., "Started"]
-
-
-class Started:
-    """``python -m launcher.elastic run`` in the background."""
-
-    def __init__(self, log: Path, options: list[str], script: str) -> None:
-        self._log = log
-        command = [sys.executable, "-m", "launcher.elastic", "run", *options, "--", sys.executable, "-uc", script]
-        environ = os.environ | {"TMPDIR": str(log.parent)}
-        with open(log, "wb") as file:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT)
-
-    def output(self) -> str:
-        return self._log.read_text()
-
-    def wait_for(self, pattern: str, times: int = 1) -> list[str]:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            if len(found := re.findall(pattern, self.output(), re.MULTILINE)) >= times:
-                return found
-            time.sleep(0.02)
-        raise TimeoutError(f"{pattern}: {self.output()}")
-
-    def code(self) -> int:
-        return self.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def store() -> Iterator[str]:
-    command = [sys.executable, "-m", "launcher.elastic", "store", "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        yield "127.0.0.1:" + process.stdout.readline().rsplit(" ", 1)[1].strip()
-        process.terminate()
-        assert process.wait(timeout=10) == 0
-
-
-@pytest.fixture
-def start(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
-    agents: list[Started] = []
-    quick = ["--store", store, "--run-id", request.node.name, "--settle-seconds", "0.2", "--backoff-seconds", "0.2"]
-
-    def start(script: str, *options: str) -> Started:
-        agents.append(Started(tmp_path / f"agent-{len(agents)}.log", [*quick, *options], script))
-        return agents[-1]
-
-    yield start
-    for agent in agents:
-        agent.process.kill()
-        agent.process.wait()
 
 
 WAIT = """
@@ -217,6 +170,59 @@ def test_a_hang_is_found_by_its_phase_and_restarted(start: Start) -> None:
     assert re.search(r"stacks of rank 0, .* state S", agent.output())
     assert "round 1 ended: hang: rank 0" in agent.output()
     assert len(re.findall("begun", agent.output())) == 2
+
+
+def test_a_rank_that_hangs_before_its_first_heartbeat_is_found(start: Start) -> None:
+    script = "import os, time\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0': time.sleep(99)"
+    agent = start(script, "--start-seconds", "1")
+    assert agent.code() == 0
+    assert "in phase start; a script that sends no heartbeats needs --start-seconds inf" in agent.output()
+    assert "round 1 ended: hang: rank 0" in agent.output()
+
+
+def test_a_host_that_was_asleep_takes_no_rank_for_hung(start: Start) -> None:
+    script = f"from personmae.heartbeat import Heartbeat\nbeats = Heartbeat(); beats.beat('step', 3)\n{WAIT}sys.exit(75)"
+    script = script.replace("time.sleep(0.01)", "(time.sleep(0.01), beats.beat('step', 3))")
+    agent = start(script, "--step-seconds", "3.5", "--store-seconds", "3.5")
+    (rank,) = map(int, agent.wait_for(r"ready (\d+)"))
+    asleep = [agent.process.pid, rank]
+    for pid in asleep:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(5)
+    for pid in asleep:
+        os.kill(pid, signal.SIGCONT)
+    time.sleep(1)
+    assert agent.process.poll() is None, agent.output()
+    agent.process.terminate()
+    assert agent.code() == 75
+    assert "hang" not in agent.output()
+    assert "silent" not in agent.output()
+
+
+def test_an_agent_says_that_its_store_does_not_answer(start: Start) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        port = nobody.getsockname()[1]
+        agent = start("", "--store", f"127.0.0.1:{port}", "--store-seconds", "4")
+        agent.wait_for(f"waiting: the store at 127.0.0.1:{port} does not answer")
+        assert agent.code() == 1
+
+
+def test_a_report_that_got_lost_with_its_store_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    args = build_parser().parse_args(["run", "--", "sh", "-c", "exit 1"])
+    agent = Agent(read_options(args), policy := read_policy(args), Limits())
+    alone = membership.join(State(), Node(agent.id, "here", "127.0.0.1", 1, 1))
+    running = membership.form(alone, policy, settled=True)
+    agent.link.view = View(running)  # its link is not started: what is posted stays in the queue
+    for _ in range(2):
+        deadline = time.monotonic() + 20
+        while agent.link.idle and time.monotonic() < deadline:
+            assert agent._once() is None
+            time.sleep(0.02)
+        (change,) = agent.link._queue
+        assert [report.reason for report in change(running).round.reports] == ["worker_error"]
+        agent.link._queue.clear()  # it has arrived, and is gone with the store
 
 
 def test_health_and_metrics_outlive_the_ranks(start: Start, tmp_path: Path) -> None:

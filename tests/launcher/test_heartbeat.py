@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.elastic import build_parser
 from launcher.ranks import Limits
 from personmae import heartbeat
 from personmae.heartbeat import Beat, Heartbeat, read_beat
@@ -55,8 +56,29 @@ def test_a_beat_costs_less_than_20_microseconds(directory: Path) -> None:
 
 
 def test_every_phase_has_a_limit_of_its_own() -> None:
-    limits = Limits(1, 2, 3, 4, 5)
-    assert [limits.of(phase) for phase in heartbeat.PHASES] == [1, 2, 3, 4, 5]
+    limits = Limits(1, 2, 3, 4, 5, 6)
+    assert [limits.of(phase) for phase in heartbeat.PHASES] == [1, 2, 3, 4, 5, 6]
+    args = build_parser().parse_args(
+        ["run", *(f"--{phase.replace('_', '-')}-seconds=7" for phase in heartbeat.PHASES), "--", "x"]
+    )
+    assert [getattr(args, f"{phase}_seconds") for phase in heartbeat.PHASES] == [7] * 6
+
+
+@pytest.mark.integration
+def test_a_full_disk_is_an_error_at_the_start_and_no_crash_at_a_beat(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4096", "tmpfs", disk], capture_output=True, check=False).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    try:
+        (disk / "others").write_bytes(bytes(4096))
+        script = "from personmae.heartbeat import Heartbeat\nHeartbeat().beat('step', 1)"
+        environ = os.environ | {heartbeat.DIRECTORY: str(disk), "LOCAL_RANK": "0"}
+        done = subprocess.run([sys.executable, "-c", script], env=environ, capture_output=True, text=True, check=False)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
 
 
 STUCK = """

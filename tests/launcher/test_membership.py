@@ -133,6 +133,33 @@ def test_a_lost_node_ends_the_round_without_a_charge():
     assert formed.round.world_size == 1
 
 
+def test_a_node_that_leaves_with_ranks_at_work_ends_the_round_for_the_others():
+    state = membership.leave(running("a", "b"), "b", POLICY)
+    assert [r.reason for r in state.round.reports] == ["peer_lost"]
+    assert state.round.active == ("a",)
+    told = membership.report(running("a", "b"), 1, Report("sigterm", "host-b"), POLICY)
+    assert len(membership.leave(told, "b", POLICY).round.reports) == 1  # they know already, and are saving
+    done = membership.finish(running("a", "b"), 1, "b")
+    assert membership.leave(done, "b", POLICY).round.reports == ()
+
+
+def test_a_spare_node_comes_and_goes_without_a_word():
+    policy = Policy(1, 3, batch=2, inadmissible="subset")
+    state = running("a", "b", "c", policy=policy)
+    assert state.round.shares == (1, 1, 0)
+    for gone in (membership.bury(state, {"c"}, policy), membership.leave(state, "c", policy)):
+        assert gone.round.reports == ()
+        assert gone.round.active == ("a", "b")
+        assert not membership.grow(membership.join(gone, node("d")), policy)
+        assert membership.grow(membership.join(gone, node("d")), replace(policy, batch=3))  # "c" takes no place
+
+
+def test_asking_to_join_again_does_not_take_a_node_out_of_the_round_that_has_just_formed():
+    state = running("a", "b")
+    assert membership.join(state, node("a"), 0) == state  # asked before round 1 had formed
+    assert membership.join(state, node("a"), 1).awaits("a")
+
+
 def test_only_the_first_report_is_charged_and_the_earliest_failure_is_shown():
     state = membership.report(running("a", "b"), 1, Report("worker_error", "host-b", time=2.0, rank=1), POLICY)
     state = membership.report(state, 1, Report("worker_error", "host-a", time=1.0, rank=0), POLICY)
@@ -197,7 +224,7 @@ def test_a_newcomer_is_taken_in_only_when_the_world_grows_by_it():
 def test_a_finished_run_is_begun_anew_once_everybody_has_left():
     state = membership.close(running("a"), 78, "error: x")
     assert membership.join(state, node("b")) == state
-    fresh = membership.join(membership.leave(state, "a"), node("b"))
+    fresh = membership.join(membership.leave(state, "a", POLICY), node("b"))
     assert fresh == State(Round(number=1), (node("b"),))
 
 
