@@ -7,6 +7,7 @@
 import fcntl
 import itertools
 import json
+import os
 import random
 import shutil
 import time
@@ -100,6 +101,8 @@ def newest(run_dir: str | Path, store: str | None = None) -> Path | None:
 def newest_for_all(run_dir: str | Path, store: str | None = None) -> Path | None:
     """``newest``, decided by the first rank; hosts that do not have it fetch it, and if one cannot, all take the next.
 
+    One rank of each host checks every hash. The first must hold the run's lock, for it may rename what a kill has left.
+
     Raises:
         UserError: the store cannot be read, or a host sees neither the run directory of the first nor a store.
     """
@@ -149,6 +152,7 @@ def _offer(whole: Iterator[Path]) -> tuple[Path, str] | None:
     if dist.is_first():
         try:
             if path := next(whole, None):
+                path = checkpoint.settle(path)  # now, while no rank reads it yet
                 told = {"path": str(path), "digest": checkpoint.digest(path)}
         except UserError as error:
             told = {"error": str(error)}
@@ -181,7 +185,10 @@ def _take(run_dir: str | Path, store: str | None, offered: Path, digest: str) ->
 
 
 def _has(path: Path, digest: str) -> bool:
-    return not checkpoint.find_fault(path) and checkpoint.digest(path) == digest
+    """Whether a folder is the checkpoint of this digest; one rank of a host checks its files, and its word counts for all."""
+    if not (path / MANIFEST).is_file() or checkpoint.digest(path) != digest:
+        return False
+    return os.environ.get("LOCAL_RANK", "0") != "0" or not checkpoint.find_fault(path)
 
 
 def _fetch_file(root: str, path: Path, expected: Fingerprint) -> None:

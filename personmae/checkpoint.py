@@ -6,12 +6,14 @@ last; the whole folder is written under another name and renamed, then ``LATEST`
 resumes it. Saving beside the step loop is in keeper.py, the object store in archive.py.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ from personmae.snapshot import Fingerprint, Snapshot, Tensors, write_blocks
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
 _FOLDER = re.compile(r"(?:\.old-)?step-(\d{8,})")
+_LOST = (errno.EIO, errno.ESTALE, errno.EISDIR, getattr(errno, "EUCLEAN", errno.EIO))  # a file that will not come back
+_LOCK_SECONDS = 30.0
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 
 
@@ -42,16 +46,26 @@ def lock(run_dir: str | Path) -> IO[str]:
 
     Raises:
         UserError: another process is running there.
+        TimeoutError: it is, under an agent that starts ranks again, and did not end in time.
     """
     directory = Path(run_dir)
     directory.mkdir(parents=True, exist_ok=True)
     file = (directory / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(f"a run directory belongs to one run; another process is at work in {run_dir}: stop it first") from None
-    return file
+    restarted = "TORCHELASTIC_RUN_ID" in os.environ  # set by our agent and torchrun: the holder may be a rank that is ending
+    deadline = time.monotonic() + _LOCK_SECONDS * restarted
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            file.close()
+            held = f"a run directory belongs to one run; another process is at work in {run_dir}"
+            if restarted:
+                raise TimeoutError(f"{held} and has not ended within {_LOCK_SECONDS:g} s") from None  # code 1: try again
+            raise UserError(f"{held}: stop it first") from None
+        return file
 
 
 def folder(run_dir: str | Path) -> Path:
@@ -102,7 +116,7 @@ def commit(
 
     Raises:
         OSError: this rank's part cannot be written.
-        RankError: another rank's part was not; nothing is committed.
+        RankError: another rank's part was not, or the first could not begin; nothing is committed.
     """
     final = folder(run_dir) / name_of(step)
     partial = final.with_name(f".partial-{final.name}")
@@ -164,6 +178,9 @@ def delete(run_dir: str | Path, steps: Iterable[int]) -> None:
     """Delete checkpoints, and what killed processes have left behind."""
     root = folder(run_dir)
     for path in (root / name_of(step) for step in steps):
+        if path.is_symlink():  # what it points at is not this run's
+            path.unlink()
+            continue
         (path / MANIFEST).unlink(missing_ok=True)  # no longer a checkpoint, should the deletion be cut short
         shutil.rmtree(path)
     for path in [*root.glob(".partial-*"), *root.glob(".old-*")]:
@@ -179,7 +196,7 @@ def _begin(partial: Path) -> OSError | None:
     return None
 
 
-def _write_part(partial: Path, snapshot: Snapshot, rank: int, world_size: int) -> OSError | None:
+def _write_part(partial: Path, snapshot: Snapshot, rank: int, world_size: int) -> OSError | RankError | None:
     """Write one rank's files; of several ranks, each leaves a list of its own."""
     part = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
     try:
@@ -188,6 +205,8 @@ def _write_part(partial: Path, snapshot: Snapshot, rank: int, world_size: int) -
             path = partial / f"{kind}{part}.safetensors"
             files[path.name] = file.write(path)
         _write_synced(_list_of(partial, rank), json.dumps(files))
+    except FileNotFoundError:
+        return RankError(f"{partial} is not there: see the first rank's error; all hosts must share the storage of run_dir")
     except OSError as error:
         return error
     return None
@@ -267,7 +286,7 @@ def parse_manifest(content: bytes) -> tuple[dict[str, Fingerprint], str | None]:
     """Size and hash of every file by name, or why that cannot be known: it may come from a network."""
     try:
         files = json.loads(content)
-        plain = all(Path(name).name == name and entry.keys() == {"bytes", "sha256"} for name, entry in files.items())
+        plain = all(map(_is_plain, files, files.values()))
     except (ValueError, AttributeError):
         return {}, f"its {MANIFEST} is not JSON"
     if not plain or STATE not in files:
@@ -279,17 +298,31 @@ def parse_manifest(content: bytes) -> tuple[dict[str, Fingerprint], str | None]:
     return files, None
 
 
+def _is_plain(name: str, entry: Any) -> bool:
+    """Whether a manifest's entry is a file directly below it, with a size and a hash."""
+    inside = Path(name).name == name and name not in ("", ".", "..", MANIFEST)
+    return inside and {key: type(value) for key, value in entry.items()} == {"bytes": int, "sha256": str}
+
+
 def find_file_fault(path: Path, expected: Fingerprint) -> str | None:
     """Why a file is not what its manifest says, or None."""
-    if not path.is_file():
+    try:
+        if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+            return f"{path.name} does not have the size and hash of its manifest"
+    except (FileNotFoundError, NotADirectoryError):  # it may be deleted while it is read
         return f"{path.name} is missing"
-    if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-        return f"{path.name} does not have the size and hash of its manifest"
+    except OSError as error:
+        if error.errno not in _LOST:
+            raise
+        return f"{path.name} cannot be read: {error.strerror}"
     return None
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint that ``newest`` or ``locate`` returned; tensors are on the CPU."""
+    """Read a checkpoint that ``newest`` or ``locate`` returned; tensors are on the CPU.
+
+    They are mapped from the files, so that they take memory only as they are read, and once for all ranks of a host.
+    """
     state = json.loads((path / STATE).read_bytes())
     tensors: dict[str, Tensors] = {}
     for file in sorted(path.glob("*.safetensors")):

@@ -7,19 +7,23 @@ from the disk, so a slow or absent store never holds up the next save.
 import copy
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch.distributed as tdist
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from personmae import archive, checkpoint
+from personmae import archive, checkpoint, dist
 from personmae.checkpoint import Checkpoint
 from personmae.snapshot import Snapshot
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOGETHER = timedelta(minutes=30)  # for which the ranks that have written wait for the others
 _LAST_WORD_SECONDS = 1.0  # for an upload that waits to be tried again to say that it is given up
 
 
@@ -38,6 +42,28 @@ class Schedule:
     def by_time(self, seconds: float) -> bool:
         """Whether to save ``seconds`` after the last time."""
         return self.every_seconds is not None and seconds >= self.every_seconds
+
+
+def join_ranks(run_dir: str | Path) -> dict[str, Any]:
+    """Arguments of ``Writer`` with which all ranks write each checkpoint together; called by all ranks together.
+
+    Empty where there is one rank, or where a host does not see the first one's ``run_dir``: then the first must write alone.
+    """
+    if not tdist.is_initialized() or tdist.get_world_size() == 1:
+        return {}
+    token = dist.from_first_rank(uuid.uuid4().hex)  # never looked up before: a network file system remembers what is absent
+    mark = Path(run_dir) / f".seen-by-all-{token}"
+    if dist.is_first():
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+    dist.barrier()
+    blind = dist.any_rank(not mark.exists())
+    if dist.is_first():
+        mark.unlink()
+    if blind:
+        return {}
+    group = cast("tdist.ProcessGroup", tdist.new_group(backend="gloo", timeout=_TOGETHER))
+    return {"rank": tdist.get_rank(), "world_size": tdist.get_world_size(), "barrier": lambda: tdist.barrier(group)}
 
 
 class CheckpointCounters:
@@ -80,7 +106,8 @@ class Writer:
     ``store`` is an object store to which every committed checkpoint is uploaded, or None. ``resumed`` is the checkpoint from
     which the run goes on: it is never deleted before ``keep_last`` newer ones are committed, and what lies beyond it is
     deleted with the first. With ``world_size`` above one, all ranks have a writer over a shared directory, and ``barrier``
-    waits for all of them on a process group that nothing else uses, for it is called from a thread.
+    waits for all of them on a process group that nothing else uses, for it is called from a thread; see ``join_ranks``. Each
+    rank then saves tensors of its own and the same kinds as the others, be it without a tensor.
     """
 
     def __init__(
@@ -197,7 +224,11 @@ class Writer:
         with self._changed:
             needed = {self._in_upload, *(step for step, _ in self._queue)}
         steps = self._surplus(checkpoint.local_steps(self._run_dir))
-        checkpoint.delete(self._run_dir, [step for step in steps if step not in needed])
+        try:
+            checkpoint.delete(self._run_dir, [step for step in steps if step not in needed])
+        except OSError as error:  # a network file system keeps what is being read; the next save deletes it
+            self.counters.failures.labels("prune").inc()
+            print(f"checkpoints in {self._run_dir} that are no longer needed are left: {error}", flush=True)
 
     def _surplus(self, steps: list[int]) -> list[int]:
         line = {step for step in steps if step <= self._resumed} | self._own

@@ -1,15 +1,20 @@
 """What a pre-training run comes to, told before a GPU is waited for: batch, memory, and the world sizes that would do."""
 
+from typing import Any, NamedTuple
+
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from personmae import dist
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher
 
-_PROBE_IMAGES = 2
+_PROBE_IMAGES = (2, 4)
 _MOST_RANKS = 1024
 _FP32 = 4  # bytes
 
@@ -19,33 +24,64 @@ def admissible_world_sizes(global_batch_size: int, most: int = _MOST_RANKS) -> l
     return [n for n in range(1, min(global_batch_size, most) + 1) if global_batch_size % n == 0]
 
 
-def saved_bytes_per_image(model: PersonMAE, view: View) -> int:
-    """Bytes that the forward pass keeps for the backward pass, per image, without what belongs to the parameters.
+class Kept(NamedTuple):
+    """Bytes that the forward pass keeps for the backward pass."""
 
-    Counted on the CPU with a few images. It bounds what a GPU needs: its attention keeps no probabilities, and a compiled
-    model computes some things again.
+    fixed: int  # whatever the batch: copies of parameters in the compute type
+    per_image: int
+
+
+def count_kept(model: PersonMAE, view: View) -> Kept:
+    """What the forward pass keeps, inputs included and parameters not, with the model's activation checkpointing.
+
+    Counted on the CPU with a few images, as what is still there once it is done. It bounds what a GPU needs: its attention
+    keeps no probabilities, and a compiled model computes some things again.
     """
+    teacher = Teacher(model.encoder, view.grid, model.compute_dtype) if model.feature_decoder is not None else None
+    few, more = (_count_kept(model, teacher, view, num_images) for num_images in _PROBE_IMAGES)
+    per_image = (more - few) // (_PROBE_IMAGES[1] - _PROBE_IMAGES[0])
+    return Kept(max(0, few - per_image * _PROBE_IMAGES[0]), per_image)
+
+
+def _count_kept(model: PersonMAE, teacher: Teacher | None, view: View, num_images: int) -> int:
     height, width = view.canvas_size
-    size = torch.tensor([[height, width]] * _PROBE_IMAGES)
-    canvas = torch.zeros(_PROBE_IMAGES, height, width, 3, dtype=torch.uint8)
-    batch = cut_batch(canvas, size, draw_batch(torch.arange(_PROBE_IMAGES), size, view), view)
-    if model.feature_decoder is not None:
-        batch["target"] = Teacher(model.encoder, view.grid, model.compute_dtype)(batch["patches_b"])
-    seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    total = 0
+    size = torch.tensor([[height, width]] * num_images)
+    canvas = torch.zeros(num_images, height, width, 3, dtype=torch.uint8)
+    draws = draw_batch(torch.arange(num_images), size, view)
+    with _Allocations() as allocations:
+        batch = cut_batch(canvas, size, draws, view)
+        if teacher is not None:
+            batch["target"] = teacher(batch["patches_b"])
+        losses = model(batch)
+        kept = allocations.alive_bytes()
+    del losses  # until here it kept all that is counted
+    return kept
 
-    def keep(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(batch)  # alive until all is counted, or addresses would come twice
-    del losses
-    return total // _PROBE_IMAGES
+class _Allocations(TorchDispatchMode):
+    """Knows the memory that is taken while it is entered, by tensors that are computed, without keeping any alive.
+
+    Hooks on saved tensors would not do: selective checkpointing keeps what it has chosen in a place of its own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        before = _storages((args, kwargs)).keys() - self._bytes.keys()  # parameters: a view of one takes nothing
+        self._bytes |= {storage: size for storage, size in _storages(result).items() if storage not in before}
+        return result
+
+    def alive_bytes(self) -> int:
+        """Bytes that are still in use."""
+        return sum(size for storage, size in self._bytes.items() if not storage.expired())
+
+
+def _storages(tree: Any) -> dict[StorageWeakRef, int]:
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {StorageWeakRef(storage): storage.nbytes() for storage in storages}
 
 
 def show_plan(
@@ -60,7 +96,8 @@ def show_plan(
     num_params, num_encoder = (sum(p.numel() for p in m.parameters()) for m in (model, model.encoder))
     num_teacher = num_encoder if model.feature_decoder is not None else 0
     states = _FP32 * (4 * num_params + num_teacher)
-    activations = saved_bytes_per_image(model, view) * plan.micro_batch_size
+    kept = count_kept(model, view)
+    activations = kept.fixed + kept.per_image * plan.micro_batch_size
     memory = {
         "memory of a rank": f"{_gib(states + activations)}, and what the libraries take:",
         "  states": f"{_gib(states)} parameters, gradients, two moments and the teacher, unsharded",

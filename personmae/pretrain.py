@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personmae import archive, checkpoint, config, dist, metrics, optim
+from personmae import archive, checkpoint, config, dist, keeper, metrics, optim
 from personmae.data import storage
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
-from personmae.engine.base import Engine, PortableState
+from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, Stopped, UserError
 from personmae.guard import Guard
 from personmae.heartbeat import Heartbeat, Phase
@@ -82,21 +82,22 @@ def run(settings: config.Pretrain) -> None:
     engine = build_engine(settings, model, plan)
 
     state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)))
-    found = resume(state) if settings.checkpoint.resume == "auto" else None
     held = None
     try:
+        held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
+        found = resume(state) if settings.checkpoint.resume == "auto" else None
         if state.step >= state.total_steps:
             if world.is_first:
-                open_writer(settings, found).close()  # the last checkpoint may not have got to the store
+                open_writer(settings, found, {}).close()  # the last checkpoint may not have got to the store
                 print(f"{settings.run_dir} is complete: {state.step} of {state.total_steps} steps are done", flush=True)
             return None
-        held = checkpoint.lock(settings.run_dir) if world.is_first else None
         if world.is_first:
             announce(state)
         for attempt in itertools.count():
             try:
                 return train(state, found, cut, heartbeat, stop)
             except Spiked as spike:
+                heartbeat.beat("start", state.step)
                 found = roll_back(state, spike, attempt)
     finally:
         shards.close()
@@ -111,7 +112,8 @@ def train(
 ) -> None:
     """The loop: from the state that was ``found``, or from the start, to the end."""
     settings, world, engine, teacher, total_steps = state.settings, state.world, state.engine, state.teacher, state.total_steps
-    writer = open_writer(settings, found) if world.is_first else None
+    team = keeper.join_ranks(settings.run_dir) if engine.is_sharded else {}
+    writer = open_writer(settings, found, team) if world.is_first or team else None
     schedule = Schedule(**settings.checkpoint.schedule_arguments())
     log = metrics.RunLog(
         settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=state.step
@@ -125,22 +127,26 @@ def train(
         while step < total_steps:
             heartbeat.beat("wait_data", step)
             reader.wait(lambda: stop.requested)  # while a store is away, a run can still be stopped
-            timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
+            heartbeat.beat(working, step)
+            timed = world.is_first and writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
             stopping, timed = dist.any_ranks(stop.requested, timed)
             due |= step > saved and (stopping or timed or schedule.by_step(step))
             if due and last_step_counted(guard, state):
                 heartbeat.beat("checkpoint", step)
-                save(state, writer)
+                save(state, writer, spread=bool(team))
+                heartbeat.beat(working, step)
                 saved, due = step, False
             if stopping:
                 stop.settle()
+                heartbeat.beat("checkpoint", step)
                 finish(writer)
                 kept = f"state saved in {settings.run_dir}" if saved else "nothing to save yet"
                 raise Stopped(f"at step {step} of {total_steps}, {kept}; run this again to go on")
-            heartbeat.beat(working, step)
             parts = []
             for micro in range(state.plan.grad_accum_steps):
+                heartbeat.beat("wait_data", step)
                 batch = to_device(next(reader), world.device)
+                heartbeat.beat(working, step)
                 inputs = cut(batch.canvas, batch.size, draw_batch(batch.keys, batch.native_size, state.view), state.view)
                 if teacher:
                     inputs["target"] = teacher(inputs["patches_b"])
@@ -166,7 +172,7 @@ def train(
                 good = step
         last_step_counted(guard, state)
         heartbeat.beat("checkpoint", step)
-        save(state, writer)
+        save(state, writer, spread=bool(team))
         finish(writer)
     finally:
         reader.close()
@@ -271,7 +277,7 @@ def build_reader(state: Run) -> BatchReader:
         micro_batch_size=state.plan.micro_batch_size,
         first_step=state.cursor,
         total_steps=state.cursor + state.total_steps - state.step,
-        num_threads=data.num_threads or max(1, dist.usable_cores() // world.local_world_size),
+        num_threads=data.num_threads or dist.threads_per_rank(world),
         prefetch_batches=data.prefetch_batches,
         block_size=data.shuffle_block_size,
         max_bad_ratio=data.max_bad_ratio,
@@ -375,9 +381,9 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
     return found
 
 
-def open_writer(settings: config.Pretrain, resumed: Path | None) -> Writer:
-    """What saves the run's states beside the loop."""
-    return Writer(settings.run_dir, resumed=resumed, **settings.checkpoint.writer_arguments())
+def open_writer(settings: config.Pretrain, resumed: Path | None, team: dict[str, Any]) -> Writer:
+    """What saves the run's states beside the loop, on the first rank or on all of a ``team``."""
+    return Writer(settings.run_dir, resumed=resumed, **settings.checkpoint.writer_arguments(), **team)
 
 
 def finish(writer: Writer | None) -> None:
@@ -387,21 +393,21 @@ def finish(writer: Writer | None) -> None:
     dist.barrier()
 
 
-def save(state: Run, writer: Writer | None) -> None:
-    """Have a checkpoint written."""
-    saved = portable(state)
+def save(state: Run, writer: Writer | None, *, spread: bool) -> None:
+    """Have a checkpoint written, with ``spread`` by all ranks together."""
+    saved = portable(state, spread=spread)
     if writer and saved:
         writer.save(saved)
 
 
-def portable(state: Run) -> checkpoint.Checkpoint | None:
-    """Everything that a resumed run needs, on the first rank; called by all ranks together."""
-    settings, engine_state = state.settings, state.engine.portable_state()
+def portable(state: Run, *, spread: bool = False) -> checkpoint.Checkpoint | None:
+    """Everything that a resumed run needs, on the first rank, or each rank's share of it; called by all ranks together."""
+    settings, engine_state = state.settings, state.engine.portable_state(spread=spread)
     if engine_state is None:
         return None
-    tensors = {"student": engine_state.params, "exp_avg": engine_state.exp_avg, "exp_avg_sq": engine_state.exp_avg_sq}
+    tensors = {"student": engine_state.params, **engine_state.moments}
     if state.teacher:
-        tensors["teacher"] = dict(state.teacher.encoder.state_dict())
+        tensors["teacher"] = own_part(state.teacher.encoder.state_dict(), spread=spread)
     record = {
         "total_steps": state.total_steps,
         "images_seen": state.step * settings.train.global_batch_size,
@@ -432,13 +438,11 @@ def resume(state: Run) -> Path | None:
         raise UserError(
             f"{found} belongs to a run with other settings: {told}; use the same, another run_dir, or checkpoint.resume=none"
         )
-    state.engine.load_portable(
-        PortableState(
-            saved.tensors["student"], saved.tensors["exp_avg"], saved.tensors["exp_avg_sq"], saved.state["num_updates"]
-        )
-    )
+    tensors = dict(saved.tensors)
+    student, teacher = tensors.pop("student"), tensors.pop("teacher", {})
+    state.engine.load_portable(PortableState(student, tensors, saved.state["num_updates"]))
     if state.teacher:
-        checkpoint.load_strictly(state.teacher.encoder, saved.tensors.get("teacher", {}), found)
+        checkpoint.load_strictly(state.teacher.encoder, teacher, found)
     state.step = saved.step
     state.cursor = saved.state.get("cursor", saved.step)
     return found

@@ -185,6 +185,13 @@ def test_a_store_that_cannot_list_is_read_by_its_pointer(tmp_path, store, monkey
     assert archive.steps(f"{store}/nothing") == []
 
 
+def test_a_manifest_that_is_not_plain_does_not_end_the_run_that_fetches(tmp_path, store, client):
+    write_both(tmp_path / "elsewhere", store, 1, 2)
+    entry = {"bytes": "2", "sha256": ""}
+    client.put_object(Bucket=BUCKET, Key=key_of(store, 2, "manifest.json"), Body=json.dumps({"state.json": entry}).encode())
+    assert newest_step(tmp_path / "run", store) == 1
+
+
 # --- all ranks ---
 
 
@@ -201,6 +208,24 @@ class OtherHost:
 def hide(run: Path) -> None:
     """What another host does not see."""
     run.rename(run.with_name("hidden"))
+
+
+def test_what_a_kill_left_under_another_name_is_renamed_before_any_rank_is_told_of_it(tmp_path):
+    path = write(tmp_path, 5)
+    path.rename(path.with_name(f".old-{path.name}"))
+    assert archive.newest_for_all(tmp_path) == path
+    assert checkpoint.find_fault(path) is None
+
+
+@pytest.mark.parametrize(("local_rank", "checks"), [("0", 1), ("3", 0)])
+def test_one_rank_of_a_host_checks_the_hashes_for_all(tmp_path, monkeypatch, local_rank, checks):
+    path, checked = write(tmp_path, 5), []
+    find_fault = checkpoint.find_fault
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(checkpoint, "find_fault", lambda where: (checked.append(where), find_fault(where))[1])
+    OtherHost(monkeypatch, path)
+    assert archive.newest_for_all(tmp_path) == path
+    assert checked == [path] * checks
 
 
 def test_a_host_fetches_once_for_all_its_ranks_and_keeps_one_only(tmp_path, store, monkeypatch):

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from personmae import checkpoint, snapshot
@@ -247,6 +249,18 @@ def test_parts_of_several_ranks_are_joined(tmp_path):
         assert checkpoint.read_kind(path, kind).keys() == tensors.keys()
 
 
+def test_a_rank_may_have_no_tensor_of_a_kind(tmp_path):
+    none = snapshot.Snapshot()
+    none.take({kind: {} for kind in make(5).tensors})
+    partial, whole = checkpoint.folder(tmp_path) / ".partial-step-00000005", snapshot.Snapshot()
+    whole.take(make(5).tensors)
+    barriers = iter([lambda: checkpoint._write_part(partial, none, 1, 2), lambda: None])
+    path = checkpoint.commit(tmp_path, 5, whole, {}, world_size=2, barrier=lambda: next(barriers)())
+    assert checkpoint.newest(tmp_path) == path
+    assert load_file(path / "student-00002-of-00002.safetensors") == {}
+    assert checkpoint.read(path).tensors["student"].keys() == make(5).tensors["student"].keys()
+
+
 def test_a_part_that_is_missing_is_a_fault_even_where_the_manifest_does_not_know(tmp_path):
     path = commit_parts(tmp_path)
     files = json.loads((path / "manifest.json").read_text())
@@ -261,6 +275,11 @@ def test_without_the_part_of_a_rank_nothing_is_committed(tmp_path):
     with pytest.raises(RankError, match=r"needs the parts of all 2 ranks; 1 are in .*: see the other ranks' errors"):
         checkpoint.commit(tmp_path, 5, taken, {}, world_size=2)
     assert names(tmp_path) == []
+
+
+def test_a_rank_whose_first_rank_could_not_begin_says_where_to_look(tmp_path):
+    with pytest.raises(RankError, match=r"\.partial-step-00000005 is not there: see the first rank's error"):
+        checkpoint.commit(tmp_path, 5, part_of(make(5), 1), {}, rank=1, world_size=2)
 
 
 # --- what is deleted ---
@@ -290,11 +309,75 @@ def test_a_folder_that_was_being_replaced_is_still_found(tmp_path):
     assert names(tmp_path) == ["LATEST", path.name]
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"state.json": 3}', '{"../state.json": {"bytes": 1, "sha256": ""}}'])
+ENTRY = '{"bytes": 1, "sha256": ""}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{}", '{"state.json": 3}', f'{{"../state.json": {ENTRY}}}', '{"state.json": {"bytes": "1", "sha256": ""}}'),
+        *(f'{{"state.json": {ENTRY}, "{name}": {ENTRY}}}' for name in ("..", ".", "", "manifest.json")),
+    ],
+)
 def test_a_manifest_of_another_form_is_a_fault(tmp_path, content):
     (path,) = write(tmp_path, 1)
     (path / "manifest.json").write_text(content)
+    assert checkpoint.parse_manifest(content.encode())[0] == {}
     assert (checkpoint.find_fault(path) or "").startswith("its manifest.json ")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(OSError(5, "Input/output error"), "cannot be read: Input/output error"), (FileNotFoundError(2, "gone"), "is missing")],
+)
+def test_a_file_that_the_disk_does_not_give_back_or_that_is_deleted_meanwhile_is_passed_over(
+    tmp_path, monkeypatch, capsys, error, told
+):
+    older, newer = write(tmp_path, 1, 2)
+    real = checkpoint._sha256
+
+    def fails(path: Path) -> str:
+        if path == newer / "teacher.safetensors":
+            raise error
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", fails)
+    assert checkpoint.newest(tmp_path) == older
+    assert f"{newer} is passed over: teacher.safetensors {told}" in capsys.readouterr().out
+
+
+def test_a_file_that_may_not_be_read_is_an_error_and_no_reason_to_go_further_back(tmp_path, monkeypatch):
+    write(tmp_path, 1, 2)
+
+    def refused(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint, "_sha256", refused)
+    with pytest.raises(PermissionError):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_that_is_a_link_is_unlinked_and_what_it_points_at_stays_whole(tmp_path):
+    (path,) = write(tmp_path / "other", 1)
+    checkpoint.folder(tmp_path / "run").mkdir(parents=True)
+    (checkpoint.folder(tmp_path / "run") / path.name).symlink_to(path)
+    checkpoint.delete(tmp_path / "run", [1])
+    assert names(tmp_path / "run") == []
+    assert checkpoint.find_fault(path) is None
+
+
+def test_tensors_are_mapped_from_the_file_and_take_no_memory_before_they_are_read(tmp_path):
+    def anonymous_kib() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0])
+
+    megabytes = 64
+    large = {"student": {"w": torch.ones(megabytes << 18)}}
+    path = checkpoint.write(tmp_path, Checkpoint(1, large, {}), keep_last=1)
+    before = anonymous_kib()
+    read = checkpoint.read(path)
+    assert read.tensors["student"]["w"].sum() == megabytes << 18
+    assert anonymous_kib() - before < megabytes * 1024 // 4
 
 
 def test_folders_with_other_names_are_left_alone(tmp_path):
@@ -316,3 +399,16 @@ def test_a_copied_run_is_still_whole(tmp_path):
     found = checkpoint.newest(tmp_path / "copy")
     assert found is not None
     assert checkpoint.read(found).step == 1
+
+
+def test_a_rank_that_is_started_again_waits_for_the_one_before_it(tmp_path, monkeypatch):
+    held = checkpoint.lock(tmp_path)
+    with pytest.raises(UserError, match="another process is at work"):
+        checkpoint.lock(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 0.3)
+    with pytest.raises(TimeoutError, match="has not ended within"):
+        checkpoint.lock(tmp_path)
+    monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 30.0)
+    threading.Timer(0.3, held.close).start()
+    checkpoint.lock(tmp_path).close()

@@ -155,6 +155,29 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path):
     assert steps(tmp_path) == [4, 8, 9, 10]
 
 
+def test_what_cannot_be_deleted_ends_nothing_is_counted_and_is_deleted_later(tmp_path, monkeypatch, capsys):
+    def busy(path: Path, *, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))  # as where another host reads what lies on NFS
+
+    with opened(tmp_path, keep_last=1) as writer:
+        writer.save(make(1), wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.shutil, "rmtree", busy)
+            writer.save(make(2), wait=True)
+        assert (writer.committed, steps(tmp_path)) == (2, [1, 2])
+        assert read_newest(tmp_path).step == 2
+        assert sample(writer, "checkpoint_failures_total", stage="prune") == 1
+        assert f"checkpoints in {tmp_path} that are no longer needed are left: [Errno 39]" in capsys.readouterr().out
+        writer.save(make(3), wait=True)
+        assert steps(tmp_path) == [3]
+
+
+def test_one_rank_alone_has_nobody_to_write_with(tmp_path):
+    assert keeper.join_ranks(tmp_path / "run") == {}
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_that_fell_back_keeps_where_it_came_from_and_deletes_what_lies_beyond(tmp_path):
     with opened(tmp_path, keep_last=3) as writer:
         for step in (10, 20, 30):

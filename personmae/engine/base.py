@@ -4,34 +4,35 @@ Schedules, the teacher, the data cursor, checkpoint files and metrics live outsi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as tdist
 from torch import Tensor, nn
 
 from personmae import dist
 from personmae.errors import UserError
 
 Batch = dict[str, Tensor]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 class Step(NamedTuple):
     """What an update came to; scalars on the device, so that nothing waits for them."""
 
     grad_norm: Tensor  # of the mean gradient over the global batch, before clipping
-    skipped: Tensor  # 1 where that norm is not finite and nothing was changed, else 0
+    skipped: Tensor  # 1 where that norm or a rank's loss is not finite and nothing was changed, else 0
 
 
 @dataclass(frozen=True, slots=True)
 class PortableState:
-    """What a run needs besides its data cursor, by parameter name and without regard to ranks."""
+    """What a run needs besides its data cursor, or a rank's share of it: whole tensors by parameter name."""
 
     params: dict[str, Tensor]  # fp32 parameters, and the buffers of the state dict
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]]  # what the optimizer keeps, by its own names: exp_avg and exp_avg_sq for AdamW
     num_updates: int
 
 
@@ -39,11 +40,12 @@ class Engine(ABC):
     """Trains ``module``, whose ``forward(batch)`` returns a dict with a scalar "loss" that is a mean over the batch.
 
     Parameters, accumulated gradients and moments are fp32; a module that wants bf16 enters autocast itself. The optimizer is
-    a fused AdamW. Every method is called by all ranks together.
+    a fused AdamW, with the native engine also a fused SGD. Every method is called by all ranks together.
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    is_sharded: bool = False  # whether no rank holds all of the state; then all ranks had better write it together
 
     @abstractmethod
     def forward_backward(self, batch: Batch, *, last_micro: bool) -> Batch:
@@ -51,22 +53,25 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, lr_scale: float) -> Step:
-        """Update the parameters with ``lr_scale`` times each group's peak rate, unless a gradient is not finite."""
+        """Update the parameters with ``lr_scale`` times each group's peak rate, unless a loss or gradient is not finite."""
 
     @abstractmethod
     def full_params(self, module: nn.Module) -> AbstractContextManager[list[Tensor]]:
         """The whole fp32 parameters of ``module``, a part of the engine's, in their order; they are only to be read."""
 
     @abstractmethod
-    def portable_state(self) -> PortableState | None:
+    def portable_state(self, *, spread: bool = False) -> PortableState | None:
         """The state by parameter name on the first rank, to be copied before the next step; None on the others.
 
+        With ``spread`` each rank has the share that ``owners`` gives it instead, and at no time more than that and one tensor.
         What a rank holds whole are the live tensors on their device; what had to be gathered is on the CPU.
         """
 
     @abstractmethod
     def load_portable(self, state: PortableState) -> None:
-        """Take over parameters and moments, whichever engine and world size wrote them; every rank has the whole state.
+        """Take over parameters and moments, whichever engine and world size wrote them.
+
+        Every rank is given the whole state, which is read a tensor at a time: mapped from files it takes no memory.
 
         Raises:
             UserError: names or shapes are not the module's.
@@ -100,9 +105,9 @@ def require_fit(shapes: Shapes, state: PortableState) -> None:
     """Raise a UserError unless a state has the names and shapes of a module."""
     given = {name: tensor.shape for name, tensor in state.params.items()}
     wrong = [name for name in sorted(shapes | given) if shapes.get(name) != given.get(name)]
-    for moments in (state.exp_avg, state.exp_avg_sq):
+    for moments in state.moments.values():
         wrong += [name for name, tensor in moments.items() if tensor.shape != shapes.get(name)]
-    wrong += sorted(state.exp_avg.keys() ^ state.exp_avg_sq.keys())
+    wrong += sorted({name for one in state.moments.values() for other in state.moments.values() for name in one.keys() - other})
     if wrong:
         raise UserError(
             f"a saved state must have the module's names and shapes; {len(wrong)} differ ({', '.join(wrong[:3])}): "
@@ -121,10 +126,18 @@ def require_whole(engine: Engine, shapes: Shapes) -> None:
                 )
 
 
+def guarded_loss(loss: Tensor) -> Tensor:
+    """The same loss, with a gradient that is NaN where the loss is not finite: so the guard over gradients sees both.
+
+    A gradient may well be finite where its loss is not, as that of a squared error that overflows.
+    """
+    return loss * (1.0 + 0.0 * loss.detach())
+
+
 def guarded_update(optimizer: torch.optim.Optimizer, lr_scale: float, grad_norm: Tensor, max_norm: float | None) -> Step:
     """Tell a fused optimizer how its next ``step()`` is to go: rates, clipping, and not at all where the norm is NaN or inf.
 
-    A fused AdamW reads ``found_inf`` and ``grad_scale``, by which it divides gradients, on the device. Both are meant for
+    A fused optimizer reads ``found_inf`` and ``grad_scale``, by which it divides gradients, on the device. Both are meant for
     fp16's loss scaling; here they make the guard and the clipping free of a wait and of a pass over the gradients.
     """
     assert optimizer.defaults.get("fused"), "only a fused optimizer reads found_inf"
@@ -141,19 +154,46 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(list(tensors))
 
 
-def replicated_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> PortableState | None:
+def owners(shapes: Mapping[str, torch.Size], *, spread: bool) -> dict[str, int]:
+    """The rank that gives each tensor to a portable state: the first, or with ``spread`` any, so that all give about as much.
+
+    The largest come first, each to the rank that has the least by then; all ranks find the same.
+    """
+    loads = [0] * (tdist.get_world_size() if spread and tdist.is_initialized() else 1)
+    found = {}
+    for name in sorted(shapes, key=lambda name: (-shapes[name].numel(), name)):
+        found[name] = rank = loads.index(min(loads))
+        loads[rank] += shapes[name].numel()
+    return found
+
+
+def own_part(tensors: Mapping[str, Tensor], *, spread: bool) -> dict[str, Tensor]:
+    """Of tensors that all ranks hold alike, those that this one gives to a portable state."""
+    if not spread:
+        return dict(tensors) if dist.is_first() else {}
+    given = owners({name: tensor.shape for name, tensor in tensors.items()}, spread=True)
+    return {name: tensor for name, tensor in tensors.items() if given[name] == rank()}
+
+
+def rank() -> int:
+    """This process's rank, 0 where there is no process group."""
+    return tdist.get_rank() if tdist.is_initialized() else 0
+
+
+def replicated_state(module: nn.Module, optimizer: torch.optim.Optimizer, *, spread: bool) -> PortableState | None:
     """The portable state where every rank holds all of it."""
-    if not dist.is_first():
+    if not (spread or dist.is_first()):
         return None
-    moments: dict[str, dict[str, Tensor]] = {"exp_avg": {}, "exp_avg_sq": {}}
+    params = own_part({name: tensor.detach() for name, tensor in module.state_dict().items()}, spread=spread)
+    moments: dict[str, dict[str, Tensor]] = {}
     num_updates = 0
     for name, parameter in module.named_parameters():
-        if state := optimizer.state.get(parameter):
-            num_updates = int(state["step"])
-            for kind, kept in moments.items():
-                kept[name] = state[kind].detach()
-    params = {name: tensor.detach() for name, tensor in module.state_dict().items()}
-    return PortableState(params, **moments, num_updates=num_updates)
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if kind == "step":
+                num_updates = int(value)
+            elif name in params and value is not None:  # SGD has no momentum before its first update
+                moments.setdefault(kind, {})[name] = value.detach()
+    return PortableState(params, moments, num_updates)
 
 
 def load_replicated(module: nn.Module, optimizer: torch.optim.Optimizer, state: PortableState) -> None:
@@ -161,12 +201,11 @@ def load_replicated(module: nn.Module, optimizer: torch.optim.Optimizer, state: 
     module.load_state_dict(state.params)
     optimizer.state.clear()
     for name, parameter in module.named_parameters():
-        if name in state.exp_avg:
-            optimizer.state[parameter] = {
-                "step": step_tensor(state.num_updates, parameter.device),
-                "exp_avg": state.exp_avg[name].to(parameter.device, copy=True),
-                "exp_avg_sq": state.exp_avg_sq[name].to(parameter.device, copy=True),
-            }
+        kept = {kind: of[name].to(parameter.device, copy=True) for kind, of in state.moments.items() if name in of}
+        if kept and isinstance(optimizer, torch.optim.AdamW):
+            kept["step"] = step_tensor(state.num_updates, parameter.device)
+        if kept:
+            optimizer.state[parameter] = kept
 
 
 def step_tensor(num_updates: int, device: torch.device) -> Tensor:

@@ -18,13 +18,17 @@ from torch import Tensor, nn
 
 from personmae import dist
 from personmae.engine.base import (
+    MOMENTS,
     Batch,
     Engine,
     PortableState,
     Step,
     full_shapes,
+    guarded_loss,
     guarded_update,
     load_replicated,
+    owners,
+    rank,
     replicated_state,
     require_fit,
     require_whole,
@@ -36,13 +40,13 @@ from personmae.errors import UserError
 # What the rest of the configuration decides, or what could not be read back into a portable state.
 _OURS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("managed_gradient_accumulation", "optimizer", "scheduler", "bf16", "fp16", "torch_autocast", "data_types"),
+    *("managed_gradient_accumulation", "optimizer", "scheduler", "bf16", "fp16", "amp", "torch_autocast", "data_types"),
+    *("elasticity", "tensor_parallel", "sequence_parallel_size"),
 )
 _OURS_OF_ZERO = (
     *("stage", "compute_grad_norm", "memory_efficient_linear", "offload_optimizer", "offload_param", "zenflow"),
-    *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"),
+    *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "mics_shard_size"),
 )
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed's private names that are read or written here, by stage.
 _PRIVATE = {
     1: ("single_partition_of_fp32_groups", "round_robin_bit16_groups", "round_robin_bit16_offsets", "averaged_gradients"),
@@ -59,7 +63,7 @@ def deepspeed_config(
     What DeepSpeed defaults to is not always harmless: clipping would be at 1.0, and a bucket would take 2 GB.
 
     Raises:
-        UserError: ``extra`` sets what follows from the configuration.
+        UserError: ``extra`` sets what follows from the configuration, or is not made of sections.
     """
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage:
@@ -76,8 +80,10 @@ def deepspeed_config(
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+    if not isinstance(extra.get("zero_optimization", {}), dict):
+        raise UserError(f"engine.deepspeed.extra needs settings in zero_optimization, got {extra['zero_optimization']!r}")
     taken = [key for key in extra if key in _OURS]
-    taken += [f"zero_optimization.{key}" for key in _OURS_OF_ZERO if key in extra.get("zero_optimization", ())]
+    taken += [f"zero_optimization.{key}" for key in _OURS_OF_ZERO if key in extra.get("zero_optimization", {})]
     if taken:
         raise UserError(f"engine.deepspeed.extra must not set '{taken[0]}', which follows from the configuration; leave it out")
     for key, value in extra.items():
@@ -120,12 +126,13 @@ class DeepSpeedEngine(Engine):
         except self._deepspeed.DeepSpeedConfigError as error:
             raise UserError(f"DeepSpeed does not accept engine.deepspeed.extra={extra}: {error}") from None
         self.module, self.optimizer, self._zero = module, optimizer, self._engine.optimizer
+        self.is_sharded, self._closed = zero_stage > 0, False
         require_private_names(self._zero, zero_stage, self._deepspeed.__version__)
         require_whole(self, self._shapes)
 
     def forward_backward(self, batch: Batch, *, last_micro: bool) -> Batch:
         losses = self._engine(batch)
-        self._engine.backward(losses["loss"])
+        self._engine.backward(guarded_loss(losses["loss"]))
         if not last_micro:
             self._engine.step()  # counts the micro-batch; nothing is updated before the last one
         return {name: loss.detach() for name, loss in losses.items()}
@@ -141,16 +148,18 @@ class DeepSpeedEngine(Engine):
         with self._deepspeed.zero.GatheredParameters(parameters, enabled=self._stage == 3):
             yield parameters
 
-    def portable_state(self) -> PortableState | None:
+    def portable_state(self, *, spread: bool = False) -> PortableState | None:
         if self._stage == 0:
-            return replicated_state(self.module, self.optimizer)
+            return replicated_state(self.module, self.optimizer, spread=spread)
+        given = owners(self._shapes, spread=spread)
         states = [state for flat in self._flats() if (state := self.optimizer.state.get(flat))]
-        params, *moments = [self._gathered(kind) if states or kind is None else {} for kind in (None, *_MOMENTS)]
-        if not dist.is_first():
+        params, *moments = [self._gathered(kind, given) if states or kind is None else {} for kind in (None, *MOMENTS)]
+        if not (spread or dist.is_first()):
             return None
-        params |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in self.module.named_buffers()}
-        num_updates = int(states[0]["step"]) if states else 0
-        return PortableState({name: params[name] for name in self._shapes}, *moments, num_updates=num_updates)
+        for name, buffer in self.module.named_buffers():
+            if given.get(name) == rank():
+                params[name] = buffer.detach().to("cpu", copy=True)
+        return PortableState(params, dict(zip(MOMENTS, moments, strict=True)), int(states[0]["step"]) if states else 0)
 
     @torch.no_grad()
     def load_portable(self, state: PortableState) -> None:
@@ -162,20 +171,22 @@ class DeepSpeedEngine(Engine):
             if name in state.params:
                 buffer.copy_(state.params[name])
         parameters = dict(self.module.named_parameters())
-        with self.full_params(self.module) if self._stage < 3 else self._gathered_for_writing(list(parameters.values())):
-            for name, parameter in parameters.items():
+        for name, parameter in parameters.items():
+            with self._gathered_for_writing(parameter) if self._stage == 3 else contextlib.nullcontext():
                 parameter.copy_(state.params[name])
         self._scatter(None, state.params)
         self.optimizer.state.clear()
-        if state.exp_avg:
+        if any(state.moments.values()):
             for flat in self._flats():
-                zeros = {kind: torch.zeros_like(flat) for kind in _MOMENTS}
+                zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
                 self.optimizer.state[flat] = {"step": step_tensor(state.num_updates, flat.device)} | zeros
-            self._scatter("exp_avg", state.exp_avg)
-            self._scatter("exp_avg_sq", state.exp_avg_sq)
+            for kind in MOMENTS:
+                self._scatter(kind, state.moments[kind])
 
     def close(self) -> None:
-        self._engine.destroy()
+        if not self._closed:
+            self._closed = True
+            self._engine.destroy()
 
     def _grad_norm(self) -> Tensor:
         if self._stage == 0:
@@ -201,54 +212,72 @@ class DeepSpeedEngine(Engine):
     def _local(self, flat: Tensor, kind: str | None) -> Tensor:
         return flat.detach() if kind is None else self.optimizer.state[flat][kind]
 
-    def _gathered(self, kind: str | None) -> dict[str, Tensor]:
-        """fp32 parameters, or moments of a ``kind``, on the first rank's CPU."""
+    def _gathered(self, kind: str | None, owners: dict[str, int]) -> dict[str, Tensor]:
+        """fp32 parameters, or moments of a ``kind``, on their owners' CPUs; a GPU holds one of them at a time."""
         kept: dict[str, Tensor] = {}
         if self._stage == 3:
             utils = self._deepspeed.utils
             for name, parameter in self.module.named_parameters():
                 read = utils.safe_get_full_fp32_param if kind is None else utils.safe_get_full_optimizer_state
                 whole = read(parameter) if kind is None else read(parameter, kind)
-                if dist.is_first():
+                if owners[name] == rank():
                     kept[name] = whole.detach().to("cpu", copy=True)
             return kept
         for flat, placed in self._placed():
-            local = self._local(flat, kind)
-            whole = local.new_empty(local.numel() * tdist.get_world_size())
-            tdist.all_gather(list(whole.chunk(tdist.get_world_size())), local.contiguous())
-            if dist.is_first():
-                for name, parameter, offset in placed:
-                    part = whole[offset : offset + parameter.numel()].view(parameter.shape)
-                    kept[name] = part.to("cpu", copy=True)
+            for name, parameter, offset in placed:
+                whole = _joined(self._local(flat, kind), offset, offset + parameter.numel(), owners[name])
+                if whole is not None:
+                    kept[name] = whole.view(parameter.shape).to("cpu", copy=True)
         return kept
 
     def _scatter(self, kind: str | None, values: dict[str, Tensor]) -> None:
         """Put this rank's part of whole tensors where the optimizer keeps it; what is missing is zero there already."""
-        rank, world_size = tdist.get_rank(), tdist.get_world_size()
         if self._stage == 3:
             utils = self._deepspeed.utils
             for name, parameter in self.module.named_parameters():
                 if name not in values:
                     continue
                 length = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
-                padded = torch.zeros(length * world_size)
-                padded[: values[name].numel()] = values[name].flatten()
-                part = padded[rank * length : (rank + 1) * length].to(parameter.device)
+                part = torch.zeros(length, device=parameter.device)
+                own = values[name].flatten()[rank() * length : (rank() + 1) * length]  # shorter at the end
+                part[: own.numel()] = own
                 if kind is None:
                     utils.safe_set_local_fp32_param(parameter, part)
                 else:
                     utils.safe_set_local_optimizer_state(parameter, part, kind)
             return
         for flat, placed in self._placed():
-            whole = torch.zeros(flat.numel() * world_size)
+            local = self._local(flat, kind)
             for name, parameter, offset in placed:
-                if name in values:
-                    whole[offset : offset + parameter.numel()] = values[name].flatten()
-            self._local(flat, kind).copy_(whole[rank * flat.numel() : (rank + 1) * flat.numel()])
+                start, end = _overlap(local, offset, offset + parameter.numel(), rank())
+                if name in values and start < end:
+                    first = rank() * local.numel()
+                    local[start - first : end - first] = values[name].flatten()[start - offset : end - offset].to(local.device)
 
-    def _gathered_for_writing(self, parameters: list[nn.Parameter]) -> Any:
-        """Parameters sharded by stage 3, whole; what the first rank writes into them is kept."""
-        return self._deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    def _gathered_for_writing(self, parameter: nn.Parameter) -> Any:
+        """A parameter sharded by stage 3, whole; what the first rank writes into it is kept."""
+        return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+
+def _overlap(local: Tensor, start: int, end: int, rank: int) -> tuple[int, int]:
+    """What a rank holds of the elements from ``start`` to ``end`` of a flat tensor, of which all hold parts like ``local``."""
+    return max(start, rank * local.numel()), min(end, (rank + 1) * local.numel())
+
+
+def _joined(local: Tensor, start: int, end: int, owner: int) -> Tensor | None:
+    """These elements of a flat tensor on the rank ``owner``, sent by those that hold them; None on all others."""
+    length = local.numel()
+    whole = local.new_empty(end - start) if rank() == owner else None
+    for holder in range(start // length, (end - 1) // length + 1):
+        first, last = _overlap(local, start, end, holder)
+        part = local[first - holder * length : last - holder * length] if rank() == holder else None
+        if part is not None and whole is not None:
+            whole[first - start : last - start] = part
+        elif part is not None:
+            tdist.send(part, dst=owner)
+        elif whole is not None:
+            tdist.recv(whole[first - start : last - start], src=holder)
+    return whole
 
 
 def require_private_names(zero: Any, zero_stage: int, version: str) -> None:

@@ -13,17 +13,21 @@ import torch.distributed as tdist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from personmae import dist
 from personmae.engine.base import (
+    MOMENTS,
     Batch,
     Engine,
     PortableState,
     Step,
     full_shapes,
+    guarded_loss,
     guarded_update,
+    owners,
+    rank,
     require_fit,
     require_whole,
     step_tensor,
@@ -32,11 +36,15 @@ from personmae.engine.base import (
 from personmae.errors import UserError
 
 _BLOCKS_PER_GROUP = 4  # hooks cost the host more than the memory of three more blocks is worth; docs/decisions.md
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FsdpEngine(Engine):
-    """A module under ``fully_shard``; the process group must exist, and the optimizer must not have a state yet."""
+    """A module under ``fully_shard``; the process group must exist, and the optimizer must not have a state yet.
+
+    Gradients are reduced to shards after every micro-batch: kept whole until the last one, they would fill what sharding saves.
+    """
+
+    is_sharded = True
 
     def __init__(
         self,
@@ -52,7 +60,7 @@ class FsdpEngine(Engine):
         names = {parameter: name for name, parameter in module.named_parameters()}
         for tensor in module.state_dict().values():
             tdist.broadcast(tensor, src=0)  # as the other engines do; fully_shard takes each rank's own values
-        self._root = _shard(module, _build_mesh(shard_size))
+        _shard(module, _build_mesh(shard_size))
         sharded = dict(module.named_parameters())
         for group in optimizer.param_groups:
             group["params"] = [sharded[names[parameter]] for parameter in group["params"]]
@@ -60,9 +68,8 @@ class FsdpEngine(Engine):
         require_whole(self, self._shapes)
 
     def forward_backward(self, batch: Batch, *, last_micro: bool) -> Batch:
-        self._root.set_requires_gradient_sync(last_micro)
         losses = self.module(batch)
-        (losses["loss"] / self._grad_accum_steps).backward()
+        (guarded_loss(losses["loss"]) / self._grad_accum_steps).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def step(self, lr_scale: float) -> Step:
@@ -76,12 +83,13 @@ class FsdpEngine(Engine):
     def full_params(self, module: nn.Module) -> Iterator[list[Tensor]]:
         yield _whole_list([parameter.detach() for parameter in module.parameters()])
 
-    def portable_state(self) -> PortableState | None:
-        params = self._gathered(self.module.state_dict())
+    def portable_state(self, *, spread: bool = False) -> PortableState | None:
+        given = owners(self._shapes, spread=spread)
+        params = _gathered(self.module.state_dict(), given)
         states = {name: self.optimizer.state.get(parameter) for name, parameter in self.module.named_parameters()}
-        moments = [self._gathered({name: state[kind] for name, state in states.items() if state}) for kind in _MOMENTS]
+        moments = {kind: _gathered({name: state[kind] for name, state in states.items() if state}, given) for kind in MOMENTS}
         num_updates = next((int(state["step"]) for state in states.values() if state), 0)
-        return PortableState(params, *moments, num_updates=num_updates) if dist.is_first() else None
+        return PortableState(params, moments, num_updates) if spread or dist.is_first() else None
 
     @torch.no_grad()
     def load_portable(self, state: PortableState) -> None:
@@ -90,24 +98,24 @@ class FsdpEngine(Engine):
         for name, tensor in self.module.state_dict().items():
             tensor.copy_(_like(state.params[name], tensor))
         for name, parameter in self.module.named_parameters():
-            if name in state.exp_avg:
+            if name in state.moments.get(MOMENTS[0], {}):
                 self.optimizer.state[parameter] = {
                     "step": step_tensor(state.num_updates, parameter.device),
-                    "exp_avg": _like(state.exp_avg[name], parameter),
-                    "exp_avg_sq": _like(state.exp_avg_sq[name], parameter),
+                    **{kind: _like(state.moments[kind][name], parameter) for kind in MOMENTS},
                 }
 
     def close(self) -> None:
         """Nothing is held."""
 
-    def _gathered(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the first rank's CPU, one after the other so that a GPU holds one at a time."""
-        kept = {}
-        for name, tensor in tensors.items():
-            whole = _whole(tensor.detach())
-            if dist.is_first():
-                kept[name] = whole.to("cpu", copy=True)
-        return kept
+
+def _gathered(tensors: dict[str, Tensor], owners: dict[str, int]) -> dict[str, Tensor]:
+    """Whole tensors on their owners' CPUs, one after the other so that a GPU holds one at a time."""
+    kept = {}
+    for name, tensor in tensors.items():
+        whole = _whole(tensor.detach())
+        if owners[name] == rank():
+            kept[name] = whole.to("cpu", copy=True)
+    return kept
 
 
 def _build_mesh(shard_size: int | None) -> DeviceMesh:
@@ -123,14 +131,14 @@ def _build_mesh(shard_size: int | None) -> DeviceMesh:
     return init_device_mesh(device, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
-def _shard(module: nn.Module, mesh: DeviceMesh) -> FSDPModule:
+def _shard(module: nn.Module, mesh: DeviceMesh) -> None:
     """Shard a module: a few blocks of each list together, all that is left with the root."""
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for part in list(module.modules()):
         if isinstance(part, nn.ModuleList):
             for first in range(0, len(part), _BLOCKS_PER_GROUP):
                 fully_shard(list(part)[first : first + _BLOCKS_PER_GROUP], mesh=mesh, mp_policy=precision)
-    return fully_shard(module, mesh=mesh, mp_policy=precision)
+    fully_shard(module, mesh=mesh, mp_policy=precision)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from personmae.engine.base import (
     PortableState,
     Step,
     full_shapes,
+    guarded_loss,
     guarded_update,
     load_replicated,
     replicated_state,
@@ -30,13 +31,15 @@ class NativeEngine(Engine):
         self._grad_accum_steps, self._max_norm = grad_accum_steps, max_norm
         self._shapes = full_shapes(module)
         distributed = tdist.is_initialized() and tdist.get_world_size() > 1
-        self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True) if distributed else module
+        # Buffers stay each rank's own: running statistics are of what it has seen, and dist.average_buffers makes one of them.
+        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        self._wrapped = DistributedDataParallel(module, **options) if distributed else module
 
     def forward_backward(self, batch: Batch, *, last_micro: bool) -> Batch:
         waits = isinstance(self._wrapped, DistributedDataParallel) and not last_micro
         with self._wrapped.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             losses = self._wrapped(batch)
-            (losses["loss"] / self._grad_accum_steps).backward()
+            (guarded_loss(losses["loss"]) / self._grad_accum_steps).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def step(self, lr_scale: float) -> Step:
@@ -50,8 +53,8 @@ class NativeEngine(Engine):
     def full_params(self, module: nn.Module) -> Iterator[list[Tensor]]:
         yield list(module.parameters())
 
-    def portable_state(self) -> PortableState | None:
-        return replicated_state(self.module, self.optimizer)
+    def portable_state(self, *, spread: bool = False) -> PortableState | None:
+        return replicated_state(self.module, self.optimizer, spread=spread)
 
     def load_portable(self, state: PortableState) -> None:
         require_fit(self._shapes, state)

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from engine_runs import MAX_NORM, POISONED, Results, launch
-from scenario import ENGINES, MIDDLE, STEPS
+from engine_runs import MAX_NORM, POISONED, Results, launch, task_of
+from scenario import COMPILED, ENGINES, MIDDLE
 
 
 @pytest.fixture(scope="session")
@@ -12,8 +12,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("engines")
 
     def task(name: str, engine: str, **settings: Any) -> dict[str, Any]:
-        common = {"max_norm": None, "activation_checkpointing": "none", "load": None, "first": 0, "last": STEPS, "poison": None}
-        return common | {"engine": engine, "out": str(folder / name)} | settings
+        return task_of(name, engine, folder, **settings)
 
     def all_runs(engine: str, ranks: int) -> list[dict[str, Any]]:
         return [
@@ -33,6 +32,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for engine in ENGINES
         for mode in ("selective", "full")
     ]
+    two += [task(f"{engine}-2-compiled", engine, compiled=True, last=MIDDLE) for engine in COMPILED]
     two += [continued(f"{a}-1-then-{b}-2", b, f"{a}-1") for a, b in zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True)]
     launch(two, 2, folder)
     launch([continued(f"{a}-2-then-{b}-1", b, f"{a}-2") for b in ENGINES for a in ENGINES], 1, folder)

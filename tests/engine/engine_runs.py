@@ -12,7 +12,8 @@ from typing import Any
 from safetensors.torch import load_file
 from scenario import STEPS, Tensors
 
-MAX_NORM, POISONED = 0.5, 5  # half of the norms that come up, and a step after the middle
+MAX_NORM = 0.5  # half of the norms that come up
+POISONED = {"5": "gradient", "6": "loss"}  # steps after the middle, and what is not finite in them
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,15 @@ class Results:
         return load_file(self.folder / f"{name}-{step}.safetensors")
 
 
-def launch(plan: list[dict[str, Any]], num_ranks: int, folder: Path) -> None:
-    """Do a plan on so many ranks of this host, which must all succeed."""
+def task_of(name: str, engine: str, folder: Path, **settings: Any) -> dict[str, Any]:
+    """A run of the scenario from its beginning to its end, unless ``settings`` say otherwise."""
+    common = {"max_norm": None, "activation_checkpointing": "none", "compiled": False, "load": None, "first": 0, "last": STEPS}
+    common |= {"poison": {}, "together": None, "killed_rank": None}
+    return common | {"engine": engine, "out": str(folder / name)} | settings
+
+
+def launch(plan: list[dict[str, Any]], num_ranks: int, folder: Path, *, killed_rank: int | None = None) -> None:
+    """Do a plan on so many ranks of this host, which must all succeed, unless one is to be killed: then none does."""
     plan_file = folder / "plan.json"
     plan_file.write_text(json.dumps(plan))
     with socket.socket() as probe:
@@ -45,8 +53,9 @@ def launch(plan: list[dict[str, Any]], num_ranks: int, folder: Path) -> None:
         with (folder / f"rank{rank}.log").open("w") as log:
             ranks.append(subprocess.Popen(command, env=os.environ | common | own, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=200) for process in ranks]
+        codes = [process.wait(timeout=400) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    assert codes == [0] * num_ranks, "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(num_ranks))
+    ends = [-9 if rank == killed_rank else 1 for rank in range(num_ranks)] if killed_rank is not None else [0] * num_ranks
+    assert codes == ends, "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(num_ranks))

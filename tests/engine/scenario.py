@@ -6,7 +6,9 @@ its own, without an engine, which the engines are compared with.
 
 import json
 import os
+import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,15 @@ import torch.distributed as tdist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from personmae import dist, optim
-from personmae.engine.base import Engine, PortableState
+from personmae import checkpoint, dist, keeper, optim, snapshot
+from personmae.engine.base import Engine, PortableState, own_part
+from personmae.keeper import Writer
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.model.vit import grid_coords
 
 ENGINES = ("native", "zero0", "zero1", "zero2", "zero3", "fsdp")
+COMPILED = ("native", "zero2", "fsdp")  # of each kind one; stage 3 refuses
 STEPS, MIDDLE = 8, 4
 ACCUM, GLOBAL_BATCH, GRID, NUM_VISIBLE = 2, 8, (4, 2), 3
 LR, MOMENTUM, BETAS, WEIGHT_DECAY = 1e-3, 0.9, (0.9, 0.95), 0.05
@@ -45,10 +49,12 @@ def micro_batch(step: int, micro: int, rank: int = 0, world_size: int = 1) -> Te
     return {name: tensor[rank * share : (rank + 1) * share].clone() for name, tensor in batch.items()}
 
 
-def build_model(activation_checkpointing: str = "none") -> PersonMAE:
+def build_model(activation_checkpointing: str = "none", *, compiled: bool = False) -> PersonMAE:
     torch.manual_seed(0)
     model = PersonMAE(size="micro")
     model.encoder.activation_checkpointing = activation_checkpointing  # type: ignore[assignment]
+    if compiled:  # what the program does, but for the kernels, which take a minute to build
+        model.compile(backend="aot_eager")
     return model
 
 
@@ -74,7 +80,7 @@ def build_engine(name: str, model: PersonMAE, *, max_norm: float | None, world_s
     return DeepSpeedEngine(model, build_optimizer(model), **plan, extra=extra)
 
 
-def run_plain(*, max_norm: float | None, poison: int | None) -> tuple[dict[str, Any], dict[int, Tensors]]:
+def run_plain(*, max_norm: float | None, poison: dict[str, str]) -> tuple[dict[str, Any], dict[int, Tensors]]:
     """The reference: gradients of both micro-batches, AdamW and the average, written out."""
     model = build_model()
     optimizer, teacher = build_optimizer(model), Teacher(model.encoder, GRID)
@@ -92,13 +98,13 @@ def run_plain(*, max_norm: float | None, poison: int | None) -> tuple[dict[str, 
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-        if step != poison:
+        if str(step) not in poison:
             optimizer.step()
             for average, parameter in zip(teacher.encoder.parameters(), model.encoder.parameters(), strict=True):
                 average.data.lerp_(parameter.data, 1 - MOMENTUM)
         optimizer.zero_grad()
         told["norms"].append(norm.item())
-        told["skipped"].append(float(step == poison))
+        told["skipped"].append(float(str(step) in poison))
         if step + 1 in (MIDDLE, STEPS):
             moments = {name: optimizer.state[p] for name, p in model.named_parameters()}
             parts = {
@@ -116,7 +122,7 @@ class Run:
 
     def __init__(self, task: dict[str, Any], rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
-        self.model = build_model(task["activation_checkpointing"])
+        self.model = build_model(task["activation_checkpointing"], compiled=task["compiled"])
         self.teacher = Teacher(self.model.encoder, GRID)
         self.engine = build_engine(task["engine"], self.model, max_norm=task["max_norm"], world_size=world_size)
 
@@ -124,43 +130,66 @@ class Run:
         state = self.engine.portable_state()
         if state is None:
             return None
-        parts = {"params": state.params, "exp_avg": state.exp_avg, "exp_avg_sq": state.exp_avg_sq}
+        parts = {"params": state.params, **state.moments}
         return flatten(parts | {"teacher": dict(self.teacher.encoder.state_dict())}, state.num_updates)
 
     def load(self, tensors: Tensors) -> None:
         parts, num_updates = unflatten(tensors)
-        self.engine.load_portable(PortableState(parts["params"], parts["exp_avg"], parts["exp_avg_sq"], num_updates))
+        moments = {kind: parts[kind] for kind in ("exp_avg", "exp_avg_sq")}
+        self.engine.load_portable(PortableState(parts["params"], moments, num_updates))
         self.teacher.encoder.load_state_dict(parts["teacher"])
 
     def train(self, task: dict[str, Any]) -> tuple[dict[str, Any], dict[int, Tensors]]:
-        told: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "untouched": True}
+        told: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "untouched": True, "reduced": True}
         states = {}
         if task["load"]:
-            loaded = load_file(task["load"])
+            loaded = read_flat(task["load"])
             self.load(loaded)
             if (back := self.snapshot()) is not None:
                 told["came_back"] = back.keys() == loaded.keys() and all(torch.equal(back[k], loaded[k]) for k in loaded)
         for step in range(task["first"], task["last"]):
-            before = self.snapshot() if step == task["poison"] else None
+            poison = task["poison"].get(str(step))
+            before = self.snapshot() if poison else None
             for micro in range(ACCUM):
                 batch = micro_batch(step, micro, self.rank, self.world_size)
-                if step == task["poison"] and micro == 0 and self.rank == self.world_size - 1:
+                spoiled = poison if micro == 0 and self.rank == self.world_size - 1 else None
+                if spoiled == "gradient":
                     batch["patches_a"][0, 0, 0] = float("nan")
                 batch["target"] = self.teacher(batch["patches_b"])
+                if spoiled == "loss":  # smooth L1 has a finite gradient even so
+                    batch["target"][0, 0, 0] = float("inf")
                 losses = self.engine.forward_backward(batch, last_micro=micro == ACCUM - 1)
                 told["losses"].append(dist.mean(losses["loss"]).item())
+                told["reduced"] &= all(p.grad is not None for p in self.model.parameters())
             done = self.engine.step(lr_scale_at(step))
             with self.engine.full_params(self.model.encoder) as params:
                 self.teacher.update(params, MOMENTUM, done.skipped)
             told["norms"].append(done.grad_norm.item())
             told["skipped"].append(done.skipped.item())
-            if step == task["poison"] and (after := self.snapshot()) is not None and before is not None:
-                told["untouched"] = all(torch.equal(before[name], after[name]) for name in before)
+            if poison and (after := self.snapshot()) is not None and before is not None:
+                told["untouched"] &= all(torch.equal(before[name], after[name]) for name in before)
             if step + 1 in (MIDDLE, STEPS) and (state := self.snapshot()) is not None:
                 states[step + 1] = state
+            if step + 1 == MIDDLE and task["together"]:
+                self.save_together(Path(task["together"]), task["killed_rank"])
         told["teachers_agree"] = self.agrees([*self.teacher.encoder.parameters()])
         told["skips_agree"] = self.agrees([torch.tensor(told["skipped"])])
         return told, states
+
+    def save_together(self, run_dir: Path, killed_rank: int | None) -> None:
+        """Have all ranks write their shares of step MIDDLE, and then of the next, during which one may be killed."""
+        state = self.engine.portable_state(spread=True)
+        assert state is not None
+        tensors = {"params": state.params, **state.moments}
+        tensors["teacher"] = own_part(self.teacher.encoder.state_dict(), spread=True)
+        record = {"num_updates": state.num_updates}
+        with closing(Writer(run_dir, keep_last=2, **keeper.join_ranks(run_dir))) as writer:
+            writer.save(checkpoint.Checkpoint(MIDDLE, tensors, record), wait=True)
+            if killed_rank is None:
+                return
+            if killed_rank == self.rank:
+                snapshot._put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            writer.save(checkpoint.Checkpoint(MIDDLE + 1, tensors, record))
 
     def agrees(self, tensors: list[Tensor]) -> bool:
         """Whether all ranks hold the same bits."""
@@ -173,6 +202,14 @@ class Run:
 def flatten(parts: dict[str, Tensors], num_updates: int) -> Tensors:
     flat = {f"{kind}/{name}": t.detach().clone() for kind, tensors in parts.items() for name, t in tensors.items()}
     return flat | {"num_updates": torch.tensor(num_updates)}
+
+
+def read_flat(where: str) -> Tensors:
+    """A state that a run has left: a file of ``flatten``, or a run directory with a checkpoint."""
+    if where.endswith(".safetensors"):
+        return load_file(where)
+    saved = checkpoint.read(checkpoint.locate(where))
+    return flatten(saved.tensors, saved.state["num_updates"])
 
 
 def unflatten(flat: Tensors) -> tuple[dict[str, Tensors], int]:
@@ -194,10 +231,11 @@ def main(plan_file: str) -> None:
         if task["engine"] == "plain":
             told, states = run_plain(max_norm=task["max_norm"], poison=task["poison"])
         else:
-            wanted = [task[key] for key in ("engine", "max_norm", "activation_checkpointing")]
+            wanted = [task[key] for key in ("engine", "max_norm", "activation_checkpointing", "compiled")]
             if run is None or made_for != wanted or not task["load"]:
                 if run:
                     run.engine.close()
+                    run.engine.close()  # as a program may that ends in more than one way
                 run, made_for = Run(task, world.rank, world.world_size), wanted
             told, states = run.train(task)
         if world.is_first:

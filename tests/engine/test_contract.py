@@ -1,5 +1,8 @@
 """What an engine refuses, and what it needs of DeepSpeed: nothing here starts a process."""
 
+import contextlib
+import math
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +11,7 @@ from scenario import build_model, build_optimizer
 from torch import nn
 
 from personmae.engine import deepspeed
-from personmae.engine.base import PortableState, guarded_update
+from personmae.engine.base import PortableState, full_shapes, guarded_update, require_whole
 from personmae.engine.native import NativeEngine
 from personmae.errors import UserError
 
@@ -39,6 +42,8 @@ def test_extra_is_merged_last_and_section_by_section():
     [
         ({"bf16": {"enabled": True}}, "'bf16'"),
         ({"gradient_clipping": 1.0}, "'gradient_clipping'"),
+        ({"amp": {"enabled": True}}, "'amp'"),
+        ({"elasticity": {"enabled": True}}, "'elasticity'"),
         ({"zero_optimization": {"stage": 2}}, "'zero_optimization.stage'"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "'zero_optimization.offload_optimizer'"),
     ],
@@ -47,6 +52,12 @@ def test_extra_may_not_say_what_the_configuration_says(extra, named):
     with pytest.raises(UserError, match="leave it out") as caught:
         deepspeed.deepspeed_config(**PLAN, zero_stage=1, extra=extra)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("section", [None, 3, ["stage"]])
+def test_a_section_of_extra_that_is_none_is_refused(section):
+    with pytest.raises(UserError, match=r"needs settings in zero_optimization, got "):
+        deepspeed.deepspeed_config(**PLAN, zero_stage=1, extra={"zero_optimization": section})
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -83,10 +94,10 @@ def test_a_state_of_another_model_is_refused_before_anything_is_changed():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     wrong = state.params | {"encoder.cls_token": torch.zeros(1, 1, 3)}
     with pytest.raises(UserError, match=r"1 differ \(encoder.cls_token\)"):
-        engine.load_portable(PortableState(wrong, {}, {}, 0))
+        engine.load_portable(PortableState(wrong, {}, 0))
     missing = {name: tensor for name, tensor in state.params.items() if name != "encoder.norm.bias"}
     with pytest.raises(UserError, match=r"1 differ \(encoder.norm.bias\)"):
-        engine.load_portable(PortableState(missing, {}, {}, 0))
+        engine.load_portable(PortableState(missing, {}, 0))
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -129,6 +140,47 @@ def test_a_first_step_that_is_skipped_leaves_parameters_and_counters_where_they_
     optimizer.step()
     assert not any(torch.equal(a, b) for a, b in zip(before, linear.parameters(), strict=True))
     assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_skipped_even_where_its_gradient_is_finite(bad):
+    class Overflows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 1)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"loss": self.linear(batch["x"]).mean() + batch["added"]}
+
+    module = Overflows()
+    groups = [{"params": list(module.parameters()), "base_lr": 0.1, "lr": 0.1}]
+    engine = NativeEngine(module, torch.optim.AdamW(groups, fused=True), grad_accum_steps=2, max_norm=None)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    for added, last in ((bad, False), (0.0, True)):
+        losses = engine.forward_backward({"x": torch.ones(2, 3), "added": torch.tensor(added)}, last_micro=last)
+        assert math.isfinite(losses["loss"]) == (added == 0.0)
+    assert engine.step(1.0).skipped == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    for last in (False, True):
+        engine.forward_backward({"x": torch.ones(2, 3), "added": torch.tensor(0.0)}, last_micro=last)
+    done = engine.step(1.0)
+    assert done.skipped == 0.0
+    assert done.grad_norm == pytest.approx(2.0)  # of a mean over two micro-batches: ones for three weights and a bias
+    assert not any(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("spoil", [lambda whole: whole[:1], lambda whole: whole.bfloat16()])
+def test_an_engine_that_gives_back_shards_or_bf16_is_refused_before_the_first_step(spoil):
+    class Shards(NativeEngine):
+        @contextlib.contextmanager
+        def full_params(self, module: nn.Module) -> Iterator[list[torch.Tensor]]:
+            yield [spoil(parameter) if parameter.ndim > 1 else parameter for parameter in module.parameters()]
+
+    module = nn.Linear(3, 2)
+    groups = [{"params": list(module.parameters()), "base_lr": 0.1, "lr": 0.1}]
+    engine = Shards(module, torch.optim.AdamW(groups, fused=True), grad_accum_steps=1, max_norm=None)
+    with pytest.raises(UserError, match=r"must give weight back as fp32 \(2, 3\) and gives .*use engine\.name=native"):
+        require_whole(engine, full_shapes(module))
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ from boto3.session import Session
 from fault_proxy import Fault, FaultProxy, moto_process
 from programs import ROOT, environment
 
-from personmae import archive, checkpoint, snapshot
+from personmae import archive, checkpoint, keeper, snapshot
 from personmae.checkpoint import Checkpoint
 from personmae.data import storage
 from personmae.keeper import Writer
@@ -333,10 +333,23 @@ def _refuse(*_: Any) -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_two_ranks_write_one_checkpoint_together_or_none(tmp_path):
+def look(rank: int, folder: str, port: int) -> None:
+    """One of two ranks, each with a disk of its own: do they see the same run directory?"""
+    import torch.distributed as tdist
+
+    tdist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    apart = keeper.join_ranks(Path(folder) / f"disk{rank}" / "run")
+    shared = keeper.join_ranks(Path(folder) / "shared" / "run")
+    shared.pop("barrier")()
+    print(json.dumps([apart, shared]), flush=True)
+    tdist.destroy_process_group()
+
+
+def two_ranks(call: str, folder: Path) -> list[tuple[str, str]]:
+    """What two processes have said that did a function of this file, which must succeed."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    code = f"import test_checkpoints as t; t.be_rank({{}}, {str(tmp_path)!r}, {port})"
+    code = f"import test_checkpoints as t; t.{call}({{}}, {str(folder)!r}, {port})"
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code.format(rank)],
@@ -350,6 +363,17 @@ def test_two_ranks_write_one_checkpoint_together_or_none(tmp_path):
     ]
     said = [rank.communicate(timeout=90) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said
+    return said
+
+
+def test_ranks_write_together_only_where_all_see_the_run_directory(tmp_path):
+    said = two_ranks("look", tmp_path)
+    assert [json.loads(out.splitlines()[-1]) for out, _ in said] == [[{}, {"rank": rank, "world_size": 2}] for rank in range(2)]
+    assert [*(tmp_path / "shared" / "run").iterdir()] == []  # nothing is left of the question
+
+
+def test_two_ranks_write_one_checkpoint_together_or_none(tmp_path):
+    said = two_ranks("be_rank", tmp_path)
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert read_step(found) == 1
