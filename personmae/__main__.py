@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run the verb; returns the exit code."""
     parser = Parser(prog="personmae", description="Person re-identification pre-training, from a bucket of crops to a table.")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for add in (_synth, _shards, _pretrain, _finetune, _evaluate, _report, _bench, _doctor):
+    for add in (_synth, _shards, _pretrain, _finetune, _unsupervised, _evaluate, _report, _bench, _doctor):
         add(verbs)
     args = parser.parse_args(argv)
     return run_program(lambda: args.run(args), quiet=os.environ.get("RANK", "0") != "0")
@@ -187,6 +187,10 @@ def _finetune(verbs: argparse._SubParsersAction) -> None:
     _program(verbs, "finetune", "supervised ReID on one benchmark, from an encoder or from random weights")
 
 
+def _unsupervised(verbs: argparse._SubParsersAction) -> None:
+    _program(verbs, "unsupervised", "ReID without labels: from a pre-trained (USL) or a fine-tuned encoder (UDA)")
+
+
 def _program(verbs: argparse._SubParsersAction, name: str, help_text: str) -> None:
     verb = verbs.add_parser(name, help=help_text)
     verb.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/")
@@ -212,7 +216,11 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
     """Load the configuration of the program ``name`` and run it, or print it."""
     from personmae import config
 
-    kinds: dict[str, type[config.Section]] = {"pretrain": config.Pretrain, "finetune": config.Finetune}
+    kinds: dict[str, type[config.Section]] = {
+        "pretrain": config.Pretrain,
+        "finetune": config.Finetune,
+        "unsupervised": config.Unsupervised,
+    }
     settings = config.load(kinds[name], path, args.overrides)
     if args.print_config:
         print(config.dump_yaml(settings), end="")
@@ -231,14 +239,23 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
 def _evaluate(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("evaluate", help="a fine-tuned checkpoint (or 'histogram') on a benchmark -> mAP, CMC, mINP")
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a fine-tuning run, a checkpoint, or 'histogram'")
-    verb.add_argument("benchmark", choices=["market1501", "occluded_duke"])
+    verb.add_argument("benchmark", metavar="BENCHMARK", help="its name, e.g. market1501 or folder; see configs/README.md")
     verb.add_argument("root", metavar="ROOT", help="directory of the benchmark")
     verb.add_argument("--out", type=Path, help="write the result as JSON")
+    verb.add_argument(
+        "--pool", choices=["mean", "cls", "cls_mean"], help="take a pre-trained encoder as it is, tokens pooled so"
+    )
+    verb.add_argument(
+        "--rerank",
+        choices=["none", "aqe", "k_reciprocal"],
+        default="none",
+        help="query expansion or k-reciprocal re-ranking; the field's tables have neither (default none)",
+    )
 
     def run(args: argparse.Namespace) -> None:
         from personmae import evaluate
 
-        evaluate.run(args.checkpoint, args.benchmark, args.root, out=args.out)
+        evaluate.run(args.checkpoint, args.benchmark, args.root, out=args.out, pool=args.pool, rerank=args.rerank)
 
     verb.set_defaults(run=run)
 
@@ -256,8 +273,58 @@ def _report(verbs: argparse._SubParsersAction) -> None:
 
 
 def _bench(verbs: argparse._SubParsersAction) -> None:
-    bench = verbs.add_parser("bench", help="measure this machine: how fast shards are read and decoded")
+    bench = verbs.add_parser("bench", help="measure this machine: reading shards, a step of each engine, ranking, clustering")
     actions = bench.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _bench_data(actions)
+    _bench_step(actions)
+    _bench_rank(actions)
+
+
+def _bench_rank(actions: argparse._SubParsersAction) -> None:
+    rank = actions.add_parser("rank", help="scoring a retrieval, beside its matrix product and the usual argsort and loops")
+    rank.add_argument("size", choices=["market", "msmt17"], help="of which benchmark; features are drawn")
+    rank.add_argument("--rounds", type=_counting, default=3, help="times each way is measured, in turn (default 3)")
+    rank.add_argument("--out", type=Path, help="write the record as JSON")
+
+    def run(args: argparse.Namespace) -> None:
+        from dataclasses import replace
+
+        from personmae.bench.rank import PRESETS, run_rank
+
+        run_rank(replace(PRESETS[args.size], rounds=args.rounds), args.out)
+
+    rank.set_defaults(run=run)
+
+
+def _bench_step(actions: argparse._SubParsersAction) -> None:
+    step = actions.add_parser("step", help="what each engine costs beyond a plain loop, and how long a checkpoint pauses")
+    step.add_argument("--size", default="micro", choices=["micro", "small", "base", "large"], help="encoder (default micro)")
+    step.add_argument("--batch-size", type=_counting, default=32, help="images a step (default 32)")
+    step.add_argument("--steps", type=_counting, default=20, help="steps of each engine a round (default 20)")
+    step.add_argument("--rounds", type=_counting, default=3, help="times the engines are taken in turn (default 3)")
+    step.add_argument("--precision", default="fp32", choices=["bf16", "fp32"], help="of the matrix products (default fp32)")
+    step.add_argument("--compile", action="store_true", help="compile student and teacher")
+    step.add_argument("--checkpoint-size", default="base", choices=["micro", "small", "base", "large"], help="(default base)")
+    step.add_argument("--out", type=Path, help="write the record as JSON")
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae.bench.step import StepBench, run_step
+
+        settings = StepBench(
+            args.size,
+            args.batch_size,
+            num_steps=args.steps,
+            rounds=args.rounds,
+            precision=args.precision,
+            compile=args.compile,
+            checkpoint_size=args.checkpoint_size,
+        )
+        run_step(settings, args.out)
+
+    step.set_defaults(run=run)
+
+
+def _bench_data(actions: argparse._SubParsersAction) -> None:
     data = actions.add_parser("data", help="reading and decoding shards, beside StreamingDataset + PIL + DataLoader")
     data.add_argument("shards", metavar="SHARDS", help="a directory of shards")
     data.add_argument("--remote", metavar="URL", help="the same shards in an object store, read with an empty and a full cache")
@@ -284,12 +351,19 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
 
 def _doctor(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("doctor", help="what this machine has, and which commands would fail and why")
-    verb.add_argument("--shards", help="also try to read shards at a directory or s3://bucket/prefix")
+    what = verb.add_mutually_exclusive_group()
+    what.add_argument("--shards", help="also try to read shards at a directory or s3://bucket/prefix")
+    what.add_argument("--data", metavar="PATH", type=_named, help="instead: count the benchmarks in a folder, open their files")
 
     def run(args: argparse.Namespace) -> None:
-        from personmae.apply import doctor
+        if args.data:
+            from personmae.apply import inventory
 
-        doctor.run(shards=args.shards)
+            inventory.run(args.data)
+        else:
+            from personmae.apply import doctor
+
+            doctor.run(shards=args.shards)
 
     verb.set_defaults(run=run)
 

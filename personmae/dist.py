@@ -7,6 +7,7 @@ import signal
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as tdist
@@ -65,6 +66,11 @@ def usable_cores() -> int:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, max(1, round(int(quota) / int(period))))  # int("max") is the ValueError
     return cores
+
+
+def threads_per_rank(world: World) -> int:
+    """Threads that a rank may use for reading and decoding."""
+    return max(1, usable_cores() // world.local_world_size)
 
 
 def start(world: World) -> None:
@@ -153,6 +159,13 @@ def from_first_rank(value: str) -> str:
     return box[0]
 
 
+def broadcast(values: torch.Tensor) -> torch.Tensor:
+    """Rank 0's values, in place, on all ranks; the others give a tensor of that shape and type."""
+    if tdist.is_initialized():
+        tdist.broadcast(values, src=0)
+    return values
+
+
 def mean(values: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over ranks, on the CPU."""
     values = values.detach().to("cpu", copy=True)
@@ -160,6 +173,62 @@ def mean(values: torch.Tensor) -> torch.Tensor:
         tdist.all_reduce(values)
         values /= tdist.get_world_size()
     return values
+
+
+def share(count: int) -> slice:
+    """This rank's part of ``count`` things, contiguous, ranks in order."""
+    rank, world_size = (tdist.get_rank(), tdist.get_world_size()) if tdist.is_initialized() else (0, 1)
+    return slice(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The rows of all ranks in order, on all of them, where each has its ``share`` of ``count`` rows; without a gradient."""
+    rows = rows.detach()
+    if not tdist.is_initialized() or tdist.get_world_size() == 1:
+        return rows
+    world_size = tdist.get_world_size()
+    sizes = [count * (rank + 1) // world_size - count * rank // world_size for rank in range(world_size)]
+    padded = rows.new_zeros(max(sizes), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    tdist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def gather_with_grad(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all ranks in order, as many from each; a rank's gradient is the sum of what all ranks have for its rows.
+
+    A loss that each rank computes alike from the gathered rows thus has, after the mean over ranks, the gradient that one rank
+    with all the rows would have.
+    """
+    if not tdist.is_initialized() or tdist.get_world_size() == 1:
+        return rows
+    return _Gather.apply(rows)  # type: ignore[return-value]
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows. Torch's own (torch.distributed.nn) is deprecated; what follows it needs a backend's reduce-scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(tdist.get_world_size())]
+        tdist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        grad = grads[0].contiguous()
+        tdist.all_reduce(grad)
+        return grad.chunk(tdist.get_world_size())[tdist.get_rank()]
+
+
+def average_buffers(module: torch.nn.Module) -> None:
+    """Set floating-point buffers, which are running statistics, to their mean over ranks; called by all of them."""
+    if tdist.is_initialized() and tdist.get_world_size() > 1:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                tdist.all_reduce(buffer)
+                buffer /= tdist.get_world_size()
 
 
 def barrier() -> None:
@@ -199,3 +268,14 @@ def plan_batch(global_batch_size: int, world_size: int, max_micro_batch_size: in
     per_rank = global_batch_size // world_size
     micro = max(n for n in range(1, min(per_rank, max_micro_batch_size) + 1) if per_rank % n == 0)
     return BatchPlan(global_batch_size, world_size, micro, per_rank // micro)
+
+
+def require_equal_parts(batch_size: int, group_size: int, world_size: int) -> None:
+    """Raise a UserError unless ranks can take equal parts of a batch, in whole groups of batch normalisation."""
+    group = min(group_size, batch_size)
+    if batch_size % world_size or batch_size // world_size % group:
+        sizes = [n for n in range(1, batch_size // group + 1) if batch_size % (n * group) == 0]
+        raise UserError(
+            f"a batch of {batch_size} images in groups of train.bn_group_size={group} must be shared evenly by {world_size} "
+            f"ranks; start {' or '.join(map(str, sizes))}, or give another train.bn_group_size (only equal ones compare)"
+        )

@@ -1,5 +1,6 @@
 """A fine-tuned checkpoint and a benchmark to mAP, CMC and mINP, with the field's protocol."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import retrieval
 from personmae.reid.datasets import describe, load_benchmark
-from personmae.reid.heads import ReIDModel, build_head
+from personmae.reid.heads import Neck, Pool, ReIDModel, build_head
 
 HISTOGRAM = "histogram"
 HISTOGRAM_SIZE = (128, 64)  # (height, width) in pixels the pictures are brought to
 
 
-def run(where: str, benchmark_name: str, root: str, *, out: Path | None) -> None:
+def run(
+    where: str, benchmark_name: str, root: str, *, out: Path | None, pool: Pool | None = None, rerank: str = "none"
+) -> None:
     """Print one row of the table; with ``out`` also write ``result.json`` and ``rank_lists.json`` there.
+
+    ``pool`` takes a pre-trained encoder as it is, its tokens pooled so; what it finds is a lower bound, not a ReID system.
 
     Raises:
         UserError: the checkpoint or the benchmark cannot be read.
@@ -28,22 +33,50 @@ def run(where: str, benchmark_name: str, root: str, *, out: Path | None) -> None
     num_threads = dist.usable_cores()
     if where == HISTOGRAM:
         name, init = "colour histogram", "colour alone, normalised per camera"
-        record = retrieval.measure(benchmark, retrieval.histogram_features, img_size=HISTOGRAM_SIZE, num_threads=num_threads)
+        record = retrieval.measure(
+            benchmark, retrieval.histogram_features, img_size=HISTOGRAM_SIZE, num_threads=num_threads, rerank=rerank
+        )
     else:
-        path = checkpoint.locate(where)
-        saved = checkpoint.read(path)
-        if "head" not in saved.state:
-            raise UserError(f"a fine-tuned checkpoint is required; {path} is pre-trained only: run 'personmae finetune' first")
-        name, init = Path(where).name, saved.state["init"]
+        model, settings, init = load(where, pool)
+        name = Path(where).name
         device = torch.device("cuda" if dist.use_cuda() else "cpu")
-        model = load_model(saved, path).to(device)
-        settings = saved.state["model"]
-        features = retrieval.model_features(model, mean=settings["mean"], std=settings["std"], device=device)
-        record = retrieval.measure(benchmark, features, img_size=tuple(settings["img_size"]), num_threads=num_threads)
+        features = retrieval.model_features(model.to(device), mean=settings["mean"], std=settings["std"], device=device)
+        record = retrieval.measure(
+            benchmark,
+            features,
+            img_size=tuple(settings["img_size"]),
+            num_threads=num_threads,
+            device=device,
+            rerank=rerank,
+        )
+    assert record  # one process
     record |= {"name": name, "init": init, "commit": metrics.git_commit()}
     print(retrieval.table_row(record))
     if out:
         retrieval.write_record(out, record)
+
+
+def load(where: str, pool: Pool | None = None) -> tuple[ReIDModel, dict[str, Any], str]:
+    """The model of a checkpoint in evaluation mode, the settings that belong to its weights, and what it was trained from.
+
+    Raises:
+        UserError: there is no checkpoint, or a pre-trained one without ``pool``, or a fine-tuned one with it.
+    """
+    path = checkpoint.locate(where)
+    record = json.loads((path / checkpoint.STATE).read_bytes())
+    if "head" in record:
+        if pool:
+            raise UserError(f"--pool is for pre-trained encoders; {path} is fine-tuned and has a head of its own: leave it out")
+        return load_model(checkpoint.read(path), path), record["model"], record["init"]
+    if not pool:
+        raise UserError(
+            f"a fine-tuned checkpoint is required; {path} is pre-trained only: run 'personmae finetune' first, or see with "
+            "--pool mean what its features find without"
+        )
+    weights, settings = checkpoint.read_encoder(where)
+    encoder = VisionTransformer(**SIZES[settings["size"]], patch_size=settings["patch_size"])
+    checkpoint.load_strictly(encoder, weights, path)
+    return ReIDModel(encoder, Neck(encoder, pool=pool)).eval(), settings, f"{where}, {pool} of its tokens"
 
 
 def load_model(saved: checkpoint.Checkpoint, path: Path) -> ReIDModel:

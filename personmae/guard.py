@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from personmae import dist
+from personmae.errors import Diverged
 
 _SMOOTHING = 0.9  # of the running mean of the loss, per interval
 
@@ -35,6 +36,19 @@ class Guard:
     def exhausted(self) -> bool:
         """Whether too many steps in a row were skipped; waits for the device. All ranks get the same answer."""
         return bool(self.in_row >= self._max_skipped_steps)
+
+    def last_counted(self, step: int, run_dir: str) -> bool:
+        """Whether the last step changed the parameters: a state is saved only then. Waits for the device.
+
+        Raises:
+            Diverged: too many steps in a row were skipped. Called by all ranks together, as ``blame`` is.
+        """
+        if self.exhausted():
+            raise Diverged(
+                f"the gradient was not finite in {int(self.in_row)} steps in a row, up to step {step}: {self.blame()}; "
+                f"{run_dir} keeps an earlier state"
+            )
+        return not self.in_row
 
     def spiked(self) -> bool:
         """Whether the loss since the last call is far above what it was before. Called by all ranks together."""

@@ -39,6 +39,11 @@ def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.opt
     return torch.optim.AdamW(groups, betas=betas, eps=1e-8, fused=True)
 
 
+def sgd(groups: list[dict[str, Any]], momentum: float) -> torch.optim.SGD:
+    """Fused SGD with momentum, as the unsupervised and the TransReID recipes have it."""
+    return torch.optim.SGD(groups, momentum=momentum, fused=True)
+
+
 def lr_scale_at(step: int, total_steps: int, *, warmup_steps: int, min_ratio: float) -> float:
     """Linear warm-up from 0, then half a cosine to ``min_ratio``, as a share of the peak learning rate."""
     if step < warmup_steps:

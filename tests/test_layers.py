@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
-    f"personmae.reid.{name}" for name in ("heads", "losses", "cluster", "ranking", "sampler", "datasets", "transforms")
+    f"personmae.reid.{name}"
+    for name in (
+        *("heads", "losses", "cluster", "memory", "ranking", "rerank", "sampler", "samples", "datasets", "transforms"),
+    )
 }
 MIDDLE = {
     f"personmae.{name}"

@@ -119,6 +119,7 @@ VERBS = {
         ("torch", "torchvision", "process group", "deepspeed", "compiler", "torch.compile", "disk", "shards"),
     ),
     "finetune": ("personmae.finetune", ("torch", "process group", "disk")),
+    "unsupervised": ("personmae.unsupervised", ("torch", "process group", "disk")),
     "evaluate": ("personmae.evaluate", ("torch",)),
     "report": ("personmae.apply.report", ("torch",)),
     "bench": ("personmae.bench", ("torch", "torchvision", "disk")),

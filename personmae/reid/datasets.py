@@ -1,12 +1,14 @@
 """ReID benchmarks as they lie on disk: lists of (path, pid, camid), checked before anything is trained.
 
 Nothing here decodes an image, and nothing is downloaded. Synthetic benchmarks use the same layouts, so counts that
-differ from the published ones are reported, not refused.
+differ from the published ones are reported; a folder that is known to be another benchmark or version is refused.
 """
 
+import difflib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -14,25 +16,21 @@ import numpy as np
 from jaxtyping import Int
 
 from personmae.errors import UserError
+from personmae.reid.samples import SPLITS, UNKNOWN_CAMID, Sample, read_folders, read_lists, read_names, read_tables
 
 JUNK_PID: Final = -1  # a bad detection: neither a match nor a mistake
-DISTRACTOR_PID: Final = 0  # people without an identity: wrong answers for every query
+DISTRACTOR_PID: Final = 0  # people without an identity, in Market-1501: wrong answers for every query
 FOLDERS: Final = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-LITTER: Final = ("Thumbs.db",)  # lies in the official Market-1501 folders
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One image; ``camid`` is the camera's number in the file name, from 1."""
-
-    path: str
-    pid: int
-    camid: int
+Counts = Mapping[str, tuple[int, int]]  # split to (images, identities)
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """The three splits of one benchmark, each in file name order; ``num_junk`` gallery files were left out."""
+    """The three splits of one benchmark, in the order of file names or lists.
+
+    ``num_junk`` gallery files were left out. ``distractors`` says whether pid 0 stands for people without an identity;
+    elsewhere 0 is an identity like others. ``published`` is empty for a data set of the user's own.
+    """
 
     name: str
     root: str
@@ -40,6 +38,9 @@ class Benchmark:
     query: tuple[Sample, ...]
     gallery: tuple[Sample, ...]
     num_junk: int = 0
+    distractors: bool = False
+    published: Counts = field(default_factory=dict)
+    remark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,62 +54,73 @@ class Description:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """File names of a benchmark, the folder its archive unpacks to, and (images, identities) as published."""
+    """File names of a benchmark that lies in Market-1501's folders, and the folders its archive unpacks to."""
 
     pattern: re.Pattern[str]
     example: str
-    folder: str
-    published: dict[str, tuple[int, int]]
+    folders: tuple[str, ...]
+    distractors: bool = False
 
 
+_DUKE: Final = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+)_f\d+\.jpg")
+_CUHK03: Final = re.compile(r"(?P<pid>\d+)_c(?P<camid>\d+)_\d+\.png")
 LAYOUTS: Final = {
     "market1501": Layout(
         pattern=re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\.jpg"),
         example="0002_c1s1_000451_03.jpg",
-        folder="Market-1501-v15.09.15",
-        # 19,732 gallery files, of which 3,819 are junk; identities are counted without the distractors.
-        published={"train": (12_936, 751), "query": (3_368, 750), "gallery": (15_913, 750)},
+        folders=("Market-1501-v15.09.15",),
+        distractors=True,
     ),
-    "occluded_duke": Layout(
-        pattern=re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+)_f\d+\.jpg"),
-        example="0001_c2_f0046182.jpg",
-        folder="Occluded_Duke",
-        published={"train": (15_618, 702), "query": (2_210, 519), "gallery": (17_661, 1_110)},
-    ),
+    "occluded_duke": Layout(_DUKE, "0001_c2_f0046182.jpg", ("Occluded_Duke",), distractors=True),
+    "dukemtmc": Layout(_DUKE, "0001_c2_f0046182.jpg", ("DukeMTMC-reID",), distractors=True),
+    "cuhk03_np_detected": Layout(_CUHK03, "0001_c1_1.png", ("detected", "cuhk03-np/detected")),
+    "cuhk03_np_labeled": Layout(_CUHK03, "0001_c1_1.png", ("labeled", "cuhk03-np/labeled")),
+}
+# MSMT17 in Market-1501's folders, with either the names of its own archive or those that ECN (arXiv 1904.01990) gave it.
+RELAID: Final = Layout(re.compile(r"(?P<pid>\d+)_(?:c|\d+_)(?P<camid>\d+)_\w+\.jpg"), "0000_c14_0030.jpg", ("MSMT17",))
+VERSIONS: Final = {"msmt17_v1": ("MSMT17_V1", "train", "test"), "msmt17_v2": ("MSMT17_V2", "mask_train_v2", "mask_test_v2")}
+NAMES: Final = (*LAYOUTS, "msmt17", *VERSIONS, "folder", "csv")
+
+_MSMT17: Final = {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)}
+WITHOUT_VAL: Final = _MSMT17 | {"train": (30_248, 1_041)}
+PUBLISHED: Final[dict[str, Counts]] = {
+    # 19,732 gallery files, of which 3,819 are junk; identities are counted without the distractors.
+    "market1501": {"train": (12_936, 751), "query": (3_368, 750), "gallery": (15_913, 750)},
+    "occluded_duke": {"train": (15_618, 702), "query": (2_210, 519), "gallery": (17_661, 1_110)},
+    "dukemtmc": {"train": (16_522, 702), "query": (2_228, 702), "gallery": (17_661, 1_110)},
+    "cuhk03_np_detected": {"train": (7_365, 767), "query": (1_400, 700), "gallery": (5_332, 700)},
+    "cuhk03_np_labeled": {"train": (7_368, 767), "query": (1_400, 700), "gallery": (5_328, 700)},
+    **dict.fromkeys(("msmt17", *VERSIONS), _MSMT17),  # both versions are the same pictures, with other faces
 }
 
 
-def market1501(root: str | Path) -> Benchmark:
-    """Market-1501 from ``root`` or ``root/Market-1501-v15.09.15``.
+def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True) -> Benchmark:
+    """The benchmark called ``name``, from ``root`` or from the folder of its archive in ``root``.
 
-    Pid -1 is dropped; pid 0000 stays in the gallery, as a negative for every query.
-
-    Raises:
-        UserError: a split is missing or empty, a file name does not fit, or nothing can be trained or evaluated.
-    """
-    return _load("market1501", root)
-
-
-def occluded_duke(root: str | Path) -> Benchmark:
-    """Occluded-DukeMTMC from ``root`` or ``root/Occluded_Duke``; rules and errors are those of ``market1501``."""
-    return _load("occluded_duke", root)
-
-
-LOADERS: Final[dict[str, Callable[[str | Path], Benchmark]]] = {
-    "market1501": market1501,
-    "occluded_duke": occluded_duke,
-}
-
-
-def load_benchmark(name: str, root: str | Path) -> Benchmark:
-    """The benchmark called ``name``.
+    Market-1501's pid -1 is dropped; its pid 0000 stays in the gallery, as a negative for every query. "msmt17" takes
+    either version and the benchmark is named after it; "msmt17_v1" takes no other. MSMT17's list_val belongs to training
+    (as TransReID and PASS have it) unless ``train_on_val`` is false. "folder" and "csv" are data sets of the user's own.
 
     Raises:
-        UserError: there is no such benchmark, or its loader refuses what lies at ``root``.
+        UserError: there is no such benchmark, a part of it is missing or does not fit, it is another benchmark or
+            version, or nothing can be trained or evaluated.
     """
-    if name not in LOADERS:
-        raise UserError(f"there is no benchmark {name!r}; choose one of {', '.join(LOADERS)}")
-    return LOADERS[name](root)
+    root = Path(root)
+    if not train_on_val and not name.startswith("msmt17"):
+        raise UserError(f"train_on_val=false is for MSMT17, which has a list_val.txt; {name} has none: leave it out")
+    if name in LAYOUTS:
+        benchmark = _in_market_folders(name, _find_root(name, root, LAYOUTS[name]), LAYOUTS[name])
+    elif name == "msmt17" or name in VERSIONS:
+        benchmark = _msmt17(name, root, train_on_val)
+    elif name in ("folder", "csv"):
+        splits, remark = read_folders(root) if name == "folder" else read_tables(root)
+        train, query, gallery = (tuple(splits[split]) for split in SPLITS)
+        benchmark = Benchmark(name, str(root), train, query, gallery, remark=remark)
+    else:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+        raise UserError(f"there is no benchmark {name!r}; the nearest is {near!r}, of {', '.join(NAMES)}")
+    _check_usable(benchmark)
+    return benchmark
 
 
 def train_labels(samples: Sequence[Sample]) -> Int[np.ndarray, " N"]:
@@ -123,75 +135,149 @@ def pids_and_camids(samples: Sequence[Sample]) -> tuple[Int[np.ndarray, " N"], I
     return pids, camids
 
 
+def count(benchmark: Benchmark) -> dict[str, tuple[int, int]]:
+    """Images and identities of each split; distractors are images without an identity."""
+    no_identity = {DISTRACTOR_PID} if benchmark.distractors else set()
+    splits = {split: getattr(benchmark, split) for split in SPLITS}
+    return {split: (len(found), len({s.pid for s in found} - no_identity)) for split, found in splits.items()}
+
+
 def describe(benchmark: Benchmark) -> Description:
-    """Images, identities and cameras of each split, compared with the published numbers."""
-    published = LAYOUTS[benchmark.name].published
+    """Images, identities and cameras of each split, what is odd about them, and a comparison with the published numbers."""
+    counts, published = count(benchmark), benchmark.published
     rows, differences = [f"{'split':<8} {'images':>7} {'ids':>6} {'cameras':>7}"], []
-    for split in FOLDERS:
-        pids, camids = pids_and_camids(getattr(benchmark, split))
-        counts = (len(pids), len(np.unique(pids[pids > DISTRACTOR_PID])))
-        rows.append(f"{split:<8} {counts[0]:>7,} {counts[1]:>6,} {len(np.unique(camids)):>7}")
-        if counts != published[split]:
+    for split, (num_images, num_ids) in counts.items():
+        camids = {sample.camid for sample in getattr(benchmark, split)}
+        cameras = "unknown" if UNKNOWN_CAMID in camids else len(camids)
+        rows.append(f"{split:<8} {num_images:>7,} {num_ids:>6,} {cameras:>7}")
+        if published and counts[split] != published[split]:
             wanted = "{:,} images of {:,} ids".format(*published[split])
-            differences.append("{} has {:,} images of {:,} ids, published {}".format(split, *counts, wanted))
-    distractors = sum(sample.pid == DISTRACTOR_PID for sample in benchmark.gallery)
-    rows.append(f"gallery: {distractors:,} distractors among the images, {benchmark.num_junk:,} junk files left out")
-    note = "; ".join(differences) or "the counts are the published ones"
-    return Description(table="\n".join(rows), published=not differences, note=f"{benchmark.name}: {note}")
+            differences.append(f"{split} has {num_images:,} images of {num_ids:,} ids, published {wanted}")
+    same = "the counts are the published ones" if published else "a data set of your own, with no published counts"
+    note = "; ".join([*(differences or [same]), *([benchmark.remark] if benchmark.remark else [])])
+    is_published = bool(published) and not differences
+    return Description("\n".join([*rows, *_oddities(benchmark)]), is_published, f"{benchmark.name}: {note}")
 
 
-def _load(name: str, root: str | Path) -> Benchmark:
-    layout = LAYOUTS[name]
-    folder = _find_root(name, Path(root), layout)
-    files = {split: _read_split(folder / subfolder, layout) for split, subfolder in FOLDERS.items()}
+def _oddities(benchmark: Benchmark) -> list[str]:
+    lines = []
+    if benchmark.distractors:
+        distractors = sum(sample.pid == DISTRACTOR_PID for sample in benchmark.gallery)
+        lines.append(f"gallery: {distractors:,} distractors among the images, {benchmark.num_junk:,} junk files left out")
+    if unmatched := len(benchmark.query) - len(_matched_queries(benchmark)):
+        lines.append(f"query: {unmatched:,} images have no match in the gallery and are left out of the scores")
+    single = sum(images == 1 for images in Counter(sample.pid for sample in benchmark.train).values())
+    if single:
+        lines.append(f"train: {single:,} ids have one image, which a batch repeats")
+    return lines
+
+
+def _in_market_folders(name: str, folder: Path, layout: Layout) -> Benchmark:
+    files = {split: read_names(folder / FOLDERS[split], layout.pattern, layout.example) for split in SPLITS}
     kept = {split: tuple(s for s in samples if s.pid != JUNK_PID) for split, samples in files.items()}
-    benchmark = Benchmark(
+    if not kept["train"]:
+        raise UserError(f"{folder / FOLDERS['train']} has no identity to train on; every file has pid -1")
+    return Benchmark(
         name=name,
         root=str(folder),
         train=kept["train"],
         query=kept["query"],
         gallery=kept["gallery"],
         num_junk=len(files["gallery"]) - len(kept["gallery"]),
+        distractors=layout.distractors,
+        published=PUBLISHED[name],
     )
-    _check_usable(benchmark)
-    return benchmark
 
 
 def _find_root(name: str, root: Path, layout: Layout) -> Path:
-    for folder in (root, root / layout.folder):
+    for folder in (root, *(root / below for below in layout.folders)):
         if any((folder / subfolder).is_dir() for subfolder in FOLDERS.values()):
             return folder
     problem = "does not exist" if not root.is_dir() else "has none of them"
     wanted = ", ".join(f"{subfolder}/" for subfolder in FOLDERS.values())
-    raise UserError(f"{name} is expected in {root} or {root / layout.folder} as {wanted}; {root} {problem}")
+    raise UserError(f"{name} is expected in {root} or {root / layout.folders[0]} as {wanted}; {root} {problem}")
 
 
-def _read_split(folder: Path, layout: Layout) -> list[Sample]:
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing; expected a folder of images named like {layout.example}")
-    names = sorted(p.name for p in folder.iterdir() if p.name not in LITTER and not p.name.startswith("."))
-    if not names:
-        raise UserError(f"{folder} is empty; expected images named like {layout.example}")
-    samples = []
-    for name in names:
-        match = layout.pattern.fullmatch(name)
-        if match is None:
-            raise UserError(f"{folder / name} is not named like {layout.example}; remove it or rename it")
-        samples.append(Sample(path=str(folder / name), pid=int(match["pid"]), camid=int(match["camid"])))
-    return samples
+def _msmt17(name: str, root: Path, train_on_val: bool) -> Benchmark:
+    """MSMT17 by its own lists; its version is told by the names of its folders."""
+    folders = (root, *(root / below for below in ("MSMT17_V1", "MSMT17_V2", "MSMT17")))
+    found = [
+        (version, folder)
+        for version, (_, *parts) in VERSIONS.items()
+        for folder in folders
+        if any((folder / part).is_dir() for part in parts)
+    ]
+    if not found:
+        return _relaid_msmt17(name, root, folders, train_on_val)
+    wanted = [pair for pair in found if pair[0] == name] if name in VERSIONS else found
+    if not wanted:
+        version, folder = found[0]
+        raise UserError(
+            f"{name} is required, and {folder} holds {version} ({VERSIONS[version][1]}/), whose results are not comparable; "
+            f"get {VERSIONS[name][0]}, or set benchmark={version}"
+        )
+    if len({version for version, _ in wanted}) > 1:
+        raise UserError(f"{root} holds both versions of MSMT17; set benchmark to one of {', '.join(VERSIONS)}")
+    version, folder = wanted[0]
+    claimed = next((other for other, (folder_name, *_) in VERSIONS.items() if folder.name.upper() == folder_name), version)
+    if claimed != version:
+        raise UserError(f"{folder} is called {claimed} and holds {version} ({VERSIONS[version][1]}/); name it what it is")
+    _, train, test = VERSIONS[version]
+    lists = {part: folder / f"list_{part}.txt" for part in ("train", "val", "query", "gallery")}
+    return Benchmark(
+        name=version,
+        root=str(folder),
+        train=tuple(read_lists([lists["train"], *([lists["val"]] if train_on_val else [])], folder / train)),
+        query=tuple(read_lists([lists["query"]], folder / test)),
+        gallery=tuple(read_lists([lists["gallery"]], folder / test)),
+        published=PUBLISHED[version] if train_on_val else WITHOUT_VAL,
+        remark="" if train_on_val else "list_val is left out of training",
+    )
 
 
-def _check_usable(benchmark: Benchmark) -> None:
-    for sample in (*benchmark.train, *benchmark.query):
-        if sample.pid == DISTRACTOR_PID:
-            raise UserError(f"{sample.path} has pid 0, which marks distractors and belongs in the gallery alone")
-    if not benchmark.train:
-        raise UserError(f"{benchmark.root}/{FOLDERS['train']} has no identity to train on; every file has pid -1")
+def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val: bool) -> Benchmark:
+    """MSMT17 in Market-1501's folders, where neither its version nor its list_val can be told."""
+    relaid = next((folder for folder in folders if (folder / FOLDERS["train"]).is_dir()), None)
+    if name in VERSIONS or relaid is None:
+        folder_name, train, test = VERSIONS.get(name, VERSIONS["msmt17_v1"])
+        wanted = f"{train}/, {test}/ and list_{{train,val,query,gallery}}.txt"
+        came = (
+            f"{relaid / FOLDERS['train']} does not tell its version: set benchmark=msmt17" if relaid else "they are not there"
+        )
+        raise UserError(f"{name} is expected in {root} or {root / folder_name} as {wanted}; {came}")
+    if not train_on_val:
+        raise UserError(f"train_on_val=false needs list_train.txt and list_val.txt, which {relaid} does not have")
+    remark = "this layout does not tell V1 from V2, whose results cannot be compared"
+    return replace(_in_market_folders(name, relaid, RELAID), remark=remark)
+
+
+def _matched_queries(benchmark: Benchmark) -> list[Sample]:
+    """Queries with a gallery image of the same pid that is not removed; an unknown camera removes nothing."""
     cameras: dict[int, set[int]] = {}
     for sample in benchmark.gallery:
         cameras.setdefault(sample.pid, set()).add(sample.camid)
-    if not any(cameras.get(sample.pid, set()) - {sample.camid} for sample in benchmark.query):
+    left = {(s.pid, s.camid): cameras.get(s.pid, set()) - ({s.camid} - {UNKNOWN_CAMID}) for s in benchmark.query}
+    return [sample for sample in benchmark.query if left[sample.pid, sample.camid]]
+
+
+def _check_usable(benchmark: Benchmark) -> None:
+    counts, own = count(benchmark), PUBLISHED.get(benchmark.name)
+    for other, published in PUBLISHED.items():
+        if own and counts == published != own:
+            raise UserError(f"{benchmark.root} holds {other}, by its counts, and not {benchmark.name}; set benchmark={other}")
+    for sample in (*benchmark.train, *benchmark.query):
+        if benchmark.distractors and sample.pid == DISTRACTOR_PID:
+            raise UserError(f"{sample.path} has pid 0, which marks distractors and belongs in the gallery alone")
+    queries = {sample.path: sample for sample in benchmark.query}
+    for sample in benchmark.gallery:
+        if sample.path in queries and (sample != queries[sample.path] or sample.camid == UNKNOWN_CAMID):
+            raise UserError(
+                f"{sample.path} is in query and in gallery, where it would match itself; "
+                "take it out of the gallery, or give both the same pid and camid, so that it is removed"
+            )
+    if not _matched_queries(benchmark):
+        removed = "" if benchmark.query[0].camid == UNKNOWN_CAMID else " from another camera"
         raise UserError(
-            f"no query of {benchmark.root} has a gallery image of the same pid from another camera, "
+            f"no query of {benchmark.root} has a gallery image of the same pid{removed}, "
             "so nothing can be evaluated; check the pids and the camera numbers in the file names"
         )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from personmae import dist
 from personmae.reid.heads import ReIDModel
 from personmae.reid.transforms import ImageSet, normalise
 
@@ -29,21 +30,23 @@ def extract(
 ) -> Float[Tensor, "N F"]:
     """L2-normalised fp32 features on the CPU, in the order of the set; ``dtype`` below fp32 is used through autocast.
 
-    The model is put into evaluation mode and back.
+    Called by all ranks together: each works on its share, and all get the whole. The model is put into evaluation mode and
+    back.
 
     Raises:
         UserError: an image cannot be read.
     """
     was_training = model.training
     model.eval()
-    features = torch.empty(len(image_set), model.feature_dim)
+    ours = dist.share(len(image_set))
+    features = torch.empty(ours.stop - ours.start, model.feature_dim)
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            for block, images in _batches(image_set, batch_size):
+            for block, images in _batches(image_set, batch_size, ours):
                 features[block] = model.features(normalise(images.to(device), mean, std)).cpu()
     finally:
         model.train(was_training)
-    return features
+    return dist.gather_rows(features, len(image_set))
 
 
 def colour_histogram(
@@ -76,10 +79,14 @@ def standardise_per_camera(features: Float[Tensor, "N F"], camids: Int[np.ndarra
     return standardised
 
 
-def _batches(image_set: ImageSet, batch_size: int) -> Iterator[tuple[slice, UInt8[Tensor, "B 3 H W"]]]:
-    for start in range(0, len(image_set), batch_size):
-        block = slice(start, min(start + batch_size, len(image_set)))
-        yield block, image_set.load(range(block.start, block.stop))
+def _batches(
+    image_set: ImageSet, batch_size: int, part: slice | None = None
+) -> Iterator[tuple[slice, UInt8[Tensor, "B 3 H W"]]]:
+    """Images of a part of the set, and their places in that part."""
+    part = part or slice(0, len(image_set))
+    for start in range(part.start, part.stop, batch_size):
+        stop = min(start + batch_size, part.stop)
+        yield slice(start - part.start, stop - part.start), image_set.load(range(start, stop))
 
 
 def _stripe_histograms(images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:

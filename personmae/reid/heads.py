@@ -16,6 +16,7 @@ from personmae.errors import UserError
 from personmae.model.vit import VisionTransformer, grid_coords, patchify
 
 RowSplit = Literal["adaptive", "chunk"]
+Pool = Literal["cls", "mean", "cls_mean"]
 MGN_PARTS: Final = (1, 2, 3)  # horizontal parts of each branch; one part is the whole person
 
 
@@ -40,26 +41,42 @@ class BNNeck(nn.Module):
         encoder: VisionTransformer,
         num_classes: int,
         *,
-        pool: Literal["cls", "mean", "cls_mean"] = "cls",
+        pool: Pool = "cls",
         neck_feat: Literal["before", "after"] = "before",
+        bn_group_size: int | None = None,
     ):
         super().__init__()
-        self.pool, self.neck_feat = pool, neck_feat
-        self.feature_dim = encoder.embed_dim * (2 if pool == "cls_mean" else 1)
-        self.bn = frozen_bias_bn(self.feature_dim)
+        self.pool: Pool = pool
+        self.neck_feat = neck_feat
+        self.feature_dim = pooled_dim(encoder, pool)
+        self.bn = GroupedBatchNorm(self.feature_dim, bn_group_size)
         self.classifier = linear_classifier(self.feature_dim, num_classes)
 
     def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:
-        before = self.pooled(tokens)
+        before = pooled(tokens, self.pool)
         return {"logits": [self.classifier(self.bn(before))], "embeddings": [before]}
 
     def features(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Float[Tensor, "B F"]:
-        before = self.pooled(tokens)
+        before = pooled(tokens, self.pool)
         return before if self.neck_feat == "before" else self.bn(before)
 
-    def pooled(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B F"]:
-        cls, mean = tokens[:, 0], tokens[:, 1:].mean(dim=1)
-        return {"cls": cls, "mean": mean, "cls_mean": torch.cat([cls, mean], dim=1)}[self.pool]
+
+class Neck(nn.Module):
+    """Pooled tokens and batch normalisation with its bias frozen: the head without classes of unsupervised training."""
+
+    num_blocks = 0
+
+    def __init__(self, encoder: VisionTransformer, *, pool: Pool = "mean", bn_group_size: int | None = None):
+        super().__init__()
+        self.pool: Pool = pool
+        self.feature_dim = pooled_dim(encoder, pool)
+        self.bn = GroupedBatchNorm(self.feature_dim, bn_group_size)
+
+    def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:
+        return {"logits": [], "embeddings": [self.features(tokens, grid)]}
+
+    def features(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Float[Tensor, "B F"]:
+        return self.bn(pooled(tokens, self.pool))
 
 
 class Branch(nn.Module):
@@ -77,11 +94,11 @@ class Branch(nn.Module):
 class PartEmbedding(nn.Module):
     """Projection of one pooled part, batch normalisation with its bias frozen, and a classifier of its own."""
 
-    def __init__(self, in_dim: int, embed_dim: int, num_classes: int):
+    def __init__(self, in_dim: int, embed_dim: int, num_classes: int, bn_group_size: int | None = None):
         super().__init__()
         self.proj = nn.Linear(in_dim, embed_dim, bias=False)
         nn.init.kaiming_normal_(self.proj.weight, mode="fan_out")
-        self.bn = frozen_bias_bn(embed_dim)
+        self.bn = GroupedBatchNorm(embed_dim, bn_group_size)
         self.classifier = linear_classifier(embed_dim, num_classes)
 
     def forward(self, part: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
@@ -105,12 +122,15 @@ class MGN(nn.Module):
         *,
         embed_dim: int = 256,
         split: RowSplit = "adaptive",
+        bn_group_size: int | None = None,
     ):
         super().__init__()
         self.split: RowSplit = split
         self.branches = nn.ModuleList(Branch(encoder) for _ in MGN_PARTS)
         num_vectors = sum(1 if parts == 1 else 1 + parts for parts in MGN_PARTS)
-        self.embeds = nn.ModuleList(PartEmbedding(encoder.embed_dim, embed_dim, num_classes) for _ in range(num_vectors))
+        self.embeds = nn.ModuleList(
+            PartEmbedding(encoder.embed_dim, embed_dim, num_classes, bn_group_size) for _ in range(num_vectors)
+        )
         self.feature_dim = num_vectors * embed_dim
 
     def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:
@@ -142,7 +162,7 @@ class ReIDModel(nn.Module):
     parameter of the model is trained; ``depth`` is the number of blocks before that, as ``layer_id`` needs it.
     """
 
-    def __init__(self, encoder: VisionTransformer, head: BNNeck | MGN):
+    def __init__(self, encoder: VisionTransformer, head: BNNeck | MGN | Neck):
         super().__init__()
         self.encoder, self.head = copy.deepcopy(encoder), head
         self.depth, self.feature_dim = len(encoder.blocks), head.feature_dim
@@ -185,11 +205,47 @@ def split_rows(maps: Float[Tensor, "B D h w"], num_parts: int, split: RowSplit) 
     return list(F.adaptive_avg_pool2d(maps, (num_parts, 1)).squeeze(3).unbind(2))
 
 
-def frozen_bias_bn(dim: int) -> nn.BatchNorm1d:
-    """Batch normalisation whose bias stays zero, so that the classifier sees features centred on the origin."""
-    bn = nn.BatchNorm1d(dim)
-    bn.bias.requires_grad_(False)
-    return bn
+def pooled(tokens: Float[Tensor, "B T D"], pool: Pool) -> Float[Tensor, "B F"]:
+    """The class token, the mean of the patch tokens, or both one after the other."""
+    cls, mean = tokens[:, 0], tokens[:, 1:].mean(dim=1)
+    return {"cls": cls, "mean": mean, "cls_mean": torch.cat([cls, mean], dim=1)}[pool]
+
+
+def pooled_dim(encoder: VisionTransformer, pool: Pool) -> int:
+    """Width of what ``pooled`` gives."""
+    return encoder.embed_dim * (2 if pool == "cls_mean" else 1)
+
+
+class GroupedBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over groups of ``group_size`` neighbours in the batch, its bias kept at zero.
+
+    The field's results depend on how many images a GPU normalises together; with a set size they do not depend on the number
+    of GPUs. Without a size the batch is one group. The bias stays zero so that the classifier sees features centred on the
+    origin. Running statistics move by the mean over the groups, so the mean of several ranks' is what one rank would have.
+    """
+
+    def __init__(self, dim: int, group_size: int | None = None):
+        super().__init__(dim)
+        self.group_size = group_size
+        self.bias.requires_grad_(False)
+
+    def forward(self, input: Float[Tensor, "B F"]) -> Float[Tensor, "B F"]:
+        if not self.training:
+            return super().forward(input)
+        size = min(self.group_size or len(input), len(input))
+        if len(input) % size:
+            raise UserError(f"groups of {size} for batch normalisation must fill the batch of a rank, which is {len(input)}")
+        groups = input.float().unflatten(0, (-1, size))  # (groups, size, F)
+        var, mean = torch.var_mean(groups, dim=1, correction=0, keepdim=True)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        with torch.no_grad():
+            unbiased = var.mean(dim=(0, 1)) * (size / max(size - 1, 1))
+            self.running_mean.lerp_(mean.mean(dim=(0, 1)), self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+        normalised = ((groups - mean) * (var + self.eps).rsqrt()).flatten(0, 1)
+        return (normalised * self.weight + self.bias).to(input.dtype)
 
 
 def linear_classifier(in_dim: int, num_classes: int) -> nn.Linear:
@@ -218,12 +274,28 @@ def build_head(
     encoder: VisionTransformer,
     num_classes: int,
     *,
-    kind: Literal["mgn", "bnneck"],
-    embed_dim: int,
-    split: RowSplit,
-    pool: Literal["cls", "mean", "cls_mean"],
-) -> BNNeck | MGN:
-    """The head that a configuration describes; ``embed_dim`` and ``split`` are MGN's, ``pool`` is BNNeck's."""
+    kind: Literal["mgn", "bnneck", "neck"],
+    embed_dim: int = 256,
+    split: RowSplit = "adaptive",
+    pool: Pool = "cls",
+    bn_group_size: int | None = None,
+) -> BNNeck | MGN | Neck:
+    """The head that a configuration describes; ``embed_dim`` and ``split`` are MGN's, ``pool`` is of the others."""
     if kind == "mgn":
-        return MGN(encoder, num_classes, embed_dim=embed_dim, split=split)
-    return BNNeck(encoder, num_classes, pool=pool)
+        return MGN(encoder, num_classes, embed_dim=embed_dim, split=split, bn_group_size=bn_group_size)
+    if kind == "bnneck":
+        return BNNeck(encoder, num_classes, pool=pool, bn_group_size=bn_group_size)
+    return Neck(encoder, pool=pool, bn_group_size=bn_group_size)
+
+
+def encoder_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a plain encoder out of those of a ``ReIDModel``.
+
+    MGN has three copies of the last block and norm; those of the branch that sees the whole person are taken.
+    """
+    encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
+    depth = 1 + max(int(match[1]) for name in encoder if (match := re.match(r"blocks\.(\d+)\.", name)))
+    for name, tensor in tensors.items():
+        if match := re.match(r"head\.branches\.0\.(block|norm)\.(.+)", name):
+            encoder[f"blocks.{depth}.{match[2]}" if match[1] == "block" else f"norm.{match[2]}"] = tensor
+    return encoder

@@ -1,11 +1,14 @@
 """Retrieval scores: mAP, CMC and mINP under the single-query protocol of Market-1501, streamed by blocks of queries.
 
-Gallery images of the query's own pid and camera are removed. Queries without a match are left out of every mean.
-Distance is 1 - cosine. Equal distances keep the order of the gallery (stable sort). AP is the mean of the precision at
-each hit, without interpolation.
+Removed for a query are the gallery images of its own pid and camera, its own picture, and junk (pid -1) for everybody. A query
+of camera -1, which is not known, removes no other picture. Queries without a match are left out of every mean.
+
+Images are ranked by falling similarity; equal ones keep the order of the gallery. What is compared is fp32 as it comes out of
+one matrix product. The rank of a match is one more than the number of images before it, so nothing is put in order but the bare
+values of a row, and nothing of the size of all queries times the gallery is ever held.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,15 +18,37 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from personmae.errors import UserError
+from personmae.reid.datasets import JUNK_PID
+from personmae.reid.samples import UNKNOWN_CAMID
+
+BLOCK_SIZE = 256
+Similarity = Callable[[Int[np.ndarray, " b"]], Float[Tensor, "b G"]]  # queries by number to a new tensor, finite, fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Who is seen by which camera; ``own_index`` is the query's own picture in the gallery, -1 where it is not there."""
+
+    query_pids: Int[np.ndarray, " Q"]
+    query_camids: Int[np.ndarray, " Q"]
+    gallery_pids: Int[np.ndarray, " G"]
+    gallery_camids: Int[np.ndarray, " G"]
+    own_index: Int[np.ndarray, " Q"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RankingResult:
-    """Scores in [0, 1]. ``cmc[k - 1]`` is rank-k; ``mINP`` is the mean of hits / last rank (arXiv 2001.04193)."""
+    """Scores in [0, 1], means over the queries with a match; ``cmc[k - 1]`` is rank-k.
+
+    AP is the mean of the precision at each hit. ``mAP_trapezoid`` is for cross-checks with the Matlab code of Market-1501:
+    it takes the mean of the precision at each hit and just before it. That code also divides CMC by all queries, which is
+    ``cmc`` times ``num_valid / num_queries``. ``mINP`` is the mean of hits / last rank (arXiv 2001.04193).
+    """
 
     mAP: float  # noqa: N815 - the field's name
     cmc: tuple[float, ...]
     mINP: float  # noqa: N815
+    mAP_trapezoid: float  # noqa: N815
     num_queries: int
     num_valid: int
 
@@ -33,122 +58,142 @@ class RankingResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Ranked:
-    """The gallery in ranked order for one block of queries; removed images come last."""
+class _Block:
+    """Some queries: what is removed has similarity -inf; ``candidates`` are gallery images that may be matches."""
 
-    order: Int[Tensor, "b G"]
-    hits: Bool[Tensor, "b G"]
-    removed: Bool[Tensor, "b G"]
-
-
-def evaluate(
-    query_features: Float[Tensor, "Q F"],
-    gallery_features: Float[Tensor, "G F"],
-    *,
-    query_pids: Int[np.ndarray, " Q"],
-    query_camids: Int[np.ndarray, " Q"],
-    gallery_pids: Int[np.ndarray, " G"],
-    gallery_camids: Int[np.ndarray, " G"],
-    block_size: int = 128,
-    max_rank: int = 50,
-) -> RankingResult:
-    """Score a retrieval on the device of the features; memory is about 120 bytes * ``block_size`` * G.
-
-    Raises:
-        UserError: a feature is not finite, or no query has a match from another camera.
-    """
-    scores = []
-    for ranked in _ranked_blocks(
-        query_features, gallery_features, (query_pids, query_camids), (gallery_pids, gallery_camids), block_size
-    ):
-        scores.append(_score(ranked.hits).cpu())  # one transfer per block
-    ap, inp, first = torch.cat(scores).unbind(1)
-    valid = first > 0
-    if not valid.any():
-        raise UserError(_why_no_match(query_pids, gallery_pids))
-    ranks = torch.arange(1, max_rank + 1)
-    cmc = (first[valid][:, None] <= ranks).double().mean(dim=0)
-    return RankingResult(
-        mAP=ap[valid].mean().item(),
-        cmc=tuple(cmc.tolist()),
-        mINP=inp[valid].mean().item(),
-        num_queries=len(valid),
-        num_valid=int(valid.sum()),
-    )
+    queries: Int[np.ndarray, " b"]
+    similarity: Float[Tensor, "b G"]
+    candidates: Int[Tensor, "b M"]
+    matches: Bool[Tensor, "b M"]
 
 
-def rank_lists(
-    query_features: Float[Tensor, "Q F"],
-    gallery_features: Float[Tensor, "G F"],
-    *,
-    query_pids: Int[np.ndarray, " Q"],
-    query_camids: Int[np.ndarray, " Q"],
-    gallery_pids: Int[np.ndarray, " G"],
-    gallery_camids: Int[np.ndarray, " G"],
-    top_k: int,
-    block_size: int = 128,
-) -> Int[Tensor, "Q top_k"]:
-    """Gallery indices of the ``top_k`` nearest images of each query, the query's own pid and camera removed.
-
-    Places without an image left hold -1.
+def cosine(query_features: Float[Tensor, "Q F"], gallery_features: Float[Tensor, "G F"]) -> Similarity:
+    """Cosine similarity on the device of the features, which are not copied when they are fp32.
 
     Raises:
         UserError: a feature is not finite.
     """
+    query, gallery = query_features.detach().float(), gallery_features.detach().float()
+    query_scale, gallery_scale = _inverse_lengths(query, "query"), _inverse_lengths(gallery, "gallery")
+
+    def block(queries: Int[np.ndarray, " b"]) -> Float[Tensor, "b G"]:
+        rows = torch.from_numpy(queries).to(query.device)
+        return ((query[rows] * query_scale[rows, None]) @ gallery.T).mul_(gallery_scale)
+
+    return block
+
+
+def evaluate(similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_SIZE, max_rank: int = 50) -> RankingResult:
+    """Score a retrieval; memory beside the features is about 12 bytes * ``block_size`` * G, on a GPU 40.
+
+    Raises:
+        UserError: no query has a match that is not removed.
+    """
+    queries = np.arange(len(labels.query_pids))
+    found = [_hit_ranks(block) for block in _blocks(similarity, labels, queries, block_size)]
+    query, ranks = np.concatenate([np.empty((2, 0), np.int64), *found], axis=1)
+    if not len(query):
+        raise UserError(_why_no_match(labels))
+    order = np.lexsort((ranks, query))
+    query, ranks = query[order], ranks[order]
+    starts, num_hits = np.unique(query, return_index=True, return_counts=True)[1:]  # of the valid queries alone
+    nth = np.arange(1, len(query) + 1) - starts.repeat(num_hits)  # 1 at a query's first hit
+    precision = nth / ranks
+    just_before = np.where(ranks > 1, (nth - 1) / np.maximum(ranks - 1, 1), 1.0)
+    return RankingResult(
+        mAP=float((np.add.reduceat(precision, starts) / num_hits).mean()),
+        cmc=tuple((ranks[starts, None] <= np.arange(1, max_rank + 1)).mean(axis=0).tolist()),
+        mINP=float((num_hits / ranks[starts + num_hits - 1]).mean()),
+        mAP_trapezoid=float((np.add.reduceat((precision + just_before) / 2, starts) / num_hits).mean()),
+        num_queries=len(queries),
+        num_valid=len(starts),
+    )
+
+
+def rank_lists(
+    similarity: Similarity, labels: Labels, *, queries: Int[np.ndarray, " q"], top_k: int, block_size: int = BLOCK_SIZE
+) -> Int[Tensor, "q top_k"]:
+    """Gallery indices of the ``top_k`` most similar images of some queries; places without an image left hold -1."""
     lists = []
-    for ranked in _ranked_blocks(
-        query_features, gallery_features, (query_pids, query_camids), (gallery_pids, gallery_camids), block_size
-    ):
-        best = ranked.order.masked_fill(ranked.removed, -1)[:, :top_k].cpu()
-        lists.append(F.pad(best, (0, top_k - best.shape[1]), value=-1))
+    for block in _blocks(similarity, labels, queries, block_size):
+        best = block.similarity.sort(dim=1, descending=True, stable=True)
+        indices = best.indices[:, :top_k].masked_fill(best.values[:, :top_k] == -torch.inf, -1).cpu()
+        lists.append(F.pad(indices, (0, top_k - indices.shape[1]), value=-1))
     return torch.cat(lists)
 
 
-def _ranked_blocks(
-    query_features: Float[Tensor, "Q F"],
-    gallery_features: Float[Tensor, "G F"],
-    query_labels: tuple[np.ndarray, np.ndarray],
-    gallery_labels: tuple[np.ndarray, np.ndarray],
-    block_size: int,
-) -> Iterator[Ranked]:
-    query, gallery = _unit_length(query_features, "query"), _unit_length(gallery_features, "gallery")
-    query_pids, query_camids = (torch.tensor(ids, device=query.device) for ids in query_labels)
-    gallery_pids, gallery_camids = (torch.tensor(ids, device=query.device) for ids in gallery_labels)
-    for start in range(0, len(query), block_size):
-        block = slice(start, start + block_size)
-        same_pid = query_pids[block, None] == gallery_pids
-        removed = same_pid & (query_camids[block, None] == gallery_camids)
-        distances = (1 - query[block] @ gallery.T).masked_fill_(removed, torch.inf)
-        order = distances.sort(dim=1, stable=True).indices
-        yield Ranked(order, (same_pid & ~removed).gather(1, order), removed.gather(1, order))
+def _blocks(similarity: Similarity, labels: Labels, queries: Int[np.ndarray, " q"], block_size: int) -> Iterator[_Block]:
+    junk = torch.from_numpy(np.flatnonzero(labels.gallery_pids == JUNK_PID))
+    by_pid = np.argsort(labels.gallery_pids, kind="stable")
+    for start in range(0, len(queries), block_size):
+        block = queries[start : start + block_size]
+        values = similarity(block)
+        candidates, exists = _same_pid(labels, by_pid, block)
+        same_camera = labels.gallery_camids[candidates] == labels.query_camids[block, None]
+        removed = same_camera & (labels.query_camids[block, None] != UNKNOWN_CAMID)
+        matches = exists & ~removed & (labels.query_pids[block, None] != JUNK_PID)
+        rows, slots = np.nonzero(exists & removed)
+        _remove(values, rows, candidates[rows, slots])
+        if labels.own_index is not None:
+            own = labels.own_index[block]
+            matches &= candidates != own[:, None]
+            _remove(values, *(ids[own >= 0] for ids in (np.arange(len(block)), own)))
+        values[:, junk.to(values.device)] = -torch.inf
+        yield _Block(block, values, *(torch.from_numpy(array).to(values.device) for array in (candidates, matches)))
 
 
-def _score(hits: Bool[Tensor, "b G"]) -> Float[Tensor, "b 3"]:
-    """AP, INP and the rank of the first hit of each query; all zero where there is no hit."""
-    ranks = torch.arange(1, hits.shape[1] + 1, device=hits.device)
-    found = hits.cumsum(dim=1)
-    num_hits = found[:, -1].double()
-    ap = (hits * (found.double() / ranks)).sum(dim=1) / num_hits.clamp(min=1)
-    last = (hits * ranks).amax(dim=1)
-    inp = num_hits / last.clamp(min=1)
-    first = ((found == 0).sum(dim=1) + 1) * (last > 0)
-    return torch.stack([ap, inp, first.double()], dim=1)
+def _remove(values: Float[Tensor, "b G"], rows: Int[np.ndarray, " P"], columns: Int[np.ndarray, " P"]) -> None:
+    values[tuple(torch.from_numpy(ids).to(values.device) for ids in (rows, columns))] = -torch.inf
 
 
-def _unit_length(features: Float[Tensor, "N F"], name: str) -> Float[Tensor, "N F"]:
-    bad = ~features.isfinite().all(dim=1)
+def _same_pid(
+    labels: Labels, by_pid: Int[np.ndarray, " G"], queries: Int[np.ndarray, " b"]
+) -> tuple[Int[np.ndarray, "b M"], Bool[np.ndarray, "b M"]]:
+    """Gallery images with the pid of each query, and which of the places hold one; M is the largest number of them."""
+    pids, in_order = labels.query_pids[queries], labels.gallery_pids[by_pid]
+    first, end = (np.searchsorted(in_order, pids, side=side) for side in ("left", "right"))
+    places = first[:, None] + np.arange((end - first).max())
+    return by_pid[np.minimum(places, len(by_pid) - 1)], places < end[:, None]
+
+
+def _hit_ranks(block: _Block) -> Int[np.ndarray, "2 P"]:
+    """Query and rank, from 1, of every match."""
+    similarity, candidates = block.similarity, block.candidates
+    values = similarity.gather(1, candidates)
+    ascending = _ascending(similarity)
+    below, up_to = (torch.searchsorted(ascending, values, right=right) for right in (False, True))
+    ranks = similarity.shape[1] - up_to + 1
+    columns = torch.arange(similarity.shape[1], device=similarity.device)
+    tied = (block.matches & (up_to - below > 1)).nonzero()
+    for rows, slots in (part.unbind(1) for part in tied.split(len(similarity))):
+        equal = similarity[rows] == values[rows, slots, None]
+        ranks[rows, slots] += (equal & (columns < candidates[rows, slots, None])).sum(dim=1)
+    matches = block.matches.cpu().numpy()
+    return np.stack([block.queries[np.nonzero(matches)[0]], ranks.cpu().numpy()[matches]])
+
+
+def _ascending(similarity: Float[Tensor, "b G"]) -> Float[Tensor, "b G"]:
+    """The values of each row in order; torch cannot sort without indices, which takes a CPU 30 times as long."""
+    if similarity.is_cuda:
+        return similarity.sort(dim=1).values
+    return torch.from_numpy(np.sort(similarity.numpy(), axis=1))
+
+
+def _inverse_lengths(features: Float[Tensor, "N F"], name: str) -> Float[Tensor, " N"]:
+    lengths = torch.linalg.vector_norm(features, dim=1)
+    bad = ~lengths.isfinite()
     if bad.any():
         raise UserError(
             f"{int(bad.sum())} of {len(features)} {name} features are not finite (first: {int(bad.nonzero()[0])}); "
             "the model has diverged, evaluate an earlier checkpoint"
         )
-    return F.normalize(features.float(), dim=1)
+    return 1 / lengths.clamp(min=1e-12)
 
 
-def _why_no_match(query_pids: Int[np.ndarray, " Q"], gallery_pids: Int[np.ndarray, " G"]) -> str:
-    if not np.isin(query_pids, gallery_pids).any():
+def _why_no_match(labels: Labels) -> str:
+    if not np.isin(labels.query_pids, np.setdiff1d(labels.gallery_pids, JUNK_PID)).any():
         return "no query can be scored: query and gallery have no pid in common; check that they belong together"
     return (
-        "no query can be scored: every gallery image with a query's pid comes from the query's own camera, "
-        "and those are removed by the protocol; check the camera numbers"
+        "no query can be scored: every gallery image with a query's pid comes from the query's own camera or is the query's "
+        "own picture, and those are removed by the protocol; check the camera numbers"
     )

@@ -11,52 +11,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from personmae import dist
+from personmae.errors import UserError
 from personmae.reid import ranking
 from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
 from personmae.reid.features import colour_histogram, extract
 from personmae.reid.heads import ReIDModel
+from personmae.reid.rerank import alpha_query_expansion, k_reciprocal
 from personmae.reid.transforms import ImageSet
 
 NUM_RANK_LISTS, TOP_K = 12, 10
+RERANKINGS = {"none": ranking.cosine, "aqe": alpha_query_expansion, "k_reciprocal": k_reciprocal}
 Features = Callable[[ImageSet, np.ndarray], Tensor]  # (images, camids) to (N, F), L2-normalised
 
 
-def measure(benchmark: Benchmark, features: Features, *, img_size: tuple[int, int], num_threads: int) -> dict[str, Any]:
+def measure(
+    benchmark: Benchmark,
+    features: Features,
+    *,
+    img_size: tuple[int, int],
+    num_threads: int,
+    device: torch.device | str = "cpu",
+    rerank: str = "none",
+) -> dict[str, Any] | None:
     """Rank the gallery for every query, same camera removed; returns scores in [0, 1], counts, and some rank lists.
 
+    Called by all ranks together: they share the extraction, the first one ranks, on ``device``, and the others get None.
     Query and gallery are one set for ``features``, so that a per-camera normalisation sees both.
+
+    Raises:
+        UserError: ``rerank`` is not one of ``RERANKINGS``, an image cannot be read, or no query can be scored.
     """
+    if rerank not in RERANKINGS:
+        raise UserError(f"rerank must be one of {', '.join(RERANKINGS)}; got {rerank!r}")
     start = time.monotonic()
     samples = [*benchmark.query, *benchmark.gallery]
     with ThreadPoolExecutor(num_threads) as pool:
         images = ImageSet([sample.path for sample in samples], img_size, pool=pool)
         vectors = features(images, pids_and_camids(samples)[1])
-    query, gallery = vectors[: len(benchmark.query)], vectors[len(benchmark.query) :]
-    (query_pids, query_camids), (gallery_pids, gallery_camids) = map(pids_and_camids, (benchmark.query, benchmark.gallery))
-    result = ranking.evaluate(
-        query,
-        gallery,
-        query_pids=query_pids,
-        query_camids=query_camids,
-        gallery_pids=gallery_pids,
-        gallery_camids=gallery_camids,
-    )
+    if not dist.is_first():
+        return None
+    query, gallery = vectors.to(device).tensor_split([len(benchmark.query)])
+    similarity = RERANKINGS[rerank](query, gallery)
+    labels = _labels(benchmark)
+    result = ranking.evaluate(similarity, labels)
     chosen = np.linspace(0, len(query) - 1, min(NUM_RANK_LISTS, len(query))).astype(int)
-    lists = ranking.rank_lists(
-        query[chosen],
-        gallery,
-        query_pids=query_pids[chosen],
-        query_camids=query_camids[chosen],
-        gallery_pids=gallery_pids,
-        gallery_camids=gallery_camids,
-        top_k=TOP_K,
-    )
+    lists = ranking.rank_lists(similarity, labels, queries=chosen, top_k=TOP_K)
     return {
         "benchmark": benchmark.name,
         "root": str(benchmark.root),
         "mAP": result.mAP,
         **{f"rank{k}": result.rank(k) for k in (1, 5, 10)},
         "mINP": result.mINP,
+        "mAP_trapezoid": result.mAP_trapezoid,
+        "rerank": rerank,
         "num_queries": result.num_queries,
         "num_valid": result.num_valid,
         "num_gallery": len(gallery),
@@ -66,6 +74,13 @@ def measure(benchmark: Benchmark, features: Features, *, img_size: tuple[int, in
             for i, row in zip(chosen.tolist(), lists.tolist(), strict=True)
         ],
     }
+
+
+def _labels(benchmark: Benchmark) -> ranking.Labels:
+    """A query that lies in the gallery too is known by its path."""
+    places = {sample.path: place for place, sample in enumerate(benchmark.gallery)}
+    own_index = np.array([places.get(sample.path, -1) for sample in benchmark.query])
+    return ranking.Labels(*pids_and_camids(benchmark.query), *pids_and_camids(benchmark.gallery), own_index)
 
 
 def _rank_list(query: Sample, found: list[Sample]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which images form a training batch: P identities with K images each, as a pure function of (seed, epoch)."""
+"""Which images form a training batch: P identities or clusters with K images each, as a pure function of (seed, epoch)."""
 
 import numpy as np
 from jaxtyping import Int
@@ -34,6 +34,57 @@ def pk_batches(
         left[chosen] -= 1
         batches.append(np.concatenate([groups[i][left[i]] for i in chosen]))
     return np.stack(batches).astype(np.int64)
+
+
+def cluster_batches(
+    labels: Int[np.ndarray, " N"],
+    camids: Int[np.ndarray, " N"] | None = None,
+    *,
+    num_ids: int,
+    num_instances: int,
+    num_batches: int,
+    seed: int,
+    epoch: int,
+) -> Int[np.ndarray, "num_batches PK"]:
+    """Image indices of ``num_batches`` batches: ``num_ids`` (P) distinct clusters, ``num_instances`` (K) images of each.
+
+    Outliers, label -1, are left out. Clusters come in a random order; where fewer than P are left of it, a new order begins.
+    The first of the K images is any of its cluster. The others are from other cameras than the first if the cluster has such
+    images, else any others; each at most once where there are enough, else drawn with repetition. Where ``camids`` is None or
+    -1 the camera is unknown, and not another one. The K images of a cluster are neighbours in the batch.
+
+    Raises:
+        UserError: there are fewer than P clusters.
+    """
+    order = np.argsort(labels, kind="stable")
+    order = order[np.searchsorted(labels[order], 0) :]
+    clusters = np.split(order, np.unique(labels[order], return_index=True)[1][1:]) if len(order) else []
+    if len(clusters) < num_ids:
+        raise UserError(
+            f"a batch of num_ids={num_ids} clusters needs at least {num_ids}, and the clustering found {len(clusters)} with "
+            f"{len(order)} of {len(labels)} images; lower num_ids, or change eps"
+        )
+    cameras = np.full(len(labels), -1) if camids is None else camids
+    rng = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
+    orders = -(-num_batches // (len(clusters) // num_ids))
+    whole = len(clusters) // num_ids * num_ids
+    chosen = np.concatenate([rng.permutation(len(clusters))[:whole] for _ in range(orders)])[: num_batches * num_ids]
+    drawn = [_from_other_cameras(clusters[i], cameras, num_instances, rng) for i in chosen]
+    return np.concatenate(drawn).reshape(num_batches, num_ids * num_instances).astype(np.int64)
+
+
+def _from_other_cameras(
+    images: Int[np.ndarray, " n"], cameras: Int[np.ndarray, " N"], num_instances: int, rng: np.random.Generator
+) -> Int[np.ndarray, " {num_instances}"]:
+    """One image of a cluster and ``num_instances`` - 1 companions."""
+    first = rng.choice(images)
+    others = images[(cameras[images] != cameras[first]) & (cameras[images] >= 0)] if cameras[first] >= 0 else images[:0]
+    if len(others) == 0:
+        others = images[images != first]
+    if len(others) == 0:
+        others = images  # a cluster of one image
+    replace = len(others) < num_instances - 1
+    return np.concatenate([[first], rng.choice(others, num_instances - 1, replace=replace)])
 
 
 def _groups(

@@ -6,13 +6,13 @@ Sizes are (H, W). Training and test resize alike (bicubic). Everything random co
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Final, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from personmae.errors import UserError
@@ -98,52 +98,74 @@ def normalise(images: UInt8[Tensor, "B C H W"], mean: Sequence[float], std: Sequ
     return (images.float() / 255 - mean_) / std_
 
 
-def augment(
-    images: UInt8[Tensor, "B C H W"],
-    generator: torch.Generator,
+class Augmentation(NamedTuple):
+    """What is drawn for each image of a batch; ``part`` takes a rank's share, so that no result depends on the ranks."""
+
+    flipped: Bool[Tensor, " B"]
+    offsets: Int[Tensor, "B 2"]  # (y, x) of the crop in the padded image, in pixels
+    boxes: Int[Tensor, "B 4"]  # (y0, x0, y1, x1) that is erased, in pixels, end exclusive
+    noise_seeds: Int[Tensor, " B"]
+
+    def part(self, rows: slice) -> "Augmentation":
+        """The draws of some images."""
+        return Augmentation(*(drawn[rows] for drawn in self))
+
+
+def draw_augmentation(
+    batch_size: int,
+    img_size: tuple[int, int],
     *,
-    mean: Sequence[float],
-    std: Sequence[float],
+    seed: int,
+    step: int,
     pad: int = 10,
     flip_prob: float = 0.5,
     erase_prob: float = 0.5,
+) -> Augmentation:
+    """Flips, shifts by up to ``pad`` pixels and boxes to erase of a global batch: a function of the seed and the step."""
+    number = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
+    generator = torch.Generator().manual_seed(int(number >> np.uint64(1)))
+    return Augmentation(
+        flipped=torch.rand(batch_size, generator=generator) < flip_prob,
+        offsets=torch.randint(2 * pad + 1, (batch_size, 2), generator=generator),
+        boxes=erase_boxes(batch_size, img_size, generator, prob=erase_prob),
+        noise_seeds=torch.randint(1 << 62, (batch_size,), generator=generator),
+    )
+
+
+def augment(
+    images: UInt8[Tensor, "B C H W"], drawn: Augmentation, *, mean: Sequence[float], std: Sequence[float], pad: int = 10
 ) -> Float[Tensor, "B C H W"]:
-    """The training transform: flip, pad and crop, normalise, erase.
-
-    The draws are made on the generator's device and their number depends on the shape alone.
-    """
-    images = random_flip(images, generator, prob=flip_prob)
-    images = random_shift(images, generator, pad=pad)
-    return random_erase(normalise(images, mean, std), generator, prob=erase_prob)
+    """The training transform: flip, pad and crop, normalise, erase."""
+    shifted = shift(flip(images, drawn.flipped), drawn.offsets, pad=pad)
+    return erase(normalise(shifted, mean, std), drawn.boxes, drawn.noise_seeds)
 
 
-def random_flip(images: UInt8[Tensor, "B C H W"], generator: torch.Generator, *, prob: float) -> UInt8[Tensor, "B C H W"]:
-    """Mirror each image left to right with probability ``prob``."""
-    flipped = (torch.rand(len(images), generator=generator, device=generator.device) < prob).to(images.device)
-    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+def flip(images: UInt8[Tensor, "B C H W"], flipped: Bool[Tensor, " B"]) -> UInt8[Tensor, "B C H W"]:
+    """Mirror some images left to right."""
+    return torch.where(flipped.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
-def random_shift(images: UInt8[Tensor, "B C H W"], generator: torch.Generator, *, pad: int) -> UInt8[Tensor, "B C H W"]:
-    """Pad each side with ``pad`` black pixels and crop the original size at a random place."""
+def shift(images: UInt8[Tensor, "B C H W"], offsets: Int[Tensor, "B 2"], *, pad: int) -> UInt8[Tensor, "B C H W"]:
+    """Pad each side with ``pad`` black pixels and crop the original size from ``offsets``."""
     b, c, height, width = images.shape
-    offsets = torch.randint(2 * pad + 1, (2, b, 1), generator=generator, device=generator.device).to(images.device)
-    rows = offsets[0] + torch.arange(height, device=images.device)  # (B, H)
-    columns = offsets[1] + torch.arange(width, device=images.device)  # (B, W)
+    offsets = offsets.to(images.device)
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)  # (B, H)
+    columns = offsets[:, 1:] + torch.arange(width, device=images.device)  # (B, W)
     padded = F.pad(images, (pad, pad, pad, pad))
     padded = padded.gather(2, rows[:, None, :, None].expand(b, c, height, width + 2 * pad))
     return padded.gather(3, columns[:, None, None, :].expand(b, c, height, width))
 
 
-def random_erase(images: Float[Tensor, "B C H W"], generator: torch.Generator, *, prob: float) -> Float[Tensor, "B C H W"]:
-    """Replace one box of each image by N(0, 1) noise, pixel by pixel, with probability ``prob`` (arXiv 1708.04896)."""
-    height, width = images.shape[-2:]
-    boxes = erase_boxes(len(images), (height, width), generator, prob=prob).to(images.device)
-    noise = torch.randn(images.shape, generator=generator, device=generator.device).to(images)
-    y0, x0, y1, x1 = boxes[:, :, None, None].unbind(1)  # (B, 1, 1) each
-    y = torch.arange(height, device=images.device)[:, None]
-    x = torch.arange(width, device=images.device)
-    inside = (y >= y0) & (y < y1) & (x >= x0) & (x < x1)  # (B, H, W)
-    return torch.where(inside[:, None], noise, images)
+def erase(
+    images: Float[Tensor, "B C H W"], boxes: Int[Tensor, "B 4"], noise_seeds: Int[Tensor, " B"]
+) -> Float[Tensor, "B C H W"]:
+    """Replace a box of each image, in place, by N(0, 1) noise, pixel by pixel (arXiv 1708.04896)."""
+    generator = torch.Generator()
+    for image, (y0, x0, y1, x1), seed in zip(images, boxes.tolist(), noise_seeds.tolist(), strict=True):
+        if y1 > y0:
+            noise = torch.randn(len(image), y1 - y0, x1 - x0, generator=generator.manual_seed(seed))
+            image[:, y0:y1, x0:x1] = noise.to(image)
+    return images
 
 
 def erase_boxes(

@@ -6,7 +6,18 @@ from torch import nn
 
 from personmae.errors import UserError
 from personmae.model.vit import VisionTransformer, grid_coords, patchify
-from personmae.reid.heads import MGN, BNNeck, Branch, PartEmbedding, ReIDModel, layer_id, split_rows
+from personmae.reid.heads import (
+    MGN,
+    BNNeck,
+    Branch,
+    GroupedBatchNorm,
+    Neck,
+    PartEmbedding,
+    ReIDModel,
+    encoder_weights,
+    layer_id,
+    split_rows,
+)
 from personmae.reid.losses import reid_loss
 
 DEPTH, DIM, NUM_CLASSES = 3, 32, 7
@@ -209,3 +220,55 @@ def test_bnneck_keeps_the_whole_encoder():
     ids = {name: layer_id(name, DEPTH) for name in module_names(bnneck())}
     assert ids[f"encoder.blocks.{DEPTH - 1}.attn.proj.weight"] == DEPTH
     assert ids["encoder.norm.weight"] == ids["head.classifier.weight"] == DEPTH + 1
+
+
+@pytest.mark.parametrize("group_size", [None, 8, 4])
+def test_grouped_normalisation_equals_batch_normalisation_of_each_group(group_size):
+    batch = torch.randn(8, 5, generator=torch.Generator().manual_seed(3)) * 3 + 1
+    ours = GroupedBatchNorm(5, group_size)
+    torch.nn.init.uniform_(ours.weight)
+    groups = batch.split(group_size or 8)
+    theirs = [nn.BatchNorm1d(5) for _ in groups]
+    for bn in theirs:
+        bn.load_state_dict(ours.state_dict())
+    expected = torch.cat([bn(group) for bn, group in zip(theirs, groups, strict=True)])
+    torch.testing.assert_close(ours(batch), expected)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(ours, name), torch.stack([getattr(bn, name) for bn in theirs]).mean(0))
+    reference = theirs[0].eval()
+    reference.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours.eval()(batch), reference(batch))
+
+
+def test_normalising_parts_of_a_batch_elsewhere_gives_the_same_features_and_mean_statistics():
+    batch = torch.randn(12, 5, generator=torch.Generator().manual_seed(3))
+    whole, *parts = (GroupedBatchNorm(5, 3) for _ in range(3))
+    for _ in range(3):
+        expected = whole(batch)
+        got = torch.cat([bn(share) for bn, share in zip(parts, batch.chunk(2), strict=True)])
+        torch.testing.assert_close(got, expected)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(torch.stack([getattr(bn, name) for bn in parts]).mean(0), getattr(whole, name))
+
+
+def test_groups_that_do_not_fill_a_batch_are_refused():
+    with pytest.raises(UserError, match="groups of 5 for batch normalisation must fill the batch of a rank, which is 12"):
+        GroupedBatchNorm(3, 5)(torch.zeros(12, 3))
+
+
+def test_the_neck_has_no_classes_and_normalises_what_is_searched_with():
+    base = encoder()
+    model = ReIDModel(base, Neck(base, pool="mean"))
+    outputs = model(images())
+    assert outputs["logits"] == []
+    assert not any("classifier" in name for name in module_names(model))
+    tokens = encoded(base, images(), (8, 4))
+    torch.testing.assert_close(outputs["embeddings"][0], nn.BatchNorm1d(DIM)(tokens[:, 1:].mean(1)))
+
+
+@pytest.mark.parametrize("build", [mgn, bnneck])
+def test_a_fine_tuned_model_gives_its_encoder_back(build):
+    model, base = build(), encoder()
+    weights = encoder_weights(dict(model.state_dict()))
+    assert weights.keys() == base.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in base.state_dict().items())

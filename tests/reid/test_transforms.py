@@ -10,15 +10,17 @@ import torch
 from personmae.errors import UserError
 from personmae.reid.transforms import (
     ERASE_AREA,
+    Augmentation,
     ImageSet,
     augment,
+    draw_augmentation,
+    erase,
     erase_boxes,
+    flip,
     load_images,
     normalise,
-    random_erase,
-    random_flip,
-    random_shift,
     read_image,
+    shift,
 )
 
 SIZE = (32, 16)
@@ -31,6 +33,10 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def random_images(count: int = 12) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, *SIZE), dtype=torch.uint8, generator=generator(99))
+
+
+def drawn_for(batch_size: int, *, step: int = 0, **options) -> Augmentation:
+    return draw_augmentation(batch_size, SIZE, seed=0, step=step, **options)
 
 
 @pytest.fixture
@@ -98,20 +104,18 @@ def test_normalising_is_per_channel_on_the_unit_scale():
     assert np.allclose(normalise(images, MEAN, STD).numpy(), expected, atol=1e-5)
 
 
-def test_flipping_mirrors_about_half_of_the_images():
+def test_flipping_mirrors_the_chosen_images_and_about_half_are_chosen():
     images = random_images(400)
-    flipped = random_flip(images, generator(), prob=0.5)
-    mirrored = [torch.equal(out, image.flip(-1)) for out, image in zip(flipped, images, strict=True)]
-    kept = [torch.equal(out, image) for out, image in zip(flipped, images, strict=True)]
-    assert all(a != b for a, b in zip(mirrored, kept, strict=True))
-    assert 160 < sum(mirrored) < 240
+    flipped = drawn_for(400).flipped
+    assert 160 < int(flipped.sum()) < 240
+    for out, image, mirrored in zip(flip(images, flipped), images, flipped, strict=True):
+        assert torch.equal(out, image.flip(-1) if mirrored else image)
 
 
 def test_shifting_equals_padding_and_cropping_one_by_one():
-    images, pad = random_images(), 3
-    shifted = random_shift(images, generator(), pad=pad)
-    offsets = torch.randint(2 * pad + 1, (2, len(images), 1), generator=generator()).squeeze(2)
-    for image, out, y, x in zip(images, shifted, *offsets.tolist(), strict=True):
+    images, pad = random_images(40), 3
+    offsets = drawn_for(len(images), pad=pad).offsets
+    for image, out, (y, x) in zip(images, shift(images, offsets, pad=pad), offsets.tolist(), strict=True):
         canvas = np.zeros((3, SIZE[0] + 2 * pad, SIZE[1] + 2 * pad), dtype=np.uint8)
         canvas[:, pad:-pad, pad:-pad] = image.numpy()
         assert np.array_equal(out.numpy(), canvas[:, y : y + SIZE[0], x : x + SIZE[1]])
@@ -120,7 +124,7 @@ def test_shifting_equals_padding_and_cropping_one_by_one():
 
 def test_without_padding_nothing_shifts():
     images = random_images()
-    assert torch.equal(random_shift(images, generator(), pad=0), images)
+    assert torch.equal(shift(images, drawn_for(len(images), pad=0).offsets, pad=0), images)
 
 
 def test_erased_boxes_lie_inside_and_have_the_asked_area():
@@ -146,9 +150,10 @@ def test_the_share_of_erased_images_is_the_probability():
 
 def test_erasing_replaces_the_box_and_nothing_else():
     images = normalise(random_images(), MEAN, STD)
-    erased = random_erase(images, generator(), prob=0.5)
-    boxes = erase_boxes(len(images), SIZE, generator(), prob=0.5).tolist()
-    for image, out, (y0, x0, y1, x1) in zip(images, erased, boxes, strict=True):
+    drawn = drawn_for(len(images))
+    erased = erase(images.clone(), drawn.boxes, drawn.noise_seeds)
+    assert 0 < sum(y1 > y0 for y0, _, y1, _ in drawn.boxes.tolist()) < len(images)
+    for image, out, (y0, x0, y1, x1) in zip(images, erased, drawn.boxes.tolist(), strict=True):
         restored = out.clone()
         assert (restored[:, y0:y1, x0:x1] != image[:, y0:y1, x0:x1]).all()
         restored[:, y0:y1, x0:x1] = image[:, y0:y1, x0:x1]
@@ -157,23 +162,32 @@ def test_erasing_replaces_the_box_and_nothing_else():
 
 def test_erased_pixels_are_standard_normal():
     images = torch.full((200, 3, *SIZE), 50.0)
-    noise = random_erase(images, generator(), prob=1.0)
+    drawn = drawn_for(200, erase_prob=1.0)
+    noise = erase(images, drawn.boxes, drawn.noise_seeds)
     noise = noise[noise != 50.0]
     assert abs(noise.mean()) < 0.03
     assert abs(noise.std() - 1) < 0.03
 
 
-def test_augmentation_is_a_function_of_the_generator():
+def test_augmentation_is_a_function_of_the_step():
     images = random_images()
 
-    def run(seed: int) -> torch.Tensor:
-        return augment(images, generator(seed), mean=MEAN, std=STD, pad=2)
+    def run(step: int) -> torch.Tensor:
+        return augment(images, drawn_for(len(images), step=step, pad=2), mean=MEAN, std=STD, pad=2)
 
     assert torch.equal(run(1), run(1))
     assert not torch.equal(run(1), run(2))
 
 
+def test_a_part_of_a_batch_is_augmented_as_in_the_whole():
+    images = random_images()
+    drawn = drawn_for(len(images), pad=2)
+    whole = augment(images, drawn, mean=MEAN, std=STD, pad=2)
+    for rows in (slice(0, 5), slice(5, 12)):
+        assert torch.equal(augment(images[rows], drawn.part(rows), mean=MEAN, std=STD, pad=2), whole[rows])
+
+
 def test_augmentation_with_all_chances_zero_is_the_test_transform():
     images = random_images()
-    out = augment(images, generator(), mean=MEAN, std=STD, pad=0, flip_prob=0.0, erase_prob=0.0)
-    assert torch.equal(out, normalise(images, MEAN, STD))
+    drawn = drawn_for(len(images), pad=0, flip_prob=0.0, erase_prob=0.0)
+    assert torch.equal(augment(images, drawn, mean=MEAN, std=STD, pad=0), normalise(images, MEAN, STD))

@@ -1,0 +1,11 @@
+"""``deepspeed launcher/unsupervised.py --config configs/X.yaml [a.b=c ...]``: ReID without labels (USL, UDA)."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # deepspeed puts launcher/ there, not the checkout
+
+from launcher.program import main
+
+if __name__ == "__main__":
+    sys.exit(main("unsupervised"))

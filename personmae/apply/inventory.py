@@ -1,0 +1,122 @@
+"""``personmae doctor --data``: the ReID benchmarks of a folder, what is wrong with them, and whether their pictures open."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+
+from PIL import Image
+
+from personmae.errors import UserError
+from personmae.reid.datasets import FOLDERS, LAYOUTS, RELAID, VERSIONS, Benchmark, describe, load_benchmark
+from personmae.reid.samples import SPLITS
+
+DEPTH = 2  # folders below the given one that are looked into
+NUM_THREADS = 8  # they wait for the disk more than they compute
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One benchmark, or why the folder that looks like one cannot be used."""
+
+    name: str
+    root: Path
+    benchmark: Benchmark | None
+    problem: str = ""
+
+
+def run(root: Path) -> None:
+    """Print the counts of every benchmark at ``root`` or below beside the published ones, and whether its pictures open.
+
+    Raises:
+        UserError: there is no benchmark, or one cannot be used; everything else is printed first.
+    """
+    problems = []
+    for found in find(root):
+        print(f"{found.name} at {found.root}")
+        if found.benchmark is None:
+            print(f"  cannot be used: {found.problem}")
+            problems.append(found.problem)
+            continue
+        described = describe(found.benchmark)
+        print(*(f"  {line}" for line in [*described.table.splitlines(), described.note]), sep="\n", flush=True)
+        bad = unreadable(found.benchmark)
+        print(f"  {len(bad):,} files do not open as pictures" if bad else "  every file opens as a picture")
+        if bad:
+            some = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
+            problems.append(f"{len(bad):,} files of {found.root} are not pictures ({some}); replace them or remove them")
+    if problems:
+        more = f"; and {len(problems) - 1} more, see above" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}")
+
+
+def find(root: Path) -> list[Finding]:
+    """The benchmarks at ``root``, or else up to two folders below it.
+
+    Raises:
+        UserError: there is no such folder, or nothing in it looks like a benchmark.
+    """
+    if not root.is_dir():
+        raise UserError(f"a folder of benchmarks is required; {root} is none")
+    findings = list(_below(root, DEPTH))
+    if not findings:
+        raise UserError(
+            f"no benchmark lies in {root} or up to {DEPTH} folders below it; known are Market-1501's folders "
+            f"({', '.join(FOLDERS.values())}), MSMT17's lists, SPLIT/IDENTITY/*.jpg and SPLIT.csv for {', '.join(SPLITS)}"
+        )
+    return findings
+
+
+def unreadable(benchmark: Benchmark) -> list[str]:
+    """The pictures that are none by their headers; what follows those is not read."""
+    paths = sorted({sample.path for split in SPLITS for sample in getattr(benchmark, split)})
+    with warnings.catch_warnings(), ThreadPoolExecutor(NUM_THREADS) as pool:
+        warnings.simplefilter("ignore")  # about odd metadata and sizes
+        return [path for path, opens in zip(paths, pool.map(_opens, paths, chunksize=64), strict=True) if not opens]
+
+
+def _below(folder: Path, depth: int) -> Iterator[Finding]:
+    names = _candidates(folder)
+    if names:
+        yield _best(folder, names)
+    elif depth:
+        for below in sorted(entry.path for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")):
+            yield from _below(Path(below), depth - 1)
+
+
+def _candidates(folder: Path) -> list[str]:
+    """Benchmarks that a folder may hold, by what stands in it."""
+    boxes = [folder / name for name in FOLDERS.values() if name.startswith("bounding_box") and (folder / name).is_dir()]
+    if boxes:
+        layouts = LAYOUTS | {"msmt17": RELAID}
+        first = min((name for box in boxes for name in os.listdir(box) if name.endswith((".jpg", ".png"))), default="")
+        return [name for name, layout in layouts.items() if layout.pattern.fullmatch(first)] or ["market1501"]
+    lists = any((folder / f"list_{part}.txt").is_file() for part in ("train", "query", "gallery"))
+    if lists or any((folder / train).is_dir() and (folder / test).is_dir() for _, train, test in VERSIONS.values()):
+        return ["msmt17"]
+    if sum((folder / f"{split}.csv").is_file() for split in SPLITS) > 1:
+        return ["csv"]
+    return ["folder"] if sum((folder / split).is_dir() for split in SPLITS) > 1 else []
+
+
+def _best(folder: Path, names: Sequence[str]) -> Finding:
+    """Of names that fit alike, the one most like the folder's name that is not refused (as by another one's counts)."""
+    tried = []
+    for name in sorted(names, key=lambda name: SequenceMatcher(None, folder.name.lower(), name).ratio(), reverse=True):
+        try:
+            benchmark = load_benchmark(name, folder)
+            tried.append(Finding(benchmark.name, folder, benchmark))
+        except UserError as error:
+            tried.append(Finding(name, folder, None, str(error)))
+    return next((found for found in tried if found.benchmark), tried[0])
+
+
+def _opens(path: str) -> bool:
+    try:
+        with Image.open(path):
+            return True
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL's readers raise on broken headers
+        return False

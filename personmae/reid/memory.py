@@ -1,0 +1,82 @@
+"""The cluster memory of unsupervised ReID (cluster-contrast, arXiv 2103.11568): one vector per cluster, in fp32.
+
+The loss only reads it. Training calls ``update`` after the step with the whole global batch in its order, so that the memory
+is the same for any number of ranks and of accumulated micro-batches. K images of each of P clusters take K small steps.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Mode = Literal["mean", "hard"]
+
+
+def mean_centroids(features: Float[Tensor, "N F"], labels: Int[Tensor, " N"]) -> Float[Tensor, "C F"]:
+    """Mean feature of each cluster, then length one; features are brought to length one first. Label -1 is left out.
+
+    Raises:
+        ValueError: a cluster between 0 and the highest label has no image.
+    """
+    kept = labels >= 0
+    features, labels = F.normalize(features[kept].double(), dim=1), labels[kept]
+    counts = torch.bincount(labels)
+    if len(labels) == 0 or (counts == 0).any():
+        raise ValueError("every cluster from 0 to the highest label must have an image")
+    sums = features.new_zeros(len(counts), features.shape[1]).index_add_(0, labels, features)
+    return F.normalize(sums / counts[:, None], dim=1).float()
+
+
+class ClusterMemory:
+    """Centroids (C, F) of length one; they are all of its state, to be saved and given back as they are.
+
+    ``momentum`` is the share of the old centroid that an update keeps. In mode "mean" every image of the batch moves its
+    cluster's centroid, one after the other; in mode "hard" the image least similar to it does, alone.
+    """
+
+    def __init__(
+        self, centroids: Float[Tensor, "C F"], *, temperature: float = 0.05, momentum: float = 0.1, mode: Mode = "mean"
+    ):
+        self.centroids = centroids.detach().float().clone()
+        self.temperature, self.momentum, self.mode = temperature, momentum, mode
+
+    def loss(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+        """Cross-entropy of a feature's cosines with all centroids, divided by the temperature; the memory stays as it is."""
+        with torch.autocast(features.device.type, enabled=False):
+            return F.cross_entropy(F.normalize(features.float(), dim=1) @ self.centroids.T / self.temperature, labels)
+
+    @torch.no_grad()
+    def update(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> None:
+        """Move the centroids towards the features of the global batch, given in its order."""
+        features = F.normalize(features.float(), dim=1)
+        if self.mode == "hard":
+            hardest = self._hardest(features, labels)
+            return self._move(features[hardest], labels[hardest])
+        # Clusters do not touch each other: the first images of all take their step at once, then the second ones.
+        turns = _turns(labels)
+        for turn in range(int(turns.max()) + 1):
+            self._move(features[turns == turn], labels[turns == turn])
+        return None
+
+    def _hardest(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> Int[Tensor, " P"]:
+        """Place of the least similar image of each cluster; the earlier one where two are alike."""
+        similarities = (features * self.centroids[labels]).sum(dim=1)
+        order = similarities.argsort(stable=True)
+        return order[_turns(labels[order]) == 0]
+
+    def _move(self, features: Float[Tensor, "P F"], labels: Int[Tensor, " P"]) -> None:
+        """One step of different clusters."""
+        moved = self.momentum * self.centroids[labels] + (1 - self.momentum) * features
+        self.centroids[labels] = F.normalize(moved, dim=1)
+
+
+def _turns(labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """How many earlier places hold the same label."""
+    order = labels.argsort(stable=True)
+    counts = torch.bincount(labels)
+    starts = (counts.cumsum(0) - counts)[labels[order]]
+    turns = torch.empty_like(labels)
+    turns[order] = torch.arange(len(labels), device=labels.device) - starts
+    return turns

@@ -1,0 +1,190 @@
+"""Pictures with identities, as file names, lists, folders and tables give them.
+
+No picture is decoded here, and no benchmark's rules are known. What does not fit is named, never skipped in silence.
+"""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from personmae.errors import UserError
+
+UNKNOWN_CAMID: Final = -1
+SPLITS: Final = ("train", "query", "gallery")
+PICTURES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+LITTER: Final = ("Thumbs.db", "desktop.ini")  # the first lies in the official Market-1501 folders
+CAMERA: Final = re.compile(r"_c(\d+)")
+LISTED: Final = re.compile(r"\d+/\d+_\d+_(?P<camid>\d+)_\w+\.jpg")  # of MSMT17
+Row = tuple[str, str, int]  # path, identity as the user writes it, camid
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One image; ``camid`` is the camera's number, or -1 where it is not known."""
+
+    path: str
+    pid: int
+    camid: int
+
+
+def read_names(folder: Path, pattern: re.Pattern[str], example: str) -> list[Sample]:
+    """The pictures of one folder in file name order; the groups ``pid`` and ``camid`` of ``pattern`` label them.
+
+    Raises:
+        UserError: the folder is missing or empty, or a file is not named by the pattern.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; expected a folder of images named like {example}")
+    samples = []
+    for name in _names(folder):
+        match = pattern.fullmatch(name)
+        if match is None:
+            raise UserError(f"{folder / name} is not named like {example}; remove it or rename it")
+        samples.append(Sample(path=str(folder / name), pid=int(match["pid"]), camid=int(match["camid"])))
+    if not samples:
+        raise UserError(f"{folder} is empty; expected images named like {example}")
+    return samples
+
+
+def read_lists(files: Sequence[Path], folder: Path) -> list[Sample]:
+    """The pictures below ``folder`` that MSMT17's lists name, in their order; a line is "PID/PID_INDEX_CAMERA_... PID".
+
+    Raises:
+        UserError: a list or the folder is missing, a line does not fit, or a picture is absent or named twice.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; it comes with the archive that the lists beside it are from")
+    present = {f"{entry.name}/{name}" for entry in os.scandir(folder) if entry.is_dir() for name in os.listdir(entry)}
+    samples: dict[str, Sample] = {}
+    absent = []
+    for file in files:
+        for number, name, pid in _listed(file):
+            match = LISTED.fullmatch(name)
+            if match is None or not pid.isdecimal():
+                wanted = "0000/0000_000_01_0303morning_0008_0.jpg 0"
+                raise UserError(f"{file}, line {number}, must look like '{wanted}'; got '{name} {pid}'")
+            if name in samples:
+                raise UserError(f"{file}, line {number}, names {name} a second time; take the lists of MSMT17's archive")
+            samples[name] = Sample(path=str(folder / name), pid=int(pid), camid=int(match["camid"]))
+            if name not in present:
+                absent.append(name)
+    if absent:
+        lists = " and ".join(file.name for file in files)
+        raise UserError(
+            f"{len(absent):,} of {len(samples):,} images of {lists} are not in {folder} (first: {absent[0]}); "
+            "unpack the archive again"
+        )
+    return list(samples.values())
+
+
+def read_folders(root: Path) -> tuple[dict[str, list[Sample]], str]:
+    """``root/SPLIT/IDENTITY/*.jpg`` by split, with a remark; a camera is the N of _cN where every file name has one.
+
+    Raises:
+        UserError: a split is missing or empty, or something else than identity folders of images lies there.
+    """
+    rows: dict[str, list[Row]] = {}
+    without = None  # a file name without a camera
+    for split in SPLITS:
+        rows[split] = []
+        for path in _pictures_of(root, split):
+            match = CAMERA.search(path.stem)
+            without = without or (None if match else path)
+            rows[split].append((str(path), path.parent.name, int(match[1]) if match else UNKNOWN_CAMID))
+    if not without:
+        return _numbered(rows), ""
+    rows = {split: [(path, pid, UNKNOWN_CAMID) for path, pid, _ in found] for split, found in rows.items()}
+    return _numbered(rows), f"no camera is known, as {without} has no _cN in its name"
+
+
+def read_tables(root: Path) -> tuple[dict[str, list[Sample]], str]:
+    """``root/SPLIT.csv`` by split, with a remark; columns are path (absolute or below ``root``), pid and perhaps camid.
+
+    Raises:
+        UserError: a table is missing, empty or has other columns, a cell is empty, or a picture is absent or named twice.
+    """
+    rows = {split: list(_table(root / f"{split}.csv", root)) for split in SPLITS}
+    cameras = {split: any(camid != UNKNOWN_CAMID for *_, camid in found) for split, found in rows.items()}
+    if cameras["query"] != cameras["gallery"]:
+        named, unnamed = sorted(("query", "gallery"), key=lambda split: not cameras[split])
+        raise UserError(f"{root / named}.csv has a column camid and {unnamed}.csv has none; give it to both or to neither")
+    return _numbered(rows), "" if cameras["query"] else "no camera is known, as query.csv has no column camid"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name not in LITTER and not name.startswith("."))
+
+
+def _listed(file: Path) -> Iterator[tuple[int, str, str]]:
+    """(line number, name, pid) of every line of a list."""
+    lists = ", ".join(f"list_{part}.txt" for part in ("train", "val", "query", "gallery"))
+    if not file.is_file():
+        raise UserError(f"{file} is missing; MSMT17 comes with {lists}: take them from its archive")
+    lines = [(number, line.split()) for number, line in enumerate(_text(file).splitlines(), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{file} is empty; take it from the archive of MSMT17")
+    yield from ((number, " ".join(words[:-1]), words[-1]) for number, words in lines)
+
+
+def _pictures_of(root: Path, split: str) -> Iterator[Path]:
+    wanted = f"{root / split}/IDENTITY/*.jpg"
+    if not (root / split).is_dir():
+        raise UserError(f"{root / split} is missing; expected {wanted} for each of {', '.join(SPLITS)}")
+    empty = True
+    for pid in _names(root / split):
+        folder = root / split / pid
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not the folder of an identity; expected {wanted}")
+        for name in _names(folder):
+            if not name.lower().endswith(PICTURES) or (folder / name).is_dir():
+                raise UserError(f"{folder / name} is not one of {', '.join(PICTURES)}; remove it")
+            empty = False
+            yield folder / name
+    if empty:
+        raise UserError(f"{root / split} is empty; expected {wanted}")
+
+
+def _table(file: Path, root: Path) -> Iterator[Row]:
+    if not file.is_file():
+        wanted = ", ".join(f"{split}.csv" for split in SPLITS)
+        raise UserError(f"{file} is missing; {wanted} are required, with the columns path, pid and perhaps camid")
+    reader = csv.DictReader(io.StringIO(_text(file)))
+    columns = reader.fieldnames or []
+    if not {"path", "pid"} <= set(columns):
+        raise UserError(f"{file} needs the columns path and pid in its first line, set apart by commas; it has {columns}")
+    first_seen: dict[str, int] = {}
+    for cells in reader:
+        where = f"{file}, line {reader.line_num},"
+        if None in cells or any(not (cells[column] or "").strip() for column in {"path", "pid", "camid"} & set(columns)):
+            raise UserError(f"{where} must fill path, pid and camid, and no more cells than {columns}; got {cells}")
+        path, pid, camid = (cells.get(column, "").strip() for column in ("path", "pid", "camid"))
+        path = os.path.normpath(root / path)
+        if camid and not (camid.isascii() and camid.isdecimal()):
+            raise UserError(f"{where} must have a whole number from 0 as camid, got {camid!r}; leave the column out if unknown")
+        if path in first_seen:
+            raise UserError(f"{where} names {path} a second time, after line {first_seen[path]}; remove one of them")
+        if not os.path.isfile(path):
+            raise UserError(f"{where} names {path}, which does not exist; a path is absolute or below {root}")
+        first_seen[path] = reader.line_num
+        yield path, pid, int(camid) if camid else UNKNOWN_CAMID
+    if not first_seen:
+        raise UserError(f"{file} has no row; it needs at least one image")
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")  # spreadsheets write a mark at the beginning
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} must be a text file in UTF-8: {error}") from None
+
+
+def _numbered(rows: dict[str, list[Row]]) -> dict[str, list[Sample]]:
+    """Give identities the numbers of their sorted names, the same in every split."""
+    names = sorted({name for found in rows.values() for _, name, _ in found})
+    pids = {name: pid for pid, name in enumerate(names)}
+    return {split: [Sample(path, pids[name], camid) for path, name, camid in found] for split, found in rows.items()}

@@ -1,0 +1,142 @@
+"""USL and UDA on a small synthetic benchmark: clusters, memory, resume, ranks, and what cannot be trained on."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from programs import ROOT, environment, launch, one_line_error, personmae
+
+from personmae import checkpoint
+from personmae.data.synthetic import SynthSettings, write_synthetic
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both benchmarks, 8 identities each to train and to test on."""
+    out = tmp_path_factory.mktemp("synth") / "data"
+    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
+    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    write_synthetic(out, settings, num_processes=1)
+    return out
+
+
+def arguments(benchmarks: Path, init: Path, run_dir: Path, *overrides: str) -> list[str]:
+    return [
+        "configs/quickstart_usl.yaml",
+        f"root={benchmarks / 'market1501'}",
+        f"init={init}",
+        f"run_dir={run_dir}",
+        "cluster.k1=8",
+        "cluster.k2=3",
+        "cluster.eps=0.3",
+        "cluster.min_samples=2",
+        "batch.num_ids=4",
+        "train.epochs=2",
+        "train.iters_per_epoch=4",
+        "train.bn_group_size=8",
+        "train.log_every=1",
+        "train.precision=fp32",
+        *overrides,
+    ]
+
+
+@pytest.fixture(scope="module")
+def source(benchmarks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder fine-tuned on the other benchmark, with an MGN head."""
+    run_dir = tmp_path_factory.mktemp("source") / "run"
+    changed = [f"root={benchmarks / 'occluded_duke'}", f"run_dir={run_dir}", "batch.num_ids=4", "train.epochs=3"]
+    done = personmae("finetune", "configs/quickstart_random.yaml", "benchmark=occluded_duke", *changed)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def finished(benchmarks: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted adaptation."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    done = personmae("unsupervised", *arguments(benchmarks, source, run_dir))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def final_state(run_dir: Path) -> checkpoint.Checkpoint:
+    newest = checkpoint.newest(run_dir)
+    assert newest is not None
+    return checkpoint.read(newest)
+
+
+def test_clusters_are_told_from_the_first_epoch_and_the_model_can_be_evaluated(finished, benchmarks, tmp_path):
+    epochs = [json.loads(line) for line in (finished / "clusters.jsonl").read_text().splitlines()]
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1]
+    assert all(epoch["num_clusters"] >= 4 and 0 <= epoch["nmi"] <= 1 for epoch in epochs)
+    again = personmae("evaluate", finished, "market1501", benchmarks / "market1501", "--out", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert result(tmp_path)["mAP"] == pytest.approx(result(finished)["mAP"], abs=1e-6)
+
+
+def test_a_stopped_run_ends_where_an_uninterrupted_one_does(finished, benchmarks, source, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "personmae", "unsupervised", *arguments(benchmarks, source, run_dir)]
+    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 2:
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.005)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 75
+    assert "run this again to go on" in run.communicate()[1]
+    assert not (run_dir / "result.json").exists()
+    done = personmae("unsupervised", *arguments(benchmarks, source, run_dir))
+    assert done.returncode == 0, done.stderr
+    assert "resuming at step" in done.stdout
+    ours, theirs = final_state(run_dir), final_state(finished)
+    for kind, tensors in theirs.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(ours.tensors[kind][name], tensor), (kind, name)
+
+
+def test_two_ranks_end_with_the_memory_and_the_weights_of_one(finished, benchmarks, source, tmp_path):
+    options = ["--standalone", "--nproc-per-node", "2", "launcher/unsupervised.py", "--config"]
+    done = launch("torchrun", *options, *arguments(benchmarks, source, tmp_path / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = final_state(tmp_path / "run"), final_state(finished)
+    assert torch.equal(ours.tensors["clusters"]["labels"], theirs.tensors["clusters"]["labels"])
+    torch.testing.assert_close(
+        ours.tensors["clusters"]["centroids"], theirs.tensors["clusters"]["centroids"], atol=1e-4, rtol=0
+    )
+    for name, tensor in theirs.tensors["model"].items():
+        torch.testing.assert_close(ours.tensors["model"][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+    assert result(tmp_path / "run")["mAP"] == pytest.approx(result(finished)["mAP"], abs=0.01)
+
+
+def test_a_pre_trained_encoder_is_a_start_too(benchmarks, native_run, tmp_path):
+    done = personmae("unsupervised", *arguments(benchmarks, native_run, tmp_path / "run"), "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    assert 0 < result(tmp_path / "run")["mAP"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["cluster.min_samples=60"], "clusters a batch are required, and epoch 0 has 0 with 64 of 64 pictures in none"),
+        (["batch.num_ids=40"], "batch.num_ids=40 clusters a batch are required"),
+        (["train.bn_group_size=7"], "train.bn_group_size=7"),
+        (["model.size=small"], "model.size=small must be that of"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_one_line(overrides, expected, benchmarks, source, tmp_path):
+    line = one_line_error(personmae("unsupervised", *arguments(benchmarks, source, tmp_path / "run", *overrides)))
+    assert expected in line
