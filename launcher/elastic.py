@@ -11,7 +11,7 @@ from launcher.agent import Agent
 from launcher.options import read_options, read_policy
 from launcher.ranks import Limits
 from launcher.store import serve
-from personmae.__main__ import Parser
+from personmae.commands.arguments import Parser
 from personmae.errors import EXIT_COMPLETE, run_program
 
 

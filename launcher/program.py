@@ -3,7 +3,8 @@
 import argparse
 import os
 
-from personmae.__main__ import Parser, add_program_arguments, run_config
+from personmae.commands.arguments import Parser
+from personmae.commands.training import add_program_arguments, run_config
 from personmae.errors import run_program
 
 

@@ -1,0 +1,186 @@
+"""``personmae bench cluster``: what pseudo-labels cost in time and memory, beside the usual dense way to the same labels."""
+
+import json
+import multiprocessing
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from personmae import checkpoint, metrics
+from personmae.errors import UserError
+from personmae.reid.cluster import ClusterQuality, pseudo_labels, quality
+
+OURS = "pseudo_labels"
+USUAL = "dense N x N"  # matrices, filled image by image, as cluster-contrast and its ports compute it
+K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4
+NOISE = 2.1  # length of a picture's scatter where a person's centre has length 1: most are found, some pictures are outliers
+CHUNK = 512  # rows of features drawn at a time
+_FRESH_PEAK = "5"  # what makes Linux forget a process's peak of memory
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterBench:
+    """What to measure, on features of drawn people. The usual way needs 12 bytes per pair of images."""
+
+    num_images: int
+    num_pids: int
+    dim: int = 384
+    rounds: int = 3
+    usual: bool = True
+
+
+PRESETS = {
+    "market": ClusterBench(12_936, num_pids=751),
+    "large": ClusterBench(100_000, num_pids=5_800, rounds=1, usual=False),
+}
+
+
+@dataclass
+class Measured:
+    """Median seconds over the rounds, and the largest memory: of the process, and of it what came with the clustering."""
+
+    seconds: float
+    peak_bytes: int
+    more_bytes: int
+    quality: ClusterQuality
+
+
+def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
+    """Measure each way in a process of its own, in turn, print a table, and write the record to ``out``.
+
+    Raises:
+        UserError: there are fewer images than people.
+    """
+    if not 0 < bench.num_pids <= bench.num_images:
+        raise UserError(f"num_pids must be in 1 ... num_images = {bench.num_images}; got {bench.num_pids}")
+    ways = (OURS, USUAL) if bench.usual else (OURS,)
+    rounds: dict[str, list[tuple[float, int, int, np.ndarray]]] = {name: [] for name in ways}
+    for _ in range(bench.rounds):
+        for name in ways:
+            rounds[name].append(_in_own_process(name, bench))
+    pids, found, labels = draw(bench)[1], {}, {}
+    for name, results in rounds.items():
+        seconds, peaks, more, kept = zip(*results, strict=True)
+        labels[name] = kept[0]
+        found[name] = Measured(statistics.median(seconds), max(peaks), max(more), quality(kept[0], pids))
+    record = {
+        "commit": metrics.git_commit(),
+        "hardware": metrics.describe_hardware(),
+        "versions": checkpoint.versions(),
+        "settings": asdict(bench),
+        "feature_bytes": 4 * bench.dim * bench.num_images,
+        "measured": {name: asdict(values) for name, values in found.items()},
+    }
+    if bench.usual:
+        record["speed_ratio"] = found[USUAL].seconds / found[OURS].seconds
+        record["memory_ratio"] = found[USUAL].more_bytes / found[OURS].more_bytes
+        record["different_labels"] = int((labels[OURS] != labels[USUAL]).sum())
+    _print(bench, found, record)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _in_own_process(name: str, bench: ClusterBench) -> tuple[float, int, int, np.ndarray]:
+    """A process's peak of memory is told apart from that of others in this way only."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(measure, name, bench).result()
+
+
+def measure(name: str, bench: ClusterBench) -> tuple[float, int, int, np.ndarray]:
+    """Seconds of one way, this process's peak of memory, what of it was not there before (bytes both), and the labels."""
+    way = {OURS: pseudo_labels, USUAL: usual_way}[name]
+    features, _ = draw(bench)
+    way(features[:200], k1=K1, k2=K2, eps=EPS, min_samples=MIN_SAMPLES)  # loads libraries and starts the threads
+    Path("/proc/self/clear_refs").write_text(_FRESH_PEAK)
+    before, start = _status("VmRSS"), time.perf_counter()
+    labels = way(features, k1=K1, k2=K2, eps=EPS, min_samples=MIN_SAMPLES)
+    seconds, peak = time.perf_counter() - start, _status("VmHWM")
+    return seconds, peak, peak - before, labels
+
+
+def draw(bench: ClusterBench) -> tuple[torch.Tensor, np.ndarray]:
+    """Features (N, F) of length one, scattered around a centre for each person, and pids (N,); the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    centres = F.normalize(torch.randn(bench.num_pids, bench.dim, generator=generator), dim=1)
+    pids = torch.randint(bench.num_pids, (bench.num_images,), generator=generator)
+    features = torch.empty(bench.num_images, bench.dim)
+    for rows, of in zip(features.split(CHUNK), pids.split(CHUNK), strict=True):
+        scatter = torch.randn(len(rows), bench.dim, generator=generator) * (NOISE / bench.dim**0.5)
+        rows.copy_(F.normalize(centres[of] + scatter, dim=1))
+    return features, pids.numpy()
+
+
+def usual_way(features: torch.Tensor, *, k1: int, k2: int, eps: float, min_samples: int) -> np.ndarray:
+    """Labels as the field computes them; neighbours by brute force too."""
+    from sklearn.cluster import DBSCAN
+
+    distances = _dense_distances(features, k1, k2)
+    found = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed", n_jobs=-1).fit_predict(distances)
+    names = {-1: -1}  # numbered by the first member, as ours
+    return np.array([names.setdefault(label, len(names) - 1) for label in found.tolist()])
+
+
+def _dense_distances(features: torch.Tensor, k1: int, k2: int) -> np.ndarray:
+    """Jaccard distances (N, N) in fp32: sets, weights, means and sums image by image."""
+    num_images = len(features)
+    nearest = torch.cat([(rows @ features.T).topk(k1).indices for rows in features.split(CHUNK)]).numpy()
+    encoding = np.zeros((num_images, num_images), np.float32)
+    whole, half = (_reciprocal_sets(nearest[:, :k]) for k in (k1, round(k1 / 2)))
+    for i, members in enumerate(whole):
+        expanded = [half[j] for j in members if len(np.intersect1d(half[j], members)) > 2 / 3 * len(half[j])]
+        columns = torch.from_numpy(np.unique(np.concatenate([members, *expanded])))
+        encoding[i, columns] = (2 * features[i] @ features[columns].T - 2).softmax(dim=0)
+    if k2 > 1:
+        mean = np.zeros_like(encoding)
+        for i in range(num_images):
+            mean[i] = encoding[nearest[i, :k2]].mean(axis=0)
+        encoding = mean
+        del mean
+    having = [np.flatnonzero(encoding[:, column]) for column in range(num_images)]
+    distances = np.zeros_like(encoding)
+    for i in range(num_images):
+        sums = np.zeros(num_images, np.float32)
+        for column in np.flatnonzero(encoding[i]):
+            sums[having[column]] += np.minimum(encoding[i, column], encoding[having[column], column])
+        distances[i] = 1 - sums / (2 - sums)
+    return np.maximum(distances, 0, out=distances)
+
+
+def _reciprocal_sets(nearest: np.ndarray) -> list[np.ndarray]:
+    return [row[(nearest[row] == i).any(axis=1)] for i, row in enumerate(nearest)]
+
+
+def _status(name: str) -> int:
+    """A number of bytes that Linux keeps of this process."""
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+
+
+def _print(bench: ClusterBench, found: dict[str, Measured], record: dict[str, Any]) -> None:
+    cores, features = record["hardware"]["cores"], record["feature_bytes"] / 1e6
+    title = f"{bench.num_images:,} images, {features:,.0f} MB of features, {cores} cores"
+    table = Table("way", "seconds", "MB more", "MB in all", "clusters", "outliers", "NMI", title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, values in found.items():
+        scores = values.quality
+        counts = (f"{scores.num_clusters:,}", f"{scores.num_outliers:,}", "" if scores.nmi is None else f"{scores.nmi:.4f}")
+        sizes = (f"{values.more_bytes / 1e6:,.0f}", f"{values.peak_bytes / 1e6:,.0f}")
+        table.add_row(name, f"{values.seconds:.2f}", *sizes, *counts)
+    console = Console()
+    console.print(table)
+    if bench.usual:
+        console.print(
+            f"{record['speed_ratio']:.1f} times as fast, {record['memory_ratio']:.1f} times less memory; "
+            f"{record['different_labels']:,} labels differ"
+        )

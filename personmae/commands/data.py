@@ -1,0 +1,154 @@
+"""``personmae synth`` and ``personmae shards``."""
+
+import argparse
+import os
+from pathlib import Path
+
+from personmae.commands.arguments import Progress, named, positive
+
+_SHARDS_WRITE = """\
+SRC is one of
+  a folder         every .jpg and .jpeg below it, at any depth; a picture's name is its path below SRC
+  an LMDB          name -> JPEG bytes, as LUPerson is kept: a directory with data.mdb, or a .mdb or .lmdb file
+  tars             an uncompressed .tar, or a directory of them (WebDataset); a name is TAR/MEMBER
+
+Pictures are kept byte for byte. Those that cannot be decoded are left out and listed in DEST/rejects.jsonl.
+Interrupted or killed at any moment, the same command goes on where it was and ends with the same bytes.
+"""
+
+
+_SHARDS_WRITE_EXAMPLES = """\
+examples:
+  personmae shards write CROPS/ s3://bucket/crops
+  personmae shards write lmdb/ s3://bucket/luperson --max-side 384
+  personmae shards write lmdb/ SHARDS --list CFS_list.pkl --trust-pickle-list --first 0.5
+  personmae shards write lmdb/ SHARDS --fraction 0.25 --seed 0
+"""
+
+
+def add_synth(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("synth", help="draw synthetic pedestrians: an unlabelled pool and two ReID benchmarks")
+    verb.add_argument("out", type=Path, metavar="OUT", help="directory to create")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--pool-images", type=int, default=20_000, help="size of the unlabelled pool (default 20000)")
+    verb.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae.data.synthetic import SynthSettings, write_synthetic
+
+        settings = SynthSettings(seed=args.seed, pool_images=args.pool_images)
+        with Progress("synth", "pictures") as progress:
+            counts = write_synthetic(args.out, settings, num_processes=args.processes, progress=progress)
+        for split, count in counts.items():
+            print(f"{split:40} {count:>8,} images")
+        print(f"contact sheet: {args.out / 'contact_sheet.png'}")
+
+    verb.set_defaults(run=run)
+
+
+def add_shards(verbs: argparse._SubParsersAction) -> None:
+    shards = verbs.add_parser("shards", help="write, verify or describe MDS shards in a directory or s3://bucket/prefix")
+    actions = shards.add_subparsers(dest="action", metavar="ACTION", required=True)
+    _shards_write_arguments(actions)
+    for action, help_text in (("verify", "read every sample back and check it"), ("stats", "counts, bytes, sizes")):
+        verb = actions.add_parser(action, help=help_text)
+        verb.add_argument("root", metavar="SHARDS", help="directory or s3://bucket/prefix")
+        verb.add_argument("--cache-dir", type=Path, help="where remote shards are kept (default: a temporary directory)")
+        verb.set_defaults(run=_shards_verify if action == "verify" else _shards_stats)
+
+
+def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
+    write = actions.add_parser(
+        "write",
+        help="a folder of .jpg files, an LMDB or tars -> shards",
+        description=_SHARDS_WRITE,
+        epilog=_SHARDS_WRITE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    write.add_argument("source", type=named, metavar="SRC", help="where the pictures are")
+    write.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix; must be empty or unfinished")
+    write.add_argument("--shard-mb", type=positive, default=64, metavar="N", help="largest size of a shard in MiB (default 64)")
+    write.add_argument("--max-side", type=int, metavar="N", help="shrink pictures whose longer side exceeds N pixels")
+    write.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: one a CPU core)")
+    write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
+    which = write.add_argument_group("which pictures (default: all)")
+    which.add_argument("--list", type=Path, metavar="FILE", help="only those named in FILE: text, one name a line")
+    which.add_argument(
+        "--trust-pickle-list", action="store_true", help="let FILE be a pickled list of names; no code in it is run"
+    )
+    which.add_argument("--first", type=float, default=1.0, metavar="SHARE", help="only the first share of FILE, e.g. 0.5")
+    which.add_argument("--fraction", type=float, default=1.0, metavar="SHARE", help="only a random share of those, e.g. 0.25")
+    which.add_argument("--seed", type=int, default=0, help="which random share (default 0); smaller shares lie in larger ones")
+    write.set_defaults(run=_shards_write)
+
+
+def _shards_write(args: argparse.Namespace) -> None:
+    from personmae.data import importer, storage
+    from personmae.data.sources import Selection
+
+    if args.if_missing and importer.INDEX in (files := _files_at(args.destination)) and importer.PLAN not in files:
+        print(f"{args.destination} already holds a data set")
+        return
+    selection = Selection(
+        list_file=args.list, trust_pickle=args.trust_pickle_list, first=args.first, fraction=args.fraction, seed=args.seed
+    )
+    with Progress("shards write", "pictures") as progress:
+        count = importer.write(
+            args.source,
+            args.destination,
+            shard_bytes=int(args.shard_mb * 2**20),
+            max_side=args.max_side,
+            selection=selection,
+            num_processes=args.processes,
+            progress=progress,
+        )
+    num_rejects = (storage.read(args.destination, importer.REJECTS) or b"").count(b"\n")
+    where = f"{args.destination.rstrip('/')}/{importer.REJECTS}"
+    rejected = f"; {num_rejects:,} could not be read and are listed in {where}" if num_rejects else ""
+    print(f"{count:,} pictures written to {args.destination}{rejected}")
+
+
+def _files_at(destination: str) -> dict[str, int]:
+    from personmae.data import storage
+
+    if not storage.is_remote(destination) and not Path(destination).exists():
+        return {}
+    return storage.list_sizes(destination) or {}
+
+
+def _shards_verify(args: argparse.Namespace) -> None:
+    from personmae.data import shards
+
+    with CacheDir(args.cache_dir) as cache, Progress("shards verify", "pictures") as progress:
+        count = shards.verify(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
+    print(f"{count:,} samples of {args.root} are whole")
+
+
+def _shards_stats(args: argparse.Namespace) -> None:
+    from personmae.data import shards
+
+    with CacheDir(args.cache_dir) as cache, Progress("shards stats", "pictures") as progress:
+        stats = shards.describe(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
+    mean = stats.num_bytes / max(1, stats.num_samples)
+    print(f"{stats.num_samples:,} samples in {stats.num_shards} shards, {stats.num_bytes:,} bytes, {mean:,.0f} a sample")
+    for band, count in stats.heights.items():
+        print(f"  height {band:>14} {count:>9,} {'#' * round(60 * count / stats.num_samples)}")
+
+
+class CacheDir:
+    """The given directory, or a temporary one that is removed again."""
+
+    def __init__(self, given: Path | None):
+        self._given, self._temporary = given, None
+
+    def __enter__(self) -> Path:
+        import tempfile
+
+        if self._given:
+            return self._given
+        self._temporary = tempfile.TemporaryDirectory(prefix="personmae-shards-")
+        return Path(self._temporary.name)
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary:
+            self._temporary.cleanup()

@@ -1,0 +1,88 @@
+"""``personmae pretrain``, ``finetune``, ``unsupervised`` and ``evaluate``; ``launcher/X.py`` ends here too."""
+
+import argparse
+from pathlib import Path
+
+from personmae.commands.arguments import counting
+from personmae.errors import UserError
+
+
+def add_pretrain(verbs: argparse._SubParsersAction) -> None:
+    _program(verbs, "pretrain", "PersonMAE pre-training on shards")
+
+
+def add_finetune(verbs: argparse._SubParsersAction) -> None:
+    _program(verbs, "finetune", "supervised ReID on one benchmark, from an encoder or from random weights")
+
+
+def add_unsupervised(verbs: argparse._SubParsersAction) -> None:
+    _program(verbs, "unsupervised", "ReID without labels: from a pre-trained (USL) or a fine-tuned encoder (UDA)")
+
+
+def _program(verbs: argparse._SubParsersAction, name: str, help_text: str) -> None:
+    verb = verbs.add_parser(name, help=help_text)
+    verb.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/")
+    add_program_arguments(verb)
+    verb.set_defaults(run=lambda args: run_config(name, args.config, args))
+
+
+def add_program_arguments(parser: argparse.ArgumentParser) -> None:
+    """What ``personmae X CONFIG`` and ``launcher/X.py --config CONFIG`` share."""
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="set a key of the configuration")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--dry-run",
+        type=counting,
+        nargs="?",
+        const=1,
+        metavar="RANKS",
+        help="pretrain: print the plan for so many ranks and stop",
+    )
+
+
+def run_config(name: str, path: str, args: argparse.Namespace) -> None:
+    """Load the configuration of the program ``name`` and run it, or print it."""
+    from personmae import config
+
+    kinds: dict[str, type[config.Section]] = {
+        "pretrain": config.Pretrain,
+        "finetune": config.Finetune,
+        "unsupervised": config.Unsupervised,
+    }
+    settings = config.load(kinds[name], path, args.overrides)
+    if args.print_config:
+        print(config.dump_yaml(settings), end="")
+        return
+    import importlib
+
+    program = importlib.import_module(f"personmae.{name}")
+    if args.dry_run is None:
+        program.run(settings)
+    elif hasattr(program, "dry_run"):
+        program.dry_run(settings, args.dry_run)
+    else:
+        raise UserError(f"--dry-run is for pretrain; {name} has no plan to print: leave it out")
+
+
+def add_evaluate(verbs: argparse._SubParsersAction) -> None:
+    verb = verbs.add_parser("evaluate", help="a fine-tuned checkpoint (or 'histogram') on a benchmark -> mAP, CMC, mINP")
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a fine-tuning run, a checkpoint, or 'histogram'")
+    verb.add_argument("benchmark", metavar="BENCHMARK", help="its name, e.g. market1501 or folder; see configs/README.md")
+    verb.add_argument("root", metavar="ROOT", help="directory of the benchmark")
+    verb.add_argument("--out", type=Path, help="write the result as JSON")
+    verb.add_argument(
+        "--pool", choices=["mean", "cls", "cls_mean"], help="take a pre-trained encoder as it is, tokens pooled so"
+    )
+    verb.add_argument(
+        "--rerank",
+        choices=["none", "aqe", "k_reciprocal"],
+        default="none",
+        help="query expansion or k-reciprocal re-ranking; the field's tables have neither (default none)",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae import evaluate
+
+        evaluate.run(args.checkpoint, args.benchmark, args.root, out=args.out, pool=args.pool, rerank=args.rerank)
+
+    verb.set_defaults(run=run)
