@@ -408,5 +408,6 @@ def versions() -> dict[str, str]:
     """Versions of what computes, for ``state.json`` and ``run.json``."""
     from importlib import metadata
 
-    names = ("personmae", "torch", "deepspeed", "timm", "mosaicml-streaming", "numpy", "opencv-python-headless", "simplejpeg")
-    return {name: metadata.version(name) for name in names}
+    names = ("personmae", "torch", "deepspeed", "timm", "mosaicml-streaming", "numpy", "scipy", "scikit-learn")
+    pictures = ("opencv-python-headless", "simplejpeg")
+    return {name: metadata.version(name) for name in names + pictures}

@@ -254,6 +254,9 @@ class Head(Section):
     embed_dim: int = Field(default=256, gt=0, description="width of each of MGN's eight embeddings")
     split: Literal["adaptive", "chunk"] = Field(default="adaptive", description="how MGN cuts rows that 3 does not divide")
     pool: Literal["cls", "mean", "cls_mean"] = Field(default="cls", description="token pooling of the bnneck head")
+    classifier: Literal["linear", "circle", "arc"] = Field(
+        default="linear", description="scores of classes: linear, or cosines with the margin of circle loss or ArcFace"
+    )
 
 
 class Augment(Section):

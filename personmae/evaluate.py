@@ -11,7 +11,7 @@ from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import retrieval
 from personmae.reid.datasets import describe, load_benchmark
-from personmae.reid.heads import Neck, Pool, ReIDModel, build_head
+from personmae.reid.heads import Neck, Pool, ReIDModel, build_head, trained_size
 
 HISTOGRAM = "histogram"
 HISTOGRAM_SIZE = (128, 64)  # (height, width) in pixels the pictures are brought to
@@ -83,7 +83,8 @@ def load_model(saved: checkpoint.Checkpoint, path: Path) -> ReIDModel:
     """The model of a fine-tuned checkpoint, in evaluation mode."""
     settings: dict[str, Any] = saved.state["model"]
     encoder = VisionTransformer(**SIZES[settings["size"]], patch_size=settings["patch_size"])
-    model = ReIDModel(encoder, build_head(encoder, saved.state["num_classes"], **saved.state["head"]))
+    head = build_head(encoder, saved.state["num_classes"], **saved.state["head"])
+    model = ReIDModel(encoder, head, trained_size=trained_size(settings))
     weights = {name.removeprefix("model."): tensor for name, tensor in saved.tensors["model"].items()}
     checkpoint.load_strictly(model, weights, path)
     return model.eval()

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
 from personmae.guard import Guard
 from personmae.heartbeat import Heartbeat
-from personmae.keeper import Schedule, Writer
+from personmae.keeper import Schedule, Writer, finish
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids, train_labels
-from personmae.reid.heads import ReIDModel, build_head, layer_id
+from personmae.reid.heads import Classifier, ReIDModel, build_head, layer_id, trained_size
 from personmae.reid.losses import reid_loss
 from personmae.reid.sampler import pk_batches
 from personmae.reid.transforms import ImageSet, augment, draw_augmentation
@@ -67,7 +66,7 @@ def run(settings: config.Finetune) -> None:
     dist.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
-    if settings.checkpoint.resume == "auto" and is_complete(settings):
+    if settings.checkpoint.resume == "auto" and retrieval.has_record(settings.run_dir, run_hash(settings)):
         if world.is_first:
             print(f"{settings.run_dir} is complete", flush=True)
         return
@@ -159,9 +158,12 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, heartbeat: Heartb
 class SupervisedReID(nn.Module):
     """A ReID model and its loss: ``forward`` takes ``images`` (B, 3, H, W), normalised, and ``labels`` (B,)."""
 
-    def __init__(self, model: ReIDModel, *, label_smoothing: float, compute_dtype: torch.dtype):
+    def __init__(
+        self, model: ReIDModel, *, label_smoothing: float, compute_dtype: torch.dtype, classifier: Classifier = "linear"
+    ):
         super().__init__()
         self.model, self.label_smoothing, self.compute_dtype = model, label_smoothing, compute_dtype
+        self.classifier: Classifier = classifier
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         images = batch["images"]
@@ -172,7 +174,7 @@ class SupervisedReID(nn.Module):
         gathered = dist.gather_with_grad(torch.cat([embedding.float() for embedding in outputs["embeddings"]], dim=1))
         everyone = dist.gather_with_grad(batch["labels"])
         outputs["embeddings"] = list(gathered.split(widths, dim=1))
-        return reid_loss(outputs, batch["labels"], everyone, smoothing=self.label_smoothing)
+        return reid_loss(outputs, batch["labels"], everyone, smoothing=self.label_smoothing, classifier=self.classifier)
 
 
 def build(settings: config.Finetune, num_classes: int) -> tuple[SupervisedReID, dict[str, Any]]:
@@ -192,10 +194,15 @@ def build(settings: config.Finetune, num_classes: int) -> tuple[SupervisedReID, 
                     f"give model.{key}={record[key]}"
                 )
         checkpoint.load_strictly(encoder, weights, settings.init)
-        model_settings |= {"mean": record["mean"], "std": record["std"]}
+        model_settings |= {"mean": record["mean"], "std": record["std"], "trained_size": record["img_size"]}
     head = build_head(encoder, num_classes, **settings.head.model_dump(), bn_group_size=settings.train.bn_group_size)
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
-    module = SupervisedReID(ReIDModel(encoder, head), label_smoothing=settings.train.label_smoothing, compute_dtype=dtype)
+    module = SupervisedReID(
+        ReIDModel(encoder, head, trained_size=trained_size(model_settings)),
+        label_smoothing=settings.train.label_smoothing,
+        compute_dtype=dtype,
+        classifier=settings.head.classifier,
+    )
     if settings.train.compile:
         module.model.compile()
     return module, model_settings
@@ -249,13 +256,6 @@ def open_writer(settings: config.Finetune, resumed: Path | None) -> Writer:
     return Writer(settings.run_dir, resumed=resumed, **settings.checkpoint.writer_arguments())
 
 
-def finish(writer: Writer | None) -> None:
-    """Wait on all ranks until the first has everything written and uploaded: a launcher ends it when another one ends."""
-    if writer:
-        writer.close()
-    dist.barrier()
-
-
 def save(state: Run, writer: Writer | None) -> None:
     """Have a checkpoint written; here stands everything that a resumed run needs. Called by all ranks together."""
     dist.average_buffers(state.module)  # running statistics of what each rank has seen
@@ -280,23 +280,6 @@ def run_hash(settings: config.Finetune) -> str:
     """Digest of the configuration and of the weights that the run starts from."""
     weights = "" if settings.init == RANDOM else checkpoint.digest(checkpoint.locate(settings.init))
     return config.config_hash(settings) + weights
-
-
-def is_complete(settings: config.Finetune) -> bool:
-    """Whether the run has its result.
-
-    Raises:
-        UserError: it has one, but of another configuration or encoder.
-    """
-    result_file = Path(settings.run_dir) / "result.json"
-    if not result_file.is_file():
-        return False
-    if json.loads(result_file.read_text()).get("run_hash") != run_hash(settings):
-        raise UserError(
-            f"{result_file} comes from another configuration or another encoder; delete {settings.run_dir}, use another "
-            "run_dir, or give checkpoint.resume=none"
-        )
-    return True
 
 
 def num_classes(head: nn.Module) -> int:

@@ -308,3 +308,10 @@ class Writer:
         if self._uploading.is_alive() or self._queue:
             kept = f"{checkpoint.folder(self._run_dir)} keeps what is not"
             print(f"checkpoint: not all is uploaded to {self._store} after {self._close_seconds:g} s; {kept}", flush=True)
+
+
+def finish(writer: Writer | None) -> None:
+    """Wait on all ranks until the first has everything written and uploaded: a launcher ends it when another one ends."""
+    if writer:
+        writer.close()
+    dist.barrier()

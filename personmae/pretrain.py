@@ -21,7 +21,7 @@ from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, Stopped, UserError
 from personmae.guard import Guard
 from personmae.heartbeat import Heartbeat, Phase
-from personmae.keeper import Schedule, Writer
+from personmae.keeper import Schedule, Writer, finish
 from personmae.model import teacher as ema
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher
@@ -384,13 +384,6 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
 def open_writer(settings: config.Pretrain, resumed: Path | None, team: dict[str, Any]) -> Writer:
     """What saves the run's states beside the loop, on the first rank or on all of a ``team``."""
     return Writer(settings.run_dir, resumed=resumed, **settings.checkpoint.writer_arguments(), **team)
-
-
-def finish(writer: Writer | None) -> None:
-    """Wait on all ranks until the first has everything written and uploaded: a launcher ends it when another one ends."""
-    if writer:
-        writer.close()
-    dist.barrier()
 
 
 def save(state: Run, writer: Writer | None, *, spread: bool) -> None:

@@ -23,12 +23,12 @@ from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
 from personmae.guard import Guard
 from personmae.heartbeat import Heartbeat
-from personmae.keeper import Schedule, Writer
+from personmae.keeper import Schedule, Writer, finish
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import cluster, retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids
 from personmae.reid.features import extract
-from personmae.reid.heads import Neck, ReIDModel, encoder_weights
+from personmae.reid.heads import Neck, ReIDModel, encoder_weights, trained_size
 from personmae.reid.memory import ClusterMemory, mean_centroids
 from personmae.reid.sampler import cluster_batches
 from personmae.reid.transforms import ImageSet, augment, draw_augmentation
@@ -65,7 +65,7 @@ def run(settings: config.Unsupervised) -> None:
     dist.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
-    if settings.checkpoint.resume == "auto" and is_complete(settings):
+    if settings.checkpoint.resume == "auto" and retrieval.has_record(settings.run_dir, run_hash(settings)):
         if world.is_first:
             print(f"{settings.run_dir} is complete", flush=True)
         return
@@ -253,10 +253,11 @@ def build(settings: config.Unsupervised) -> tuple[ClusterContrast, dict[str, Any
                 f"give model.{key}={record[key]}"
             )
     checkpoint.load_strictly(encoder, weights, settings.init)
-    model_settings |= {"mean": record["mean"], "std": record["std"]}
+    known = record.get("trained_size", record["img_size"])
+    model_settings |= {"mean": record["mean"], "std": record["std"], "trained_size": known}
     head = Neck(encoder, pool=settings.feature.pool, bn_group_size=settings.train.bn_group_size)
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
-    module = ClusterContrast(ReIDModel(encoder, head), compute_dtype=dtype)
+    module = ClusterContrast(ReIDModel(encoder, head, trained_size=trained_size(model_settings)), compute_dtype=dtype)
     return module, model_settings
 
 
@@ -280,13 +281,6 @@ def lr_scale_at(settings: config.Unsupervised, step: int) -> float:
     """The step's share of the first learning rate: ``decay`` for each ``decay_every_epochs``."""
     epoch = step // settings.train.iters_per_epoch
     return settings.optim.decay ** (epoch // settings.optim.decay_every_epochs)
-
-
-def finish(writer: Writer | None) -> None:
-    """Wait on all ranks until the first has everything written and uploaded: a launcher ends it when another one ends."""
-    if writer:
-        writer.close()
-    dist.barrier()
 
 
 def save(state: Run, writer: Writer | None) -> None:
@@ -332,23 +326,6 @@ def resume(state: Run) -> Path | None:
 def run_hash(settings: config.Unsupervised) -> str:
     """Digest of the configuration and of the weights that the run starts from."""
     return config.config_hash(settings) + checkpoint.digest(checkpoint.locate(settings.init))
-
-
-def is_complete(settings: config.Unsupervised) -> bool:
-    """Whether the run has its result.
-
-    Raises:
-        UserError: it has one, but of another configuration or encoder.
-    """
-    result_file = Path(settings.run_dir) / "result.json"
-    if not result_file.is_file():
-        return False
-    if json.loads(result_file.read_text()).get("run_hash") != run_hash(settings):
-        raise UserError(
-            f"{result_file} comes from another configuration or another encoder; delete {settings.run_dir}, use another "
-            "run_dir, or give checkpoint.resume=none"
-        )
-    return True
 
 
 def announce(state: Run) -> None:

@@ -20,7 +20,7 @@ MIDDLE = {
 } | {f"personmae.reid.{name}" for name in ("features", "retrieval")}
 PROGRAMS = {f"personmae.{name}" for name in ("pretrain", "finetune", "unsupervised", "evaluate", "bench", "apply")}
 GROUND = {"personmae.errors", "personmae.heartbeat"}
-HEAVY = {"torch", "cv2", "numpy", "boto3", "streaming", "deepspeed", "timm", "matplotlib"}
+HEAVY = {"torch", "cv2", "numpy", "boto3", "streaming", "deepspeed", "timm", "matplotlib", "scipy", "sklearn"}
 
 
 def module_of(path: Path) -> str:
@@ -157,6 +157,10 @@ def loaded_by(*arguments: str) -> set[str]:
         ("launcher/pretrain.py", "--help"),
         ("-m", "launcher.elastic", "run", "--help"),
         ("-m", "personmae", "pretrain", "configs/quickstart.yaml", "--print-config"),
+        (
+            *("-m", "personmae", "render", "configs/pretrain_vit_base.yaml"),
+            *("data.shards=s3://b/l", "checkpoint.store=s3://b/r"),
+        ),
     ],
     ids=lambda arguments: " ".join(arguments),
 )

@@ -24,6 +24,7 @@ def add_bench(verbs: argparse._SubParsersAction) -> None:
     _bench_data(actions)
     _bench_step(actions)
     _bench_rank(actions)
+    _bench_cluster(actions)
 
 
 def _bench_rank(actions: argparse._SubParsersAction) -> None:
@@ -40,6 +41,25 @@ def _bench_rank(actions: argparse._SubParsersAction) -> None:
         run_rank(replace(PRESETS[args.size], rounds=args.rounds), args.out)
 
     rank.set_defaults(run=run)
+
+
+def _bench_cluster(actions: argparse._SubParsersAction) -> None:
+    cluster = actions.add_parser("cluster", help="pseudo-labels, beside the usual dense way")
+    cluster.add_argument(
+        "--preset", default="market", choices=["market", "large"], help="12,936 or 100,000 images, the latter ours alone"
+    )
+    cluster.add_argument("--rounds", type=counting, help="times each way is measured, in turn (default: the preset's)")
+    cluster.add_argument("--out", type=Path, help="write the record as JSON")
+
+    def run(args: argparse.Namespace) -> None:
+        from dataclasses import replace
+
+        from personmae.bench.cluster import PRESETS, run_cluster
+
+        bench = PRESETS[args.preset]
+        run_cluster(replace(bench, rounds=args.rounds or bench.rounds), args.out)
+
+    cluster.set_defaults(run=run)
 
 
 def _bench_step(actions: argparse._SubParsersAction) -> None:

@@ -32,8 +32,9 @@ class NativeEngine(Engine):
         self._shapes = full_shapes(module)
         distributed = tdist.is_initialized() and tdist.get_world_size() > 1
         # Buffers stay each rank's own: running statistics are of what it has seen, and dist.average_buffers makes one of them.
-        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-        self._wrapped = DistributedDataParallel(module, **options) if distributed else module
+        self._wrapped = module
+        if distributed:
+            self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def forward_backward(self, batch: Batch, *, last_micro: bool) -> Batch:
         waits = isinstance(self._wrapped, DistributedDataParallel) and not last_micro

@@ -5,7 +5,7 @@ Shapes as in ``personmae.model``; T = 1 + L tokens, the class token first; F fea
 
 import copy
 import re
-from typing import Final, Literal, TypedDict
+from typing import Any, Final, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from personmae.model.vit import VisionTransformer, grid_coords, patchify
 
 RowSplit = Literal["adaptive", "chunk"]
 Pool = Literal["cls", "mean", "cls_mean"]
+Classifier = Literal["linear", "circle", "arc"]  # the last two give cosines, to which the loss adds its margin
 MGN_PARTS: Final = (1, 2, 3)  # horizontal parts of each branch; one part is the whole person
 
 
@@ -44,13 +45,14 @@ class BNNeck(nn.Module):
         pool: Pool = "cls",
         neck_feat: Literal["before", "after"] = "before",
         bn_group_size: int | None = None,
+        classifier: Classifier = "linear",
     ):
         super().__init__()
         self.pool: Pool = pool
         self.neck_feat = neck_feat
         self.feature_dim = pooled_dim(encoder, pool)
         self.bn = GroupedBatchNorm(self.feature_dim, bn_group_size)
-        self.classifier = linear_classifier(self.feature_dim, num_classes)
+        self.classifier = build_classifier(self.feature_dim, num_classes, classifier)
 
     def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:
         before = pooled(tokens, self.pool)
@@ -94,12 +96,19 @@ class Branch(nn.Module):
 class PartEmbedding(nn.Module):
     """Projection of one pooled part, batch normalisation with its bias frozen, and a classifier of its own."""
 
-    def __init__(self, in_dim: int, embed_dim: int, num_classes: int, bn_group_size: int | None = None):
+    def __init__(
+        self,
+        in_dim: int,
+        embed_dim: int,
+        num_classes: int,
+        bn_group_size: int | None = None,
+        classifier: Classifier = "linear",
+    ):
         super().__init__()
         self.proj = nn.Linear(in_dim, embed_dim, bias=False)
         nn.init.kaiming_normal_(self.proj.weight, mode="fan_out")
         self.bn = GroupedBatchNorm(embed_dim, bn_group_size)
-        self.classifier = linear_classifier(embed_dim, num_classes)
+        self.classifier = build_classifier(embed_dim, num_classes, classifier)
 
     def forward(self, part: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
         return self.bn(self.proj(part))
@@ -123,13 +132,14 @@ class MGN(nn.Module):
         embed_dim: int = 256,
         split: RowSplit = "adaptive",
         bn_group_size: int | None = None,
+        classifier: Classifier = "linear",
     ):
         super().__init__()
         self.split: RowSplit = split
         self.branches = nn.ModuleList(Branch(encoder) for _ in MGN_PARTS)
         num_vectors = sum(1 if parts == 1 else 1 + parts for parts in MGN_PARTS)
         self.embeds = nn.ModuleList(
-            PartEmbedding(encoder.embed_dim, embed_dim, num_classes, bn_group_size) for _ in range(num_vectors)
+            PartEmbedding(encoder.embed_dim, embed_dim, num_classes, bn_group_size, classifier) for _ in range(num_vectors)
         )
         self.feature_dim = num_vectors * embed_dim
 
@@ -160,10 +170,12 @@ class ReIDModel(nn.Module):
 
     The encoder is copied. Blocks that the head took over are left out of the copy, with the final norm, so every
     parameter of the model is trained; ``depth`` is the number of blocks before that, as ``layer_id`` needs it.
+    ``trained_size`` is the (H, W) that the encoder knows: positions in pictures of another size are interpolated into it.
     """
 
-    def __init__(self, encoder: VisionTransformer, head: BNNeck | MGN | Neck):
+    def __init__(self, encoder: VisionTransformer, head: BNNeck | MGN | Neck, *, trained_size: tuple[int, int] | None = None):
         super().__init__()
+        self.trained_size = trained_size
         self.encoder, self.head = copy.deepcopy(encoder), head
         self.depth, self.feature_dim = len(encoder.blocks), head.feature_dim
         if head.num_blocks:
@@ -185,8 +197,11 @@ class ReIDModel(nn.Module):
         if height % size or width % size:
             raise UserError(f"img_size=({height}, {width}) must be a multiple of patch_size={size} in both directions")
         grid = (height // size, width // size)
-        coords = grid_coords(grid, images.device).expand(b, -1, -1)
-        return self.encoder(patchify(images, size), coords), grid
+        coords = grid_coords(grid, images.device)
+        if self.trained_size and self.trained_size != (height, width):
+            scale = torch.tensor(self.trained_size, device=images.device) / torch.tensor([height, width], device=images.device)
+            coords = (coords + 0.5) * scale - 0.5  # the middle of a patch stays where it is in the picture
+        return self.encoder(patchify(images, size), coords.expand(b, -1, -1)), grid
 
 
 def split_rows(maps: Float[Tensor, "B D h w"], num_parts: int, split: RowSplit) -> list[Float[Tensor, "B D"]]:
@@ -248,9 +263,17 @@ class GroupedBatchNorm(nn.BatchNorm1d):
         return (normalised * self.weight + self.bias).to(input.dtype)
 
 
-def linear_classifier(in_dim: int, num_classes: int) -> nn.Linear:
-    """Linear layer without bias that starts near equal scores."""
-    classifier = nn.Linear(in_dim, num_classes, bias=False)
+class CosineClassifier(nn.Linear):
+    """Cosines of a feature with each class's weights, in fp32: what a loss with a margin starts from."""
+
+    def forward(self, input: Float[Tensor, "B F"]) -> Float[Tensor, "B N"]:
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(F.normalize(input.float(), dim=1), F.normalize(self.weight.float(), dim=1))
+
+
+def build_classifier(in_dim: int, num_classes: int, kind: Classifier) -> nn.Linear:
+    """Linear layer without bias that starts near equal scores, or one that gives cosines."""
+    classifier = (nn.Linear if kind == "linear" else CosineClassifier)(in_dim, num_classes, bias=False)
     nn.init.normal_(classifier.weight, std=0.001)
     return classifier
 
@@ -278,13 +301,14 @@ def build_head(
     embed_dim: int = 256,
     split: RowSplit = "adaptive",
     pool: Pool = "cls",
+    classifier: Classifier = "linear",
     bn_group_size: int | None = None,
 ) -> BNNeck | MGN | Neck:
     """The head that a configuration describes; ``embed_dim`` and ``split`` are MGN's, ``pool`` is of the others."""
     if kind == "mgn":
-        return MGN(encoder, num_classes, embed_dim=embed_dim, split=split, bn_group_size=bn_group_size)
+        return MGN(encoder, num_classes, embed_dim=embed_dim, split=split, bn_group_size=bn_group_size, classifier=classifier)
     if kind == "bnneck":
-        return BNNeck(encoder, num_classes, pool=pool, bn_group_size=bn_group_size)
+        return BNNeck(encoder, num_classes, pool=pool, bn_group_size=bn_group_size, classifier=classifier)
     return Neck(encoder, pool=pool, bn_group_size=bn_group_size)
 
 
@@ -299,3 +323,9 @@ def encoder_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if match := re.match(r"head\.branches\.0\.(block|norm)\.(.+)", name):
             encoder[f"blocks.{depth}.{match[2]}" if match[1] == "block" else f"norm.{match[2]}"] = tensor
     return encoder
+
+
+def trained_size(model_settings: dict[str, Any]) -> tuple[int, int]:
+    """(H, W) that an encoder knows, out of the settings that travel with its weights; its own ``img_size`` by default."""
+    height, width = model_settings.get("trained_size", model_settings["img_size"])
+    return height, width

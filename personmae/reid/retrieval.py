@@ -112,6 +112,23 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
     (out / "result.json").write_text(json.dumps(result, indent=1))
 
 
+def has_record(run_dir: str | Path, run_hash: str) -> bool:
+    """Whether a run has its result.
+
+    Raises:
+        UserError: it has one, but of another configuration or encoder.
+    """
+    result_file = Path(run_dir) / "result.json"
+    if not result_file.is_file():
+        return False
+    if json.loads(result_file.read_text()).get("run_hash") != run_hash:
+        raise UserError(
+            f"{result_file} comes from another configuration or another encoder; delete {run_dir}, use another run_dir, or "
+            "give checkpoint.resume=none"
+        )
+    return True
+
+
 def table_row(record: dict[str, Any]) -> str:
     """One line of a results table, in per cent."""
     scores = "  ".join(f"{name} {100 * record[name]:5.1f}" for name in ("mAP", "rank1", "rank5", "rank10", "mINP"))

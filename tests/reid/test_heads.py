@@ -272,3 +272,30 @@ def test_a_fine_tuned_model_gives_its_encoder_back(build):
     weights = encoder_weights(dict(model.state_dict()))
     assert weights.keys() == base.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in base.state_dict().items())
+
+
+@pytest.mark.parametrize("build", [MGN, BNNeck])
+def test_a_cosine_classifier_gives_cosines_under_the_same_names(build):
+    base = encoder()
+    linear, cosine = (ReIDModel(base, build(base, NUM_CLASSES, classifier=kind)) for kind in ("linear", "arc"))
+    assert linear.state_dict().keys() == cosine.state_dict().keys()
+    logits = cosine(images(6))["logits"]
+    assert all(scores.abs().max() <= 1 + 1e-6 for scores in logits)
+    embed = cosine.head if isinstance(cosine.head, BNNeck) else cosine.head.get_submodule("embeds.0")
+    weight = embed.get_parameter("classifier.weight")
+    with torch.no_grad():
+        weight.mul_(5)  # only directions count
+    torch.testing.assert_close(cosine(images(6))["logits"][0], logits[0])
+
+
+def test_positions_of_a_taller_picture_are_interpolated_into_the_trained_ones():
+    base = encoder()
+    model = ReIDModel(base, BNNeck(base, NUM_CLASSES), trained_size=(256, 128)).eval()
+    tall = images(2, (384, 128))
+    y, x = torch.arange(24.0), torch.arange(8.0)
+    coords = torch.stack(torch.meshgrid((y + 0.5) * 16 / 24 - 0.5, x, indexing="ij"), dim=-1).reshape(1, -1, 2)
+    expected = base(patchify(tall, 16), coords.expand(2, -1, -1))[:, 0]
+    torch.testing.assert_close(model.features(tall), expected / expected.norm(dim=1, keepdim=True))
+    plain = ReIDModel(base, BNNeck(base, NUM_CLASSES)).eval()
+    assert torch.equal(plain.features(images(2, (256, 128))), model.features(images(2, (256, 128))))
+    assert not torch.allclose(plain.features(tall), model.features(tall))
