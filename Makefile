@@ -7,7 +7,7 @@ RUN := runs/quickstart
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test checkov lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,9 +30,14 @@ quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes o
 	$(BIN)/personmae finetune configs/quickstart_personmae.yaml
 	$(BIN)/personmae report $(RUN)
 
-test: $(INSTALLED) ## all tests that this machine can run
+test: $(INSTALLED) $(VENV)/checkov/bin/checkov ## all tests that this machine can run
 	@tests/integration/install_ceph.sh
 	$(BIN)/python -m pytest
+
+checkov: $(VENV)/checkov/bin/checkov ## the manifests' linter, in an environment of its own: its pins do not go with ours
+
+$(VENV)/checkov/bin/checkov: | $(INSTALLED)
+	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet checkov
 
 lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff check .

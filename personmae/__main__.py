@@ -20,6 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for add in VERBS:
         add(verbs)
+    from launcher.submit import add_verbs
+
+    add_verbs(verbs)
     args = parser.parse_args(argv)
     return run_program(lambda: args.run(args), quiet=os.environ.get("RANK", "0") != "0")
 

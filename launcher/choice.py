@@ -1,0 +1,233 @@
+"""What the command line chooses, checked against the configuration, ``k8s/`` and Kubernetes' own limits."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher import kustomization
+from launcher.kustomization import Object
+from personmae import config
+from personmae.errors import UserError
+
+K8S = Path(__file__).resolve().parent.parent / "k8s"
+MOST_NAME = 38  # what is left of 63 characters when kinds, indexes and Kubernetes' own endings are added
+_ONLY_JOBS = {"spot", "spot-gke", "kueue", "nvme-cache", "rdma", "efa", "priority"}  # they patch the Job
+_EXCLUDE = ({"spot", "spot-gke"}, {"irsa", "gke-workload-identity"}, {"rdma", "efa"})
+_NOT_OF_A_RUN = {"namespace", "queues", "suite"}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What the command line says; None leaves a size to the overlay."""
+
+    config: Path
+    overrides: Sequence[str] = ()
+    overlay: str | None = None
+    components: Sequence[str] = ()
+    nodes: tuple[int, int] | None = None
+    gpus: int | None = None
+    cpu: str | None = None
+    memory: str | None = None
+    image: str | None = None
+    name: str | None = None
+    namespace: str = "personmae"
+    role: str | None = None
+    env: Sequence[str] = ()
+
+
+def overlays() -> list[str]:
+    """Overlays that are runs."""
+    return sorted(
+        path.parent.name for path in K8S.glob(f"overlays/*/{kustomization.FILE}") if path.parent.name not in _NOT_OF_A_RUN
+    )
+
+
+def components() -> list[str]:
+    """Components that a run may be given."""
+    return sorted(path.parent.name for path in K8S.glob(f"components/*/{kustomization.FILE}") if path.parent.name != "quota")
+
+
+def batch_of(settings: Any) -> int:
+    """What the number of ranks must divide: the global batch, or the identities in one."""
+    return settings.train.global_batch_size if isinstance(settings, config.Pretrain) else settings.batch.num_ids
+
+
+def check_name(name: str) -> None:
+    """Raise a ``UserError`` for a name that Kubernetes would not take for all that is derived from it."""
+    if len(name) > MOST_NAME or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        raise UserError(
+            f"a run's name must be at most {MOST_NAME} characters of a-z, 0-9 and '-', beginning with a letter and not ending "
+            f"with '-'; got {name} ({len(name)} characters)"
+        )
+
+
+def guess_overlay(path: Path) -> str:
+    """The overlay that a configuration file is for: by its keys, and by its name where that begins with usl or uda."""
+    keys = _top_level(path)
+    if "data" in keys:
+        return "pretrain"
+    if "benchmark" in keys:
+        stem = path.stem.replace("_to_", "-").replace("_", "-")
+        kind = stem[:3] if stem.startswith(("usl-", "uda-")) else "finetune"
+        benchmark = re.sub(r"_v\d$", "", str(keys["benchmark"])).replace("_", "-")
+        name = stem if kind != "finetune" else f"finetune-{benchmark}"
+        same_kind = [known for known in overlays() if known.startswith(f"{kind}-")]
+        return name if name in same_kind else same_kind[0]  # a data set of one's own: they differ in places alone
+    raise UserError(
+        f"{path} does not tell its program by 'data' or 'benchmark'; give --overlay, one of {', '.join(overlays())}"
+    )
+
+
+def overlay_of(choice: Choice) -> Path:
+    if not K8S.is_dir():
+        raise UserError(f"the folder k8s of the checkout is required and {K8S} does not exist; install with 'pip install -e .'")
+    name = choice.overlay or guess_overlay(choice.config)
+    if name not in overlays():
+        raise UserError(f"--overlay must be one of {', '.join(overlays())}; got {name}")
+    return K8S / "overlays" / name
+
+
+def components_of(choice: Choice, spec: Object) -> list[str]:
+    known, present = components(), {Path(path).name for path in spec.get("components", [])}
+    for name in choice.components:
+        if name not in known:
+            raise UserError(f"--with takes {', '.join(known)}; got {name}")
+    chosen = present | set(choice.components)
+    for pair in _EXCLUDE:
+        if pair <= chosen:
+            raise UserError(f"--with takes one of {' and '.join(sorted(pair))}, not both")
+    if not any(Path(path).name in ("elastic", "downstream") for path in spec["resources"]) and (bad := chosen & _ONLY_JOBS):
+        raise UserError(f"the component {sorted(bad)[0]} is for Jobs; leave it out or use the overlay pretrain")
+    if choice.role and not chosen & {"irsa", "gke-workload-identity"}:
+        raise UserError("--role needs --with irsa or --with gke-workload-identity")
+    return [f"../../components/{name}" for name in dict.fromkeys(choice.components) if name not in present]
+
+
+def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
+    program = variables.get("DOWNSTREAM", variables["PROGRAM"])
+    kind = getattr(config, program.capitalize(), None)
+    if kind is None:
+        raise UserError(f"this version has no program '{program}' yet; choose another overlay")
+    settings = config.load(kind, choice.config, choice.overrides)
+    places = {"checkpoint.store": settings.checkpoint.store}
+    if isinstance(settings, config.Pretrain):
+        places["data.shards"] = settings.data.shards
+    else:
+        places["root"] = settings.root
+        if settings.init != "random":
+            places["init"] = settings.init
+    for key, place in places.items():
+        schemes = "s3://" if key in ("root", "init") else "s3:// or another object store"
+        if not str(place).startswith("s3://") and ("://" not in str(place) or key in ("root", "init")):
+            raise UserError(f"pods lose their disks, so {key} must be on {schemes}; got {place}: give {key}=s3://BUCKET/PREFIX")
+    return settings
+
+
+def in_pod(settings: Any, variables: dict[str, str], pod: Object) -> Any:
+    """The settings with the places that a pod has, and an end that leaves the grace half of its time to save in."""
+    close = min(settings.checkpoint.close_seconds, float(variables["GRACE_SECONDS"]) / 2)
+    changed: dict[str, Any] = {
+        "run_dir": "/scratch/run",
+        "checkpoint": settings.checkpoint.model_copy(update={"close_seconds": close}),
+    }
+    if isinstance(settings, config.Pretrain):
+        changed["data"] = settings.data.model_copy(
+            update={"cache_dir": "/scratch/shards", "cache_limit_gb": settings.data.cache_limit_gb or 0.8 * _scratch_gib(pod)}
+        )
+    else:
+        changed |= {"root": "/scratch/pictures", "init": settings.init if settings.init == "random" else "/scratch/encoder"}
+    return settings.model_copy(update=changed)
+
+
+def _scratch_gib(pod: Object) -> int:
+    """Size of the volume that the shards' cache shares with the run directory."""
+    volume = next(volume for volume in pod["volumes"] if volume["name"] == "scratch")
+    if "emptyDir" in volume:
+        return int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi"))
+    claim = volume["ephemeral"]["volumeClaimTemplate"]["spec"]
+    return int(claim["resources"]["requests"]["storage"].removesuffix("Gi"))
+
+
+def sizes_of(
+    choice: Choice, settings: Any, variables: dict[str, str], kind: str, job: Object
+) -> tuple[tuple[int, int], int, list[str]]:
+    fewest, _, most = variables["NODES"].partition(":")
+    nodes = choice.nodes or (int(fewest), int(most))
+    limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]
+    gpus = choice.gpus if choice.gpus is not None else int(limits.get("nvidia.com/gpu", 0))
+    if "DOWNSTREAM" in variables and nodes != (1, 1):
+        raise UserError(f"a benchmark runs on one node; got --nodes {nodes[0]}:{nodes[1]}: leave it out")
+    if kind == "TrainingRuntime" and nodes[0] != nodes[1]:
+        raise UserError(f"Kubeflow Trainer has no elasticity; give one number of nodes, not --nodes {nodes[0]}:{nodes[1]}")
+    batch, ranks = batch_of(settings), max(1, gpus)
+    good = [n for n in range(1, max(64, 2 * nodes[1])) if batch % (n * ranks) == 0]
+    if nodes[1] not in good:
+        key = "train.global_batch_size" if isinstance(settings, config.Pretrain) else "batch.num_ids"
+        counts = [g for g in range(1, 17) if batch % (nodes[1] * g) == 0]
+        raise UserError(
+            f"the number of ranks must divide {key}={batch}; --nodes {nodes[1]} times --gpus {gpus} is {nodes[1] * ranks}: "
+            f"with so many GPUs give --nodes {_listed(good)}, with so many nodes --gpus {_listed(counts)}"
+        )
+    idle = [n for n in range(nodes[0], nodes[1]) if n not in good]
+    told = [f"with {_listed(idle)} of {nodes[1]} nodes some GPUs idle: {batch} is not divided by all of them"] if idle else []
+    return nodes, gpus, told
+
+
+def name_of(choice: Choice, settings: Any, parts: list[str], nodes: tuple[int, int], gpus: int) -> str:
+    if choice.name is None:
+        told = json.dumps([config.config_hash(settings), choice.overlay, parts, nodes, gpus, choice.image, *choice.env])
+        stem = re.sub(r"[^a-z0-9]+", "-", choice.config.stem.lower()).strip("-")
+        return f"{stem[: MOST_NAME - 7].rstrip('-')}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
+    check_name(choice.name)
+    return choice.name
+
+
+def downstream_variables(choice: Choice, settings: Any, run: str) -> dict[str, str]:
+    if isinstance(settings, config.Pretrain):
+        return {}
+    return {"PICTURES": settings.root, "ENCODER": settings.init, "RESULT": f"{settings.checkpoint.store}/result.json"}
+
+
+def environment_of(choice: Choice) -> dict[str, str]:
+    pairs = {}
+    for text in choice.env:
+        key, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            raise UserError(f"--env takes NAME=VALUE, got {text}")
+        if re.search("SECRET|PASSWORD|TOKEN", key):
+            raise UserError(f"--env {key} would be readable by all in a config map; put it in a Secret (--with s3-secret)")
+        pairs[key] = value
+    return pairs
+
+
+def image_of(choice: Choice, given: dict[str, str]) -> dict[str, str]:
+    if not choice.image:
+        return given
+    match = re.fullmatch(r"(?P<name>[^@\s]+?)(?::(?P<tag>[\w][\w.-]*))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?", choice.image)
+    if not match:
+        raise UserError(f"--image must be NAME[:TAG]@sha256:64 hexadecimal digits, got {choice.image}")
+    parts = {"newName": match["name"], "newTag": match["tag"], "digest": match["digest"]}
+    return {"name": "personmae"} | {key: value for key, value in parts.items() if value}
+
+
+def _top_level(path: Path) -> dict[str, Any]:
+    """Keys of a configuration and its bases; ``config.load`` does the real reading, with the real errors."""
+    try:
+        values = yaml.safe_load(path.read_text()) if path.is_file() else None
+    except yaml.YAMLError:
+        values = None
+    if not isinstance(values, dict):
+        config.load(config.Pretrain, path)  # says what is wrong with the file
+        raise UserError(f"{path} must hold 'key: value' lines")
+    base = values.pop("_base_", None)
+    return (_top_level(path.parent / base) if isinstance(base, str) else {}) | values
+
+
+def _listed(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers)) if numbers else "(none)"

@@ -1,0 +1,187 @@
+"""From a configuration and a choice of nodes, GPUs and components to Kubernetes objects, without asking a cluster.
+
+The choice becomes a kustomization (an overlay of ``k8s/`` with some fields set), so ``kubectl kustomize`` of what
+``--write`` leaves behind gives the same objects.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher import kustomization
+from launcher.choice import (
+    Choice,
+    batch_of,
+    components_of,
+    downstream_variables,
+    environment_of,
+    image_of,
+    in_pod,
+    name_of,
+    overlay_of,
+    settings_of,
+    sizes_of,
+)
+from launcher.kustomization import Object
+from personmae import config
+from personmae.errors import UserError
+
+_ORDER = ("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Service", "NetworkPolicy", "PodDisruptionBudget", "PodMonitor")
+_WORKLOADS = {  # kind -> where the trainer's Job spec is in it
+    "Job": "/spec",
+    "JobSet": "/spec/replicatedJobs/1/template/spec",
+    "TrainingRuntime": "/spec/template/spec/replicatedJobs/0/template/spec",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """The objects of a run, ready to be applied, and the kustomization that gives the same."""
+
+    run: str
+    namespace: str
+    settings: Any
+    objects: list[Object]
+    kustomization: Object
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def workload(self) -> Object:
+        """The Job, JobSet or TrainJob."""
+        return next(o for o in self.objects if o["kind"] in ("Job", "JobSet", "TrainJob"))
+
+
+def render(choice: Choice) -> Rendered:
+    """Check the choice and build its objects.
+
+    Raises:
+        UserError: the configuration, a name, a size or a combination cannot work; nothing has been created.
+    """
+    overlay = overlay_of(choice)
+    spec = kustomization.read(overlay)
+    spec["components"] = [*spec.get("components", []), *components_of(choice, spec)]
+    before = kustomization.build(overlay, spec)
+    variables = _variables(before)
+    settings = settings_of(choice, variables)
+    kind, job = _job(before)
+    nodes, gpus, warnings = sizes_of(choice, settings, variables, kind, job)
+    run = name_of(choice, settings, spec["components"], nodes, gpus)
+    literals = {"NODES": f"{nodes[0]}:{nodes[1]}", "RANKS": str(max(1, gpus)), "BATCH": str(batch_of(settings))}
+    literals |= downstream_variables(choice, settings, run) | environment_of(choice)
+    spec |= {"namespace": choice.namespace, "namePrefix": f"{run}-"}
+    for labels in spec["labels"]:
+        labels["pairs"] = {"app.kubernetes.io/instance": run}
+    spec["configMapGenerator"] = [
+        {
+            "name": "config",
+            "literals": [f"config.yaml={config.dump_yaml(in_pod(settings, variables, job['template']['spec']))}"],
+        },
+        {"name": "run", "behavior": "merge", "literals": [f"{k}={v}" for k, v in literals.items()]},
+    ]
+    spec["images"] = [image_of(choice, spec["images"][0])]
+    if "digest" not in spec["images"][0]:
+        warnings.append("the image has no digest, so it may change between pods: give --image NAME@sha256:...")
+    spec["patches"] = [*_inlined(overlay, spec), *_size_patches(choice, before, nodes, gpus, run, settings.checkpoint.store)]
+    objects = kustomization.build(overlay, spec)
+    objects.sort(key=lambda o: _ORDER.index(o["kind"]) if o["kind"] in _ORDER else len(_ORDER) + (o["kind"] in _WORKLOADS))
+    return Rendered(run, choice.namespace, settings, objects, {"overlay": overlay, **spec}, warnings)
+
+
+def to_yaml(objects: list[Object]) -> str:
+    """The objects as a stream of YAML documents; texts of several lines stay readable."""
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def write(rendered: Rendered, directory: Path) -> None:
+    """Leave the kustomization of a rendered choice in a directory.
+
+    Raises:
+        UserError: there is another one already.
+    """
+    spec = dict(rendered.kustomization)
+    overlay = spec.pop("overlay")
+    for key in ("resources", "components"):
+        spec[key] = [os.path.relpath((overlay / path).resolve(), directory.resolve()) for path in spec.get(key, [])]
+    target = directory / kustomization.FILE
+    if target.exists():
+        raise UserError(f"--write needs a folder without a {kustomization.FILE}; {directory} has one: name another")
+    directory.mkdir(parents=True, exist_ok=True)
+    target.write_text(yaml.dump(spec, Dumper=_Dumper, sort_keys=False, width=120))
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+)
+
+
+def _variables(objects: list[Object]) -> dict[str, str]:
+    return next(o["data"] for o in objects if o["kind"] == "ConfigMap" and o["metadata"]["name"].endswith("-run"))
+
+
+def _job(objects: list[Object]) -> tuple[str, Object]:
+    """Kind of the workload and the trainer's Job spec in it."""
+    item = next(o for o in objects if o["kind"] in _WORKLOADS)
+    node: Any = item
+    for part in _WORKLOADS[item["kind"]].strip("/").split("/"):
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    return item["kind"], node
+
+
+def _inlined(overlay: Path, spec: Object) -> list[Object]:
+    """The overlay's own patches without files beside them."""
+    patches = spec.get("patches", [])
+    return [{"target": p["target"], "patch": p.get("patch") or (overlay / p["path"]).read_text()} for p in patches]
+
+
+def _size_patches(
+    choice: Choice, objects: list[Object], nodes: tuple[int, int], gpus: int, run: str, store: str
+) -> list[Object]:
+    kind, job = _job(objects)
+    at, pod = _WORKLOADS[kind], job["template"]["spec"]
+    resources = f"{at}/template/spec/containers/0/resources"
+    operations = []
+    if kind == "TrainingRuntime":
+        operations.append(_add("/spec/mlPolicy/numNodes", nodes[1]))
+    else:
+        operations += [_add(f"{at}/parallelism", nodes[1]), _add(f"{at}/completions", nodes[1])]
+    if kind == "Job" and any(o["kind"] == "Service" for o in objects):
+        operations.append(_add(f"{at}/template/spec/subdomain", f"{run}-pods"))
+    if gpus:
+        operations.append(_add(f"{resources}/limits/nvidia.com~1gpu", str(gpus)))
+    elif "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]:
+        operations.append({"op": "remove", "path": f"{resources}/limits/nvidia.com~1gpu"})
+    if choice.memory:
+        operations += [_add(f"{resources}/{which}/memory", choice.memory) for which in ("requests", "limits")]
+    if choice.cpu:
+        operations.append(_add(f"{resources}/requests/cpu", choice.cpu))
+    patches = [({"kind": kind}, operations)]
+    owner = "TrainJob" if kind == "TrainingRuntime" else kind
+    at = "/metadata/annotations"
+    marked = [_add(at, {"personmae/store": store})] if owner == "TrainJob" else [_add(f"{at}/personmae~1store", store)]
+    patches.append(({"kind": owner}, marked))
+    if kind == "TrainingRuntime":
+        patches.append(({"kind": "TrainJob"}, [_add("/spec/trainer/numNodes", nodes[1])]))
+    patches.append(({"kind": "PodDisruptionBudget"}, [_add("/spec/minAvailable", nodes[0])]))
+    built = [{"target": target, "patch": yaml.dump(todo, Dumper=_Dumper, sort_keys=False)} for target, todo in patches]
+    if choice.role:
+        built.append({"target": {"kind": "ServiceAccount", "name": "trainer"}, "patch": role_patch(choice)})
+    return built
+
+
+def role_patch(choice: Choice) -> str:
+    """The patch that gives a service account its role in the cloud."""
+    cloud = {"irsa": "eks.amazonaws.com~1role-arn", "gke-workload-identity": "iam.gke.io~1gcp-service-account"}
+    key = next(key for name, key in cloud.items() if name in choice.components)
+    return yaml.dump([_add(f"/metadata/annotations/{key}", choice.role)], Dumper=_Dumper, sort_keys=False)
+
+
+def _add(path: str, value: Any) -> Object:
+    return {"op": "add", "path": path, "value": value}

@@ -1,0 +1,217 @@
+"""A suite: stages that follow from each other, e.g. a pre-training and all benchmarks of its encoder, and one table.
+
+In a cluster, ``submit`` creates the first stages and a dispatcher (``dispatcher.py``) that creates the others; ``--local`` runs
+the same stages one after the other on this machine.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from launcher import kustomization, render
+from launcher.choice import Choice, check_name, guess_overlay, image_of, overlay_of
+from launcher.kustomization import Object
+from launcher.render import Rendered
+from personmae import config
+from personmae.errors import EXIT_COMPLETE, UserError
+
+_SCORES = ("mAP", "rank1", "rank5", "rank10", "mINP")
+Program = Literal["pretrain", "finetune", "unsupervised"]
+_PROGRAMS: dict[str, Program] = {"finetune": "finetune", "usl": "unsupervised", "uda": "unsupervised"}  # by overlay
+
+
+class Stage(config.Section):
+    name: str = Field(description="short: the suite's name comes before it")
+    config: str = Field(description="a YAML file, from the suite's folder")
+    after: str | None = Field(default=None, description="the stage whose weights this one starts from")
+    set: tuple[str, ...] = Field(default=(), description="a.b=c; {name} stands for a place of the suite")
+    overlay: str | None = Field(default=None, description="of k8s/overlays; default: the one for this kind of configuration")
+    nodes: tuple[int, int] | None = Field(default=None, description="fewest and most")
+    gpus: int | None = Field(default=None, ge=0, description="on each node")
+
+
+class Suite(config.Section):
+    """Stages in an order in which they can run."""
+
+    name: str = Field(description="of the suite; stages are called NAME-STAGE")
+    results: str = Field(description="directory or s3://bucket/prefix: runs/STAGE below it, results.md and results.json")
+    places: dict[str, str] = Field(default_factory=dict, description="where data lies, for {name} in a stage's 'set'")
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        seen: list[str] = []
+        for stage in stages:
+            if stage.name in seen:
+                raise ValueError(f"two stages are called {stage.name}")
+            if stage.after is not None and stage.after not in seen:
+                there = ", ".join(seen) or "nothing"
+                raise ValueError(f"stage {stage.name} is after {stage.after}, which must stand before it; there is {there}")
+            seen.append(stage.name)
+        return stages
+
+    @model_validator(mode="after")
+    def _known_places(self) -> "Suite":
+        for stage in self.stages:
+            for text in stage.set:
+                try:
+                    text.format(**self.places)
+                except (KeyError, IndexError, ValueError) as error:
+                    raise ValueError(f"stage {stage.name} sets {text}, and places has no {error}") from None
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage with everything filled in."""
+
+    stage: Stage
+    program: Program
+    config: Path
+    overrides: list[str]
+    run: str
+    run_dir: str
+    result: str
+
+
+def is_suite(path: Path) -> bool:
+    """Whether a configuration file is a suite."""
+    return path.is_file() and any(line.startswith("stages:") for line in path.read_text(errors="replace").splitlines())
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> list[Step]:
+    """Read a suite and fill in its stages.
+
+    Raises:
+        UserError: the file is wrong, a stage has no such configuration, or a name is too long.
+    """
+    return steps_of(config.load(Suite, path, overrides), path.parent)
+
+
+def steps_of(suite: Suite, folder: Path) -> list[Step]:
+    """The stages of a suite, each with its program, its places and its name."""
+    steps: dict[str, Step] = {}
+    for stage in suite.stages:
+        run, run_dir = f"{suite.name}-{stage.name}", f"{suite.results.rstrip('/')}/runs/{stage.name}"
+        check_name(run)
+        overlay = stage.overlay or guess_overlay(folder / stage.config)
+        program = _PROGRAMS.get(overlay.partition("-")[0], "pretrain")
+        places = [f"checkpoint.store={run_dir}" if "://" in run_dir else f"run_dir={run_dir}"]
+        places += [f"init={steps[stage.after].run_dir}"] if stage.after else []
+        overrides = [text.format(**suite.places) for text in stage.set] + places
+        steps[stage.name] = Step(stage, program, folder / stage.config, overrides, run, run_dir, f"{run_dir}/result.json")
+    return list(steps.values())
+
+
+def render_suite(choice: Choice) -> tuple[Rendered, list[Rendered]]:
+    """The dispatcher, and the runs of all stages in order; the dispatcher's plan holds the Jobs that it will create."""
+    suite = config.load(Suite, choice.config, choice.overrides)
+    if choice.name:
+        suite = suite.model_copy(update={"name": choice.name})
+    if "://" not in suite.results:
+        raise UserError(f"pods lose their disks, so results must be s3://BUCKET/PREFIX in a cluster; got {suite.results}")
+    check_name(suite.name)
+    runs, plan = [], []
+    for step in steps_of(suite, choice.config.parent):
+        stage = step.stage
+        rendered = render.render(
+            replace(
+                choice,
+                config=step.config,
+                overrides=step.overrides,
+                overlay=stage.overlay,
+                name=step.run,
+                nodes=stage.nodes,
+                gpus=stage.gpus,
+            )
+        )
+        rendered.workload["spec"]["ttlSecondsAfterFinished"] = 7 * 86400  # the dispatcher looks at it as long as the suite runs
+        runs.append(rendered)
+        entry = {"name": stage.name, "after": stage.after, "job": rendered.workload["metadata"]["name"]}
+        entry |= {"object": rendered.workload} if stage.after else {}
+        entry |= {"result": step.result} if step.program != "pretrain" else {}
+        plan.append(entry)
+    return _dispatcher(choice, suite, plan), runs
+
+
+def _dispatcher(choice: Choice, suite: Suite, plan: list[dict[str, Any]]) -> Rendered:
+    overlay = overlay_of(replace(choice, overlay="pretrain")).parent / "suite"
+    spec = kustomization.read(overlay)
+    for labels in spec["labels"]:
+        labels["pairs"] = {"app.kubernetes.io/instance": suite.name}
+    kept = [name for name in choice.components if name in ("s3-secret", "irsa", "gke-workload-identity", "network-policy")]
+    text = json.dumps({"suite": suite.name, "results": suite.results, "stages": plan})
+    spec |= {
+        "namespace": choice.namespace,
+        "namePrefix": f"{suite.name}-",
+        "components": [f"../../components/{name}" for name in kept],
+        "configMapGenerator": [
+            {"name": "config", "literals": [f"plan.json={text}"]},
+            {"name": "run", "behavior": "merge", "literals": list(choice.env)},
+        ],
+        "images": [image_of(choice, spec["images"][0])],
+        "patches": [{"target": {"kind": "ServiceAccount"}, "patch": render.role_patch(choice)}] if choice.role else [],
+    }
+    objects = kustomization.build(overlay, spec)
+    return Rendered(suite.name, choice.namespace, suite, objects, {"overlay": overlay, **spec})
+
+
+def first_objects(dispatcher: Rendered, runs: list[Rendered]) -> list[Object]:
+    """What ``submit`` creates: everything but the Jobs that the dispatcher will."""
+    later = {stage["job"] for stage in json.loads(plan_of(dispatcher))["stages"] if stage["after"]}
+    mine = [item for run in runs for item in run.objects if item["metadata"]["name"] not in later or item["kind"] != "Job"]
+    return [*mine, *dispatcher.objects]
+
+
+def plan_of(dispatcher: Rendered) -> str:
+    """The text of the dispatcher's plan."""
+    return next(o["data"]["plan.json"] for o in dispatcher.objects if "plan.json" in o.get("data", {}))
+
+
+def run_local(path: Path, overrides: Sequence[str] = ()) -> None:
+    """Run the stages one after the other, each as its own process, and write the table.
+
+    Raises:
+        UserError: the suite is wrong, or writes to an object store.
+        SystemExit: a stage has failed; with its exit code.
+    """
+    steps = load(path, overrides)
+    results = Path(steps[0].run_dir).parent.parent
+    if "://" in steps[0].run_dir:
+        raise UserError(f"--local needs a directory for results, got {steps[0].run_dir}: give results=runs/NAME")
+    for step in steps:
+        print(f"suite: {step.stage.name}: personmae {step.program} {step.config} {' '.join(step.overrides)}", flush=True)
+        command = [sys.executable, "-m", "personmae", step.program, str(step.config), *step.overrides]
+        code = subprocess.run(command, check=False).returncode
+        if code != EXIT_COMPLETE:
+            print(f"suite: {step.stage.name} has ended with code {code}; the same command goes on there", file=sys.stderr)
+            sys.exit(code)
+    found = {s.stage.name: json.loads(Path(s.result).read_bytes()) for s in steps if s.program != "pretrain"}
+    for name, content in result_files(found, {}).items():
+        (results / name).write_bytes(content)
+    print(table(found, {}), end="")
+
+
+def result_files(found: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str, bytes]:
+    """``results.json`` and ``results.md`` from the records of the stages, by stage."""
+    return {
+        "results.json": json.dumps({"results": found, "failed": failed}, indent=1).encode(),
+        "results.md": table(found, failed).encode(),
+    }
+
+
+def table(found: dict[str, dict[str, Any]], failed: dict[str, str]) -> str:
+    """A Markdown table, scores in per cent; failed stages come last, with the reason."""
+    lines = ["| stage | benchmark | " + " | ".join(_SCORES) + " |", "|---" * (len(_SCORES) + 2) + "|"]
+    for name, record in found.items():
+        scores = " | ".join(f"{100 * record[key]:.1f}" for key in _SCORES)
+        lines.append(f"| {name} | {record['benchmark']} | {scores} |")
+    lines += [f"| {name} | failed: {why} |" + " |" * len(_SCORES) for name, why in failed.items()]
+    return "\n".join(lines) + "\n"

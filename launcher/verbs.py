@@ -1,0 +1,179 @@
+"""What the verbs of ``submit.py`` do, once one is chosen."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from launcher import cluster, objects, render, status, suite
+from launcher.choice import Choice
+from launcher.cluster import INSTANCE, Kubectl
+from launcher.kustomization import Object
+from launcher.render import Rendered
+from personmae import config
+from personmae.errors import EXIT_FAILED, UserError
+
+EXIT_TIMEOUT = 3  # of --wait
+WATCH_SECONDS = 10
+
+
+def choice_of(args: argparse.Namespace) -> Choice:
+    """The choice that the command line makes."""
+    names = ("config", "overrides", "overlay", "nodes", "gpus", "cpu", "memory", "image", "name", "namespace", "role", "env")
+    chosen = Choice(**{name: getattr(args, name) for name in names}, components=args.components or ())
+    return replace(chosen, overrides=[*args.overrides, *args.set])
+
+
+def _warn(runs: list[Rendered]) -> None:
+    for line in dict.fromkeys(line for rendered in runs for line in rendered.warnings):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def render_run(args: argparse.Namespace) -> None:
+    """``personmae render``."""
+    runs, everything = _runs(choice_of(args))
+    _warn(runs)
+    if args.write and len(runs) > 1:
+        raise UserError("--write is for one run; a suite's objects are printed: leave it out")
+    if args.write:
+        render.write(runs[0], args.write)
+        print(f"{args.write}: kubectl apply -k {args.write}")
+    elif args.output == "json":
+        print(json.dumps({"apiVersion": "v1", "kind": "List", "items": everything}, indent=1))
+    else:
+        print(render.to_yaml(everything), end="")
+
+
+def _runs(choice: Choice) -> tuple[list[Rendered], list[Object]]:
+    """The run of a configuration, or a suite's dispatcher and runs; and what is to be created for them now."""
+    if not suite.is_suite(choice.config):
+        rendered = render.render(choice)
+        return [rendered], rendered.objects
+    dispatcher, runs = suite.render_suite(choice)
+    return [dispatcher, *runs], suite.first_objects(dispatcher, runs)
+
+
+def submit_run(args: argparse.Namespace) -> None:
+    """``personmae submit``."""
+    if args.local:
+        suite.run_local(args.config, [*args.overrides, *args.set])
+        return
+    runs, everything = _runs(choice_of(args))
+    _warn(runs)
+    images = {image["newName"] for rendered in runs for image in rendered.kustomization["images"]}
+    if any(name.startswith("registry.example.com/") for name in images):
+        raise UserError("an image is required: build the Dockerfile, push it and give --image NAME@sha256:...")
+    if not args.no_bucket_check:
+        check_places(runs)
+    name = runs[0].run
+    if args.dry_run == "client":
+        print(f"{name}: {len(everything)} objects; nothing was asked of a cluster and nothing created")
+        return
+    kubectl = Kubectl(args.namespace, args.context)
+    cluster.preflight(kubectl, [r.run for r in runs], everything)
+    if args.dry_run == "server":
+        print(f"{name}: the cluster would take all {len(everything)} objects; nothing was created")
+        return
+    cluster.create(kubectl, [r.run for r in runs], everything, runs[0].workload)
+    for line in cluster.watch(kubectl, [r.run for r in runs], WATCH_SECONDS):
+        print(f"warning: {line}", file=sys.stderr)
+    print(next_commands(name, args), flush=True)
+    if args.wait is not None:
+        sys.exit(_wait(kubectl, name, args.wait))
+
+
+def check_places(runs: list[Rendered]) -> None:
+    """Raise a ``UserError`` unless the data and the buckets that runs name are there; only ``s3://`` is asked."""
+    own = {getattr(rendered.settings, "checkpoint").store for rendered in runs if hasattr(rendered.settings, "checkpoint")}  # noqa: B009
+    checks: dict[str, Callable[[str], None]] = {}
+    for rendered in runs:
+        settings: Any = rendered.settings
+        if isinstance(settings, suite.Suite):
+            checks[settings.results] = objects.require_bucket
+            continue
+        checks[settings.checkpoint.store] = objects.require_bucket
+        if isinstance(settings, config.Pretrain):
+            checks[settings.data.shards] = objects.require_shards
+        else:
+            checks[settings.root] = objects.require_something
+            if settings.init != "random" and settings.init not in own:  # another stage's is still to come
+                checks[settings.init] = objects.require_something
+    for place, require in checks.items():
+        if place.startswith("s3://"):
+            require(place)
+
+
+def next_commands(run: str, args: argparse.Namespace) -> str:
+    """What to do next, to be copied."""
+    where = f" -n {args.namespace}" + (f" --context {args.context}" if args.context else "")
+    verbs = ("status", "logs -f", "suspend", "delete")
+    return "\n".join([f"{run} is submitted; next:", *(f"  personmae {verb} {run}{where}" for verb in verbs)])
+
+
+def _wait(kubectl: Kubectl, run: str, seconds: float) -> int:
+    deadline = time.monotonic() + seconds
+    while not (end := cluster.finished(cluster.find(kubectl, run)[1])):
+        if time.monotonic() > deadline:
+            print(f"{run} is not over after {seconds:g} s; it goes on", file=sys.stderr)
+            return EXIT_TIMEOUT
+        time.sleep(10)
+    print(f"{run}: {end}")
+    return 0 if end == "Complete" else EXIT_FAILED
+
+
+def show_status(args: argparse.Namespace) -> None:
+    """``personmae status``."""
+    kubectl = Kubectl(args.namespace, args.context)
+    while True:
+        state = status.read(kubectl, args.run_name)
+        print(json.dumps(state, indent=1) if args.output == "json" else status.to_text(state), flush=True)
+        if not args.watch or state["state"].startswith(("Complete", "Failed")):
+            return
+        time.sleep(10)
+
+
+def show_logs(args: argparse.Namespace) -> None:
+    """``personmae logs``."""
+    kubectl = Kubectl(args.namespace, args.context)
+    cluster.find(kubectl, args.run_name)
+    selector = f"{INSTANCE}={args.run_name},app.kubernetes.io/component=trainer"
+    if args.index is not None:
+        selector += f",batch.kubernetes.io/job-completion-index={args.index}"
+    command = [*kubectl.command, "logs", "-l", selector, "-c", "trainer", "--prefix", "--tail=-1", "--max-log-requests=200"]
+    command += (["--follow"] if args.follow else []) + ([f"--since={args.since}"] if args.since else [])
+    code = subprocess.run(command, check=False, env=os.environ).returncode
+    if code:
+        raise UserError(f"kubectl logs ended with code {code}; its own words are above")
+
+
+def scale_run(args: argparse.Namespace) -> None:
+    """``personmae scale``."""
+    cluster.scale(Kubectl(args.namespace, args.context), args.run_name, args.nodes)
+    print(f"{args.run_name}: {args.nodes} nodes; the ranks save and go on with those that there are")
+
+
+def suspend_run(args: argparse.Namespace) -> None:
+    """``personmae suspend``."""
+    cluster.set_suspended(Kubectl(args.namespace, args.context), args.run_name, True)
+    print(f"{args.run_name} is suspended; its ranks save first")
+
+
+def resume_run(args: argparse.Namespace) -> None:
+    """``personmae resume``."""
+    cluster.set_suspended(Kubectl(args.namespace, args.context), args.run_name, False)
+    print(f"{args.run_name} is resumed")
+
+
+def delete_run(args: argparse.Namespace) -> None:
+    """``personmae delete``."""
+    kubectl = Kubectl(args.namespace, args.context)
+    _, found = cluster.find(kubectl, args.run_name)
+    for run in [*cluster.stages(kubectl, args.run_name), args.run_name]:
+        cluster.delete(kubectl, run)
+    store = found["metadata"].get("annotations", {}).get("personmae/store")
+    print(f"{args.run_name} is deleted" + (f"; its checkpoints stay at {store}" if store else ""))

@@ -1,0 +1,121 @@
+"""What a benchmark's pod fetches before it starts and leaves when it is done, over a real HTTP conversation."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from choices import ROOT
+
+from launcher import objects
+from personmae.errors import UserError
+
+
+@pytest.fixture
+def bucket(s3_server: Any) -> Any:
+    """A bucket with a run of two checkpoints, a benchmark as single files, and as a tar."""
+    s3_server.bucket("bucket")
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        for name in ("Market/query/a.jpg", "Market/bounding_box_train/b.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"jpg"))
+    files = {
+        "run/LATEST": b"step-00000020",
+        "run/step-00000010/state.json": b"old",
+        "run/step-00000020/state.json": b"new",
+        "run/step-00000020/student.safetensors": b"weights",
+        "market/query/a.jpg": b"jpg",
+        "market.tar": packed.getvalue(),
+        "broken.tar": b"not a tar" * 100,
+    }
+    for key, body in files.items():
+        s3_server.client.put_object(Bucket="bucket", Key=key, Body=body)
+    return s3_server
+
+
+def below(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fetch(pictures: str, encoder: str, into: Path) -> int:
+    return objects.main(["fetch", f"--pictures={pictures}", f"--encoder={encoder}", f"--into={into}"])
+
+
+def test_a_benchmark_and_the_newest_checkpoint_are_fetched(bucket: Any, tmp_path: Path) -> None:
+    assert fetch("s3://bucket/market.tar", "s3://bucket/run", tmp_path) == 0
+    assert below(tmp_path / "pictures") == {"Market/query/a.jpg": b"jpg", "Market/bounding_box_train/b.jpg": b"jpg"}
+    assert below(tmp_path / "encoder") == {
+        "LATEST": b"step-00000020",
+        "step-00000020/state.json": b"new",
+        "step-00000020/student.safetensors": b"weights",
+    }
+    assert fetch("s3://bucket/market", "random", tmp_path) == 0  # single files; it takes the place of the other
+    assert below(tmp_path / "pictures") == {"query/a.jpg": b"jpg"}
+
+
+@pytest.mark.parametrize(
+    ("pictures", "encoder", "told"),
+    [
+        ("s3://bucket/nothing", "random", "nothing lies at s3://bucket/nothing/"),
+        ("s3://bucket/nothing.tar", "random", "fetching s3://bucket/nothing.tar was refused (404)"),
+        ("s3://absent/x", "random", "fetching s3://absent/x was refused (NoSuchBucket)"),
+        ("s3://bucket/broken.tar", "random", "must be an uncompressed tar"),
+        ("market", "random", "a location like s3://bucket/prefix is required; got market"),
+        ("s3://bucket/market", "s3://bucket/other", "s3://bucket/other has no checkpoint; train it first"),
+    ],
+)
+def test_a_wrong_place_ends_the_pod_for_good(
+    pictures: str, encoder: str, told: str, bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fetch(pictures, encoder, tmp_path) == 78
+    assert told in capsys.readouterr().err
+
+
+def test_a_tar_that_leaves_its_folder_is_refused(bucket: Any, tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo("../../outside.jpg"), io.BytesIO())
+    bucket.client.put_object(Bucket="bucket", Key="bad.tar", Body=packed.getvalue())
+    with pytest.raises(UserError, match="must be an uncompressed tar"):
+        objects.fetch_pictures("s3://bucket/bad.tar", tmp_path / "in" / "pictures")
+    assert not list(tmp_path.rglob("outside.jpg"))
+
+
+@pytest.mark.integration
+@pytest.mark.slow
+def test_a_benchmark_leaves_its_result_in_the_bucket(s3_server: Any, tmp_path: Path) -> None:
+    from personmae.data.synthetic import SynthSettings, write_synthetic
+
+    s3_server.bucket("results")
+    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
+    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    write_synthetic(tmp_path / "data", settings, num_processes=1)
+    given = [
+        f"root={tmp_path / 'data/market1501'}",
+        f"run_dir={tmp_path / 'run'}",
+        "batch.num_ids=4",
+        "train.epochs=1",
+        "train.precision=fp32",
+    ]
+    command = [sys.executable, "launcher/downstream.py", "--config=configs/quickstart_random.yaml", "--program=finetune"]
+    environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [*command, "--result=s3://results/market.json", *given],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    written = json.loads(objects.read("s3://results/market.json") or b"")
+    assert written == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert 0 < written["mAP"] <= 1

@@ -1,0 +1,203 @@
+"""What ``personmae render`` prints is what kustomize makes of the same choice, and bad choices are refused in one line."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from choices import DIGEST, OVERLAYS, PRETRAIN, ROOT, by_name, choose
+
+from launcher import choice, kustomization, render
+from personmae import config
+from personmae.errors import UserError
+
+Kustomize = Callable[[Path], dict[tuple[str, str], dict[str, Any]]]
+GROUPS = [("spot", "spot-gke"), ("irsa", "gke-workload-identity"), ("rdma", "efa")]
+EVERYWHERE = ["monitoring", "grafana", "network-policy", "s3-secret", "irsa", "gke-workload-identity"]
+SINGLE = [("pretrain", [name]) for name in choice.components()]
+DOWNSTREAM = [("finetune-market1501", [name]) for name in ("s3-secret", "priority", "kueue")]
+OTHER = [(overlay, EVERYWHERE[:4]) for overlay in ("jobset", "trainjob")]
+LARGEST = [("pretrain", sorted({*choice.components()} - {pair[i] for pair in GROUPS})) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_our_part_of_kustomize_builds_each_overlay_as_kustomize_does(overlay: str, kustomize: Kustomize) -> None:
+    directory = ROOT / "k8s" / "overlays" / overlay
+    assert by_name(kustomization.build(directory)) == kustomize(directory)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "components"), SINGLE + DOWNSTREAM + OTHER + LARGEST, ids=lambda v: v if isinstance(v, str) else "+".join(v)
+)
+def test_a_rendered_choice_is_what_kustomize_makes_of_it(
+    overlay: str, components: list[str], kustomize: Kustomize, tmp_path: Path
+) -> None:
+    rendered = render.render(
+        choose(overlay, components=components, gpus=4, memory="96Gi", cpu="12", env=["S3_ENDPOINT_URL=https://s3"])
+    )
+    render.write(rendered, tmp_path / "run")
+    assert by_name(rendered.objects) == kustomize(tmp_path / "run")
+    assert by_name(list(yaml.safe_load_all(render.to_yaml(rendered.objects)))) == by_name(rendered.objects)
+
+
+def test_the_choice_arrives_in_the_objects() -> None:
+    rendered = render.render(
+        choose(nodes=(2, 4), gpus=8, memory="96Gi", components=["irsa"], role="arn:aws:iam::1:role/r", name="mine")
+    )
+    objects = by_name(rendered.objects)
+    job = objects["Job", "mine-trainer"]["spec"]
+    assert job["parallelism"] == job["completions"] == 4
+    container = job["template"]["spec"]["containers"][0]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8", "memory": "96Gi", "ephemeral-storage": "110Gi"}
+    assert container["resources"]["requests"]["memory"] == "96Gi"
+    assert container["image"] == f"registry.test/personmae:1@{DIGEST}"
+    assert objects["PodDisruptionBudget", "mine-trainer"]["spec"]["minAvailable"] == 2
+    variables = objects["ConfigMap", "mine-run"]["data"]
+    assert (variables["NODES"], variables["RANKS"], variables["BATCH"]) == ("2:4", "8", "2048")
+    annotations = objects["ServiceAccount", "mine-trainer"]["metadata"]["annotations"]
+    assert annotations["eks.amazonaws.com/role-arn"] == "arn:aws:iam::1:role/r"
+    assert rendered.warnings == ["with 3 of 4 nodes some GPUs idle: 2048 is not divided by all of them"]
+
+
+def test_the_rendered_configuration_is_read_back_with_the_places_that_a_pod_has(tmp_path: Path) -> None:
+    rendered = render.render(choose(components=["spot"], name="mine"))
+    (tmp_path / "config.yaml").write_text(by_name(rendered.objects)["ConfigMap", "mine-config"]["data"]["config.yaml"])
+    settings = config.load(config.Pretrain, tmp_path / "config.yaml")
+    assert settings.run_dir == "/scratch/run"
+    assert settings.data.shards == "s3://bucket/shards"
+    assert settings.data.cache_dir == "/scratch/shards"
+    assert settings.data.cache_limit_gb == 80  # of 100 GiB of scratch
+    assert settings.checkpoint.close_seconds == 37.5  # half of the grace on spot nodes
+    same = rendered.settings.model_dump(exclude={"run_dir", "data", "checkpoint"})
+    assert settings.model_dump(exclude={"run_dir", "data", "checkpoint"}) == same
+
+
+def test_the_cache_is_as_large_as_the_volume_allows() -> None:
+    for components, limit in (([], 80), (["nvme-cache"], 400)):
+        objects = by_name(render.render(choose(components=components, name="mine")).objects)
+        text = objects["ConfigMap", "mine-config"]["data"]["config.yaml"]
+        assert yaml.safe_load(text)["data"]["cache_limit_gb"] == limit
+
+
+def test_the_name_tells_configuration_and_choice_apart_and_nothing_else() -> None:
+    choices: list[dict[str, Any]] = [{}, {}, {"gpus": 4}, {"overrides": [*PRETRAIN, "seed=1"]}]
+    names = [render.render(choose(**more)).run for more in choices]
+    assert names[0] == names[1]
+    assert len(set(names)) == 3
+    assert names[0].startswith("pretrain-vit-base-")
+
+
+@pytest.mark.parametrize("overlay", [o for o in choice.overlays() if not o.startswith(("usl", "uda"))])
+def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> None:
+    rendered = render.render(choose(overlay, name="x" * choice.MOST_NAME))
+    for item in rendered.objects:
+        ending = {
+            "Job": "-999-abcde",
+            "JobSet": "-trainer-0-999-abcde",
+            "TrainJob": "-node-0-999-abcde",
+            "Deployment": "-0123456789-abcde",
+        }
+        assert len(item["metadata"]["name"] + ending.get(item["kind"], "")) <= 63, item["kind"]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"overlay": "pretrian"}, "--overlay must be one of dev-cpu, finetune-market1501"),
+        ({"components": ["spott"]}, "--with takes efa, gke-workload-identity"),
+        ({"components": ["spot", "spot-gke"]}, "--with takes one of spot and spot-gke, not both"),
+        ({"overlay": "jobset", "components": ["spot"]}, "the component spot is for Jobs"),
+        ({"overlay": "trainjob", "nodes": (2, 4)}, "Kubeflow Trainer has no elasticity"),
+        ({"overlay": "finetune-market1501", "nodes": (1, 2)}, "a benchmark runs on one node; got --nodes 1:2"),
+        ({"nodes": (1, 3), "gpus": 8}, r"--nodes 3 times --gpus 8 is 24: with so many GPUs give --nodes 1 or 2 or 4 or 8"),
+        ({"nodes": (1, 3), "gpus": 8}, r"with so many nodes --gpus \(none\)"),
+        ({"name": "x" * 39}, r"at most 38 characters .*\(39 characters\)"),
+        ({"name": "Run_1"}, "at most 38 characters of a-z, 0-9 and '-'"),
+        ({"image": "personmae@sha256:12"}, "--image must be NAME"),
+        ({"env": ["AWS_SECRET_ACCESS_KEY=x"]}, "would be readable by all in a config map"),
+        ({"env": ["x"]}, "--env takes NAME=VALUE"),
+        ({"role": "arn"}, "--role needs --with irsa"),
+        ({"overrides": ["data.shards=data/luperson", "checkpoint.store=s3://b/r"]}, "data.shards must be on s3:// or another"),
+        ({"overrides": ["data.shards=s3://b/l"]}, "checkpoint.store must be on s3://"),
+        ({"overrides": ["data.shard=s3://b/l"]}, "unknown key 'data.shard'"),
+        (
+            {"overlay": "finetune-market1501", "overrides": ["root=gs://b/x", "checkpoint.store=s3://b/r"]},
+            "root must be on s3://; got gs",
+        ),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_bad_choice_is_refused_in_one_line(more: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        render.render(choose(**more))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_without_a_digest_is_warned_of() -> None:
+    assert "has no digest" in render.render(choose(image="registry.test:5000/personmae:1", gpus=8, nodes=(8, 8))).warnings[0]
+
+
+def test_a_configuration_finds_its_overlay(tmp_path: Path) -> None:
+    configs = ROOT / "configs"
+    assert choice.guess_overlay(configs / "pretrain_vit_small.yaml") == "pretrain"  # its keys are in its base
+    assert choice.guess_overlay(configs / "finetune_occluded_duke.yaml") == "finetune-occluded-duke"
+    assert choice.guess_overlay(configs / "finetune_msmt17_vit_small.yaml") == "finetune-msmt17"
+    assert choice.guess_overlay(configs / "usl_msmt17.yaml") == "usl-msmt17"
+    assert choice.guess_overlay(configs / "uda_msmt17_to_market1501.yaml") == "uda-msmt17-market1501"
+    (tmp_path / "own.yaml").write_text("benchmark: our_own\n")
+    assert choice.guess_overlay(tmp_path / "own.yaml") == "finetune-market1501"
+    (tmp_path / "odd.yaml").write_text("run_dir: x\n")
+    with pytest.raises(UserError, match="does not tell its program"):
+        choice.guess_overlay(tmp_path / "odd.yaml")
+    with pytest.raises(UserError, match="does not exist"):
+        choice.guess_overlay(tmp_path / "missing.yaml")
+
+
+def test_a_kustomization_beyond_our_part_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("replicas: [{name: trainer, count: 2}]\n")
+    with pytest.raises(UserError, match="'replicas' is not understood here"):
+        kustomization.build(tmp_path)
+
+
+def test_a_patch_that_does_not_fit_is_an_error() -> None:
+    item = {"kind": "Job", "metadata": {"name": "x"}, "spec": {"list": [1]}}
+    for patch in (
+        {"op": "replace", "path": "/spec/no", "value": 1},
+        {"op": "remove", "path": "/spec/list/4"},
+        {"op": "move", "path": "/spec"},
+    ):
+        with pytest.raises(UserError, match="must fit Job x"):
+            kustomization.apply_patch(item, [patch])
+
+
+def test_rendering_loads_neither_torch_nor_boto3_and_needs_no_kubectl(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "launcher.submit",
+        "render",
+        "configs/pretrain_vit_base.yaml",
+        *PRETRAIN,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={"PATH": str(tmp_path)}, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loaded = {
+        line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert {"pydantic", "yaml"} <= loaded
+    assert not loaded & {"torch", "boto3", "numpy", "deepspeed", "streaming"}
+    assert {item["kind"] for item in yaml.safe_load_all(done.stdout)} >= {"Job", "Deployment", "Service", "ConfigMap"}
+
+
+def test_an_existing_kustomization_is_not_written_over(tmp_path: Path) -> None:
+    rendered = render.render(choose())
+    render.write(rendered, tmp_path)
+    with pytest.raises(UserError, match="needs a folder without"):
+        render.write(rendered, tmp_path)

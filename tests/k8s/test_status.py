@@ -1,0 +1,77 @@
+"""What ``personmae status`` makes of what a cluster, the agents, the log and the bucket say."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from recorder import Captured, Recorder, event, job, personmae
+
+from launcher import status
+
+
+def pod(name: str, index: str, **status_: Any) -> dict[str, Any]:
+    annotations = {"batch.kubernetes.io/job-completion-index": index}
+    metadata = {"name": name, "annotations": annotations, "creationTimestamp": "t"}
+    return {"metadata": metadata, "spec": {"nodeName": "node-a"}, "status": status_}
+
+
+POD = pod("run-trainer-1-abcde", "1", phase="Running", conditions=[{"type": "Ready", "status": "True"}])
+PREEMPTED = {"type": "DisruptionTarget", "status": "True", "reason": "PreemptionByScheduler"}
+LOST = pod("run-trainer-0-fghij", "0", phase="Failed", conditions=[PREEMPTED])
+METRICS = """\
+# TYPE personmae_world_size gauge
+personmae_world_size 16.0
+# TYPE personmae_last_step gauge
+personmae_last_step 1200.0
+# TYPE personmae_restarts counter
+personmae_restarts_total{reason="peer_lost"} 2.0
+"""
+LINES = "[rank 0] pretrain 1150/204100  loss 0.61  lr 0.001  5,100 images/s  22:10:05 to go\n"
+LATER = "[rank 0] pretrain 1200/204100  loss 0.59  lr 0.001  5,211 images/s  22:07:11 to go\n"
+
+
+def test_status_tells_pods_ranks_step_and_what_went_wrong(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    recorder.answer("get pods", json.dumps({"items": [POD, LOST]}))
+    recorder.answer("get --raw run-trainer-1-abcde:9400/proxy/metrics", METRICS)
+    recorder.answer("logs -l", LATER + LINES)  # pods answer in any order
+    recorder.answer("get events", event("FailedScheduling", "0/3 nodes are available"))
+    assert personmae("status", "run") == 0
+    shown = capsys.readouterr().out
+    for part in ("run: Running", "ranks 16, rounds ended 2", "step 1,200 of 204,100  loss 0.59", "to go 22:07:11"):
+        assert part in shown
+    assert "PreemptionByScheduler" in shown
+    assert "warning: FailedScheduling: 0/3 nodes are available" in shown
+    assert personmae("status", "run", "-o", "json") == 0
+    state = json.loads(capsys.readouterr().out)
+    assert [(pod["index"], pod["phase"]) for pod in state["pods"]] == [(0, "Failed"), (1, "Running")]
+    assert state["checkpoint_age_seconds"] is None
+
+
+def test_status_without_metrics_and_logs_still_tells_the_pods(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    recorder.answer("get pods", json.dumps({"items": [POD]}))
+    recorder.answer("get --raw", code=1, err="Error from server (Forbidden): pods/proxy is forbidden\n")
+    recorder.answer("logs", code=1, err="error: container is waiting to start\n")
+    assert personmae("status", "run") == 0
+    assert "step -" in capsys.readouterr().out
+
+
+def test_the_progress_line_is_the_one_that_a_run_prints(tmp_path: Path, capsys: Captured) -> None:
+    from personmae.metrics import RunLog
+
+    log = RunLog(tmp_path, is_first=True, title="pretrain", total_steps=100, first_step=0)
+    log.log(10, {"loss": 0.5, "lr": 1e-3}, images_per_step=64)
+    log.close()
+    match = status._LINE.search(capsys.readouterr().out)
+    assert match
+    assert (match["program"], match["step"], match["total"], match["values"]) == ("pretrain", "10", "100", "loss 0.5  lr 0.001")
+
+
+def test_the_age_of_the_last_checkpoint_comes_from_the_bucket(s3_server: Any) -> None:
+    s3_server.bucket("bucket")
+    assert status._checkpoint_age({}, "s3://bucket/run") is None
+    s3_server.client.put_object(Bucket="bucket", Key="run/LATEST", Body=b"step-00000010")
+    age = status._checkpoint_age({}, "s3://bucket/run")
+    assert age is not None
+    assert -2 < age < 60

@@ -1,0 +1,291 @@
+"""The verbs that talk to a cluster: what is asked of kubectl, what is made of its answers, and that nothing is left behind.
+
+The kubectl here is a recorder, so this shows arguments, order and errors. Where PERSONMAE_E2E_KUBECONFIG names a cluster,
+``test_a_real_cluster_takes_every_object`` asks that one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from choices import PRETRAIN, ROOT
+from recorder import CONFIG, IMAGE, Captured, Recorder, ended, error, event, job, job_of, personmae, submitted
+
+from launcher import cluster, verbs
+from personmae.errors import UserError
+
+
+def test_a_run_is_tried_before_it_is_created_and_goes_with_its_job(recorder: Recorder, capsys: Captured) -> None:
+    assert submitted("--gpus", "8", "--nodes", "2:8") == 0
+    assert recorder.applied() == ["dry-run 8", "apply 8"]
+    asked = [call[:2] for call in recorder.calls()]
+    assert asked.index(["auth", "can-i"]) < asked.index(["apply", "--server-side"])
+    patches = [call for call in recorder.calls() if call[0] == "patch"]
+    assert {call[1] for call in patches} == {
+        "serviceaccount",
+        "configmap",
+        "service",
+        "deployment.apps",
+        "poddisruptionbudget.policy",
+    }
+    assert all(json.loads(call[-1])["metadata"]["ownerReferences"][0]["uid"] == "the-uid" for call in patches)
+    out = capsys.readouterr().out
+    for verb in ("status", "logs -f", "suspend", "delete"):
+        assert f"personmae {verb} run -n personmae" in out
+    assert ["delete"] not in [call[:1] for call in recorder.calls()]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--overlay", "nothing"], "--overlay must be one of"),
+        (["--nodes", "1:3", "--gpus", "8"], "must divide train.global_batch_size=2048"),
+        (["--name", "x" * 39], "must be at most 38 characters"),
+        (["--image", "personmae@sha256:1"], "--image must be NAME"),
+        (["--set", "train.global_batch_siz=1"], "unknown key 'train.global_batch_siz'"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_mistake_of_the_command_line_asks_nothing_of_the_cluster(
+    arguments: list[str], told: str, recorder: Recorder, capsys: Captured
+) -> None:
+    assert submitted(*arguments) == 78
+    assert told in error(capsys)
+    assert recorder.calls() == []
+
+
+def test_an_image_is_required_and_one_without_a_digest_is_warned_of(recorder: Recorder, capsys: Captured) -> None:
+    assert personmae("submit", CONFIG, *PRETRAIN, "--no-bucket-check") == 78
+    assert "an image is required" in error(capsys)
+    assert submitted("--image", "registry.test/personmae:1", "--dry-run", "client") == 0
+    assert "warning: the image has no digest" in capsys.readouterr().err
+    assert recorder.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "told"),
+    [
+        ("auth can-i", {"out": "no\n", "code": 1}, "you may not create jobs in namespace personmae; ask for the role"),
+        ("auth can-i", {"err": "error: dial tcp: connection refused\n", "code": 1}, "connection refused; see 'kubectl config"),
+        (
+            "apply --dry-run=server",
+            {"err": 'Error from server (NotFound): namespaces "personmae" not found\n', "code": 1},
+            'namespaces "personmae" not found; see',
+        ),
+        (
+            "apply --dry-run=server",
+            {"err": 'Error from server (Forbidden): services is forbidden: User "me" cannot patch\n', "code": 1},
+            "services is forbidden.*ask for the role personmae-submitter in namespace personmae",
+        ),
+        (
+            "apply --dry-run=server",
+            {"err": 'error: resource mapping not found: no matches for kind "PodMonitor"\n', "code": 1},
+            "no matches for kind .PodMonitor.; its controller is not installed",
+        ),
+    ],
+    ids=["may not", "no cluster", "no namespace", "forbidden", "no controller"],
+)
+def test_what_the_cluster_would_refuse_is_found_before_anything_is_created(
+    words: str, answer: dict[str, Any], told: str, recorder: Recorder, capsys: Captured
+) -> None:
+    import re
+
+    recorder.answer(words, **answer)
+    assert submitted() == 78
+    assert re.search(told, error(capsys))
+    assert "apply 8" not in recorder.applied()
+
+
+def test_a_missing_secret_is_told_with_the_command_that_makes_it(recorder: Recorder, capsys: Captured) -> None:
+    assert submitted("--with", "s3-secret") == 78
+    assert "kubectl -n personmae create secret generic personmae-s3" in error(capsys)
+    assert recorder.applied() == []
+    recorder.answer("get secret personmae-s3", '{"kind": "Secret"}')
+    assert submitted("--with", "s3-secret") == 0
+
+
+def test_two_runs_do_not_write_to_one_store(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch -l", job_of("other"))
+    assert submitted() == 78
+    assert "s3://bucket/run belongs to the run other, which is at work" in error(capsys)
+    recorder.answer("get jobs.batch -l", job_of("other", status=ended("Complete")))
+    assert submitted() == 0
+
+
+def test_a_run_that_exists_is_neither_changed_nor_deleted(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    assert submitted() == 78
+    assert "the run run exists already (at work); delete it first" in error(capsys)
+    assert recorder.applied() == []
+    assert ["delete"] not in [call[:1] for call in recorder.calls()]
+
+
+def test_a_suite_is_deleted_with_its_runs(recorder: Recorder) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    plan = json.dumps({"stages": [{"job": "run-base-trainer"}, {"job": "run-market-trainer"}]})
+    recorder.answer("get configmap run-config", json.dumps({"data": {"plan.json": plan}}))
+    assert personmae("delete", "run") == 0
+    deleted = [call[call.index("-l") + 1] for call in recorder.calls() if call[0] == "delete"]
+    assert deleted == [f"app.kubernetes.io/instance={name}" for name in ("run-base", "run-market", "run")]
+
+
+def test_when_creation_fails_half_way_nothing_is_left_behind(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("apply --server-side", code=1, err="Error from server (Forbidden): exceeded quota: personmae\n")
+    recorder.answer("apply --dry-run=server")
+    assert submitted() == 78
+    assert "exceeded quota" in error(capsys)
+    last = recorder.calls()[-1]
+    assert last[0] == "delete"
+    assert "app.kubernetes.io/instance=run" in last
+    assert {"jobs.batch", "services", "configmaps", "serviceaccounts", "deployments.apps"} <= set(last[1].split(","))
+
+
+FORBIDDEN = 'pods "run-trainer-0" is forbidden: violates PodSecurity "restricted:latest"'
+PULLING = {"image": "x", "state": {"waiting": {"reason": "ErrImagePull", "message": "not found"}}}
+UNPULLED = json.dumps({"items": [{"status": {"containerStatuses": [PULLING]}}]})
+
+
+@pytest.mark.parametrize(
+    ("words", "answer", "told"),
+    [
+        ("get events", event("FailedCreate", FORBIDDEN), "violates PodSecurity"),
+        ("get pods", UNPULLED, "ErrImagePull: not found"),
+    ],
+    ids=["pod security", "missing image"],
+)
+def test_pods_that_are_refused_end_the_submission_and_leave_nothing(
+    words: str, answer: str, told: str, recorder: Recorder, capsys: Captured
+) -> None:
+    recorder.answer(words, answer)
+    assert submitted() == 78
+    assert told in error(capsys)
+    assert recorder.calls()[-1][0] == "delete"
+
+
+def test_a_full_quota_may_pass_and_is_only_warned_of(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get events", event("FailedCreate", "pods is forbidden: exceeded quota: personmae"))
+    assert submitted() == 0
+    assert "warning: FailedCreate: pods is forbidden: exceeded quota" in capsys.readouterr().err
+
+
+def test_a_suite_creates_its_first_jobs_the_dispatcher_and_nothing_of_the_later_jobs(
+    recorder: Recorder, tmp_path: Path
+) -> None:
+    recorder.answer("get jobs.batch paper-trainer", json.dumps(job()), created=True)
+    configs = ROOT / "configs"
+    (tmp_path / "suite.yaml").write_text(
+        "name: paper\nresults: s3://bucket/paper\nstages:\n"
+        f"- {{name: base, config: {CONFIG}, set: ['data.shards=s3://b/l'], nodes: [1, 2], gpus: 8}}\n"
+        f"- {{name: market, after: base, config: {configs}/finetune_market1501.yaml, set: ['root=s3://b/m.tar']}}\n"
+    )
+    assert personmae("submit", str(tmp_path / "suite.yaml"), IMAGE, "--no-bucket-check") == 0
+    text = next(c["text"] for c in recorder._calls() if "apply" in c["args"])
+    jobs = {i["metadata"]["name"] for i in json.loads(text)["items"] if i["kind"] == "Job"}
+    assert jobs == {"paper-trainer", "paper-base-trainer"}
+
+
+def test_places_are_looked_at_before_a_cluster_is_asked(recorder: Recorder, capsys: Captured, s3_server: Any) -> None:
+    arguments = ["submit", CONFIG, *PRETRAIN, IMAGE, "--name", "run", "--dry-run", "client"]
+    assert personmae(*arguments) == 78
+    assert "looking for the bucket of s3://bucket/run was refused (404)" in error(capsys)
+    s3_server.bucket("bucket")
+    assert personmae(*arguments) == 78
+    assert "shards are required at s3://bucket/shards and it has no index.json" in error(capsys)
+    s3_server.client.put_object(Bucket="bucket", Key="shards/index.json", Body=b"{}")
+    assert personmae(*arguments) == 0
+    assert recorder.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "told"),
+    [
+        ("9", "--nodes must be from 1 to 8"),
+        ("3", "2048; give --nodes 1 or 2 or 4 or 8"),
+        ("0", "from 1 to 8"),
+    ],
+)
+def test_scale_refuses_what_the_run_was_not_submitted_for(nodes: str, told: str, recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    assert personmae("scale", "run", "--nodes", nodes) == 78
+    assert told in error(capsys)
+    assert ["patch"] not in [call[:1] for call in recorder.calls()]
+
+
+def test_scale_changes_parallelism_and_completions_in_one_patch(recorder: Recorder) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    assert personmae("scale", "run", "--nodes", "4") == 0
+    assert recorder.calls()[-1][:3] == ["patch", "jobs.batch", "run-trainer"]
+    assert json.loads(recorder.calls()[-1][-1]) == {"spec": {"parallelism": 4, "completions": 4}}
+
+
+def test_suspend_resume_logs_and_delete_name_the_run(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    assert personmae("suspend", "run") == personmae("resume", "run") == 0
+    patches = [json.loads(call[-1]) for call in recorder.calls() if call[0] == "patch"]
+    assert patches == [{"spec": {"suspend": True}}, {"spec": {"suspend": False}}]
+    assert personmae("logs", "run", "-f", "--index", "3", "--since", "10m") == 0
+    call = recorder.calls()[-1]
+    assert call[0] == "logs"
+    assert {"--follow", "--since=10m", "--prefix"} <= set(call)
+    assert "batch.kubernetes.io/job-completion-index=3" in call[2]
+    assert personmae("delete", "run") == 0
+    assert recorder.calls()[-1][0] == "delete"
+    assert "its checkpoints stay at s3://bucket/run" in capsys.readouterr().out
+
+
+def test_an_unknown_run_is_told_with_those_that_there_are(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch -l", json.dumps({"items": [job()]}))
+    assert personmae("status", "other") == 78
+    assert "there is no run other in namespace personmae; there is run" in error(capsys)
+
+
+def test_wait_ends_with_the_end_of_the_run(recorder: Recorder) -> None:
+    failed = ended("Failed", reason="PodFailurePolicy", message="exit code 78")
+    for status_, seconds, code in ((ended("Complete"), (), 0), (failed, (), 1), ({}, ("-1",), verbs.EXIT_TIMEOUT)):
+        recorder.forget()
+        recorder.answer("get jobs.batch run-trainer", json.dumps(job(status=status_)), created=True)
+        with pytest.raises(SystemExit) as over:
+            submitted("--wait", *seconds)
+        assert over.value.code == code
+
+
+def test_without_kubectl_rendering_works_and_submitting_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert personmae("render", CONFIG, *PRETRAIN, IMAGE) == 0
+    assert "kind: Job" in capsys.readouterr().out
+    assert submitted() == 78
+    assert "kubectl is required" in error(capsys)
+
+
+@pytest.mark.skipif(not os.environ.get("PERSONMAE_E2E_KUBECONFIG"), reason="needs a cluster: set PERSONMAE_E2E_KUBECONFIG")
+def test_a_real_cluster_takes_every_object(tmp_path: Path) -> None:
+    environ = os.environ | {"KUBECONFIG": os.environ["PERSONMAE_E2E_KUBECONFIG"]}
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.submit",
+        "submit",
+        CONFIG,
+        *PRETRAIN,
+        IMAGE,
+        "--no-bucket-check",
+        "--dry-run",
+        "server",
+    ]
+    done = subprocess.run(
+        [*command, "--dry-run", "server", "-n", "default"], cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_of_kubectl_become_one_line() -> None:
+    told = cluster._told("Warning: something\nError from server (Forbidden): jobs is forbidden\nmore\n", ("apply",), "team")
+    assert "\n" not in told
+    assert told.startswith("kubectl apply was refused: jobs is forbidden; ask for the role")
+    assert isinstance(UserError(told), ValueError)
