@@ -326,6 +326,9 @@ class Cluster(Section):
     k2: int = Field(default=6, gt=0, description="neighbours over which an encoding is averaged")
     eps: float = Field(default=0.6, gt=0, lt=1, description="largest Jaccard distance of neighbours in a cluster")
     min_samples: int = Field(default=4, gt=0, description="pictures that near together begin a cluster")
+    per_camera: bool = Field(
+        default=False, description="compare features standardised within each camera: a weak encoder else clusters by camera"
+    )
 
 
 class Memory(Section):

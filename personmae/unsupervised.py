@@ -27,7 +27,7 @@ from personmae.keeper import Schedule, Writer, finish
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import cluster, retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids
-from personmae.reid.features import extract
+from personmae.reid.features import extract, standardise_per_camera
 from personmae.reid.heads import Neck, ReIDModel, encoder_weights, trained_size
 from personmae.reid.memory import ClusterMemory, mean_centroids
 from personmae.reid.sampler import cluster_batches
@@ -217,11 +217,14 @@ def find_clusters(state: Run, images: ImageSet, epoch: int, log: metrics.RunLog)
         std=state.model_settings["std"],
         dtype=state.module.compute_dtype,
     )
+    pids, camids = pids_and_camids(state.benchmark.train)
     found = torch.zeros(len(images), dtype=torch.int64)
     if state.world.is_first:
-        found = torch.from_numpy(cluster.pseudo_labels(features.to(state.world.device), **settings.cluster.model_dump()))
+        compared = standardise_per_camera(features, camids) if settings.cluster.per_camera else features
+        options = settings.cluster.model_dump(exclude={"per_camera"})
+        found = torch.from_numpy(cluster.pseudo_labels(compared.to(state.world.device), **options))
     state.labels = dist.broadcast(found).numpy()
-    quality = cluster.quality(state.labels, pids_and_camids(state.benchmark.train)[0])
+    quality = cluster.quality(state.labels, pids)
     told = {name: value for name, value in asdict(quality).items() if value is not None}
     log.say(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in told.items()))
     if state.world.is_first:
