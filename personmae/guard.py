@@ -13,9 +13,17 @@ class Guard:
     """Counts the steps that an engine has skipped, and compares each interval's loss with those before it.
 
     ``spike_factor`` is what the mean loss of an interval may at most be of the running mean before it; None watches nothing.
+    ``usual`` is that mean where a run goes on.
     """
 
-    def __init__(self, device: torch.device, *, max_skipped_steps: int, spike_factor: float | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        max_skipped_steps: int,
+        spike_factor: float | None = None,
+        usual: float | None = None,
+    ):
         self._max_skipped_steps, self._spike_factor = max_skipped_steps, spike_factor
         self.in_row = torch.zeros((), device=device)
         self.num_skipped = torch.zeros((), device=device)
@@ -24,7 +32,7 @@ class Guard:
             torch.zeros((), device=device),
             torch.zeros((), device=device),
         )  # of steps that were not skipped
-        self._usual: float | None = None
+        self.usual = usual
 
     def note(self, loss: Tensor, skipped: Tensor) -> None:
         """Take in a step; nothing waits for the device."""
@@ -59,9 +67,9 @@ class Guard:
         if not count:
             return False
         recent = total / count
-        if self._usual is not None and recent > self._spike_factor * self._usual:
+        if self.usual is not None and recent > self._spike_factor * self.usual:
             return True
-        self._usual = recent if self._usual is None else _SMOOTHING * self._usual + (1 - _SMOOTHING) * recent
+        self.usual = recent if self.usual is None else _SMOOTHING * self.usual + (1 - _SMOOTHING) * recent
         return False
 
     def blame(self) -> str:

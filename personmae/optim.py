@@ -41,7 +41,12 @@ def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.opt
 
 def sgd(groups: list[dict[str, Any]], momentum: float) -> torch.optim.SGD:
     """Fused SGD with momentum, as the unsupervised and the TransReID recipes have it."""
-    return torch.optim.SGD(groups, momentum=momentum, fused=True)
+    optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # Torch makes it uninitialised at the first update and fills it there; where that one is skipped it stays so.
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def lr_scale_at(step: int, total_steps: int, *, warmup_steps: int, min_ratio: float) -> float:

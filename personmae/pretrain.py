@@ -45,6 +45,7 @@ class Run:
     total_steps: int
     step: int = 0  # updates done
     cursor: int = 0  # global batches of the sample order that are behind; more than ``step`` after a rollback
+    usual_loss: float | None = None  # what the guard against jumps compares with
 
 
 class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
@@ -119,7 +120,12 @@ def train(
         settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=state.step
     )
     reader = build_reader(state)
-    guard = Guard(world.device, max_skipped_steps=settings.train.max_skipped_steps, spike_factor=settings.train.spike_factor)
+    guard = Guard(
+        world.device,
+        max_skipped_steps=settings.train.max_skipped_steps,
+        spike_factor=settings.train.spike_factor,
+        usual=state.usual_loss,
+    )
     step = saved = good = state.step
     num_bad, due = 0, False
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
@@ -169,7 +175,7 @@ def train(
                 num_bad = tell_bad_samples(reader, num_bad)
                 if guard.spiked():
                     raise Spiked(good)
-                good = step
+                good, state.usual_loss = step, guard.usual
         last_step_counted(guard, state)
         heartbeat.beat("checkpoint", step)
         save(state, writer, spread=bool(team))
@@ -366,15 +372,20 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
     told = f"the loss has jumped by step {at}, above {state.settings.train.spike_factor:g} times what it was before"
     if attempt >= most:
         raise Diverged(f"{told}, after {most} rollbacks; lower optim.base_lr, or look at the data")
+    kept = {*checkpoint.local_steps(run_dir), *(archive.steps(store) if store else ())} if state.world.is_first else set()
+    if not dist.any_rank(any(step <= spike.good_step for step in kept)):
+        raise Diverged(f"{told}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often")
     if state.world.is_first:
-        checkpoint.delete(run_dir, [step for step in checkpoint.local_steps(run_dir) if step > spike.good_step])
-        for step in archive.steps(store) if store else ():
+        checkpoint.delete(run_dir, [step for step in kept if step > spike.good_step])
+        for step in kept if store else ():
             if step > spike.good_step:
                 archive.delete(store or "", step)
     dist.barrier()
+    usual = state.usual_loss
     found = resume(state)
     if not found:
-        raise Diverged(f"{told}, and {run_dir} has no checkpoint from before; lower checkpoint.every_steps")
+        raise Diverged(f"{told}, and no checkpoint of {run_dir} from before can be read")
+    state.usual_loss = usual
     state.cursor = max(cursor, state.cursor)
     if state.world.is_first:
         print(f"{told}: back to step {state.step}, and on without the {cursor - state.step} batches since", flush=True)
@@ -405,6 +416,7 @@ def portable(state: Run, *, spread: bool = False) -> checkpoint.Checkpoint | Non
         "total_steps": state.total_steps,
         "images_seen": state.step * settings.train.global_batch_size,
         "cursor": state.cursor,
+        "usual_loss": state.usual_loss,
         "num_updates": engine_state.num_updates,
         "identity": identity(settings, state.shards),
         "model": model_record(settings.model),
@@ -438,6 +450,7 @@ def resume(state: Run) -> Path | None:
         checkpoint.load_strictly(state.teacher.encoder, teacher, found)
     state.step = saved.step
     state.cursor = saved.state.get("cursor", saved.step)
+    state.usual_loss = saved.state.get("usual_loss")
     return found
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from personmae.model.personmae import PersonMAE
-from personmae.optim import adamw, lr_scale_at, param_groups
+from personmae.optim import adamw, lr_scale_at, param_groups, sgd
 
 SCHEDULE = {"warmup_steps": 20, "min_ratio": 0.1}
 
@@ -107,3 +107,21 @@ def test_a_step_is_adamws_with_decoupled_decay():
         weight, bias = expected["weight"], expected["bias"]
         torch.testing.assert_close(model.weight.detach().double(), torch.from_numpy(weight), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model.bias.detach().double(), torch.from_numpy(bias), rtol=1e-4, atol=1e-5)
+
+
+def test_sgd_with_a_skipped_first_update_goes_on_as_if_it_had_not_been():
+    """Fused SGD by itself leaves uninitialised memory in the momentum that a skipped first update made."""
+
+    def trained(skips: list[bool], fused: bool) -> torch.Tensor:
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 1000))
+        groups = param_groups([("weight", weight)], lr=0.1, weight_decay=0.01)
+        optimizer = sgd(groups, 0.9) if fused else torch.optim.SGD(groups, momentum=0.9)
+        for skipped in skips:
+            weight.grad = weight.detach().sin()
+            if fused:
+                optimizer.__dict__.update(found_inf=torch.tensor(float(skipped)), grad_scale=None)
+            optimizer.step()
+        return weight.detach()
+
+    for skips in ([True, False, False], [True, True, False, True, False]):
+        torch.testing.assert_close(trained(skips, True), trained([False] * skips.count(False), False))

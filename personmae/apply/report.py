@@ -27,6 +27,7 @@ CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by
     (config.Pretrain, "pre-training: images per second", {"images_per_second": ""}),
     (config.Finetune, "fine-tuning: loss", {"loss": ""}),
     (config.Finetune, "fine-tuning: accuracy on its batches", {"accuracy": ""}),
+    (config.Unsupervised, "without labels: loss", {"loss": ""}),
 )
 NUM_GROUPS = 8  # pictures of Figure 3
 NUM_QUERIES = 6  # rank lists on the page

@@ -56,7 +56,7 @@ class Run:
 
     name: str
     directory: Path
-    settings: config.Pretrain | config.Finetune | None
+    settings: config.Pretrain | config.Finetune | config.Unsupervised | None
     config_yaml: str
     info: dict[str, Any]
     records: list[dict[str, float]]
@@ -84,7 +84,8 @@ def find_runs(run_dir: Path) -> list[Run]:
             f"a directory with runs (run.json) or results (result.json), or one of them, is required; {run_dir} holds "
             "neither: give the directory that 'personmae pretrain', 'finetune' or 'evaluate --out' wrote to"
         )
-    kinds = (config.Pretrain, type(None), config.Finetune)  # the order of rows: baselines, then random, then pre-trained
+    # The order of rows: baselines, then random, then pre-trained.
+    kinds = (config.Pretrain, type(None), config.Finetune, config.Unsupervised)
     return sorted(runs, key=lambda run: (kinds.index(type(run.settings)), not run.from_random, run.name))
 
 
@@ -107,10 +108,11 @@ def read_run(directory: Path) -> Run:
     )
 
 
-def read_settings(path: Path) -> config.Pretrain | config.Finetune:
-    """The configuration of a run; only fine-tuning has ``init``."""
+def read_settings(path: Path) -> config.Pretrain | config.Finetune | config.Unsupervised:
+    """The configuration of a run; pre-training has no ``init``, and only unsupervised training has clusters."""
     fields = yaml.safe_load(path.read_text())
-    return config.load(config.Finetune if "init" in fields else config.Pretrain, path)
+    kind = config.Unsupervised if "cluster" in fields else config.Finetune if "init" in fields else config.Pretrain
+    return config.load(kind, path)
 
 
 def _text(path: Path) -> str:

@@ -133,6 +133,17 @@ def test_a_run_directory_itself_can_be_reported(trained: Path, tmp_path: Path) -
     assert "no run has a rank_lists.json yet" in text
 
 
+def test_a_run_without_labels_has_its_row_and_its_curve(runs: Path, trained: Path) -> None:
+    folder = runs / "usl"
+    _write_result(folder, trained, init=str(runs / "pretrain"), mAP=0.1234)
+    _write_finetuning(folder, "pretrain")
+    settings = config.Unsupervised.model_validate({"run_dir": str(folder), "root": "somewhere", "init": "pretrain"})
+    (folder / "config.yaml").write_text(config.dump_yaml(settings))
+    text = report.run(runs).read_text()
+    assert "12.3" in text
+    assert "without labels: loss" in text
+
+
 def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path) -> None:
     shutil.rmtree(runs / "pretrain" / "checkpoints")
     (runs / "pretrain" / "config.yaml").write_text(

@@ -109,11 +109,33 @@ def test_a_loss_that_jumps_again_and_again_ends_the_run(shard_dir, tmp_path, mon
     assert newest is not None
 
 
+def test_a_jump_soon_after_a_rollback_is_one_too(shard_dir, tmp_path, monkeypatch):
+    """The guard compares with what was usual before the first jump, not with the first interval after it."""
+    break_step(monkeypatch, times=2)
+    run_dir = tmp_path / "run"
+    settings = settings_for(shard_dir, run_dir, log_every=6)
+    settings = settings.model_copy(update={"checkpoint": config.Checkpoint(every_steps=EVERY, keep_last=9)})
+    pretrain.run(settings)
+    newest = checkpoint.newest(run_dir)
+    assert newest is not None
+    assert checkpoint.read(newest).state["cursor"] > TOTAL + 6
+
+
+def test_nothing_is_deleted_where_no_checkpoint_is_from_before(shard_dir, tmp_path, monkeypatch):
+    break_step(monkeypatch, times=1)
+    run_dir = tmp_path / "run"
+    settings = settings_for(shard_dir, run_dir, log_every=8)
+    settings = settings.model_copy(update={"checkpoint": config.Checkpoint(every_steps=1, keep_last=1)})
+    with pytest.raises(Diverged, match="has no checkpoint from before"):
+        pretrain.run(settings)
+    assert checkpoint.newest(run_dir) is not None
+
+
 def test_without_an_earlier_checkpoint_the_run_ends(shard_dir, tmp_path, monkeypatch):
     break_step(monkeypatch, times=1)
     settings = settings_for(shard_dir, tmp_path / "run")
     settings = settings.model_copy(update={"checkpoint": config.Checkpoint(every_steps=1000)})
-    with pytest.raises(Diverged, match=r"has no checkpoint from before; lower checkpoint\.every_steps"):
+    with pytest.raises(Diverged, match=r"has no checkpoint from before; raise checkpoint\.keep_last"):
         pretrain.run(settings)
 
 
