@@ -3,14 +3,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
+IMAGE ?= personmae
+ENGINE ?= $(if $(shell command -v buildah),buildah,docker)
+IMAGE_FLAGS ?=
 RUN := runs/quickstart
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install quickstart test checkov lint format clean
+.PHONY: help install quickstart test checkov image image-test lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED) ## set up .venv and install everything into it
 
@@ -38,6 +41,12 @@ checkov: $(VENV)/checkov/bin/checkov ## the manifests' linter, in an environment
 
 $(VENV)/checkov/bin/checkov: | $(INSTALLED)
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet checkov
+
+image: ## build the container image with buildah or docker
+	$(ENGINE) build --tag $(IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(IMAGE_FLAGS) .
+
+image-test: $(INSTALLED) ## build the image from a base made on the spot and run it; needs root, buildah, mmdebstrap, 30 GB
+	PERSONMAE_IMAGE_TEST=1 $(BIN)/python -m pytest tests/image -s -rs
 
 lint: $(INSTALLED) ## ruff and pyright
 	$(BIN)/ruff check .
