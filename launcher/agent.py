@@ -36,10 +36,10 @@ class Agent:
         self.options, self.policy, self.limits = options, policy, limits
         self.host = socket.gethostname()
         self.id = f"{self.host}-{uuid.uuid4().hex[:8]}"
-        self.metrics = Metrics(policy.min_nodes, policy.max_nodes)
+        self._beats = Path(tempfile.mkdtemp(prefix="personmae-beats-"))
+        self.metrics = Metrics(policy.min_nodes, policy.max_nodes, self._beats)
         self.signals = 0
         self._turned = self._woke = time.monotonic()
-        self._beats = Path(tempfile.mkdtemp(prefix="personmae-beats-"))
         self._ranks = Ranks([], [], self._beats, None)
         self._number = 0  # of the round that _ranks belong to
         self._turn: Callable[[State], int | None] = self._wait
@@ -169,7 +169,7 @@ class Agent:
         where = ", ".join(f"{s} on {n.host}" for n, s in zip(now.nodes, now.shares, strict=True))
         seconds = time.monotonic() - self._idle_since
         say(f"round {now.number}: {now.world_size} ranks ({where}){spare}; {len(environs)} here, after {seconds:.1f} s")
-        self.metrics.rendezvous.observe(seconds)
+        self.metrics.begin(seconds, self._ranks, state.budget.step)
         self._ranks = Ranks(self.options.command, environs, self._beats, self.options.log_dir)
         self._go(self._watch)
 

@@ -1,15 +1,21 @@
 """What an agent answers over HTTP while ranks come and go: ``/healthz``, ``/readyz`` and ``/metrics``."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from launcher.membership import State
-from launcher.ranks import Ranks
+from launcher.ranks import Ranks, say
 from personmae.errors import UserError
+from personmae.heartbeat import PHASES
+from personmae.nvml import gpu_collectors
+from personmae.telemetry import GOODPUT, RANK_PHASE, Continued, merge
 
 
 @dataclass(slots=True)
@@ -20,34 +26,60 @@ class Health:
     ready: bool = False
 
 
-class Metrics:
-    """The agent's own numbers; a registry of its own, since the ranks have theirs."""
+class Metrics(Collector):
+    """The agent's own numbers, and with them those of its ranks below ``beats``; see personmae/telemetry.py."""
 
-    def __init__(self, min_nodes: int, max_nodes: int) -> None:
+    def __init__(self, min_nodes: int, max_nodes: int, beats: Path | None = None) -> None:
         disable_created_metrics()
-        self.registry = CollectorRegistry()
+        self.registry, self._own = CollectorRegistry(), CollectorRegistry()
+        self._ranks = Continued(beats) if beats else None
         gauge = self._gauge
         self.world_size = gauge("world_size", "Ranks of the running round; 0 between rounds")
-        self.nodes = gauge("nodes", "Agents of the running round")
+        self.nodes = gauge("nodes", "Agents of the running round; 0 between rounds")
         gauge("nodes_min", "Fewest agents to run with").set(min_nodes)
         gauge("nodes_max", "Most agents to run with").set(max_nodes)
         self.last_step = gauge("last_step", "Highest step that a rank of this host has told")
+        self.last_step_time = gauge("last_step_timestamp_seconds", "When this host first heard of that step")
         self.failures = gauge("restart_budget_used", "Counted failures since the last progress")
         self.store_lost = gauge("store_silence_seconds", "Time since the rendezvous store last answered")
-        self.heartbeat_age = Gauge(
-            "personmae_heartbeat_age_seconds",
-            "Time since a rank of this host last told anything",
-            ["local_rank"],
-            registry=self.registry,
-        )
-        self.restarts = Counter("personmae_restarts_total", "Rounds ended, by reason", ["reason"], registry=self.registry)
-        self.exits = Counter("personmae_rank_exits_total", "Ranks ended, by exit code", ["code"], registry=self.registry)
+        self.heartbeat_age = gauge("heartbeat_age_seconds", "Time since a rank last told anything", "local_rank")
+        self.phase = gauge("rank_phase", RANK_PHASE, "local_rank", "phase")
+        self.restarts = self._counter("restarts", "Rounds ended, by reason", "reason")
+        self.exits = self._counter("rank_exits", "Ranks ended, by exit code", "code")
+        self.lost_steps = self._counter("lost_steps", "Steps that had to be done again; told by the host of rank 0")
+        self.goodput = self._counter("goodput_seconds", GOODPUT, "state")
+        self.goodput.labels("rendezvous")
         self.rendezvous = Histogram(
             "personmae_rendezvous_duration_seconds",
             "From the end of this host's ranks to the start of the next",
             buckets=(0.5, 1, 2, 5, 10, 20, 60, 300, 900),
-            registry=self.registry,
+            registry=self._own,
         )
+        self._step = 0
+        self._reached = 0  # by rank 0, when it was last here
+        self.registry.register(self)
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        """One of each name: what the agent knows by itself goes before what a rank says of it, and time is added up."""
+        found = {metric.name: metric for metric in self._own.collect()}
+        for metric in self._ranks.collect() if self._ranks else ():
+            if metric.name == "personmae_goodput_seconds":
+                metric = merge([found[metric.name], metric])[metric.name]
+            elif metric.name in found:
+                continue
+            found[metric.name] = metric
+        return found.values()
+
+    def begin(self, seconds: float, ranks: Ranks, step: int) -> None:
+        """A round begins, so many seconds after the last one; ``ranks`` are the old ones, ``step`` the run's highest."""
+        self.rendezvous.observe(seconds)
+        self.goodput.labels("rendezvous").inc(seconds)
+        self._reached = max(self._reached, ranks.step(), step)
+        if self._ranks:
+            self._ranks.end()
 
     def show(self, state: State, ranks: Ranks, store_silence: float, *, running: bool) -> None:
         """Take over what is so at present; ``running``: the ranks are at work in the record's round."""
@@ -55,19 +87,43 @@ class Metrics:
         self.nodes.set(len(state.round.active) if running else 0)
         self.failures.set(state.budget.failures)
         self.store_lost.set(store_silence)
-        if running and (step := ranks.step()):
-            self.last_step.set(step)
+        if self._ranks:
+            self._ranks.living = running
         if not running:
             self.heartbeat_age.clear()
+            self.phase.clear()
         for rank in ranks.all if running else ():
-            self.heartbeat_age.labels(rank.local_rank).set(rank.silent()[1])
+            phase, seconds = rank.silent()
+            self.heartbeat_age.labels(rank.local_rank).set(seconds)
+            for other in PHASES:
+                self.phase.labels(rank.local_rank, other).set(other == phase)
+        if running:
+            self._follow(ranks)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"personmae_{name}", text, registry=self.registry)
+    def _follow(self, ranks: Ranks) -> None:
+        """Where rank 0 is, and whether it has fallen behind what was reached: then the steps between are done again."""
+        step = ranks.step()
+        if step and step != self._step:
+            self._step = step
+            self.last_step.set(step)
+            self.last_step_time.set_to_current_time()
+        first = next((rank for rank in ranks.all if rank.rank == 0), None)
+        beat = first.beat() if first else None
+        if beat and beat.phase != "start":
+            self.lost_steps.inc(max(0, self._reached - beat.step))
+            self._reached = beat.step
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"personmae_{name}", text, labels, registry=self._own)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"personmae_{name}", text, labels, registry=self._own)
 
 
 def serve(port: int, metrics: Metrics, check: Callable[[], Health]) -> ThreadingHTTPServer:
-    """Answer in the background until ``shutdown`` is called on what this returns."""
+    """Answer in the background until ``shutdown`` is called on what this returns; GPUs' numbers are added to ``metrics``."""
+    for gpus in gpu_collectors(say):
+        metrics.registry.register(gpus)
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # for a client that opens a connection and says nothing
@@ -79,7 +135,7 @@ def serve(port: int, metrics: Metrics, check: Callable[[], Health]) -> Threading
                 "/healthz": lambda: (503 if health.sick else 200, (health.sick or "ok").encode() + b"\n"),
                 "/readyz": lambda: (200 if health.ready else 503, b"training\n" if health.ready else b"not training\n"),
             }
-            code, body = answers.get(self.path, lambda: (404, b"/healthz, /readyz or /metrics\n"))()
+            code, body = answers.get(self.path.partition("?")[0], lambda: (404, b"/healthz, /readyz or /metrics\n"))()
             self.send_response(code)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))

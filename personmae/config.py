@@ -180,6 +180,15 @@ class Checkpoint(Section):
         return self.model_dump(include={"every_steps", "every_seconds", "keep_every"})
 
 
+class Metrics(Section):
+    port: int = Field(
+        default=0, ge=0, lt=1 << 16, description="Prometheus endpoint of each host where no agent has one; 0 for none"
+    )
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="10^12 operations a second of one GPU at most; default what is known of it"
+    )
+
+
 class Pretrain(Section):
     """PersonMAE pre-training."""
 
@@ -196,6 +205,7 @@ class Pretrain(Section):
     train: Train = Train()
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
 
     @model_validator(mode="after")
     def _hides_some_patches(self) -> "Pretrain":
@@ -229,7 +239,7 @@ class Pretrain(Section):
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""
-        values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint"})
+        values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint", "metrics"})
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
         values["train"] = {name: values["train"][name] for name in ("global_batch_size", "epochs", "total_steps", "precision")}
         return flatten(values)
@@ -313,6 +323,11 @@ class Finetune(Section):
     optim: FinetuneOptim = FinetuneOptim()
     train: FinetuneTrain = FinetuneTrain()
     checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the run it is, by dotted key, besides the weights and the data that it starts from."""
+        return _downstream_identity(self)
 
 
 class Feature(Section):
@@ -387,6 +402,29 @@ class Unsupervised(Section):
     optim: UnsupervisedOptim = UnsupervisedOptim()
     train: UnsupervisedTrain = UnsupervisedTrain()
     checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the run it is, by dotted key, besides the weights and the data that it starts from."""
+        return _downstream_identity(self)
+
+
+DownstreamT = TypeVar("DownstreamT", Finetune, Unsupervised)
+
+
+def with_normalisation(settings: DownstreamT, mean: Sequence[float], std: Sequence[float]) -> DownstreamT:
+    """The settings with the normalisation that came with the weights."""
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"mean": tuple(mean), "std": tuple(std)})})
+
+
+def _downstream_identity(settings: Finetune | Unsupervised) -> dict[str, Any]:
+    """All but where things lie and how the work is watched or shared; weights and data count by their digests."""
+    values = settings.model_dump(mode="json", exclude={"run_dir", "root", "init", "checkpoint", "metrics"})
+    for name in ("log_every", "max_skipped_steps", "extract_batch_size"):
+        values["train"].pop(name, None)
+    if settings.init != "random":  # else they come with the weights
+        del values["model"]["mean"], values["model"]["std"]
+    return flatten(values)
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)

@@ -1,4 +1,7 @@
-"""What a run reports: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard files, and the record of its set-up."""
+"""What a run reports: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard files, and the record of its set-up.
+
+Also how much arithmetic a picture needs, and how much a GPU could do. What Prometheus is told stands in meter.py.
+"""
 
 import json
 import os
@@ -7,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from personmae.meter import RunNumbers
 
 
 class RunLog:
@@ -21,8 +26,17 @@ class RunLog:
     so the file reads as if nothing had happened.
     """
 
-    def __init__(self, run_dir: str | Path, *, is_first: bool, title: str, total_steps: int, first_step: int):
-        self._is_first = is_first
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        is_first: bool,
+        title: str,
+        total_steps: int,
+        first_step: int,
+        numbers: RunNumbers | None = None,  # of the first rank, for Prometheus
+    ):
+        self._is_first, self._numbers = is_first, numbers
         if not is_first:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -68,6 +82,8 @@ class RunLog:
         self._last_time, self._last_step = now, step
         record = {"step": step, "time": time.time(), **values, "images_per_second": rate}
         self._file.write(json.dumps(record) + "\n")
+        if self._numbers:
+            self._numbers.show(step, values, rate)
         for name, value in record.items():
             if name not in ("step", "time"):
                 self._board.add_scalar(name, value, step)
@@ -150,3 +166,61 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float = 4.0) -> float:
+    """Operations, two for a product and its sum, of a forward pass through ``depth`` blocks: matrix products alone."""
+    products = (4 + 2 * mlp_ratio) * num_tokens * dim**2 + 2 * num_tokens**2 * dim
+    return 2.0 * depth * products
+
+
+def pretrain_flops(
+    *,
+    num_visible: int,
+    num_patches: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    decoder_depth: int,
+    pixel_dim: int,
+    feature_dim: int | None,
+) -> float:
+    """Operations that an image needs in a step of pre-training: student and decoders three times (forward, and backward as
+    two), the teacher once. What activation checkpointing computes again is not counted. ``feature_dim`` is None without
+    a teacher."""
+    pixels = 3 * patch_size**2
+    encode = 2.0 * num_visible * pixels * embed_dim
+    student = transformer_flops(1 + num_visible, embed_dim, depth)
+    decode = _decoder_flops(1 + num_visible, num_patches, embed_dim, pixel_dim, decoder_depth, pixels)
+    teacher = 0.0
+    if feature_dim is not None:
+        decode += _decoder_flops(1 + num_visible, num_patches, embed_dim, feature_dim, decoder_depth, embed_dim)
+        teacher = 2.0 * num_patches * pixels * embed_dim + transformer_flops(1 + num_patches, embed_dim, depth)
+    return 3 * (student + decode) + 2 * encode + teacher  # nothing asks for the gradient of the patches
+
+
+def _decoder_flops(num_tokens: int, num_patches: int, encoder_dim: int, dim: int, depth: int, out_dim: int) -> float:
+    linear = 2.0 * num_tokens * encoder_dim * dim + 2.0 * num_patches * dim * out_dim
+    return linear + transformer_flops(num_tokens + num_patches, dim, depth)
+
+
+# Dense bf16 operations a second, from the makers' data sheets; by the name that the driver gives, the longest match first.
+_PEAK_FLOPS: Final = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA A30": 165e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """What a GPU can do at most, in operations a second; None where that is not known."""
+    if precision != "bf16":
+        return None
+    known = [name for name in _PEAK_FLOPS if device_name == name or device_name.startswith((f"{name} ", f"{name}-"))]
+    return _PEAK_FLOPS[max(known, key=len)] if known else None

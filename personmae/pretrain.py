@@ -20,11 +20,13 @@ from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, Stopped, UserError
 from personmae.guard import Guard
-from personmae.heartbeat import Heartbeat, Phase
+from personmae.heartbeat import Phase
 from personmae.keeper import Schedule, Writer, finish
+from personmae.meter import Meter
 from personmae.model import teacher as ema
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher
+from personmae.model.vit import SIZES
 from personmae.plan import show_plan
 
 PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,048
@@ -64,11 +66,12 @@ def run(settings: config.Pretrain) -> None:
         Diverged: gradients are no longer finite, or the loss has jumped too often.
     """
     world = dist.read_world()
-    heartbeat = Heartbeat()
+    meter = Meter("pretrain", port=settings.metrics.port)
     plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
     dist.start(world)
     shards = open_shards(settings, world)
+    meter.read("stream", shards.counters.registry)
 
     torch.manual_seed(settings.seed)
     model = build_model(settings).to(world.device)
@@ -86,7 +89,8 @@ def run(settings: config.Pretrain) -> None:
     held = None
     try:
         held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
-        found = resume(state) if settings.checkpoint.resume == "auto" else None
+        with meter.restoring():
+            found = resume(state) if settings.checkpoint.resume == "auto" else None
         if state.step >= state.total_steps:
             if world.is_first:
                 open_writer(settings, found, {}).close()  # the last checkpoint may not have got to the store
@@ -96,11 +100,15 @@ def run(settings: config.Pretrain) -> None:
             announce(state)
         for attempt in itertools.count():
             try:
-                return train(state, found, cut, heartbeat, stop)
+                return train(state, found, cut, meter, stop)
             except Spiked as spike:
-                heartbeat.beat("start", state.step)
-                found = roll_back(state, spike, attempt)
+                meter.beat("start", state.step)
+                with meter.restoring():
+                    found = roll_back(state, spike, attempt)
+                if meter.run:
+                    meter.run.rollbacks.inc()
     finally:
+        meter.close()
         shards.close()
         engine.close()
         dist.stop()
@@ -109,7 +117,7 @@ def run(settings: config.Pretrain) -> None:
 
 
 def train(
-    state: Run, found: Path | None, cut: Callable[..., dict[str, Tensor]], heartbeat: Heartbeat, stop: dist.StopSignal
+    state: Run, found: Path | None, cut: Callable[..., dict[str, Tensor]], meter: Meter, stop: dist.StopSignal
 ) -> None:
     """The loop: from the state that was ``found``, or from the start, to the end."""
     settings, world, engine, teacher, total_steps = state.settings, state.world, state.engine, state.teacher, state.total_steps
@@ -117,9 +125,15 @@ def train(
     writer = open_writer(settings, found, team) if world.is_first or team else None
     schedule = Schedule(**settings.checkpoint.schedule_arguments())
     log = metrics.RunLog(
-        settings.run_dir, is_first=world.is_first, title="pretrain", total_steps=total_steps, first_step=state.step
+        settings.run_dir,
+        is_first=world.is_first,
+        title="pretrain",
+        total_steps=total_steps,
+        first_step=state.step,
+        numbers=meter.run,
     )
     reader = build_reader(state)
+    tell_plan(state, meter, writer, reader.steps_per_epoch)
     guard = Guard(
         world.device,
         max_skipped_steps=settings.train.max_skipped_steps,
@@ -131,32 +145,35 @@ def train(
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
     try:
         while step < total_steps:
-            heartbeat.beat("wait_data", step)
+            meter.beat("wait_data", step)
             reader.wait(lambda: stop.requested)  # while a store is away, a run can still be stopped
-            heartbeat.beat(working, step)
+            meter.beat(working, step)
             timed = world.is_first and writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
             stopping, timed = dist.any_ranks(stop.requested, timed)
             due |= step > saved and (stopping or timed or schedule.by_step(step))
             if due and last_step_counted(guard, state):
-                heartbeat.beat("checkpoint", step)
+                meter.beat("checkpoint", step)
                 save(state, writer, spread=bool(team))
-                heartbeat.beat(working, step)
+                meter.beat(working, step)
                 saved, due = step, False
             if stopping:
                 stop.settle()
-                heartbeat.beat("checkpoint", step)
+                meter.beat("checkpoint", step)
                 finish(writer)
                 kept = f"state saved in {settings.run_dir}" if saved else "nothing to save yet"
                 raise Stopped(f"at step {step} of {total_steps}, {kept}; run this again to go on")
             parts = []
             for micro in range(state.plan.grad_accum_steps):
-                heartbeat.beat("wait_data", step)
+                meter.beat("wait_data", step)
                 batch = to_device(next(reader), world.device)
-                heartbeat.beat(working, step)
+                meter.beat(working, step)
+                meter.enter("inputs")
                 inputs = cut(batch.canvas, batch.size, draw_batch(batch.keys, batch.native_size, state.view), state.view)
                 if teacher:
                     inputs["target"] = teacher(inputs["patches_b"])
+                meter.enter("forward_backward")
                 parts.append(engine.forward_backward(inputs, last_micro=micro == state.plan.grad_accum_steps - 1))
+            meter.enter("optimizer")
             losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
             lr_scale = lr_scale_at(settings, step, total_steps)
             grad_norm, skipped = engine.step(lr_scale)
@@ -166,6 +183,7 @@ def train(
             guard.note(losses["loss"], skipped)
             step, state.step, state.cursor, working = step + 1, step + 1, state.cursor + 1, "step"
 
+            meter.count(step, state.plan.global_batch_size)
             log.advance(step)
             if step % settings.train.log_every == 0 or step == total_steps:
                 means = mean_over_ranks(losses | {"grad_norm": grad_norm, "skipped_steps": guard.num_skipped})
@@ -177,7 +195,7 @@ def train(
                     raise Spiked(good)
                 good, state.usual_loss = step, guard.usual
         last_step_counted(guard, state)
-        heartbeat.beat("checkpoint", step)
+        meter.beat("checkpoint", step)
         save(state, writer, spread=bool(team))
         finish(writer)
     finally:
@@ -473,6 +491,43 @@ def announce(state: Run) -> None:
     print(
         f"pretrain: {going}, peak lr {peak_lr(settings):.3g}, engine {settings.engine.name}, run {settings.run_dir}",
         flush=True,
+    )
+
+
+def tell_plan(state: Run, meter: Meter, writer: Writer | None, steps_per_epoch: int) -> None:
+    """What Prometheus is told about a run before its first step."""
+    settings, world = state.settings, state.world
+    if writer:
+        meter.read_writer(writer.counters.registry)
+    if not meter.run:
+        return
+    peak = settings.metrics.peak_tflops and 1e12 * settings.metrics.peak_tflops
+    if not peak and world.device.type == "cuda":
+        peak = metrics.peak_flops(torch.cuda.get_device_name(world.device), settings.train.precision)
+    meter.run.plan(
+        first_step=state.step,
+        total_steps=state.total_steps,
+        world_size=world.world_size,
+        steps_per_epoch=steps_per_epoch,
+        checkpoint_steps=settings.checkpoint.every_steps,
+        flops_per_image=flops_per_image(settings),
+        peak_flops=peak,
+    )
+
+
+def flops_per_image(settings: config.Pretrain) -> float:
+    """Operations of a step, for each picture."""
+    model, width = settings.model, SIZES[settings.model.size]["embed_dim"]
+    num_patches = model.img_size[0] * model.img_size[1] // model.patch_size**2
+    return metrics.pretrain_flops(
+        num_visible=num_patches - round(settings.mask.ratio * num_patches),
+        num_patches=num_patches,
+        patch_size=model.patch_size,
+        embed_dim=width,
+        depth=SIZES[model.size]["depth"],
+        decoder_depth=settings.decoders.depth,
+        pixel_dim=settings.decoders.pixel_dim or min(512, width),
+        feature_dim=(settings.decoders.feature_dim or width) if settings.loss.feature_weight else None,
     )
 
 

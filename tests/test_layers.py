@@ -16,10 +16,10 @@ TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
 }
 MIDDLE = {
     f"personmae.{name}"
-    for name in ("engine", "checkpoint", "archive", "keeper", "snapshot", "guard", "metrics", "plan", "data")
+    for name in ("engine", "checkpoint", "archive", "keeper", "snapshot", "guard", "metrics", "meter", "plan", "data")
 } | {f"personmae.reid.{name}" for name in ("features", "retrieval")}
 PROGRAMS = {f"personmae.{name}" for name in ("pretrain", "finetune", "unsupervised", "evaluate", "bench", "apply")}
-GROUND = {"personmae.errors", "personmae.heartbeat"}
+GROUND = {"personmae.errors", "personmae.heartbeat", "personmae.telemetry"}
 HEAVY = {"torch", "cv2", "numpy", "boto3", "streaming", "deepspeed", "timm", "matplotlib", "scipy", "sklearn"}
 
 
@@ -120,16 +120,19 @@ def test_the_configuration_needs_pydantic_yaml_and_the_standard_library():
 
 def test_the_model_needs_torch_and_nothing_that_computes_besides():
     outside = {i.split(".")[0] for m in OURS if within(m, {"personmae.model"}) for i in IMPORTS[m]}
-    assert outside - set(sys.stdlib_module_names) == {"torch", "jaxtyping", "personmae"}
+    assert outside - set(sys.stdlib_module_names) == {"torch", "triton", "jaxtyping", "personmae"}
 
 
-def test_the_launcher_imports_the_command_line_configuration_heartbeats_and_errors_alone():
-    allowed = {"launcher"} | {f"personmae.{name}" for name in ("commands", "config", "errors", "heartbeat")}
+def test_the_launcher_imports_the_command_line_configuration_heartbeats_numbers_and_errors_alone():
+    allowed = {"launcher"} | {
+        f"personmae.{name}" for name in ("commands", "config", "errors", "heartbeat", "nvml", "telemetry")
+    }
     assert trespasses({"launcher"}, allowed) == []
 
 
 def test_the_bottom_imports_nothing_of_ours():
     assert OURS["personmae.errors"] == OURS["personmae.heartbeat"] == set()
+    assert OURS["personmae.telemetry"] - {"personmae"} == {"personmae.errors", "personmae.heartbeat"}
 
 
 def test_packages_do_nothing_when_imported():

@@ -1,0 +1,327 @@
+"""What a rank measures of itself for Prometheus: the parts of its steps, where its time goes, and on rank 0 the run."""
+
+import contextlib
+import importlib.metadata
+import itertools
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from personmae import dist, heartbeat
+from personmae.heartbeat import PHASES, Heartbeat, Phase
+from personmae.nvml import gpu_collectors
+from personmae.telemetry import GOODPUT, RANK_PHASE, Export, Several
+
+Part = Literal["data_wait", "inputs", "forward_backward", "optimizer", "other"]
+PARTS: Final[tuple[Part, ...]] = get_args(Part)
+STATES: Final[dict[Phase, str]] = {
+    "start": "init",
+    "compile": "init",
+    "step": "train",
+    "checkpoint": "checkpoint",
+    "wait_data": "data",
+    "evaluate": "evaluate",
+}
+_STEP_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_RESTORE_SECONDS = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 900)
+
+
+class Meter:
+    """Everything a program tells about itself while it runs, its heartbeat included; cheap enough for every step.
+
+    ``port`` is where it can be scraped when no agent does that, 0 for nowhere.
+
+    Raises:
+        UserError: the port is taken or not allowed.
+    """
+
+    def __init__(self, job_kind: str, *, port: int = 0) -> None:
+        self._heartbeat = Heartbeat()
+        local_rank, is_first = int(os.environ.get("LOCAL_RANK", "0")), os.environ.get("RANK", "0") == "0"
+        own, self._shared, self._own = CollectorRegistry(), Several(), Several()
+        on_gpu = dist.use_cuda()
+        self._timer = StepTimer(own, _new_event if on_gpu else None)
+        self._states, self._phase = StateClock(), _PhaseNow()
+        self.run = RunNumbers(job_kind) if is_first else None
+        self._own.put("own", own)
+        self._own.put("phase", self._phase)
+        self._shared.put("states", self._states)
+        if self.run:
+            self._shared.put("run", self.run.registry)
+        if on_gpu:
+            self._own.put("allocator", _Allocator())
+        more = gpu_collectors() if port and local_rank == 0 and heartbeat.DIRECTORY not in os.environ else []
+        self._export = Export(local_rank, self._own, self._shared, port=port, more=more)
+
+    def beat(self, phase: Phase, step: int) -> None:
+        """Say that ``phase`` begins or goes on, ``step`` steps being done: to the agent, and to what counts the time."""
+        self._heartbeat.beat(phase, step)
+        self._phase.now = phase
+        self._states.enter(STATES[phase])
+        self._timer.enter(None if phase in ("start", "evaluate") else "data_wait" if phase == "wait_data" else "other")
+
+    def enter(self, part: Part) -> None:
+        """A part of the step begins; the one before it ends."""
+        self._timer.enter(part)
+
+    def count(self, step: int, num_images: int) -> None:
+        """A step is done, by all ranks together with ``num_images``."""
+        self._timer.end_step()
+        if self.run:
+            self.run.count(step, num_images)
+
+    def read(self, source: str, registry: Collector) -> None:
+        """Tell what a part of the rank counts; one that takes another's place goes on with its counters."""
+        self._own.put(source, registry)
+
+    def read_writer(self, registry: Collector) -> None:
+        """Tell what the writer of checkpoints counts, once for the run."""
+        if self.run:
+            self._shared.put("checkpoints", _SetGauges(registry))
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Time the search for a state, its fetching and its reading."""
+        start = time.monotonic()
+        self._states.enter("restore")
+        yield
+        self._states.enter("init")
+        if self.run:
+            self.run.restores.observe(time.monotonic() - start)
+
+    def close(self) -> None:
+        """Say the last word."""
+        self._export.close()
+
+
+class RunNumbers:
+    """The run as rank 0 tells it. A gauge is not there before it is known: nothing has a loss of 0 meanwhile."""
+
+    def __init__(self, job_kind: str) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        self._plan: dict[str, float] = {}
+        self._num_skipped = 0.0
+        versions = {name: _version(name) for name in ("personmae", "torch", "deepspeed")} | {"cuda": torch.version.cuda or ""}
+        labels = {"version": versions.pop("personmae"), **versions}
+        Gauge("personmae_build_info", "What runs", list(labels), registry=registry).labels(**labels).set(1)
+        Gauge("personmae_run_info", "Which program runs", ["job_kind"], registry=registry).labels(job_kind).set(1)
+        self.steps = Counter("personmae_steps", "Optimizer steps done, those done again included", registry=registry)
+        self.samples = Counter("personmae_samples", "Pictures trained on", registry=registry)
+        self.skipped = Counter("personmae_skipped_steps", "Steps that changed nothing", ["reason"], registry=registry)
+        self.skipped.labels("non_finite")
+        self.rollbacks = Counter("personmae_rollbacks", "Returns to a checkpoint after a jump of the loss", registry=registry)
+        self.restores = Histogram(
+            "personmae_restore_duration_seconds",
+            "Time to find, fetch and read the state to go on from",
+            buckets=_RESTORE_SECONDS,
+            registry=registry,
+        )
+
+    def plan(
+        self,
+        *,
+        first_step: int,
+        total_steps: int,
+        world_size: int,
+        steps_per_epoch: int = 0,
+        checkpoint_steps: int = 0,
+        flops_per_image: float = 0.0,
+        peak_flops: float | None = None,
+    ) -> None:
+        """What is known before the first step; ``peak_flops`` of one rank a second, None where that is not known."""
+        names = {"first_step": first_step, "checkpoint_interval_steps": checkpoint_steps}
+        for name, value in names.items():
+            self._set(name, value)
+        self._plan = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch}
+        self._plan["peak"] = world_size * (peak_flops or 0.0) / flops_per_image if flops_per_image else 0.0  # images a second
+        self._num_skipped = 0.0
+
+    def count(self, step: int, num_images: int) -> None:
+        self.steps.inc()
+        self.samples.inc(num_images)
+        self._set("last_step", step)
+        self._set("last_step_timestamp_seconds", time.time())
+
+    def show(self, step: int, values: dict[str, float], images_per_second: float) -> None:
+        """Take over what has been logged."""
+        for name, key in (("loss", "loss"), ("learning_rate", "lr"), ("grad_norm", "grad_norm")):
+            if key in values:
+                self._set(name, values[key])
+        skipped = values.get("skipped_steps", 0.0)
+        self.skipped.labels("non_finite").inc(max(0.0, skipped - self._num_skipped))
+        self._num_skipped = skipped
+        self._set("images_per_second", images_per_second)
+        if total := self._plan.get("total_steps"):
+            self._set("progress_ratio", step / total)
+        if per_epoch := self._plan.get("steps_per_epoch"):
+            self._set("epoch", step / per_epoch)
+        if peak := self._plan.get("peak"):
+            self._set("model_flops_utilization_ratio", images_per_second / peak)
+
+    def _set(self, name: str, value: float) -> None:
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(f"personmae_{name}", _GAUGES[name], registry=self.registry)
+        self._gauges[name].set(value)
+
+
+_GAUGES: Final = {
+    "first_step": "Step that the running ranks went on from",
+    "checkpoint_interval_steps": "Steps between two checkpoints",
+    "last_step": "Steps done",
+    "last_step_timestamp_seconds": "When the last step ended",
+    "loss": "Mean loss of the last logged step",
+    "learning_rate": "Learning rate of the last logged step",
+    "grad_norm": "Norm of the gradient of the last logged step",
+    "images_per_second": "Pictures a second since the log line before",
+    "progress_ratio": "Share of the run's steps that is done",
+    "epoch": "Passes over the data set that are done",
+    "model_flops_utilization_ratio": "Arithmetic of the model over what the GPUs could do at most",
+}
+
+
+class StateClock(Collector):
+    """Seconds of this process by what it was doing, from its first instruction on."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since = time.monotonic()
+        self._state = "init"
+        self._seconds = dict.fromkeys(["train", "data", "checkpoint", "evaluate", "restore"], 0.0) | {"init": _process_age()}
+
+    def enter(self, state: str) -> None:
+        with self._lock:
+            now = time.monotonic()
+            self._seconds[self._state] += now - self._since
+            self._since, self._state = now, state
+
+    def collect(self) -> Iterator[Metric]:
+        total = CounterMetricFamily("personmae_goodput_seconds", GOODPUT, labels=["state"])
+        self.enter(self._state)
+        for state, seconds in self._seconds.items():
+            total.add_metric([state], seconds)
+        yield total
+
+
+class StepTimer:
+    """Durations of steps and of their parts.
+
+    With ``new_event`` parts are measured where they run, by events in the GPU's stream, which are read some steps later, when
+    they have happened: the host only queues the work. Nothing waits for them. Waiting for data is a matter of the host.
+    What comes before the first part, or between steps as None, belongs to no step.
+    """
+
+    def __init__(self, registry: CollectorRegistry, new_event: Callable[[], Any] | None = None) -> None:
+        histogram = Histogram(
+            "personmae_step_duration_seconds",
+            "Duration of a step (total) and of its parts",
+            ["phase"],
+            buckets=_STEP_SECONDS,
+            registry=registry,
+        )
+        self._observe = {part: histogram.labels(part).observe for part in ("total", *PARTS)}
+        self._new_event = new_event
+        self._part: Part | None = None
+        self._since = time.perf_counter()
+        self._spent: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
+        self._marks: list[tuple[Part | None, Any]] = []
+        self._queued: deque[tuple[list[tuple[Part | None, Any]], float]] = deque()
+        self._free: list[Any] = []
+
+    def enter(self, part: Part | None) -> None:
+        """The part before this one ends."""
+        now = time.perf_counter()
+        if self._part:
+            self._spent[self._part] += now - self._since
+        self._since, self._part = now, part
+        if self._new_event:
+            event = self._free.pop() if self._free else self._new_event()
+            event.record()
+            self._marks.append((part, event))
+
+    def end_step(self) -> None:
+        """The step is done, or queued."""
+        self.enter("other")
+        if self._new_event:
+            self._queued.append((self._marks, self._spent["data_wait"]))
+            self._marks = self._marks[-1:]  # where the next step begins
+            self._drain()
+        else:
+            self._tell(self._spent)
+        self._spent = dict.fromkeys(PARTS, 0.0)
+
+    def _drain(self) -> None:
+        while self._queued and self._queued[0][0][-1][1].query():
+            marks, waited = self._queued.popleft()
+            spent: dict[Part, float] = dict.fromkeys(PARTS, 0.0)
+            for (part, event), (_, following) in itertools.pairwise(marks):
+                if part:
+                    spent[part] += event.elapsed_time(following) / 1000
+            self._free += [event for _, event in marks[:-1]]
+            self._tell(spent, waited)
+
+    def _tell(self, spent: dict[Part, float], waited: float | None = None) -> None:
+        self._observe["total"](sum(spent.values()))
+        for part, seconds in spent.items():
+            self._observe[part](seconds if waited is None or part != "data_wait" else waited)
+
+
+class _PhaseNow(Collector):
+    """What the rank is doing, for where no agent tells it."""
+
+    now: Phase = "start"
+
+    def collect(self) -> Iterator[Metric]:
+        gauge = GaugeMetricFamily("personmae_rank_phase", RANK_PHASE, labels=["phase"])
+        for phase in PHASES:
+            gauge.add_metric([phase], float(phase == self.now))
+        yield gauge
+
+
+class _SetGauges(Collector):
+    """A registry without its gauges that were never set."""
+
+    def __init__(self, registry: Collector) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        found = self._registry.collect()
+        return [m for m in found if m.type != "gauge" or any(s.value for s in m.samples)]
+
+
+class _Allocator(Collector):
+    """Memory of this rank's GPU as torch keeps it."""
+
+    def collect(self) -> Iterator[Metric]:
+        for kind, value in (("allocated", torch.cuda.memory_allocated()), ("reserved", torch.cuda.memory_reserved())):
+            text = f"Memory of the rank's GPU that torch has {kind}"
+            yield GaugeMetricFamily(f"personmae_cuda_memory_{kind}_bytes", text, value=value)
+
+
+def _new_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _process_age() -> float:
+    """Seconds since this process was started; 0 where the kernel does not tell."""
+    try:
+        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError):
+        return 0.0
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

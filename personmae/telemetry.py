@@ -1,0 +1,240 @@
+"""What ranks tell Prometheus, and how it gets to one endpoint a host; docs/metrics.md lists the names.
+
+Below an agent (launcher/agent.py) a rank writes its numbers every two seconds to a file beside its heartbeat, and the agent
+serves them, going on where a rank that ended had left its counters. Without one, local rank 0 serves its own. No torch here:
+the agent reads this, too. prometheus_client's own files for several processes are not used: they keep a sample for every
+process that ever was, know no collectors and no removal, and every observation costs four times as much.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest, start_http_server
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from personmae import heartbeat
+from personmae.errors import UserError
+
+INTERVAL_SECONDS = 2.0
+SHARED = "host"  # the source that speaks for a host, and on the first one for the run
+GOODPUT = "Time of the host by what it went into"
+RANK_PHASE = "1 for what a rank is doing, 0 for all else"
+_SUFFIX = ".metrics"
+_KEPT = ("counter", "histogram")
+
+
+class Ledger:
+    """The numbers of a source that may end and begin anew: counters go on from where it ended, gauges end with it."""
+
+    def __init__(self) -> None:
+        self._life = self._ended = ""
+        self._now: dict[str, Metric] = {}
+        self._before: dict[str, Metric] = {}
+
+    def update(self, life: str, metrics: Iterable[Metric]) -> None:
+        """Take over all that a source tells at present; another ``life`` is one that began at zero."""
+        if life == self._ended:  # its file is still there
+            return
+        if life != self._life:
+            self.end()
+        self._life, self._now = life, {metric.name: metric for metric in metrics}
+
+    def end(self) -> None:
+        """The source has ended."""
+        for name, metric in self._now.items():
+            if metric.type in _KEPT:
+                self._before[name] = _sum(metric, self._before.get(name))
+        self._ended, self._life, self._now = self._life or self._ended, "", {}
+
+    def collect(self, *, gauges: bool = True) -> Iterator[Metric]:
+        """All lives together; without ``gauges`` what only a living source has is left out."""
+        for name, metric in self._now.items():
+            if metric.type not in _KEPT and not gauges:
+                continue
+            yield _sum(metric, self._before.get(name) if metric.type in _KEPT else None)
+        yield from (metric for name, metric in self._before.items() if name not in self._now)
+
+
+def _sum(now: Metric, before: Metric | None) -> Metric:
+    total = Metric(now.name, now.documentation, now.type)
+    values = {(s.name, tuple(sorted(s.labels.items()))): s.value for s in before.samples} if before else {}
+    for sample in now.samples:
+        if sample.name.endswith("_created"):
+            continue
+        value = sample.value + values.pop((sample.name, tuple(sorted(sample.labels.items()))), 0)
+        total.add_sample(sample.name, sample.labels, value)
+    for (name, labels), value in values.items():
+        total.add_sample(name, dict(labels), value)
+    return total
+
+
+def merge(metrics: Iterable[Metric], **labels: str) -> dict[str, Metric]:
+    """Metrics of several sources as one each, by name; ``labels`` are added to every sample."""
+    found: dict[str, Metric] = {}
+    for metric in metrics:
+        into = found.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
+        for sample in metric.samples:
+            into.add_sample(sample.name, {**sample.labels, **labels}, sample.value)
+    return found
+
+
+class Continued(Collector):
+    """The numbers of all ranks below a directory, whichever ranks those are by now. Threads may share it.
+
+    While ``living`` is false there are no gauges: what a rank that has ended said last is not so any more.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.living = False
+        self._ledgers: dict[str, Ledger] = {}
+        self._lock = threading.Lock()
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            self._read()
+            labelled = []
+            for source, ledger in sorted(self._ledgers.items()):
+                labels = {} if source == SHARED else {"local_rank": source}
+                labelled += merge(ledger.collect(gauges=self.living), **labels).values()
+        yield from merge(labelled).values()
+
+    def end(self) -> None:
+        """The ranks have ended, and their files are about to be removed."""
+        with self._lock:
+            self._read()
+            for ledger in self._ledgers.values():
+                ledger.end()
+
+    def _read(self) -> None:
+        for file in self._directory.glob(f"*{_SUFFIX}"):
+            try:
+                life, _, text = file.read_text().partition("\n")
+            except FileNotFoundError:  # the agent has ended
+                continue
+            self._ledgers.setdefault(file.stem, Ledger()).update(life, text_string_to_metric_families(text))
+
+
+class Several(Collector):
+    """Registries as one. One that takes another's place, under the same name, goes on with its counters."""
+
+    def __init__(self) -> None:
+        self._sources: dict[str, tuple[str, Collector]] = {}
+        self._ledgers: dict[str, Ledger] = {}
+        self._lock = threading.Lock()
+        self._lives = 0
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def put(self, name: str, source: Collector) -> None:
+        """Let a source tell its numbers under a name of its own."""
+        with self._lock:
+            self._read()
+            self._lives += 1
+            self._sources[name] = str(self._lives), source
+            self._ledgers.setdefault(name, Ledger())
+
+    def collect(self) -> Iterator[Metric]:
+        with self._lock:
+            self._read()
+            found = merge(metric for ledger in self._ledgers.values() for metric in ledger.collect())
+        yield from found.values()
+
+    def _read(self) -> None:
+        for name, (life, source) in self._sources.items():
+            self._ledgers[name].update(life, source.collect())
+
+
+class Export:
+    """Gets a rank's numbers out: to files for the agent, else to an endpoint of its own where a ``port`` is given.
+
+    ``own`` are this rank's, ``shared`` those of the host or of the run; both are read by a thread. ``local_rank`` 0 is the
+    one that has an endpoint.
+
+    Raises:
+        UserError: the port is taken or not allowed.
+    """
+
+    def __init__(self, local_rank: int, own: Collector, shared: Collector, *, port: int = 0, more: Sequence[Collector] = ()):
+        disable_created_metrics()
+        self._life = f"# {os.getpid()} {time.monotonic_ns()}"
+        self._directory = os.environ.get(heartbeat.DIRECTORY)
+        self._sources = {str(local_rank): _registry(own)} | ({SHARED: _registry(shared)} if local_rank == 0 else {})
+        self._told = False
+        self._stopped = threading.Event()
+        self._stop: Callable[[], object] = lambda: None
+        if self._directory:
+            thread = threading.Thread(target=self._write_often, name="metrics", daemon=True)
+            thread.start()
+            self._stop = thread.join
+        elif port and local_rank == 0:
+            self._stop = _serve(port, _registry(_Labelled(own, local_rank), shared, *more))
+
+    def close(self) -> None:
+        """Say the last word."""
+        self._stopped.set()
+        self._stop()
+        self._stop = lambda: None
+
+    def _write_often(self) -> None:
+        while not self._stopped.wait(INTERVAL_SECONDS):
+            self.write()
+        self.write()
+
+    def write(self) -> None:
+        """Write all numbers as they are now; each file is replaced whole."""
+        for name, registry in self._sources.items():
+            file = Path(self._directory or "") / f"{name}{_SUFFIX}"
+            partial = file.with_suffix(".partial")
+            try:
+                partial.write_bytes(self._life.encode() + b"\n" + generate_latest(registry))
+                os.replace(partial, file)
+            except OSError as error:  # a full disk; the agent then has old numbers
+                if not self._told:
+                    print(f"metrics are not written to {file}: {error.strerror}", flush=True)
+                self._told = True
+
+
+class _Labelled(Collector):
+    """A rank's numbers as the agent would label them."""
+
+    def __init__(self, own: Collector, local_rank: int) -> None:
+        self._own, self._local_rank = own, local_rank
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        yield from merge(self._own.collect(), local_rank=str(self._local_rank)).values()
+
+
+def _registry(*sources: Collector) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    for source in sources:
+        registry.register(source)
+    return registry
+
+
+def _serve(port: int, registry: CollectorRegistry) -> Callable[[], object]:
+    try:
+        server, thread = start_http_server(port, registry=registry)
+    except OSError as error:
+        raise UserError(
+            f"metrics.port={port} is taken or not allowed ({error.strerror}); give another, or 0 for none"
+        ) from error
+
+    def stop() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return stop
