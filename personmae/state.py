@@ -1,0 +1,155 @@
+"""What a pre-training run is made of, and its way into a checkpoint and back."""
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from personmae import archive, checkpoint, config, dist
+from personmae.data.stream import ShardSet
+from personmae.engine.base import Engine, PortableState, own_part
+from personmae.errors import Diverged, UserError
+from personmae.guard import Guard
+from personmae.keeper import Writer
+from personmae.model.personmae import View
+from personmae.model.teacher import Teacher
+
+
+@dataclass
+class Run:
+    """What a run is made of, and how far it has come."""
+
+    settings: config.Pretrain
+    world: dist.World
+    plan: dist.BatchPlan
+    view: View
+    shards: ShardSet
+    engine: Engine
+    teacher: Teacher | None
+    total_steps: int
+    step: int = 0  # updates done
+    cursor: int = 0  # global batches of the sample order that are behind; more than ``step`` after a rollback
+    usual_loss: float | None = None  # what the guard against jumps compares with
+
+
+class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
+    """The loss has jumped; ``good_step`` is the last one at which it was as usual."""
+
+    def __init__(self, good_step: int):
+        self.good_step = good_step
+
+
+def save(state: Run, writer: Writer | None, *, spread: bool) -> None:
+    """Have a checkpoint written, with ``spread`` by all ranks together."""
+    saved = portable(state, spread=spread)
+    if writer and saved:
+        writer.save(saved)
+
+
+def portable(state: Run, *, spread: bool = False) -> checkpoint.Checkpoint | None:
+    """Everything that a resumed run needs, on the first rank, or each rank's share of it; called by all ranks together."""
+    settings, engine_state = state.settings, state.engine.portable_state(spread=spread)
+    if engine_state is None:
+        return None
+    tensors = {"student": engine_state.params, **engine_state.moments}
+    if state.teacher:
+        tensors["teacher"] = own_part(state.teacher.encoder.state_dict(), spread=spread)
+    record = {
+        "total_steps": state.total_steps,
+        "images_seen": state.step * settings.train.global_batch_size,
+        "cursor": state.cursor,
+        "usual_loss": state.usual_loss,
+        "num_updates": engine_state.num_updates,
+        "identity": identity(settings, state.shards),
+        "model": model_record(settings.model),
+        "config_hash": config.config_hash(settings),
+        "versions": checkpoint.versions(),
+    }
+    return checkpoint.Checkpoint(state.step, tensors, record)
+
+
+def resume(state: Run) -> Path | None:
+    """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
+    found = archive.newest_for_all(state.settings.run_dir, state.settings.checkpoint.store)
+    if not found:
+        return None
+    saved = checkpoint.read(found)
+    ours, theirs = identity(state.settings, state.shards), saved.state.get("identity", {})
+    if differing := [key for key in ours if theirs.get(key) != ours[key]]:
+        told = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
+        raise UserError(
+            f"{found} belongs to a run with other settings: {told}; use the same, another run_dir, or checkpoint.resume=none"
+        )
+    tensors = dict(saved.tensors)
+    student, teacher = tensors.pop("student"), tensors.pop("teacher", {})
+    state.engine.load_portable(PortableState(student, tensors, saved.state["num_updates"]))
+    if state.teacher:
+        checkpoint.load_strictly(state.teacher.encoder, teacher, found)
+    state.step = saved.step
+    state.cursor = saved.state.get("cursor", saved.step)
+    state.usual_loss = saved.state.get("usual_loss")
+    return found
+
+
+def identity(settings: config.Pretrain, shards: ShardSet) -> dict[str, Any]:
+    """What must agree before a run is resumed: settings, and the data set, since sample numbers follow from its shards."""
+    return settings.identity() | {"data.num_samples": len(shards), "data.index": shards.digest}
+
+
+def last_step_counted(guard: Guard, state: Run) -> bool:
+    """Whether the last step changed the parameters: a state is saved only then. Waits for the device.
+
+    Raises:
+        Diverged: too many steps in a row were skipped; the state is kept for a look.
+    """
+    if guard.exhausted():
+        blame, where = guard.blame(), Path(state.settings.run_dir) / "diverged"
+        if dumped := portable(state):
+            with contextlib.closing(Writer(where, keep_last=1)) as writer:
+                writer.save(dumped)
+        raise Diverged(
+            f"the gradient was not finite in {int(guard.in_row)} steps in a row, up to step {state.step}, which read batch "
+            f"{state.cursor - 1} of the order: {blame}; {where} has the state, the run's own checkpoints are from before"
+        )
+    return not guard.in_row
+
+
+def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
+    """Go back to the newest checkpoint from before a spike, and on with the batches behind it (as PaLM's authors did).
+
+    Raises:
+        Diverged: there is none, or the loss has jumped too often.
+    """
+    run_dir, store = state.settings.run_dir, state.settings.checkpoint.store
+    at, cursor, most = state.step, state.cursor, state.settings.train.max_rollbacks
+    told = f"the loss has jumped by step {at}, above {state.settings.train.spike_factor:g} times what it was before"
+    if attempt >= most:
+        raise Diverged(f"{told}, after {most} rollbacks; lower optim.base_lr, or look at the data")
+    kept = {*checkpoint.local_steps(run_dir), *(archive.steps(store) if store else ())} if state.world.is_first else set()
+    if not dist.any_rank(any(step <= spike.good_step for step in kept)):
+        raise Diverged(f"{told}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often")
+    if state.world.is_first:
+        checkpoint.delete(run_dir, [step for step in kept if step > spike.good_step])
+        for step in kept if store else ():
+            if step > spike.good_step:
+                archive.delete(store or "", step)
+    dist.barrier()
+    usual = state.usual_loss
+    found = resume(state)
+    if not found:
+        raise Diverged(f"{told}, and no checkpoint of {run_dir} from before can be read")
+    state.usual_loss = usual
+    state.cursor = max(cursor, state.cursor)
+    if state.world.is_first:
+        print(f"{told}: back to step {state.step}, and on without the {cursor - state.step} batches since", flush=True)
+    return found
+
+
+def open_writer(settings: config.Pretrain, resumed: Path | None, team: dict[str, Any]) -> Writer:
+    """What saves the run's states beside the loop, on the first rank or on all of a ``team``."""
+    return Writer(settings.run_dir, resumed=resumed, **settings.checkpoint.writer_arguments(), **team)
+
+
+def model_record(model: config.Model) -> dict[str, Any]:
+    """What must travel with the weights: architecture and preprocessing."""
+    return model.model_dump(mode="json")
