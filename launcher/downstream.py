@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in launche
 from launcher import objects
 from personmae.commands.arguments import Parser
 from personmae.commands.training import add_program_arguments, run_config
-from personmae.errors import UserError, run_program
+from personmae.errors import UserError, leave, run_program
 
 
 def main() -> int:
@@ -39,4 +39,4 @@ def _run(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

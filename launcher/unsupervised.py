@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # deepspeed puts launcher/ there, not the checkout
 
 from launcher.program import main
+from personmae.errors import leave
 
 if __name__ == "__main__":
-    sys.exit(main("unsupervised"))
+    leave(main("unsupervised"))

@@ -1,11 +1,10 @@
 """The console script: verbs, one line of help each. Nothing heavy is imported before a verb is chosen."""
 
 import os
-import sys
 
 from personmae.commands import data, looking, training
 from personmae.commands.arguments import Parser
-from personmae.errors import run_program
+from personmae.errors import leave, run_program
 
 VERBS = (
     *(data.add_synth, data.add_shards),
@@ -28,4 +27,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

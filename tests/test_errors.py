@@ -1,6 +1,9 @@
 """How programs end: codes, and one line for what the user can mend."""
 
 import errno
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -102,3 +105,14 @@ def test_a_diverged_run_fails_with_one_line(capsys):
 
     assert run_program(program) == 1
     assert capsys.readouterr().err == "error: the loss is not finite by step 7\n"
+
+
+@pytest.mark.parametrize(("world_size", "left"), [("1", "at leisure"), ("2", "")])
+def test_one_of_several_ranks_leaves_without_a_shutdown_that_could_abort_it(world_size, left):
+    program = (
+        "import atexit; from personmae.errors import leave; atexit.register(print, 'at leisure'); print('last word'); leave(75)"
+    )
+    environment = os.environ | {"WORLD_SIZE": world_size}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    assert done.stdout.split("\n", 1) == ["last word", f"{left}\n" if left else ""]
