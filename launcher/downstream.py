@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--config", required=True, metavar="CONFIG", help="a YAML file; see configs/")
     parser.add_argument("--program", required=True, choices=("finetune", "unsupervised"))
     parser.add_argument("--result", required=True, metavar="URL", help="s3://bucket/name.json")
-    add_program_arguments(parser)
+    add_program_arguments(parser, dry_run=False)
     args = parser.parse_args()
     return run_program(lambda: _run(args), quiet=os.environ.get("RANK", "0") != "0")
 

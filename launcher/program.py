@@ -13,6 +13,6 @@ def main(name: str) -> int:
     parser = Parser(prog=f"launcher/{name}.py")
     parser.add_argument("--config", required=True, metavar="CONFIG", help="a YAML file; see configs/")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it
-    add_program_arguments(parser)
+    add_program_arguments(parser, dry_run=name == "pretrain")
     args = parser.parse_args()
     return run_program(lambda: run_config(name, args.config, args), quiet=os.environ.get("RANK", "0") != "0")

@@ -4,17 +4,20 @@ import contextlib
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as tdist
 
-from personmae.errors import UserError
+from personmae.errors import Diverged, Stopped, UserError
 
 _TIMEOUT = timedelta(minutes=10)
+_PATIENCE = timedelta(hours=4)  # for what the first rank does alone, such as clustering or ranking
+T = TypeVar("T")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
@@ -166,6 +169,33 @@ def broadcast(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def on_first_rank(work: Callable[[], T]) -> T | None:
+    """What ``work`` returns on rank 0, None on the others, which wait for it much longer than for a collective.
+
+    A user error, a stop or a divergence of rank 0 is raised on all ranks, so that all end alike.
+    """
+    if not tdist.is_initialized() or tdist.get_world_size() == 1:
+        return work()
+    waiting = tdist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(waiting, tdist.ProcessGroup)
+    failure: list[Exception | None] = [None]
+    result = None
+    if is_first():
+        try:
+            result = work()
+        except (UserError, Stopped, Diverged) as error:
+            failure[0] = type(error)(str(error))
+        except Exception as error:
+            failure[0] = RuntimeError(f"the first rank failed: {error!r}")
+            tdist.broadcast_object_list(failure, src=0, group=waiting)
+            raise
+    tdist.broadcast_object_list(failure, src=0, group=waiting)
+    tdist.destroy_process_group(waiting)
+    if failure[0]:
+        raise failure[0]
+    return result
+
+
 def mean(values: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over ranks, on the CPU."""
     values = values.detach().to("cpu", copy=True)
@@ -179,6 +209,11 @@ def share(count: int) -> slice:
     """This rank's part of ``count`` things, contiguous, ranks in order."""
     rank, world_size = (tdist.get_rank(), tdist.get_world_size()) if tdist.is_initialized() else (0, 1)
     return slice(count * rank // world_size, count * (rank + 1) // world_size)
+
+
+def largest_share(count: int) -> int:
+    """The most that a rank's ``share`` of ``count`` things holds."""
+    return -(-count // (tdist.get_world_size() if tdist.is_initialized() else 1))
 
 
 def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -275,7 +310,11 @@ def require_equal_parts(batch_size: int, group_size: int, world_size: int) -> No
     group = min(group_size, batch_size)
     if batch_size % world_size or batch_size // world_size % group:
         sizes = [n for n in range(1, batch_size // group + 1) if batch_size % (n * group) == 0]
+        start = f"start {' or '.join(map(str, sizes))}, or " if sizes else ""
+        near = [n for n in range(2, batch_size // world_size + 1) if batch_size % (n * world_size) == 0]
+        best = sorted(near, key=lambda n: abs(n - group))[:2]
+        give = f"such as {' or '.join(map(str, sorted(best)))} " if best else ""
         raise UserError(
             f"a batch of {batch_size} images in groups of train.bn_group_size={group} must be shared evenly by {world_size} "
-            f"ranks; start {' or '.join(map(str, sizes))}, or give another train.bn_group_size (only equal ones compare)"
+            f"rank{'s' * (world_size > 1)}; {start}give another train.bn_group_size {give}(only equal ones compare)"
         )

@@ -1,6 +1,7 @@
 """A fine-tuned checkpoint and a benchmark to mAP, CMC and mINP, with the field's protocol."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,38 @@ def run(
     """Print one row of the table; with ``out`` also write ``result.json`` and ``rank_lists.json`` there.
 
     ``pool`` takes a pre-trained encoder as it is, its tokens pooled so; what it finds is a lower bound, not a ReID system.
+    The benchmark needs no training pictures.
 
     Raises:
         UserError: the checkpoint or the benchmark cannot be read.
+        OSError: ``out`` cannot be written to; found before anything is computed.
     """
-    benchmark = load_benchmark(benchmark_name, root)
+    if where == HISTOGRAM and pool:
+        raise UserError("--pool is for pre-trained encoders; 'histogram' has no tokens: leave it out")
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    benchmark = load_benchmark(benchmark_name, root, splits=("query", "gallery"))
     described = describe(benchmark)
     print(described.table, described.note, sep="\n")
     num_threads = dist.usable_cores()
     if where == HISTOGRAM:
         name, init = "colour histogram", "colour alone, normalised per camera"
+        source: dict[str, Any] = {}
         record = retrieval.measure(
-            benchmark, retrieval.histogram_features, img_size=HISTOGRAM_SIZE, num_threads=num_threads, rerank=rerank
+            benchmark,
+            retrieval.histogram_features,
+            img_size=HISTOGRAM_SIZE,
+            num_threads=num_threads,
+            rerank=rerank,
+            say=_say,
         )
     else:
+        path = checkpoint.locate(where)
         model, settings, init = load(where, pool)
         name = Path(where).name
+        source = {"checkpoint": str(path), "step": checkpoint.step_of(path.name), "digest": checkpoint.digest(path)}
+        _say(f"evaluating {path}")
         device = torch.device("cuda" if dist.use_cuda() else "cpu")
         features = retrieval.model_features(model.to(device), mean=settings["mean"], std=settings["std"], device=device)
         record = retrieval.measure(
@@ -48,12 +65,17 @@ def run(
             num_threads=num_threads,
             device=device,
             rerank=rerank,
+            say=_say,
         )
     assert record  # one process
-    record |= {"name": name, "init": init, "commit": metrics.git_commit()}
+    record |= {"name": name, "init": init, "commit": metrics.git_commit()} | source
     print(retrieval.table_row(record))
     if out:
         retrieval.write_record(out, record)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def load(where: str, pool: Pool | None = None) -> tuple[ReIDModel, dict[str, Any], str]:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,24 @@ from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
 from personmae.guard import Guard
-from personmae.heartbeat import Heartbeat
 from personmae.keeper import Schedule, Writer, finish
-from personmae.model.vit import SIZES, VisionTransformer
-from personmae.reid import retrieval
+from personmae.meter import Meter
+from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
+from personmae.reid import datasets, retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids, train_labels
-from personmae.reid.heads import Classifier, ReIDModel, build_head, layer_id, trained_size
+from personmae.reid.features import told
+from personmae.reid.heads import (
+    Classifier,
+    ReIDModel,
+    build_head,
+    describe_start,
+    layer_id,
+    settings_from,
+    trained_size,
+)
 from personmae.reid.losses import reid_loss
 from personmae.reid.sampler import pk_batches
-from personmae.reid.transforms import ImageSet, augment, draw_augmentation
+from personmae.reid.transforms import ImageSet, augment, draw_augmentation, load_ahead
 
 RANDOM = "random"
 
@@ -42,6 +52,7 @@ class Run:
     model_settings: dict[str, Any]  # architecture and preprocessing, which travel with the weights
     engine: Engine
     order: np.ndarray  # (total_steps, P * K): the pictures of every global batch
+    identity: dict[str, Any]  # what must agree before the run is resumed
     step: int = 0
 
     @property
@@ -62,74 +73,97 @@ def run(settings: config.Finetune) -> None:
         Diverged: gradients are no longer finite.
     """
     world = dist.read_world()
-    heartbeat = Heartbeat()
+    meter = Meter("finetune", port=settings.metrics.port)
     dist.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
-    if settings.checkpoint.resume == "auto" and retrieval.has_record(settings.run_dir, run_hash(settings)):
+    benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
+    if settings.checkpoint.resume == "auto" and is_complete(settings, benchmark):
         if world.is_first:
             print(f"{settings.run_dir} is complete", flush=True)
         return
     stop = dist.StopSignal()
     dist.start(world)
-    benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
     order = np.concatenate(plan_batches(settings, benchmark))
 
     torch.manual_seed(settings.seed)
     module, model_settings = build(settings, num_classes=int(train_labels(benchmark.train).max()) + 1)
     module.to(world.device).train()
-    state = Run(settings, world, benchmark, module, model_settings, build_engine(settings, module), order)
+    engine = build_engine(settings, module)
+    state = Run(settings, world, benchmark, module, model_settings, engine, order, identity(settings, benchmark))
     held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
-        found = resume(state) if settings.checkpoint.resume == "auto" else None
+        with meter.restoring():
+            found = resume(state) if settings.checkpoint.resume == "auto" else None
         if world.is_first:
             announce(state)
         log = metrics.RunLog(
-            settings.run_dir, is_first=world.is_first, title="finetune", total_steps=state.total_steps, first_step=state.step
+            settings.run_dir,
+            is_first=world.is_first,
+            title="finetune",
+            total_steps=state.total_steps,
+            first_step=state.step,
+            numbers=meter.run,
         )
         with contextlib.closing(log):
-            train(state, found, log, heartbeat, stop)
+            train(state, found, log, meter, stop)
             state.engine.close()
-            heartbeat.beat("evaluate", state.step)
-            evaluate(state, log)
+            evaluate(state, log, meter, stop)
     finally:
+        meter.close()
         dist.stop()
         if held:
             held.close()
 
 
-def train(state: Run, found: Path | None, log: metrics.RunLog, heartbeat: Heartbeat, stop: dist.StopSignal) -> None:
+def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     labels = torch.from_numpy(train_labels(state.benchmark.train))
     pool = ThreadPoolExecutor(dist.threads_per_rank(world))
-    images = ImageSet([sample.path for sample in state.benchmark.train], settings.model.img_size, pool=pool)
+    paths = [sample.path for sample in state.benchmark.train]
+    with told(log.say, f"opening {len(paths):,} pictures"):
+        images = ImageSet(paths, settings.model.img_size, pool=pool)
     writer = open_writer(settings, found) if world.is_first else None
+    if writer:
+        meter.read_writer(writer.counters.registry)
+    if meter.run:
+        meter.run.plan(
+            first_step=state.step,
+            total_steps=total_steps,
+            world_size=world.world_size,
+            checkpoint_steps=settings.checkpoint.every_steps,
+        )
     schedule = Schedule(**settings.checkpoint.schedule_arguments())
     guard = Guard(world.device, max_skipped_steps=settings.train.max_skipped_steps)
-    ours = dist.share(state.order.shape[1])
+    ours, due = dist.share(state.order.shape[1]), False
+    share_drop_path(state.module, state.order.shape[1], ours)
+    left = state.order[state.step :]
     try:
-        while state.step < total_steps:
-            heartbeat.beat("step", state.step)
-            chosen = state.order[state.step]
-            torch.manual_seed(settings.seed + 1000003 * state.step + world.rank)  # of drop path, so a resumed run repeats it
+        for chosen, pictures in zip(left, load_ahead(images, left[:, ours]), strict=True):
+            meter.beat("step", state.step)
+            meter.enter("inputs")
+            torch.manual_seed(settings.seed + 1000003 * state.step)  # of drop path, so a resumed run repeats it
             drawn = draw_augmentation(
                 len(chosen), settings.model.img_size, seed=settings.seed, step=state.step, **settings.augment.model_dump()
             )
-            pictures = augment(
-                images.load(chosen[ours]),
+            augmented = augment(
+                pictures.to(world.device),
                 drawn.part(ours),
                 mean=state.model_settings["mean"],
                 std=state.model_settings["std"],
                 pad=settings.augment.pad,
             )
-            batch = {"images": pictures.to(world.device), "labels": labels[chosen[ours]].to(world.device)}
+            batch = {"images": augmented, "labels": labels[chosen[ours]].to(world.device)}
+            meter.enter("forward_backward")
             losses = engine.forward_backward(batch, last_micro=True)
+            meter.enter("optimizer")
             lr_scale = lr_scale_at(settings, state.step, total_steps)
             _, skipped = engine.step(lr_scale)
             guard.note(losses["loss"], skipped)
             state.step += 1
 
+            meter.count(state.step, len(chosen))
             log.advance(state.step)
             if state.is_due(state.step):
                 stacked = dist.mean(torch.stack([value.float() for value in losses.values()]))
@@ -137,11 +171,12 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, heartbeat: Heartb
                 log.log(state.step, values, images_per_step=len(chosen))
             timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
             stopping, timed = dist.any_ranks(stop.requested, timed)
-            if (stopping or timed or schedule.by_step(state.step) or state.step == total_steps) and guard.last_counted(
-                state.step, settings.run_dir
-            ):
-                heartbeat.beat("checkpoint", state.step)
+            due |= timed or schedule.by_step(state.step)
+            counted = (due or state.is_due(state.step)) and guard.last_counted(state.step, settings.run_dir)
+            if stopping or state.step == total_steps or (due and counted):
+                meter.beat("checkpoint", state.step)
                 save(state, writer)
+                due = False
             if stopping and state.step < total_steps:
                 stop.settle()
                 finish(writer)
@@ -186,15 +221,15 @@ def build(settings: config.Finetune, num_classes: int) -> tuple[SupervisedReID, 
         drop_path_rate=settings.train.drop_path_rate,
     )
     if settings.init != RANDOM:
+        path = checkpoint.locate(settings.init)
+        if "head" in json.loads((path / checkpoint.STATE).read_bytes()):
+            raise UserError(
+                f"a pre-training checkpoint is required; {path} is of a model with a head: give init the run that it came "
+                "from, or go on from it without labels by 'personmae unsupervised'"
+            )
         weights, record = checkpoint.read_encoder(settings.init)
-        for key in ("size", "patch_size"):
-            if record[key] != model_settings[key]:
-                raise UserError(
-                    f"model.{key}={model_settings[key]} must be that of {settings.init}, which is {record[key]}; "
-                    f"give model.{key}={record[key]}"
-                )
+        model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
         checkpoint.load_strictly(encoder, weights, settings.init)
-        model_settings |= {"mean": record["mean"], "std": record["std"], "trained_size": record["img_size"]}
     head = build_head(encoder, num_classes, **settings.head.model_dump(), bn_group_size=settings.train.bn_group_size)
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     module = SupervisedReID(
@@ -270,16 +305,38 @@ def save(state: Run, writer: Writer | None) -> None:
         "init": state.settings.init,
         "head": state.settings.head.model_dump(),
         "model": state.model_settings,
-        "run_hash": run_hash(state.settings),
+        "benchmark": state.benchmark.name,
+        "root": str(Path(state.benchmark.root).resolve()),
+        "identity": state.identity,
         "versions": checkpoint.versions(),
     }
     writer.save(checkpoint.Checkpoint(state.step, {"model": saved.params, **saved.moments}, record))
 
 
-def run_hash(settings: config.Finetune) -> str:
-    """Digest of the configuration and of the weights that the run starts from."""
-    weights = "" if settings.init == RANDOM else checkpoint.digest(checkpoint.locate(settings.init))
-    return config.config_hash(settings) + weights
+def identity(settings: config.Finetune, benchmark: Benchmark, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must agree before a run is resumed: settings, the weights it starts from, and its training pictures.
+
+    Where the weights are gone, they are taken to be those of the ``known`` identity.
+    """
+    init = settings.init
+    if init != RANDOM:
+        gone = known and not Path(init).exists()
+        init = known.get("init") if known and gone else checkpoint.digest(checkpoint.locate(init))
+    return settings.identity() | {"init": init} | datasets.identity(benchmark)
+
+
+def is_complete(settings: config.Finetune, benchmark: Benchmark) -> bool:
+    """Whether the run has its result.
+
+    Raises:
+        UserError: it has one, but of other settings, weights or data.
+    """
+    record = retrieval.read_record(settings.run_dir)
+    if record is None:
+        return False
+    known = record.get("identity", {})
+    retrieval.require_same(Path(settings.run_dir) / "result.json", identity(settings, benchmark, known), known)
+    return True
 
 
 def num_classes(head: nn.Module) -> int:
@@ -293,10 +350,7 @@ def resume(state: Run) -> Path | None:
     if not found:
         return None
     saved = checkpoint.read(found)
-    if saved.state.get("run_hash") != run_hash(state.settings):
-        raise UserError(
-            f"{found} was trained with another configuration; use the same, another run_dir, or checkpoint.resume=none"
-        )
+    retrieval.require_same(found, state.identity, saved.state.get("identity", {}))
     tensors = dict(saved.tensors)
     state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
     state.step = saved.step
@@ -308,13 +362,17 @@ def announce(state: Run) -> None:
     settings, total_steps = state.settings, state.total_steps
     metrics.record_run(
         settings.run_dir,
-        config_yaml=config.dump_yaml(settings),
+        config_yaml=config.dump_yaml(
+            config.with_normalisation(settings, state.model_settings["mean"], state.model_settings["std"])
+        ),
         config_hash=config.config_hash(settings),
         seed=settings.seed,
         versions=checkpoint.versions(),
     )
     described = describe(state.benchmark)
     print(described.table, described.note, sep="\n")
+    if settings.init != RANDOM and not state.step:
+        print(f"finetune: {describe_start(state.module.model, settings.init)}")
     millions = sum(p.numel() for p in state.module.parameters()) / 1e6
     going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"
     print(
@@ -324,20 +382,38 @@ def announce(state: Run) -> None:
     )
 
 
-def evaluate(state: Run, log: metrics.RunLog) -> None:
+def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
     settings, kept = state.settings, state.model_settings
-    features = retrieval.model_features(state.module.model, mean=kept["mean"], std=kept["std"], device=state.world.device)
-    record = retrieval.measure(
-        state.benchmark,
-        features,
-        img_size=settings.model.img_size,
-        num_threads=dist.threads_per_rank(state.world),
+
+    def stopped() -> bool:
+        meter.beat("evaluate", state.step)
+        return stop.requested
+
+    features = retrieval.model_features(
+        state.module.model,
+        mean=kept["mean"],
+        std=kept["std"],
         device=state.world.device,
+        stopped=stopped,
+        trained_steps=state.step,
     )
+    try:
+        record = retrieval.measure(
+            state.benchmark,
+            features,
+            img_size=settings.model.img_size,
+            num_threads=dist.threads_per_rank(state.world),
+            device=state.world.device,
+            say=log.say,
+            stopped=stopped,
+        )
+    except Stopped as early:
+        stop.settle()
+        raise Stopped(f"{early}, all {state.step} steps saved in {settings.run_dir}; run this again to go on") from None
     if record is None:
         return
     record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
-    record["run_hash"] = run_hash(settings)
+    record["identity"] = state.identity
     retrieval.write_record(Path(settings.run_dir), record)
     log.say(retrieval.table_row(record))

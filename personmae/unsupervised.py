@@ -6,7 +6,7 @@ domain adaptation (UDA), which uses no source picture. True identities are read 
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +22,16 @@ from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
 from personmae.guard import Guard
-from personmae.heartbeat import Heartbeat
 from personmae.keeper import Schedule, Writer, finish
-from personmae.model.vit import SIZES, VisionTransformer
-from personmae.reid import cluster, retrieval
+from personmae.meter import Meter
+from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
+from personmae.reid import cluster, datasets, retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids
-from personmae.reid.features import extract, standardise_per_camera
-from personmae.reid.heads import Neck, ReIDModel, encoder_weights, trained_size
+from personmae.reid.features import extract, require_finite, standardise_per_camera, told
+from personmae.reid.heads import Neck, ReIDModel, describe_start, encoder_weights, settings_from, trained_size
 from personmae.reid.memory import ClusterMemory, mean_centroids
 from personmae.reid.sampler import cluster_batches
-from personmae.reid.transforms import ImageSet, augment, draw_augmentation
+from personmae.reid.transforms import ImageSet, augment, draw_augmentation, load_ahead
 
 
 @dataclass
@@ -44,6 +44,7 @@ class Run:
     module: "ClusterContrast"
     model_settings: dict[str, Any]  # architecture and preprocessing, which travel with the weights
     engine: Engine
+    identity: dict[str, Any]  # what must agree before the run is resumed
     step: int = 0
     labels: np.ndarray | None = None
 
@@ -61,25 +62,27 @@ def run(settings: config.Unsupervised) -> None:
         Diverged: gradients are no longer finite.
     """
     world = dist.read_world()
-    heartbeat = Heartbeat()
+    meter = Meter("unsupervised", port=settings.metrics.port)
     dist.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
-    if settings.checkpoint.resume == "auto" and retrieval.has_record(settings.run_dir, run_hash(settings)):
+    benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
+    if settings.checkpoint.resume == "auto" and is_complete(settings, benchmark):
         if world.is_first:
             print(f"{settings.run_dir} is complete", flush=True)
         return
     stop = dist.StopSignal()
     dist.start(world)
-    benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
 
     torch.manual_seed(settings.seed)
     module, model_settings = build(settings)
     module.to(world.device).train()
-    state = Run(settings, world, benchmark, module, model_settings, build_engine(settings, module))
+    engine = build_engine(settings, module)
+    state = Run(settings, world, benchmark, module, model_settings, engine, identity(settings, benchmark))
     held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
-        found = resume(state) if settings.checkpoint.resume == "auto" else None
+        with meter.restoring():
+            found = resume(state) if settings.checkpoint.resume == "auto" else None
         if world.is_first:
             announce(state)
         log = metrics.RunLog(
@@ -88,69 +91,99 @@ def run(settings: config.Unsupervised) -> None:
             title="unsupervised",
             total_steps=state.total_steps,
             first_step=state.step,
+            numbers=meter.run,
         )
         with contextlib.closing(log):
-            train(state, found, log, heartbeat, stop)
+            train(state, found, log, meter, stop)
             state.engine.close()
-            heartbeat.beat("evaluate", state.step)
-            evaluate(state, log)
+            evaluate(state, log, meter, stop)
     finally:
+        meter.close()
         dist.stop()
         if held:
             held.close()
 
 
-def train(state: Run, found: Path | None, log: metrics.RunLog, heartbeat: Heartbeat, stop: dist.StopSignal) -> None:
+def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     pool = ThreadPoolExecutor(dist.threads_per_rank(world))
-    images = ImageSet([sample.path for sample in state.benchmark.train], settings.model.img_size, pool=pool)
+    paths = [sample.path for sample in state.benchmark.train]
+    with told(log.say, f"opening {len(paths):,} pictures"):
+        images = ImageSet(paths, settings.model.img_size, pool=pool)
+    if world.is_first:
+        trim_clusters(Path(settings.run_dir), state.step)
     writer = Writer(settings.run_dir, resumed=found, **settings.checkpoint.writer_arguments()) if world.is_first else None
+    if writer:
+        meter.read_writer(writer.counters.registry)
+    if meter.run:
+        meter.run.plan(
+            first_step=state.step,
+            total_steps=total_steps,
+            world_size=world.world_size,
+            checkpoint_steps=settings.checkpoint.every_steps,
+        )
     schedule = Schedule(**settings.checkpoint.schedule_arguments())
     guard = Guard(world.device, max_skipped_steps=settings.train.max_skipped_steps)
     size = settings.batch.num_ids * settings.batch.num_instances
-    ours = dist.share(size)
+    ours, saved, due = dist.share(size), state.step, False
+    share_drop_path(state.module, size, ours)
+
+    def clustering_stopped() -> bool:
+        meter.beat("evaluate", state.step)
+        return stop.requested
+
     try:
-        for chosen, labels in batches(state, images, log, heartbeat):
-            heartbeat.beat("step", state.step)
-            torch.manual_seed(settings.seed + 1000003 * state.step + world.rank)  # of drop path, so a resumed run repeats it
+        for pictures, labels in batches(state, images, ours, log, clustering_stopped):
+            meter.beat("step", state.step)
+            meter.enter("inputs")
+            torch.manual_seed(settings.seed + 1000003 * state.step)  # of drop path, so a resumed run repeats it
             drawn = draw_augmentation(
                 size, settings.model.img_size, seed=settings.seed, step=state.step, **settings.augment.model_dump()
             )
-            pictures = augment(
-                images.load(chosen[ours]),
+            augmented = augment(
+                pictures.to(world.device),
                 drawn.part(ours),
                 mean=state.model_settings["mean"],
                 std=state.model_settings["std"],
                 pad=settings.augment.pad,
             )
-            batch = {"images": pictures.to(world.device), "labels": labels[ours]}
+            batch = {"images": augmented, "labels": labels[ours]}
+            meter.enter("forward_backward")
             outputs = engine.forward_backward(batch, last_micro=True)
+            meter.enter("optimizer")
             lr_scale = lr_scale_at(settings, state.step)
             _, skipped = engine.step(lr_scale)
             guard.note(outputs["loss"], skipped)
             # By the global batch in its order, so that the memory is the same for any number of ranks.
-            state.module.memory.update(dist.gather_rows(outputs["features"], size), labels)
+            state.module.memory.update(dist.gather_rows(outputs["features"], size), labels, skipped)
             state.step += 1
 
+            meter.count(state.step, size)
             log.advance(state.step)
-            if state.step % settings.train.log_every == 0 or state.step == total_steps:
+            logged = state.step % settings.train.log_every == 0 or state.step == total_steps
+            if logged:
                 values = {"loss": dist.mean(outputs["loss"]).item(), "lr": lr_scale * settings.optim.lr}
                 log.log(state.step, values, images_per_step=size)
             timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
             stopping, timed = dist.any_ranks(stop.requested, timed)
-            if (stopping or timed or schedule.by_step(state.step) or state.step == total_steps) and guard.last_counted(
-                state.step, settings.run_dir
-            ):
-                heartbeat.beat("checkpoint", state.step)
+            due |= timed or schedule.by_step(state.step)
+            counted = (due or logged) and guard.last_counted(state.step, settings.run_dir)
+            if state.step == total_steps or (due and counted):
+                meter.beat("checkpoint", state.step)
                 save(state, writer)
+                saved, due = state.step, False
             if stopping and state.step < total_steps:
-                stop.settle()
-                finish(writer)
-                raise Stopped(
-                    f"at step {state.step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on"
-                )
+                raise Stopped("in training")
         finish(writer)
+    except Stopped as early:  # here or in a clustering
+        stop.settle()
+        meter.beat("checkpoint", state.step)
+        if state.step > saved:
+            save(state, writer)
+        finish(writer)
+        kept = f"state saved in {settings.run_dir}" if state.step else "nothing to save yet"
+        raise Stopped(f"{early}, at step {state.step} of {total_steps}, {kept}; run this again to go on") from None
     finally:
         pool.shutdown(cancel_futures=True)
         if writer:
@@ -176,15 +209,16 @@ class ClusterContrast(nn.Module):
         return {"loss": self.memory.loss(features, batch["labels"]), "features": features}
 
 
-def batches(state: Run, images: ImageSet, log: metrics.RunLog, heartbeat: Heartbeat) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Pictures (P * K,) and clusters (P * K,) of every global batch that is left, clustering at the start of each epoch."""
+def batches(
+    state: Run, images: ImageSet, ours: slice, log: metrics.RunLog, stopped: Callable[[], bool]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``ours`` of the pictures and the clusters (P * K,) of every global batch that is left, clustering before each epoch."""
     settings, camids = state.settings, pids_and_camids(state.benchmark.train)[1]
     per_epoch = settings.train.iters_per_epoch
     while state.step < state.total_steps:
         epoch, done = divmod(state.step, per_epoch)
         if done == 0 or state.labels is None:
-            heartbeat.beat("evaluate", state.step)
-            find_clusters(state, images, epoch, log)
+            find_clusters(state, images, epoch, log, stopped)
         assert state.labels is not None
         planned = cluster_batches(
             state.labels,
@@ -195,49 +229,69 @@ def batches(state: Run, images: ImageSet, log: metrics.RunLog, heartbeat: Heartb
             seed=settings.seed,
             epoch=epoch,
         )
-        labels = torch.from_numpy(state.labels)
-        for chosen in planned[done:]:
-            yield chosen, labels[chosen].to(state.world.device)
+        labels, left = torch.from_numpy(state.labels), planned[done:]
+        for chosen, pictures in zip(left, load_ahead(images, [chosen[ours] for chosen in left]), strict=True):
+            yield pictures, labels[chosen].to(state.world.device)
 
 
-def find_clusters(state: Run, images: ImageSet, epoch: int, log: metrics.RunLog) -> None:
+def find_clusters(state: Run, images: ImageSet, epoch: int, log: metrics.RunLog, stopped: Callable[[], bool]) -> None:
     """Label the pictures by the clusters of their features, and begin the memory with the clusters' means.
 
     Raises:
         UserError: there are fewer clusters than a batch needs.
+        Stopped: ``stopped`` was true on a rank; the state is as it was.
+        Diverged: a feature is not finite.
     """
     settings, model = state.settings, state.module.model
     dist.average_buffers(model)
-    features = extract(
-        model,
-        images,
-        batch_size=settings.train.extract_batch_size,
-        device=state.world.device,
-        mean=state.model_settings["mean"],
-        std=state.model_settings["std"],
-        dtype=state.module.compute_dtype,
-    )
+    with told(log.say, f"extracting {len(images):,} pictures"):
+        features = extract(
+            model,
+            images,
+            batch_size=settings.train.extract_batch_size,
+            device=state.world.device,
+            mean=state.model_settings["mean"],
+            std=state.model_settings["std"],
+            dtype=state.module.compute_dtype,
+            stopped=stopped,
+        )
+    require_finite(features, state.step)
     pids, camids = pids_and_camids(state.benchmark.train)
-    found = torch.zeros(len(images), dtype=torch.int64)
-    if state.world.is_first:
+
+    def find() -> Tensor:
         compared = standardise_per_camera(features, camids) if settings.cluster.per_camera else features
         options = settings.cluster.model_dump(exclude={"per_camera"})
-        found = torch.from_numpy(cluster.pseudo_labels(compared.to(state.world.device), **options))
-    state.labels = dist.broadcast(found).numpy()
-    quality = cluster.quality(state.labels, pids)
-    told = {name: value for name, value in asdict(quality).items() if value is not None}
-    log.say(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in told.items()))
+        return torch.from_numpy(cluster.pseudo_labels(compared.to(state.world.device), **options))
+
+    with told(log.say, f"clustering {len(images):,} pictures"):
+        found = dist.on_first_rank(find)
+    labels = dist.broadcast(torch.zeros(len(images), dtype=torch.int64) if found is None else found).numpy()
+    if dist.any_rank(stopped()):
+        raise Stopped("after a clustering")
+    quality = cluster.quality(labels, pids)
+    shown = {name: value for name, value in asdict(quality).items() if value is not None}
+    log.say(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     if state.world.is_first:
         with (Path(settings.run_dir) / "clusters.jsonl").open("a") as file:
-            file.write(json.dumps({"epoch": epoch, "step": state.step, **told}) + "\n")
+            file.write(json.dumps({"epoch": epoch, "step": state.step, **shown}) + "\n")
     if quality.num_clusters < settings.batch.num_ids:
+        change = "raise" if 2 * quality.num_outliers > len(labels) else "lower"  # few clusters of all are too large ones
         raise UserError(
             f"batch.num_ids={settings.batch.num_ids} clusters a batch are required, and epoch {epoch} has "
-            f"{quality.num_clusters} with {quality.num_outliers} of {len(state.labels)} pictures in none; "
-            f"raise cluster.eps={settings.cluster.eps:g}, lower batch.num_ids, or start from a better encoder"
+            f"{quality.num_clusters} with {quality.num_outliers} of {len(labels)} pictures in none; "
+            f"{change} cluster.eps={settings.cluster.eps:g}, lower batch.num_ids, or start from a better encoder"
         )
-    centroids = mean_centroids(features.to(state.world.device), torch.from_numpy(state.labels).to(state.world.device))
+    state.labels = labels
+    centroids = mean_centroids(features.to(state.world.device), torch.from_numpy(labels).to(state.world.device))
     state.module.memory = ClusterMemory(centroids, **settings.memory.model_dump())
+
+
+def trim_clusters(run_dir: Path, step: int) -> None:
+    """Leave those lines of ``clusters.jsonl`` that a run which goes on at ``step`` will not write again."""
+    path = run_dir / "clusters.jsonl"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last one off
+    path.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] < step))
 
 
 def build(settings: config.Unsupervised) -> tuple[ClusterContrast, dict[str, Any]]:
@@ -249,15 +303,8 @@ def build(settings: config.Unsupervised) -> tuple[ClusterContrast, dict[str, Any
         drop_path_rate=settings.train.drop_path_rate,
     )
     weights, record = read_start(settings.init)
-    for key in ("size", "patch_size"):
-        if record[key] != model_settings[key]:
-            raise UserError(
-                f"model.{key}={model_settings[key]} must be that of {settings.init}, which is {record[key]}; "
-                f"give model.{key}={record[key]}"
-            )
+    model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
     checkpoint.load_strictly(encoder, weights, settings.init)
-    known = record.get("trained_size", record["img_size"])
-    model_settings |= {"mean": record["mean"], "std": record["std"], "trained_size": known}
     head = Neck(encoder, pool=settings.feature.pool, bn_group_size=settings.train.bn_group_size)
     dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     module = ClusterContrast(ReIDModel(encoder, head, trained_size=trained_size(model_settings)), compute_dtype=dtype)
@@ -265,12 +312,32 @@ def build(settings: config.Unsupervised) -> tuple[ClusterContrast, dict[str, Any
 
 
 def read_start(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The encoder of a fine-tuned run (for UDA) or of a pre-trained one (for USL), and the settings that belong to it."""
+    """The encoder of a fine-tuned run (for UDA) or of a pre-trained one (for USL), and the settings that belong to it.
+
+    Raises:
+        UserError: there is none, or ``init`` is a run directory whose training has not reached its end.
+    """
     path = checkpoint.locate(init)
-    if weights := checkpoint.read_kind(path, "model"):
-        settings = json.loads((path / checkpoint.STATE).read_bytes())["model"]
-        return encoder_weights({name.removeprefix("model."): tensor for name, tensor in weights.items()}), settings
-    return checkpoint.read_encoder(init)
+    state = json.loads((path / checkpoint.STATE).read_bytes())
+    if "head" not in state:
+        return checkpoint.read_encoder(init)
+    if path != Path(init) and state["step"] < state["total_steps"]:
+        raise UserError(
+            f"{init} must be a finished run and is at step {state['step']} of {state['total_steps']}; run it to its end, "
+            f"or name the checkpoint itself: {path}"
+        )
+    weights = checkpoint.read_kind(path, "model")
+    return encoder_weights({name.removeprefix("model."): tensor for name, tensor in weights.items()}), state["model"]
+
+
+def warn_of_same_data(settings: config.Unsupervised, benchmark: Benchmark) -> None:
+    """Say so where the start was fine-tuned on the pictures that are now to be learned from without labels."""
+    source = json.loads((checkpoint.locate(settings.init) / checkpoint.STATE).read_bytes())
+    if (source.get("benchmark"), source.get("root")) == (benchmark.name, str(Path(benchmark.root).resolve())):
+        print(
+            f"warning: {settings.init} was fine-tuned on {benchmark.name} at {benchmark.root} too and has seen these labels: "
+            "what comes out is neither USL nor UDA"
+        )
 
 
 def build_engine(settings: config.Unsupervised, module: ClusterContrast) -> Engine:
@@ -301,7 +368,9 @@ def save(state: Run, writer: Writer | None) -> None:
         "init": state.settings.init,
         "head": {"kind": "neck", "pool": state.settings.feature.pool},
         "model": state.model_settings,
-        "run_hash": run_hash(state.settings),
+        "benchmark": state.benchmark.name,
+        "root": str(Path(state.benchmark.root).resolve()),
+        "identity": state.identity,
         "versions": checkpoint.versions(),
     }
     tensors = {"model": saved.params, **saved.moments, "clusters": clusters}
@@ -314,10 +383,7 @@ def resume(state: Run) -> Path | None:
     if not found:
         return None
     saved = checkpoint.read(found)
-    if saved.state.get("run_hash") != run_hash(state.settings):
-        raise UserError(
-            f"{found} was trained with another configuration; use the same, another run_dir, or checkpoint.resume=none"
-        )
+    retrieval.require_same(found, state.identity, saved.state.get("identity", {}))
     tensors = dict(saved.tensors)
     clusters = tensors.pop("clusters")
     state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
@@ -326,9 +392,28 @@ def resume(state: Run) -> Path | None:
     return found
 
 
-def run_hash(settings: config.Unsupervised) -> str:
-    """Digest of the configuration and of the weights that the run starts from."""
-    return config.config_hash(settings) + checkpoint.digest(checkpoint.locate(settings.init))
+def identity(settings: config.Unsupervised, benchmark: Benchmark, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must agree before a run is resumed: settings, the weights it starts from, and its training pictures.
+
+    Where the weights are gone, they are taken to be those of the ``known`` identity.
+    """
+    gone = known and not Path(settings.init).exists()
+    init = known.get("init") if known and gone else checkpoint.digest(checkpoint.locate(settings.init))
+    return settings.identity() | {"init": init} | datasets.identity(benchmark)
+
+
+def is_complete(settings: config.Unsupervised, benchmark: Benchmark) -> bool:
+    """Whether the run has its result.
+
+    Raises:
+        UserError: it has one, but of other settings, weights or data.
+    """
+    record = retrieval.read_record(settings.run_dir)
+    if record is None:
+        return False
+    known = record.get("identity", {})
+    retrieval.require_same(Path(settings.run_dir) / "result.json", identity(settings, benchmark, known), known)
+    return True
 
 
 def announce(state: Run) -> None:
@@ -336,13 +421,18 @@ def announce(state: Run) -> None:
     settings, total_steps = state.settings, state.total_steps
     metrics.record_run(
         settings.run_dir,
-        config_yaml=config.dump_yaml(settings),
+        config_yaml=config.dump_yaml(
+            config.with_normalisation(settings, state.model_settings["mean"], state.model_settings["std"])
+        ),
         config_hash=config.config_hash(settings),
         seed=settings.seed,
         versions=checkpoint.versions(),
     )
     described = describe(state.benchmark)
     print(described.table, described.note, sep="\n")
+    warn_of_same_data(settings, state.benchmark)
+    if not state.step:
+        print(f"unsupervised: {describe_start(state.module.model, settings.init)}")
     millions = sum(p.numel() for p in state.module.parameters()) / 1e6
     going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"
     print(
@@ -352,20 +442,38 @@ def announce(state: Run) -> None:
     )
 
 
-def evaluate(state: Run, log: metrics.RunLog) -> None:
+def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
     settings, kept = state.settings, state.model_settings
-    features = retrieval.model_features(state.module.model, mean=kept["mean"], std=kept["std"], device=state.world.device)
-    record = retrieval.measure(
-        state.benchmark,
-        features,
-        img_size=settings.model.img_size,
-        num_threads=dist.threads_per_rank(state.world),
+
+    def stopped() -> bool:
+        meter.beat("evaluate", state.step)
+        return stop.requested
+
+    features = retrieval.model_features(
+        state.module.model,
+        mean=kept["mean"],
+        std=kept["std"],
         device=state.world.device,
+        stopped=stopped,
+        trained_steps=state.step,
     )
+    try:
+        record = retrieval.measure(
+            state.benchmark,
+            features,
+            img_size=settings.model.img_size,
+            num_threads=dist.threads_per_rank(state.world),
+            device=state.world.device,
+            say=log.say,
+            stopped=stopped,
+        )
+    except Stopped as early:
+        stop.settle()
+        raise Stopped(f"{early}, all {state.step} steps saved in {settings.run_dir}; run this again to go on") from None
     if record is None:
         return
     record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
-    record["run_hash"] = run_hash(settings)
+    record["identity"] = state.identity
     retrieval.write_record(Path(settings.run_dir), record)
     log.say(retrieval.table_row(record))

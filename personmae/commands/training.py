@@ -22,22 +22,23 @@ def add_unsupervised(verbs: argparse._SubParsersAction) -> None:
 def _program(verbs: argparse._SubParsersAction, name: str, help_text: str) -> None:
     verb = verbs.add_parser(name, help=help_text)
     verb.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/")
-    add_program_arguments(verb)
+    add_program_arguments(verb, dry_run=name == "pretrain")
     verb.set_defaults(run=lambda args: run_config(name, args.config, args))
 
 
-def add_program_arguments(parser: argparse.ArgumentParser) -> None:
-    """What ``personmae X CONFIG`` and ``launcher/X.py --config CONFIG`` share."""
+def add_program_arguments(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None:
+    """What ``personmae X CONFIG`` and ``launcher/X.py --config CONFIG`` share; only pre-training has a plan to show."""
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="set a key of the configuration")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument(
-        "--dry-run",
-        type=counting,
-        nargs="?",
-        const=1,
-        metavar="RANKS",
-        help="pretrain: print the plan for so many ranks and stop",
-    )
+    if dry_run:
+        parser.add_argument(
+            "--dry-run",
+            type=counting,
+            nargs="?",
+            const=1,
+            metavar="RANKS",
+            help="print the plan for so many ranks and stop",
+        )
 
 
 def run_config(name: str, path: str, args: argparse.Namespace) -> None:
@@ -56,22 +57,27 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
     import importlib
 
     program = importlib.import_module(f"personmae.{name}")
-    if args.dry_run is None:
+    num_ranks = vars(args).get("dry_run")
+    if num_ranks is None:
         program.run(settings)
     elif hasattr(program, "dry_run"):
-        program.dry_run(settings, args.dry_run)
+        program.dry_run(settings, num_ranks)
     else:
         raise UserError(f"--dry-run is for pretrain; {name} has no plan to print: leave it out")
 
 
 def add_evaluate(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("evaluate", help="a fine-tuned checkpoint (or 'histogram') on a benchmark -> mAP, CMC, mINP")
-    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="a fine-tuning run, a checkpoint, or 'histogram'")
+    verb = verbs.add_parser("evaluate", help="a trained model (or 'histogram') on a benchmark -> mAP, CMC, mINP")
+    verb.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run of finetune or unsupervised, one of pretrain with --pool, a checkpoint of these, or 'histogram'",
+    )
     verb.add_argument("benchmark", metavar="BENCHMARK", help="its name, e.g. market1501 or folder; see configs/README.md")
     verb.add_argument("root", metavar="ROOT", help="directory of the benchmark")
-    verb.add_argument("--out", type=Path, help="write the result as JSON")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="write result.json and rank_lists.json there")
     verb.add_argument(
-        "--pool", choices=["mean", "cls", "cls_mean"], help="take a pre-trained encoder as it is, tokens pooled so"
+        "--pool", choices=["mean", "cls", "cls_mean"], help="take a pre-trained encoder as it is, its tokens pooled so"
     )
     verb.add_argument(
         "--rerank",

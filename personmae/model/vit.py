@@ -116,6 +116,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = drop_path
+        self.drop_share: tuple[int, slice] | None = None
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         x = x + self._dropped(self.attn(self.norm1(x)))
@@ -124,8 +125,19 @@ class Block(nn.Module):
     def _dropped(self, branch: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         if not self.training or self.drop_path == 0.0:
             return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        size, rows = self.drop_share or (len(branch), slice(None))
+        kept = (torch.rand(size, 1, 1, device=branch.device) >= self.drop_path)[rows]
         return branch * kept.to(branch.dtype) / (1.0 - self.drop_path)
+
+
+def share_drop_path(module: nn.Module, batch_size: int, rows: slice) -> None:
+    """Let all blocks of a module draw for a batch of ``batch_size`` and take ``rows`` of it.
+
+    With one seed on all ranks, what is dropped then does not depend on their number.
+    """
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.drop_share = batch_size, rows
 
 
 class PatchEmbed(nn.Module):

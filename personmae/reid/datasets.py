@@ -5,6 +5,8 @@ differ from the published ones are reported; a folder that is known to be anothe
 """
 
 import difflib
+import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -94,12 +96,13 @@ PUBLISHED: Final[dict[str, Counts]] = {
 }
 
 
-def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True) -> Benchmark:
+def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, splits: Sequence[str] = SPLITS) -> Benchmark:
     """The benchmark called ``name``, from ``root`` or from the folder of its archive in ``root``.
 
     Market-1501's pid -1 is dropped; its pid 0000 stays in the gallery, as a negative for every query. "msmt17" takes
     either version and the benchmark is named after it; "msmt17_v1" takes no other. MSMT17's list_val belongs to training
     (as TransReID and PASS have it) unless ``train_on_val`` is false. "folder" and "csv" are data sets of the user's own.
+    Only ``splits`` are read, the others are empty: an evaluation needs no training pictures.
 
     Raises:
         UserError: there is no such benchmark, a part of it is missing or does not fit, it is another benchmark or
@@ -109,12 +112,12 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True) ->
     if not train_on_val and not name.startswith("msmt17"):
         raise UserError(f"train_on_val=false is for MSMT17, which has a list_val.txt; {name} has none: leave it out")
     if name in LAYOUTS:
-        benchmark = _in_market_folders(name, _find_root(name, root, LAYOUTS[name]), LAYOUTS[name])
+        benchmark = _in_market_folders(name, _find_root(name, root, LAYOUTS[name]), LAYOUTS[name], splits)
     elif name == "msmt17" or name in VERSIONS:
-        benchmark = _msmt17(name, root, train_on_val)
+        benchmark = _msmt17(name, root, train_on_val, splits)
     elif name in ("folder", "csv"):
-        splits, remark = read_folders(root) if name == "folder" else read_tables(root)
-        train, query, gallery = (tuple(splits[split]) for split in SPLITS)
+        found, remark = read_folders(root, splits) if name == "folder" else read_tables(root, splits)
+        train, query, gallery = (tuple(found.get(split, ())) for split in SPLITS)
         benchmark = Benchmark(name, str(root), train, query, gallery, remark=remark)
     else:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
@@ -126,6 +129,17 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True) ->
 def train_labels(samples: Sequence[Sample]) -> Int[np.ndarray, " N"]:
     """Class labels 0 ... n - 1 of the samples; classes follow the ascending order of pids, so they are stable."""
     return np.unique(pids_and_camids(samples)[0], return_inverse=True)[1].astype(np.int64)
+
+
+def identity(benchmark: Benchmark) -> dict[str, int | str]:
+    """Counts of the training pictures and a digest of their paths below the root, classes and cameras, by dotted key."""
+    labels = train_labels(benchmark.train)
+    lines = [
+        f"{os.path.relpath(sample.path, benchmark.root)}\t{label}\t{sample.camid}\n"
+        for sample, label in zip(benchmark.train, labels.tolist(), strict=True)
+    ]
+    digest = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
+    return {"data.num_images": len(lines), "data.num_ids": int(labels.max()) + 1, "data.digest": digest}
 
 
 def pids_and_camids(samples: Sequence[Sample]) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
@@ -147,6 +161,8 @@ def describe(benchmark: Benchmark) -> Description:
     counts, published = count(benchmark), benchmark.published
     rows, differences = [f"{'split':<8} {'images':>7} {'ids':>6} {'cameras':>7}"], []
     for split, (num_images, num_ids) in counts.items():
+        if not num_images:  # it was not asked for
+            continue
         camids = {sample.camid for sample in getattr(benchmark, split)}
         cameras = "unknown" if UNKNOWN_CAMID in camids else len(camids)
         rows.append(f"{split:<8} {num_images:>7,} {num_ids:>6,} {cameras:>7}")
@@ -172,10 +188,10 @@ def _oddities(benchmark: Benchmark) -> list[str]:
     return lines
 
 
-def _in_market_folders(name: str, folder: Path, layout: Layout) -> Benchmark:
-    files = {split: read_names(folder / FOLDERS[split], layout.pattern, layout.example) for split in SPLITS}
-    kept = {split: tuple(s for s in samples if s.pid != JUNK_PID) for split, samples in files.items()}
-    if not kept["train"]:
+def _in_market_folders(name: str, folder: Path, layout: Layout, splits: Sequence[str]) -> Benchmark:
+    files = {split: read_names(folder / FOLDERS[split], layout.pattern, layout.example) for split in splits}
+    kept = {split: tuple(s for s in files.get(split, ()) if s.pid != JUNK_PID) for split in SPLITS}
+    if "train" in files and not kept["train"]:
         raise UserError(f"{folder / FOLDERS['train']} has no identity to train on; every file has pid -1")
     return Benchmark(
         name=name,
@@ -198,7 +214,7 @@ def _find_root(name: str, root: Path, layout: Layout) -> Path:
     raise UserError(f"{name} is expected in {root} or {root / layout.folders[0]} as {wanted}; {root} {problem}")
 
 
-def _msmt17(name: str, root: Path, train_on_val: bool) -> Benchmark:
+def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) -> Benchmark:
     """MSMT17 by its own lists; its version is told by the names of its folders."""
     folders = (root, *(root / below for below in ("MSMT17_V1", "MSMT17_V2", "MSMT17")))
     found = [
@@ -208,7 +224,7 @@ def _msmt17(name: str, root: Path, train_on_val: bool) -> Benchmark:
         if any((folder / part).is_dir() for part in parts)
     ]
     if not found:
-        return _relaid_msmt17(name, root, folders, train_on_val)
+        return _relaid_msmt17(name, root, folders, train_on_val, splits)
     wanted = [pair for pair in found if pair[0] == name] if name in VERSIONS else found
     if not wanted:
         version, folder = found[0]
@@ -224,10 +240,11 @@ def _msmt17(name: str, root: Path, train_on_val: bool) -> Benchmark:
         raise UserError(f"{folder} is called {claimed} and holds {version} ({VERSIONS[version][1]}/); name it what it is")
     _, train, test = VERSIONS[version]
     lists = {part: folder / f"list_{part}.txt" for part in ("train", "val", "query", "gallery")}
+    trained = [lists["train"], *([lists["val"]] if train_on_val else [])]
     return Benchmark(
         name=version,
         root=str(folder),
-        train=tuple(read_lists([lists["train"], *([lists["val"]] if train_on_val else [])], folder / train)),
+        train=tuple(read_lists(trained, folder / train)) if "train" in splits else (),
         query=tuple(read_lists([lists["query"]], folder / test)),
         gallery=tuple(read_lists([lists["gallery"]], folder / test)),
         published=PUBLISHED[version] if train_on_val else WITHOUT_VAL,
@@ -235,9 +252,9 @@ def _msmt17(name: str, root: Path, train_on_val: bool) -> Benchmark:
     )
 
 
-def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val: bool) -> Benchmark:
+def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val: bool, splits: Sequence[str]) -> Benchmark:
     """MSMT17 in Market-1501's folders, where neither its version nor its list_val can be told."""
-    relaid = next((folder for folder in folders if (folder / FOLDERS["train"]).is_dir()), None)
+    relaid = next((folder for folder in folders if (folder / FOLDERS[splits[0]]).is_dir()), None)
     if name in VERSIONS or relaid is None:
         folder_name, train, test = VERSIONS.get(name, VERSIONS["msmt17_v1"])
         wanted = f"{train}/, {test}/ and list_{{train,val,query,gallery}}.txt"
@@ -248,7 +265,7 @@ def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val:
     if not train_on_val:
         raise UserError(f"train_on_val=false needs list_train.txt and list_val.txt, which {relaid} does not have")
     remark = "this layout does not tell V1 from V2, whose results cannot be compared"
-    return replace(_in_market_folders(name, relaid, RELAID), remark=remark)
+    return replace(_in_market_folders(name, relaid, RELAID, splits), remark=remark)
 
 
 def _matched_queries(benchmark: Benchmark) -> list[Sample]:
@@ -261,9 +278,10 @@ def _matched_queries(benchmark: Benchmark) -> list[Sample]:
 
 
 def _check_usable(benchmark: Benchmark) -> None:
-    counts, own = count(benchmark), PUBLISHED.get(benchmark.name)
+    own = PUBLISHED.get(benchmark.name)
+    counts = {split: found for split, found in count(benchmark).items() if found[0]}
     for other, published in PUBLISHED.items():
-        if own and counts == published != own:
+        if own and counts == {split: published[split] for split in counts} != {split: own[split] for split in counts}:
             raise UserError(f"{benchmark.root} holds {other}, by its counts, and not {benchmark.name}; set benchmark={other}")
     for sample in (*benchmark.train, *benchmark.query):
         if benchmark.distractors and sample.pid == DISTRACTOR_PID:

@@ -1,6 +1,9 @@
 """Search features of a whole image set: from a model, and from colour alone, the baseline that a model has to beat."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -9,6 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from personmae import dist
+from personmae.errors import Diverged, Stopped
 from personmae.reid.heads import ReIDModel
 from personmae.reid.transforms import ImageSet, normalise
 
@@ -27,14 +31,16 @@ def extract(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Float[Tensor, "N F"]:
     """L2-normalised fp32 features on the CPU, in the order of the set; ``dtype`` below fp32 is used through autocast.
 
     Called by all ranks together: each works on its share, and all get the whole. The model is put into evaluation mode and
-    back.
+    back. ``stopped`` is asked before each batch.
 
     Raises:
         UserError: an image cannot be read.
+        Stopped: ``stopped`` was true on a rank.
     """
     was_training = model.training
     model.eval()
@@ -42,11 +48,30 @@ def extract(
     features = torch.empty(ours.stop - ours.start, model.feature_dim)
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            for block, images in _batches(image_set, batch_size, ours):
-                features[block] = model.features(normalise(images.to(device), mean, std)).cpu()
+            batches = _batches(image_set, batch_size, ours)
+            for _ in range(0, dist.largest_share(len(image_set)), batch_size):  # as many on each rank
+                if dist.any_rank(stopped()):
+                    raise Stopped("while features were extracted")
+                for block, images in itertools.islice(batches, 1):
+                    features[block] = model.features(normalise(images.to(device), mean, std)).cpu()
     finally:
         model.train(was_training)
     return dist.gather_rows(features, len(image_set))
+
+
+def require_finite(features: Float[Tensor, "N F"], step: int) -> None:
+    """Raise Diverged where features of a model in training are not finite numbers."""
+    if bad := int((~features.isfinite()).any(dim=1).sum()):
+        raise Diverged(f"{bad} of {len(features)} features are not finite at step {step}; lower optim.lr")
+
+
+@contextlib.contextmanager
+def told(say: Callable[[str], None], work: str) -> Iterator[None]:
+    """Say that a long work begins, and how many seconds it took."""
+    say(f"{work} ...")
+    start = time.monotonic()
+    yield
+    say(f"{work}: {time.monotonic() - start:.1f} s")
 
 
 def colour_histogram(

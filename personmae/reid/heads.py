@@ -5,6 +5,7 @@ Shapes as in ``personmae.model``; T = 1 + L tokens, the class token first; F fea
 
 import copy
 import re
+from collections.abc import Collection
 from typing import Any, Final, Literal, TypedDict
 
 import torch
@@ -257,8 +258,9 @@ class GroupedBatchNorm(nn.BatchNorm1d):
         assert self.momentum is not None
         with torch.no_grad():
             unbiased = var.mean(dim=(0, 1)) * (size / max(size - 1, 1))
-            self.running_mean.lerp_(mean.mean(dim=(0, 1)), self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
+            sound = (mean.isfinite() & var.isfinite()).all()  # a step that is skipped must not stay in them as NaN
+            for running, seen in ((self.running_mean, mean.mean(dim=(0, 1))), (self.running_var, unbiased)):
+                running.lerp_(torch.where(sound, seen, running), self.momentum)
         normalised = ((groups - mean) * (var + self.eps).rsqrt()).flatten(0, 1)
         return (normalised * self.weight + self.bias).to(input.dtype)
 
@@ -329,3 +331,26 @@ def trained_size(model_settings: dict[str, Any]) -> tuple[int, int]:
     """(H, W) that an encoder knows, out of the settings that travel with its weights; its own ``img_size`` by default."""
     height, width = model_settings.get("trained_size", model_settings["img_size"])
     return height, width
+
+
+def describe_start(model: ReIDModel, init: str) -> str:
+    """Which of a new model's tensors come from the weights ``init``, and which are new."""
+    given = len(encoder_weights(dict(model.state_dict())))
+    new = [name for name in model.head.state_dict() if not name.startswith("branches.")]
+    return f"{given} of {given} tensors of {init} match; the head starts new: {len(new)} tensors"
+
+
+def settings_from(init: str, record: dict[str, Any], own: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """``own`` model settings, with those from ``record`` that must be the ones of the weights ``init``.
+
+    Raises:
+        UserError: architecture or patches are not those of the weights, or a normalisation is ``given`` that is not.
+    """
+    for key in ("size", "patch_size", *(name for name in ("mean", "std") if name in given)):
+        if record[key] != own[key]:
+            value = str(record[key]).replace(" ", "")
+            raise UserError(
+                f"model.{key}={own[key]} must be that of {init}, which is {record[key]}; give model.{key}={value}"
+                + (" or leave it out" if key in ("mean", "std") else "")
+            )
+    return own | {"mean": record["mean"], "std": record["std"], "trained_size": list(trained_size(record))}

@@ -48,9 +48,16 @@ class ClusterMemory:
             return F.cross_entropy(F.normalize(features.float(), dim=1) @ self.centroids.T / self.temperature, labels)
 
     @torch.no_grad()
-    def update(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> None:
-        """Move the centroids towards the features of the global batch, given in its order."""
-        features = F.normalize(features.float(), dim=1)
+    def update(
+        self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"], skipped: Float[Tensor, ""] | None = None
+    ) -> None:
+        """Move the centroids towards the features of the global batch, given in its order; not at all in a ``skipped`` step."""
+        before = self.centroids.clone()
+        self._move_all(F.normalize(features.float(), dim=1), labels)
+        if skipped is not None:
+            self.centroids = torch.where(skipped.bool(), before, self.centroids)
+
+    def _move_all(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> None:
         if self.mode == "hard":
             hardest = self._hardest(features, labels)
             return self._move(features[hardest], labels[hardest])

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from personmae import dist
-from personmae.errors import UserError
+from personmae.errors import Stopped, UserError
 from personmae.reid import ranking
 from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
-from personmae.reid.features import colour_histogram, extract
+from personmae.reid.features import colour_histogram, extract, require_finite, told
 from personmae.reid.heads import ReIDModel
 from personmae.reid.rerank import alpha_query_expansion, k_reciprocal
 from personmae.reid.transforms import ImageSet
@@ -33,26 +33,45 @@ def measure(
     num_threads: int,
     device: torch.device | str = "cpu",
     rerank: str = "none",
+    say: Callable[[str], None] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Rank the gallery for every query, same camera removed; returns scores in [0, 1], counts, and some rank lists.
 
     Called by all ranks together: they share the extraction, the first one ranks, on ``device``, and the others get None.
-    Query and gallery are one set for ``features``, so that a per-camera normalisation sees both.
+    Query and gallery are one set for ``features``, so that a per-camera normalisation sees both. ``say`` is told what takes
+    long, and ``stopped`` is asked before each block of queries.
 
     Raises:
         UserError: ``rerank`` is not one of ``RERANKINGS``, an image cannot be read, or no query can be scored.
+        Stopped: ``stopped`` was true on the first rank.
     """
     if rerank not in RERANKINGS:
         raise UserError(f"rerank must be one of {', '.join(RERANKINGS)}; got {rerank!r}")
     start = time.monotonic()
     samples = [*benchmark.query, *benchmark.gallery]
-    with ThreadPoolExecutor(num_threads) as pool:
-        images = ImageSet([sample.path for sample in samples], img_size, pool=pool)
+    with ThreadPoolExecutor(num_threads) as pool, told(say, f"extracting {len(samples):,} pictures"):
+        images = ImageSet([sample.path for sample in samples], img_size, pool=pool, cache_bytes=0)  # each is read once
         vectors = features(images, pids_and_camids(samples)[1])
-    if not dist.is_first():
-        return None
-    query, gallery = vectors.to(device).tensor_split([len(benchmark.query)])
-    similarity = RERANKINGS[rerank](query, gallery)
+
+    def rank() -> dict[str, Any]:
+        with told(say, f"ranking {len(benchmark.query):,} x {len(benchmark.gallery):,}"):
+            found = _rank(benchmark, vectors.to(device), rerank, stopped)
+        return found | {"seconds": time.monotonic() - start}
+
+    return dist.on_first_rank(rank)
+
+
+def _rank(benchmark: Benchmark, vectors: Tensor, rerank: str, stopped: Callable[[], bool]) -> dict[str, Any]:
+    """The record, out of the features of query and gallery."""
+    query, gallery = vectors.tensor_split([len(benchmark.query)])
+    compared = RERANKINGS[rerank](query, gallery)
+
+    def similarity(queries: np.ndarray) -> Tensor:
+        if stopped():
+            raise Stopped("while the gallery was ranked")
+        return compared(queries)
+
     labels = _labels(benchmark)
     result = ranking.evaluate(similarity, labels)
     chosen = np.linspace(0, len(query) - 1, min(NUM_RANK_LISTS, len(query))).astype(int)
@@ -68,7 +87,6 @@ def measure(
         "num_queries": result.num_queries,
         "num_valid": result.num_valid,
         "num_gallery": len(gallery),
-        "seconds": time.monotonic() - start,
         "rank_lists": [
             _rank_list(benchmark.query[i], [benchmark.gallery[j] for j in row if j >= 0])
             for i, row in zip(chosen.tolist(), lists.tolist(), strict=True)
@@ -88,12 +106,25 @@ def _rank_list(query: Sample, found: list[Sample]) -> dict[str, Any]:
 
 
 def model_features(
-    model: ReIDModel, *, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, batch_size: int = 256
+    model: ReIDModel,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    device: torch.device,
+    batch_size: int = 256,
+    stopped: Callable[[], bool] = lambda: False,
+    trained_steps: int | None = None,
 ) -> Features:
-    """Features of a model, with the preprocessing that belongs to its weights."""
+    """Features of a model, with the preprocessing that belongs to its weights.
+
+    ``trained_steps`` is of a model that is in training: there Diverged is raised where a feature is not finite.
+    """
 
     def features(images: ImageSet, _: np.ndarray) -> Tensor:
-        return extract(model, images, batch_size=batch_size, device=device, mean=mean, std=std)
+        found = extract(model, images, batch_size=batch_size, device=device, mean=mean, std=std, stopped=stopped)
+        if trained_steps is not None:
+            require_finite(found, trained_steps)
+        return found
 
     return features
 
@@ -104,29 +135,46 @@ def histogram_features(images: ImageSet, camids: np.ndarray) -> Tensor:
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    """Write ``result.json`` and ``rank_lists.json`` into a directory."""
+    """Write ``rank_lists.json`` and then ``result.json`` into a directory, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     lists = {"root": record["root"], "entries": record["rank_lists"]}
-    (out / "rank_lists.json").write_text(json.dumps(lists, indent=1))
     result = {name: value for name, value in record.items() if name != "rank_lists"}
-    (out / "result.json").write_text(json.dumps(result, indent=1))
+    for name, content in (("rank_lists.json", lists), ("result.json", result)):
+        partial = out / f".partial-{name}"
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(out / name)
 
 
-def has_record(run_dir: str | Path, run_hash: str) -> bool:
-    """Whether a run has its result.
+def read_record(run_dir: str | Path) -> dict[str, Any] | None:
+    """The result of a run, if it has one that can be read."""
+    try:
+        record = json.loads((Path(run_dir) / "result.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
 
-    Raises:
-        UserError: it has one, but of another configuration or encoder.
-    """
-    result_file = Path(run_dir) / "result.json"
-    if not result_file.is_file():
-        return False
-    if json.loads(result_file.read_text()).get("run_hash") != run_hash:
-        raise UserError(
-            f"{result_file} comes from another configuration or another encoder; delete {run_dir}, use another run_dir, or "
-            "give checkpoint.resume=none"
-        )
-    return True
+
+def require_same(where: str | Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Raise a UserError that names what differs unless what lies at ``where`` is of the run with the identity ``ours``."""
+    differing = [key for key in ours if theirs.get(key) != ours[key]]
+    if not differing:
+        return
+    told = [f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing if not key.startswith("data.")][:4]
+    if "data.digest" in differing and "data.digest" in theirs:
+        told.append(_data_change(ours, theirs))
+    raise UserError(
+        f"{where} belongs to a run with other settings or data: {', '.join(told)}; use the same, another run_dir, or "
+        "checkpoint.resume=none"
+    )
+
+
+def _data_change(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    before, now = ([found[f"data.{name}"] for name in ("num_images", "num_ids")] for found in (theirs, ours))
+    if before == now:
+        return f"{now[0]:,} training pictures of {now[1]:,} ids, as now, but with other names, ids or cameras"
+    told = "{:,} training pictures of {:,} ids (now {:,} of {:,})".format(*before, *now)
+    needs_head = "head.kind" in ours and before[1] != now[1]
+    return told + (f", so its head has {before[1]:,} classes and {now[1]:,} are required" if needs_head else "")
 
 
 def table_row(record: dict[str, Any]) -> str:

@@ -82,7 +82,7 @@ def read_lists(files: Sequence[Path], folder: Path) -> list[Sample]:
     return list(samples.values())
 
 
-def read_folders(root: Path) -> tuple[dict[str, list[Sample]], str]:
+def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[Sample]], str]:
     """``root/SPLIT/IDENTITY/*.jpg`` by split, with a remark; a camera is the N of _cN where every file name has one.
 
     Raises:
@@ -90,7 +90,7 @@ def read_folders(root: Path) -> tuple[dict[str, list[Sample]], str]:
     """
     rows: dict[str, list[Row]] = {}
     without = None  # a file name without a camera
-    for split in SPLITS:
+    for split in splits:
         rows[split] = []
         for path in _pictures_of(root, split):
             match = CAMERA.search(path.stem)
@@ -102,13 +102,13 @@ def read_folders(root: Path) -> tuple[dict[str, list[Sample]], str]:
     return _numbered(rows), f"no camera is known, as {without} has no _cN in its name"
 
 
-def read_tables(root: Path) -> tuple[dict[str, list[Sample]], str]:
+def read_tables(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[Sample]], str]:
     """``root/SPLIT.csv`` by split, with a remark; columns are path (absolute or below ``root``), pid and perhaps camid.
 
     Raises:
         UserError: a table is missing, empty or has other columns, a cell is empty, or a picture is absent or named twice.
     """
-    rows = {split: list(_table(root / f"{split}.csv", root)) for split in SPLITS}
+    rows = {split: list(_table(root / f"{split}.csv", root)) for split in splits}
     cameras = {split: any(camid != UNKNOWN_CAMID for *_, camid in found) for split, found in rows.items()}
     if cameras["query"] != cameras["gallery"]:
         named, unnamed = sorted(("query", "gallery"), key=lambda split: not cameras[split])

@@ -4,8 +4,9 @@ Sizes are (H, W). Training and test resize alike (bicubic). Everything random co
 """
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Final, NamedTuple
 
 import cv2
@@ -15,27 +16,57 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from personmae.errors import UserError
+from personmae.errors import RankError
 
 ERASE_AREA: Final = (0.02, 0.4)  # of the image
 ERASE_ASPECT: Final = (0.3, 3.3)  # height / width
 ERASE_ATTEMPTS: Final = 10
+_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 CHUNK: Final = 256  # images decoded at a time while the cache is filled
+
+
+def decode_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
+    """Decode one file, as OpenCV does, to BGR.
+
+    Raises:
+        RankError: the file cannot be read, is not an image, or ends too early.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise RankError(f"cannot read {path}: {error.strerror}; check the data set") from error
+    if is_cut_short(data):
+        raise RankError(f"{path} ends before its picture does; copy it anew, replace it or remove it")
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    except cv2.error as error:  # a size that is beyond all bounds
+        raise RankError(f"{path} is not an image that can be decoded ({error.err}); replace it or remove it") from error
+    if image is None:
+        raise RankError(f"{path} is not an image that can be decoded; replace it or remove it")
+    return image
+
+
+def is_cut_short(data: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end; only some versions of OpenCV refuse one, the others fill it up with grey."""
+    if data.startswith(_PNG):
+        return b"IEND" not in data
+    if not data.startswith(_JPEG):
+        return False
+    place = 2
+    # Up to the start of the scan: a thumbnail, which has an end of its own, is passed over.
+    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
+        filled = data[place + 1 : place + 2] == b"\xff"
+        place += 1 if filled else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return data.find(b"\xff\xd9", place) < 0
 
 
 def read_image(path: str, img_size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W"]:
     """Decode one file to RGB and resize it to (H, W), bicubic, without smoothing where it shrinks.
 
     Raises:
-        UserError: the file cannot be read or is not an image.
+        RankError: the file cannot be read or is not a whole image.
     """
-    try:
-        data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; check the data set") from error
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-    if image is None:
-        raise UserError(f"{path} is not an image that can be decoded; replace it or remove it")
+    image = decode_image(path)
     height, width = img_size
     if image.shape[:2] != img_size:
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -90,6 +121,22 @@ class ImageSet:
         if self._cache is not None:
             return self._cache[torch.tensor(np.asarray(indices), dtype=torch.int64)]
         return load_images([self.paths[int(i)] for i in indices], self.img_size, self._pool)
+
+
+def load_ahead(images: ImageSet, batches: Iterable[Int[np.ndarray, " B"]]) -> Iterator[UInt8[Tensor, "B 3 H W"]]:
+    """The images of each batch of indices in turn; while one is worked on, a thread reads the next.
+
+    Raises:
+        UserError: a file cannot be read; in the batch that has it.
+    """
+    with ThreadPoolExecutor(1) as reader:
+        coming: Future[Tensor] | None = None
+        for indices in batches:
+            ready, coming = coming, reader.submit(images.load, indices)
+            if ready:
+                yield ready.result()
+        if coming:
+            yield coming.result()
 
 
 def normalise(images: UInt8[Tensor, "B C H W"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B C H W"]:

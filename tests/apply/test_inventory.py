@@ -140,6 +140,17 @@ def test_files_that_are_no_pictures_are_counted_and_the_first_three_named(tmp_pa
     assert "4 files do not open as pictures" in capsys.readouterr().out
 
 
+def test_a_picture_that_is_cut_short_behind_a_good_header_is_found(tmp_path):
+    build(tmp_path, MARKET)
+    cut = tmp_path / "query" / MARKET["query"][0]
+    Image.effect_noise((64, 128), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:-20])
+    with Image.open(cut) as opened:
+        assert opened.size == (64, 128)
+    with pytest.raises(UserError, match="1 files of"):
+        inventory.run(tmp_path)
+
+
 def test_several_problems_are_one_line(tmp_path):
     build(tmp_path / "a", MSMT17)
     build(tmp_path / "b", MARKET | {"query": ["person.jpg"]})

@@ -60,6 +60,11 @@ def no_list(root: Path) -> Path:
     return root
 
 
+def no_gallery_list(root: Path) -> Path:
+    (msmt17(root) / "list_gallery.txt").unlink()
+    return root
+
+
 def itself(root: Path) -> Path:
     with (tables(own(root)) / "gallery.csv").open("a") as file:
         file.write("query/bert/1_c1.jpg,bert\n")
@@ -70,9 +75,9 @@ def itself(root: Path) -> Path:
     ("name", "make", "expected"),
     [
         ("msmt17_v1", v2, ["msmt17_v1 is required", "holds msmt17_v2 (mask_train_v2/)", "get MSMT17_V1"]),
-        ("msmt17_v1", no_list, ["list_val.txt is missing", "take them from its archive"]),
+        ("msmt17_v1", no_gallery_list, ["list_gallery.txt is missing", "take them from its archive"]),
         ("market1501", msmt17, ["market1501 is expected in", "bounding_box_train/", "has none of them"]),
-        ("csv", own, ["train.csv is missing", "path, pid and perhaps camid"]),
+        ("csv", own, ["query.csv is missing", "path, pid and perhaps camid"]),
         ("csv", itself, ["bert/1_c1.jpg is in query and in gallery", "take it out of the gallery"]),
         ("msmt71", own, ["there is no benchmark 'msmt71'", "the nearest is 'msmt17'"]),
     ],

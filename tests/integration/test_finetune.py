@@ -1,6 +1,9 @@
 """Fine-tuning and evaluation on a small synthetic benchmark, through the loaders that read the real ones."""
 
+import contextlib
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +67,11 @@ def test_a_run_ends_with_scores_that_evaluate_repeats(finished: Path, benchmarks
     again = personmae("evaluate", finished, "market1501", benchmarks / "market1501", "--out", tmp_path)
     assert again.returncode == 0, again.stderr
     assert result(tmp_path)["mAP"] == pytest.approx(scores["mAP"], abs=1e-6)
+    newest = checkpoint.newest(finished)
+    assert newest is not None
+    found = result(tmp_path)
+    assert [found[key] for key in ("checkpoint", "digest")] == [str(newest), checkpoint.digest(newest)]
+    assert found["step"] == checkpoint.step_of(newest.name)
     other = personmae("evaluate", finished, "occluded_duke", benchmarks / "occluded_duke")
     assert other.returncode == 0, other.stderr
     assert "occluded_duke" in other.stdout.splitlines()[-1]
@@ -90,9 +98,9 @@ def test_a_stopped_run_ends_with_the_scores_of_an_uninterrupted_one(finished: Pa
 
 
 def test_two_ranks_end_with_the_weights_of_one(benchmarks: Path, tmp_path: Path) -> None:
-    """Mined over the global batch, normalised in the same groups, augmented alike: only the order of sums differs."""
+    """Mined over the global batch, normalised in the same groups, augmented and dropped alike: sums alone differ."""
     # SGD: AdamW makes whole steps of gradients that are nothing but rounding.
-    few = ["train.bn_group_size=8", "train.epochs=2", "optim.kind=sgd", "optim.lr=0.01"]
+    few = ["train.bn_group_size=8", "train.epochs=2", "optim.kind=sgd", "optim.lr=0.01", "train.drop_path_rate=0.3"]
     options = ["--standalone", "--nproc-per-node", "2", "launcher/finetune.py", "--config"]
     done = launch("torchrun", *options, *arguments(benchmarks, tmp_path / "two", *few))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -133,7 +141,105 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(finished: Path, b
     assert same.returncode == 0
     assert "is complete" in same.stdout
     line = one_line_error(personmae("finetune", *arguments(benchmarks, finished, "optim.lr=1e-5")))
-    assert "comes from another configuration or another encoder" in line
+    assert "belongs to a run with other settings or data: optim.lr=0.001 (now 1e-05); use the same" in line
+
+
+def copied(run_dir: Path, where: Path) -> Path:
+    shutil.copytree(run_dir, where)
+    return where
+
+
+def test_a_complete_run_is_known_wherever_its_data_lie_and_however_it_is_watched(finished, benchmarks, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(benchmarks, moved)
+    run_dir = copied(finished, tmp_path / "run")
+    other = ["train.log_every=7", "checkpoint.keep_last=9", "train.max_skipped_steps=3"]
+    done = personmae("finetune", *arguments(moved, run_dir, *other))
+    assert done.returncode == 0, done.stderr
+    assert f"{run_dir} is complete" in done.stdout
+
+
+def test_a_result_that_was_cut_off_is_measured_again(finished, benchmarks, tmp_path):
+    run_dir = copied(finished, tmp_path / "run")
+    text = (run_dir / "result.json").read_text()
+    (run_dir / "result.json").write_text(text[: len(text) // 2])
+    done = personmae("finetune", *arguments(benchmarks, run_dir))
+    assert done.returncode == 0, done.stderr
+    assert "extracting 100 pictures: " in done.stdout
+    assert "ranking 32 x 68: " in done.stdout
+    assert result(run_dir)["mAP"] == result(finished)["mAP"]
+
+
+def test_data_that_have_changed_are_named_with_their_counts_and_classes(finished, benchmarks, tmp_path):
+    changed = tmp_path / "changed"
+    shutil.copytree(benchmarks, changed)
+    train = changed / "market1501" / "bounding_box_train"
+    pid = min(path.name for path in train.glob("*.jpg")).split("_")[0]
+    gone = list(train.glob(f"{pid}_*.jpg"))
+    for path in gone:
+        path.unlink()
+    run_dir = copied(finished, tmp_path / "run")
+    told = f"64 training pictures of 8 ids (now {64 - len(gone)} of 7), so its head has 8 classes and 7 are required"
+    assert told in one_line_error(personmae("finetune", *arguments(changed, run_dir)))
+    (run_dir / "result.json").unlink()
+    line = one_line_error(personmae("finetune", *arguments(changed, run_dir)))
+    assert told in line
+    assert "step-" in line
+
+
+def test_steps_that_are_not_finite_end_the_run_at_the_next_logged_one(benchmarks, tmp_path):
+    settings = ["optim.lr=1e30", "train.max_skipped_steps=2"]
+    done = personmae("finetune", *arguments(benchmarks, tmp_path / "run", *settings))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the gradient was not finite in 2 steps in a row, up to step 3" in done.stderr
+
+
+def test_the_last_step_is_saved_though_it_was_skipped_and_features_that_are_not_finite_are_a_divergence(benchmarks, tmp_path):
+    done = personmae("finetune", *arguments(benchmarks, tmp_path / "run", "optim.lr=1e30", "train.max_skipped_steps=999"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    newest = checkpoint.newest(tmp_path / "run")
+    assert newest is not None
+    saved = checkpoint.read(newest)
+    assert saved.step == saved.state["total_steps"]
+    assert all(tensor.isfinite().all() for name, tensor in saved.tensors["model"].items() if "running" in name)
+    assert f"features are not finite at step {saved.step}" in done.stderr
+
+
+def opened_for_writing(pipe: Path, reader: subprocess.Popen[str]) -> int:
+    """The file descriptor of a named pipe, once the process reads it."""
+    deadline = time.monotonic() + 90
+    while True:
+        assert reader.poll() is None, reader.communicate()[1]
+        assert time.monotonic() < deadline
+        with contextlib.suppress(OSError):  # until someone reads it
+            number = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            os.set_blocking(number, True)
+            return number
+        time.sleep(0.01)
+
+
+def test_a_run_that_is_stopped_in_its_evaluation_is_measured_when_it_goes_on(finished, benchmarks, tmp_path):
+    held = tmp_path / "data"
+    shutil.copytree(benchmarks, held)
+    picture = max((held / "market1501" / "bounding_box_test").glob("*.jpg"))
+    content = picture.read_bytes()
+    picture.unlink()
+    os.mkfifo(picture)  # whoever reads it waits for a writer: so the evaluation is under way when the signal comes
+    command = [sys.executable, "-m", "personmae", "finetune", *arguments(held, tmp_path / "run")]
+    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    pipe = opened_for_writing(picture, run)
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    with open(pipe, "wb") as file:
+        file.write(content)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 75, told
+    assert "while the gallery was ranked, all" in told
+    picture.unlink()
+    picture.write_bytes(content)
+    done = personmae("finetune", *arguments(held, tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "run")["mAP"] == result(finished)["mAP"]
 
 
 def test_pre_trained_weights_alone_cannot_be_evaluated(native_run: Path, benchmarks: Path) -> None:

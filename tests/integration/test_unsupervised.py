@@ -1,6 +1,7 @@
 """USL and UDA on a small synthetic benchmark: clusters, memory, resume, ranks, and what cannot be trained on."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,40 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(finished, benchmarks
     for kind, tensors in theirs.tensors.items():
         for name, tensor in tensors.items():
             assert torch.equal(ours.tensors[kind][name], tensor), (kind, name)
+    assert (run_dir / "clusters.jsonl").read_text() == (finished / "clusters.jsonl").read_text()
+
+
+def test_a_run_that_is_stopped_in_a_clustering_clusters_again(finished, benchmarks, source, tmp_path):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "personmae", "unsupervised", *arguments(benchmarks, source, run_dir)]
+    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    for _ in range(2):  # the second is that of epoch 1
+        assert any(line == "extracting 64 pictures ...\n" for line in run.stdout)
+    run.send_signal(signal.SIGTERM)
+    _, told = run.communicate(timeout=60)
+    assert run.returncode == 75, told
+    assert "state saved" in told
+    done = personmae("unsupervised", *arguments(benchmarks, source, run_dir))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = final_state(run_dir), final_state(finished)
+    for kind, tensors in theirs.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(ours.tensors[kind][name], tensor), (kind, name)
+    assert (run_dir / "clusters.jsonl").read_text() == (finished / "clusters.jsonl").read_text()
+
+
+def test_a_complete_run_needs_its_start_no_longer_and_a_new_one_begins_its_list_of_clusters_anew(
+    finished, benchmarks, source, tmp_path
+):
+    run_dir, gone = tmp_path / "run", tmp_path / "source"
+    shutil.copytree(finished, run_dir)
+    done = personmae("unsupervised", *arguments(benchmarks, gone, run_dir))
+    assert done.returncode == 0, done.stderr
+    assert f"{run_dir} is complete" in done.stdout
+    again = personmae("unsupervised", *arguments(benchmarks, source, run_dir, "checkpoint.resume=none"))
+    assert again.returncode == 0, again.stderr
+    assert (run_dir / "clusters.jsonl").read_text() == (finished / "clusters.jsonl").read_text()
 
 
 def test_two_ranks_end_with_the_memory_and_the_weights_of_one(finished, benchmarks, source, tmp_path):

@@ -150,3 +150,17 @@ def test_centroids_are_means_of_unit_features_without_the_outliers():
 def test_a_cluster_without_an_image_has_no_centroid(labels):
     with pytest.raises(ValueError, match="every cluster from 0"):
         mean_centroids(torch.ones(3, 4), torch.tensor(labels))
+
+
+@pytest.mark.parametrize("mode", ["mean", "hard"])
+def test_a_skipped_step_leaves_the_memory_as_it_was_whatever_its_features(mode):
+    fast, other, (features, labels) = memory(mode), memory(mode), batch()
+    before = fast.centroids.clone()
+    broken = features.clone()
+    broken[3] = float("nan")
+    fast.update(broken, labels, torch.tensor(1.0))
+    assert torch.equal(fast.centroids, before)
+    fast.update(features, labels, torch.tensor(0.0))
+    other.update(features, labels)
+    assert torch.equal(fast.centroids, other.centroids)
+    assert not torch.equal(fast.centroids, before)

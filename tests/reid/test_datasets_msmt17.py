@@ -1,6 +1,7 @@
 """MSMT17 by its own lists: both versions, told apart, with and without list_val."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,7 +28,7 @@ def build(root: Path, folders: tuple[str, str], lists: dict[str, list[str]] = LI
     return root
 
 
-def refused(name: str, root: Path, **options: bool) -> str:
+def refused(name: str, root: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         load_benchmark(name, root, **options)
     return str(caught.value)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from personmae.errors import Diverged, Stopped
 from personmae.model.vit import VisionTransformer
-from personmae.reid.features import colour_histogram, extract, standardise_per_camera
+from personmae.reid.features import colour_histogram, extract, require_finite, standardise_per_camera
 from personmae.reid.heads import BNNeck, ReIDModel
 from personmae.reid.transforms import ImageSet, normalise
 
@@ -102,3 +103,25 @@ def test_per_camera_histograms_have_length_one_and_average_out(image_set):
     assert features.isfinite().all()
     plain = colour_histogram(image_set, camids, normalise_per_camera=False)
     assert not torch.allclose(features, plain)
+
+
+def test_extraction_stops_before_the_next_batch_and_puts_the_model_back(model, image_set):
+    asked = []
+
+    def stopped() -> bool:
+        asked.append(len(asked))
+        return len(asked) > 2
+
+    model.train()
+    with pytest.raises(Stopped):
+        extract(model, image_set, batch_size=2, device=torch.device("cpu"), mean=MEAN, std=STD, stopped=stopped)
+    assert len(asked) == 3
+    assert model.training
+
+
+def test_features_of_a_broken_model_in_training_are_a_divergence():
+    features = torch.ones(5, 3)
+    require_finite(features, 7)
+    features[2, 1] = float("nan")
+    with pytest.raises(Diverged, match="1 of 5 features are not finite at step 7"):
+        require_finite(features, 7)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from personmae.errors import UserError
-from personmae.model.vit import VisionTransformer, grid_coords, patchify
+from personmae.model.vit import VisionTransformer, grid_coords, patchify, share_drop_path
 from personmae.reid.heads import (
     MGN,
     BNNeck,
@@ -14,8 +14,10 @@ from personmae.reid.heads import (
     Neck,
     PartEmbedding,
     ReIDModel,
+    describe_start,
     encoder_weights,
     layer_id,
+    settings_from,
     split_rows,
 )
 from personmae.reid.losses import reid_loss
@@ -299,3 +301,62 @@ def test_positions_of_a_taller_picture_are_interpolated_into_the_trained_ones():
     plain = ReIDModel(base, BNNeck(base, NUM_CLASSES)).eval()
     assert torch.equal(plain.features(images(2, (256, 128))), model.features(images(2, (256, 128))))
     assert not torch.allclose(plain.features(tall), model.features(tall))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_leaves_the_running_statistics_alone(bad):
+    bn, batch = GroupedBatchNorm(5, 4), torch.randn(8, 5, generator=torch.Generator().manual_seed(3))
+    bn(batch)
+    before = [bn.get_buffer(name).clone() for name in ("running_mean", "running_var")]
+    broken = batch.clone()
+    broken[5, 2] = bad
+    assert not bn(broken).isfinite().all()
+    assert [torch.equal(bn.get_buffer(n), b) for n, b in zip(("running_mean", "running_var"), before, strict=True)] == [
+        True
+    ] * 2
+    bn(batch)
+    assert not torch.equal(bn.get_buffer("running_mean"), before[0])
+
+
+@pytest.mark.parametrize("build", [MGN, BNNeck])
+def test_ranks_with_one_seed_drop_the_paths_of_a_whole_batch(build):
+    torch.manual_seed(0)
+    base = VisionTransformer(embed_dim=DIM, depth=DEPTH, num_heads=2, drop_path_rate=0.5)
+    model = ReIDModel(base, build(base, NUM_CLASSES)).train()
+    batch = images(12)
+
+    for module in model.modules():
+        if isinstance(module, GroupedBatchNorm):
+            module.eval()  # else the images of a batch would see each other
+
+    def embeddings(rows: slice, seed: int = 7) -> torch.Tensor:
+        torch.manual_seed(seed)
+        share_drop_path(model, len(batch), rows)
+        return torch.cat(model.head(*model.encode(batch[rows]))["embeddings"], dim=1)
+
+    whole = embeddings(slice(0, 12))
+    torch.testing.assert_close(torch.cat([embeddings(slice(0, 5)), embeddings(slice(5, 12))]), whole)
+    assert not torch.allclose(embeddings(slice(0, 12), seed=8), whole)  # something is dropped
+
+
+def test_the_start_is_told_in_tensors_that_match_and_that_are_new():
+    base = encoder()
+    given = len(base.state_dict())
+    plain = ReIDModel(base, BNNeck(base, NUM_CLASSES))
+    expected = f"{given} of {given} tensors of some/run match; the head starts new: {{}} tensors"
+    assert describe_start(plain, "some/run") == expected.format(len(plain.head.state_dict()))
+    parted = ReIDModel(base, MGN(base, NUM_CLASSES))
+    copied = 3 * len(Branch(base).state_dict())
+    assert describe_start(parted, "some/run") == expected.format(len(parted.head.state_dict()) - copied)
+
+
+def test_settings_come_from_the_weights_and_a_normalisation_given_besides_is_refused():
+    own = {"size": "micro", "patch_size": 16, "img_size": [128, 64], "mean": [0.5] * 3, "std": [0.5] * 3}
+    record = own | {"img_size": [256, 128], "mean": [0.4] * 3}
+    expected = own | {"mean": [0.4] * 3, "trained_size": [256, 128]}
+    assert settings_from("a/run", record, own, {"size", "std"}) == expected
+    told = r"model.mean=\[0.5, 0.5, 0.5\] must be that of a/run, which is .*; give model.mean=\[0.4,0.4,0.4\] or leave it out"
+    with pytest.raises(UserError, match=told):
+        settings_from("a/run", record, own, {"mean"})
+    with pytest.raises(UserError, match=r"model\.size=micro must be that of a/run, which is base"):
+        settings_from("a/run", record | {"size": "base"}, own, set())

@@ -1,5 +1,7 @@
 """A search on a benchmark of real files: what the record holds, re-ranked or not."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -7,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from personmae.errors import UserError
+from personmae.errors import Stopped, UserError
 from personmae.reid import retrieval
-from personmae.reid.datasets import Benchmark, Sample
+from personmae.reid.datasets import Benchmark, Sample, identity
 
 IMG_SIZE = (32, 16)
 NUM_PIDS, PER_PID = 6, 5
@@ -85,3 +87,69 @@ def test_the_device_may_be_named(samples: list[Sample]):
 def test_an_unknown_re_ranking_is_refused(samples: list[Sample]):
     with pytest.raises(UserError, match="rerank must be one of none, aqe, k_reciprocal; got 'magic'"):
         measure(split(samples), rerank="magic")
+
+
+def test_long_works_are_told_with_counts_and_seconds(samples: list[Sample]):
+    said: list[str] = []
+    measure(split(samples), say=said.append)
+    assert said[0::2] == ["extracting 30 pictures ...", "ranking 6 x 24 ..."]
+    assert said[1].startswith("extracting 30 pictures: ")
+    assert said[3].endswith(" s")
+
+
+def test_a_ranking_can_be_stopped(samples: list[Sample]):
+    with pytest.raises(Stopped, match="while the gallery was ranked"):
+        measure(split(samples), stopped=lambda: True)
+
+
+def test_a_record_is_whole_or_absent(samples: list[Sample], tmp_path: Path):
+    record = measure(split(samples)) | {"identity": {"seed": 0}}
+    retrieval.write_record(tmp_path, record)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_lists.json", "result.json"]
+    read = retrieval.read_record(tmp_path)
+    assert read is not None
+    assert (read["mAP"], read["identity"]) == (record["mAP"], {"seed": 0})
+    text = (tmp_path / "result.json").read_text()
+    for broken in (text[: len(text) // 2], "", "[]"):
+        (tmp_path / "result.json").write_text(broken)
+        assert retrieval.read_record(tmp_path) is None
+    assert retrieval.read_record(tmp_path / "nowhere") is None
+
+
+def test_an_interrupted_writing_leaves_the_earlier_record(samples: list[Sample], tmp_path: Path):
+    record = measure(split(samples))
+    retrieval.write_record(tmp_path, record)
+    before = (tmp_path / "result.json").read_text()
+    with pytest.raises(TypeError):
+        retrieval.write_record(tmp_path, record | {"mAP": object()})  # JSON cannot hold it
+    assert (tmp_path / "result.json").read_text() == before
+    assert json.loads(before)["mAP"] == record["mAP"]
+
+
+def trained_on(samples: list[Sample]) -> Benchmark:
+    return replace(split(samples), train=tuple(samples))
+
+
+def test_the_identity_of_data_is_paths_classes_and_cameras_and_not_where_they_lie(samples: list[Sample]):
+    plain = identity(trained_on(samples))
+    assert (plain["data.num_images"], plain["data.num_ids"]) == (30, 6)
+    root = str(Path(samples[0].path).parent)
+    moved = [replace(s, path=s.path.replace(root, "/elsewhere"), pid=10 * s.pid) for s in samples]
+    assert identity(replace(trained_on(moved), root="/elsewhere")) == plain
+    for changed in ({"pid": 3}, {"camid": 5}, {"path": f"{root}/other.png"}):
+        assert identity(trained_on([replace(samples[0], **changed), *samples[1:]]))["data.digest"] != plain["data.digest"]
+
+
+def test_what_differs_is_named_with_data_in_counts_and_classes(samples: list[Sample]):
+    before = {"head.kind": "mgn", "optim.lr": 0.1} | identity(trained_on(samples))
+    retrieval.require_same("a/checkpoint", before, before)
+    now = before | {"optim.lr": 0.2} | identity(trained_on(samples[: 4 * PER_PID]))
+    told = (
+        r"a/checkpoint belongs to a run with other settings or data: optim\.lr=0\.1 \(now 0\.2\), 30 training pictures of 6 "
+        r"ids \(now 20 of 4\), so its head has 6 classes and 4 are required; use the same, another run_dir"
+    )
+    with pytest.raises(UserError, match=told):
+        retrieval.require_same("a/checkpoint", now, before)
+    renamed = before | identity(trained_on([replace(samples[0], camid=9), *samples[1:]]))
+    with pytest.raises(UserError, match="30 training pictures of 6 ids, as now, but with other names, ids or cameras"):
+        retrieval.require_same("a/checkpoint", renamed, before)

@@ -1,5 +1,6 @@
 """Reading and augmenting images; every batched operation against a loop."""
 
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 
 import cv2
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from personmae.errors import UserError
+from personmae.errors import RankError
 from personmae.reid.transforms import (
     ERASE_AREA,
     Augmentation,
@@ -17,6 +18,7 @@ from personmae.reid.transforms import (
     erase,
     erase_boxes,
     flip,
+    load_ahead,
     load_images,
     normalise,
     read_image,
@@ -78,8 +80,59 @@ def test_an_unreadable_file_is_named(paths, tmp_path, pool, content):
     bad = tmp_path / "bad.jpg"
     if content is not None:
         bad.write_bytes(content)
-    with pytest.raises(UserError, match=r"bad\.jpg"):
+    with pytest.raises(RankError, match=r"bad\.jpg"):
         load_images([*paths, str(bad)], SIZE, pool)
+
+
+def thumbnail(jpeg: bytes) -> bytes:
+    """The JPEG with another whole JPEG in its metadata, as cameras write them."""
+    small = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    segment = b"Exif\0\0" + small
+    return jpeg[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + jpeg[2:]
+
+
+@pytest.mark.parametrize("end", [0.5, 0.9, -2])
+@pytest.mark.parametrize("kind", [".jpg", "progressive", "thumbnail", ".png"])
+def test_a_picture_that_is_cut_short_is_named_and_the_whole_one_is_read(tmp_path, kind, end):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 20, 3), dtype=np.uint8)
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1] if kind == "progressive" else []
+    data = cv2.imencode(kind if kind.startswith(".") else ".jpg", pixels, options)[1].tobytes()
+    data = thumbnail(data) if kind == "thumbnail" else data
+    bad, good = tmp_path / "bad.jpg", tmp_path / "good.jpg"
+    good.write_bytes(data + b"trailing")
+    assert read_image(str(good), SIZE).shape == (3, *SIZE)
+    bad.write_bytes(data[: int(end * len(data)) if end > 0 else -14])
+    with pytest.raises(RankError, match=r"bad\.jpg ends before its picture does"):
+        read_image(str(bad), SIZE)
+
+
+def test_a_header_beyond_all_bounds_is_named(tmp_path):
+    data = bytearray(cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes())
+    data[16:24] = (0xF0000).to_bytes(4, "big") * 2  # width and height
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    (tmp_path / "bad.png").write_bytes(data)
+    with pytest.raises(RankError, match=r"bad\.png is not an image that can be decoded"):
+        read_image(str(tmp_path / "bad.png"), SIZE)
+
+
+def test_reading_ahead_keeps_the_order_and_is_one_batch_ahead(paths, pool):
+    images = ImageSet(paths, SIZE, pool=pool)
+    batches = [np.array(indices) for indices in ([4, 0], [1, 1], [3, 2])]
+    asked = []
+    ahead = load_ahead(images, (asked.append(i) or batch for i, batch in enumerate(batches)))
+    got = []
+    for number, batch in enumerate(ahead):
+        assert asked == list(range(min(number + 2, 3)))
+        got.append(batch)
+    assert all(torch.equal(one, images.load(batch)) for one, batch in zip(got, batches, strict=True))
+
+
+def test_reading_ahead_tells_of_a_bad_file_in_its_own_batch(paths, pool, tmp_path):
+    images = ImageSet([*paths, str(tmp_path / "bad.jpg")], SIZE, pool=pool, cache_bytes=0)
+    ahead = load_ahead(images, [np.array([0]), np.array([5])])
+    assert len(next(ahead)) == 1
+    with pytest.raises(RankError, match=r"bad\.jpg"):
+        next(ahead)
 
 
 def test_a_cached_set_gives_the_images_of_an_uncached_one(paths, pool):
