@@ -130,11 +130,15 @@ def test_however_the_command_is_ended_its_workers_end_and_the_same_command_goes_
         (os.kill, signal.SIGKILL, -signal.SIGKILL),
     ]
     for end, how, code in ways:
-        before = num_records(out)
-        command = start(many, out)
-        await_true(lambda before=before: num_records(out) > before)
-        end(command.pid, how)
-        _, errors = command.communicate(timeout=60)
+        for _ in range(5):
+            before = num_records(out)
+            command = start(many, out)
+            await_true(lambda before=before: num_records(out) > before)
+            end(command.pid, how)
+            _, errors = command.communicate(timeout=60)
+            if command.returncode:
+                break
+            shutil.rmtree(out)  # on a busy machine it was done before the signal came: once more
         assert command.returncode == code, (how, errors)
         assert "Traceback" not in errors
         lines = [line for line in errors.splitlines() if not line.startswith("shards write: ")]

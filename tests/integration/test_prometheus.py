@@ -192,7 +192,7 @@ def test_the_killed_rank_and_the_steps_done_again_are_counted(scraped: Scraped) 
     assert re.search(
         r'^personmae_rank_exits_total\{code="137"\} [12].0$', scraped.text, re.MULTILINE
     )  # the other is killed, too
-    assert 1 <= scraped.lost <= 60
+    assert 0 <= scraped.lost <= 60  # none where the kill met a checkpoint
 
 
 def test_the_stall_alert_goes_pending_when_a_rank_is_stopped(scraped: Scraped) -> None:

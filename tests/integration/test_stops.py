@@ -133,7 +133,9 @@ def test_one_signal_saves_at_a_step_boundary_under_every_launcher(
     started = run.start(launcher)
     run.wait_for_step(started, 3)
     send(started, number)
-    assert started.wait(timeout=120) == code, run.said()
+    ended = started.wait(timeout=120)
+    # Ctrl-C reaches deepspeed's two processes and its ranks at once; which of them is first decides between these.
+    assert ended in ((code, 1) if launcher == "deepspeed" else (code,)), run.said()
     run.wait_for_end()
     done = checkpoint.newest(run.folder)
     assert done is not None, run.said()
