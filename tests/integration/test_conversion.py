@@ -126,10 +126,10 @@ def interrupt(
     """The command, ended with work left, and its errors; None and a clean start where it was as good as done by then."""
     before, command = num_records(out), start(source, out)
     await_true(lambda: num_records(out) > before or out.exists())
-    os.killpg(command.pid, signal.SIGSTOP)  # so that it cannot finish between the look and the signal
+    os.kill(command.pid, signal.SIGSTOP)  # so that it cannot finish between the look and the signal
     has_work = not out.exists() and num_records(out) < num_shards - 8
     end(command.pid, how)
-    os.killpg(command.pid, signal.SIGCONT)
+    os.kill(command.pid, signal.SIGCONT)
     _, errors = command.communicate(timeout=60)
     if not has_work:
         shutil.rmtree(out, ignore_errors=True)
