@@ -409,7 +409,7 @@ class Unsupervised(Section):
         return _downstream_identity(self)
 
 
-DownstreamT = TypeVar("DownstreamT", Finetune, Unsupervised)
+DownstreamT = TypeVar("DownstreamT", bound=Finetune | Unsupervised)
 
 
 def with_normalisation(settings: DownstreamT, mean: Sequence[float], std: Sequence[float]) -> DownstreamT:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from personmae import archive, checkpoint, config, dist, metrics, optim
+from personmae.downstream import RANDOM, augmented, evaluate, identity, is_complete, record_run
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
@@ -22,8 +23,8 @@ from personmae.guard import Guard
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
-from personmae.reid import datasets, retrieval
-from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids, train_labels
+from personmae.reid import retrieval
+from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids, train_labels
 from personmae.reid.features import told
 from personmae.reid.heads import (
     Classifier,
@@ -36,9 +37,7 @@ from personmae.reid.heads import (
 )
 from personmae.reid.losses import reid_loss
 from personmae.reid.sampler import pk_batches
-from personmae.reid.transforms import ImageSet, augment, draw_augmentation, load_ahead
-
-RANDOM = "random"
+from personmae.reid.transforms import ImageSet, load_ahead
 
 
 @dataclass
@@ -143,18 +142,7 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
         for chosen, pictures in zip(left, load_ahead(images, left[:, ours]), strict=True):
             meter.beat("step", state.step)
             meter.enter("inputs")
-            torch.manual_seed(settings.seed + 1000003 * state.step)  # of drop path, so a resumed run repeats it
-            drawn = draw_augmentation(
-                len(chosen), settings.model.img_size, seed=settings.seed, step=state.step, **settings.augment.model_dump()
-            )
-            augmented = augment(
-                pictures.to(world.device),
-                drawn.part(ours),
-                mean=state.model_settings["mean"],
-                std=state.model_settings["std"],
-                pad=settings.augment.pad,
-            )
-            batch = {"images": augmented, "labels": labels[chosen[ours]].to(world.device)}
+            batch = {"images": augmented(state, pictures, len(chosen), ours), "labels": labels[chosen[ours]].to(world.device)}
             meter.enter("forward_backward")
             losses = engine.forward_backward(batch, last_micro=True)
             meter.enter("optimizer")
@@ -313,32 +301,6 @@ def save(state: Run, writer: Writer | None) -> None:
     writer.save(checkpoint.Checkpoint(state.step, {"model": saved.params, **saved.moments}, record))
 
 
-def identity(settings: config.Finetune, benchmark: Benchmark, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What must agree before a run is resumed: settings, the weights it starts from, and its training pictures.
-
-    Where the weights are gone, they are taken to be those of the ``known`` identity.
-    """
-    init = settings.init
-    if init != RANDOM:
-        gone = known and not Path(init).exists()
-        init = known.get("init") if known and gone else checkpoint.digest(checkpoint.locate(init))
-    return settings.identity() | {"init": init} | datasets.identity(benchmark)
-
-
-def is_complete(settings: config.Finetune, benchmark: Benchmark) -> bool:
-    """Whether the run has its result.
-
-    Raises:
-        UserError: it has one, but of other settings, weights or data.
-    """
-    record = retrieval.read_record(settings.run_dir)
-    if record is None:
-        return False
-    known = record.get("identity", {})
-    retrieval.require_same(Path(settings.run_dir) / "result.json", identity(settings, benchmark, known), known)
-    return True
-
-
 def num_classes(head: nn.Module) -> int:
     """Classes of a head's first classifier."""
     return next(p.shape[0] for name, p in head.named_parameters() if name.endswith("classifier.weight"))
@@ -360,17 +322,7 @@ def resume(state: Run) -> Path | None:
 def announce(state: Run) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     settings, total_steps = state.settings, state.total_steps
-    metrics.record_run(
-        settings.run_dir,
-        config_yaml=config.dump_yaml(
-            config.with_normalisation(settings, state.model_settings["mean"], state.model_settings["std"])
-        ),
-        config_hash=config.config_hash(settings),
-        seed=settings.seed,
-        versions=checkpoint.versions(),
-    )
-    described = describe(state.benchmark)
-    print(described.table, described.note, sep="\n")
+    record_run(state)
     if settings.init != RANDOM and not state.step:
         print(f"finetune: {describe_start(state.module.model, settings.init)}")
     millions = sum(p.numel() for p in state.module.parameters()) / 1e6
@@ -380,40 +332,3 @@ def announce(state: Run) -> None:
         f"{going}, peak lr {settings.optim.lr:.3g}, run {settings.run_dir}",
         flush=True,
     )
-
-
-def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
-    """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
-    settings, kept = state.settings, state.model_settings
-
-    def stopped() -> bool:
-        meter.beat("evaluate", state.step)
-        return stop.requested
-
-    features = retrieval.model_features(
-        state.module.model,
-        mean=kept["mean"],
-        std=kept["std"],
-        device=state.world.device,
-        stopped=stopped,
-        trained_steps=state.step,
-    )
-    try:
-        record = retrieval.measure(
-            state.benchmark,
-            features,
-            img_size=settings.model.img_size,
-            num_threads=dist.threads_per_rank(state.world),
-            device=state.world.device,
-            say=log.say,
-            stopped=stopped,
-        )
-    except Stopped as early:
-        stop.settle()
-        raise Stopped(f"{early}, all {state.step} steps saved in {settings.run_dir}; run this again to go on") from None
-    if record is None:
-        return
-    record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
-    record["identity"] = state.identity
-    retrieval.write_record(Path(settings.run_dir), record)
-    log.say(retrieval.table_row(record))

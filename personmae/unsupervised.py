@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personmae import archive, checkpoint, config, dist, metrics, optim
+from personmae.downstream import augmented, evaluate, identity, is_complete, record_run
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
@@ -25,13 +26,13 @@ from personmae.guard import Guard
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
-from personmae.reid import cluster, datasets, retrieval
-from personmae.reid.datasets import Benchmark, describe, load_benchmark, pids_and_camids
+from personmae.reid import cluster, retrieval
+from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids
 from personmae.reid.features import extract, require_finite, standardise_per_camera, told
 from personmae.reid.heads import Neck, ReIDModel, describe_start, encoder_weights, settings_from, trained_size
 from personmae.reid.memory import ClusterMemory, mean_centroids
 from personmae.reid.sampler import cluster_batches
-from personmae.reid.transforms import ImageSet, augment, draw_augmentation, load_ahead
+from personmae.reid.transforms import ImageSet, load_ahead
 
 
 @dataclass
@@ -137,18 +138,7 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
         for pictures, labels in batches(state, images, ours, log, clustering_stopped):
             meter.beat("step", state.step)
             meter.enter("inputs")
-            torch.manual_seed(settings.seed + 1000003 * state.step)  # of drop path, so a resumed run repeats it
-            drawn = draw_augmentation(
-                size, settings.model.img_size, seed=settings.seed, step=state.step, **settings.augment.model_dump()
-            )
-            augmented = augment(
-                pictures.to(world.device),
-                drawn.part(ours),
-                mean=state.model_settings["mean"],
-                std=state.model_settings["std"],
-                pad=settings.augment.pad,
-            )
-            batch = {"images": augmented, "labels": labels[ours]}
+            batch = {"images": augmented(state, pictures, size, ours), "labels": labels[ours]}
             meter.enter("forward_backward")
             outputs = engine.forward_backward(batch, last_micro=True)
             meter.enter("optimizer")
@@ -392,44 +382,10 @@ def resume(state: Run) -> Path | None:
     return found
 
 
-def identity(settings: config.Unsupervised, benchmark: Benchmark, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What must agree before a run is resumed: settings, the weights it starts from, and its training pictures.
-
-    Where the weights are gone, they are taken to be those of the ``known`` identity.
-    """
-    gone = known and not Path(settings.init).exists()
-    init = known.get("init") if known and gone else checkpoint.digest(checkpoint.locate(settings.init))
-    return settings.identity() | {"init": init} | datasets.identity(benchmark)
-
-
-def is_complete(settings: config.Unsupervised, benchmark: Benchmark) -> bool:
-    """Whether the run has its result.
-
-    Raises:
-        UserError: it has one, but of other settings, weights or data.
-    """
-    record = retrieval.read_record(settings.run_dir)
-    if record is None:
-        return False
-    known = record.get("identity", {})
-    retrieval.require_same(Path(settings.run_dir) / "result.json", identity(settings, benchmark, known), known)
-    return True
-
-
 def announce(state: Run) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     settings, total_steps = state.settings, state.total_steps
-    metrics.record_run(
-        settings.run_dir,
-        config_yaml=config.dump_yaml(
-            config.with_normalisation(settings, state.model_settings["mean"], state.model_settings["std"])
-        ),
-        config_hash=config.config_hash(settings),
-        seed=settings.seed,
-        versions=checkpoint.versions(),
-    )
-    described = describe(state.benchmark)
-    print(described.table, described.note, sep="\n")
+    record_run(state)
     warn_of_same_data(settings, state.benchmark)
     if not state.step:
         print(f"unsupervised: {describe_start(state.module.model, settings.init)}")
@@ -440,40 +396,3 @@ def announce(state: Run) -> None:
         f"peak lr {settings.optim.lr:.3g}, run {settings.run_dir}",
         flush=True,
     )
-
-
-def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
-    """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
-    settings, kept = state.settings, state.model_settings
-
-    def stopped() -> bool:
-        meter.beat("evaluate", state.step)
-        return stop.requested
-
-    features = retrieval.model_features(
-        state.module.model,
-        mean=kept["mean"],
-        std=kept["std"],
-        device=state.world.device,
-        stopped=stopped,
-        trained_steps=state.step,
-    )
-    try:
-        record = retrieval.measure(
-            state.benchmark,
-            features,
-            img_size=settings.model.img_size,
-            num_threads=dist.threads_per_rank(state.world),
-            device=state.world.device,
-            say=log.say,
-            stopped=stopped,
-        )
-    except Stopped as early:
-        stop.settle()
-        raise Stopped(f"{early}, all {state.step} steps saved in {settings.run_dir}; run this again to go on") from None
-    if record is None:
-        return
-    record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
-    record["identity"] = state.identity
-    retrieval.write_record(Path(settings.run_dir), record)
-    log.say(retrieval.table_row(record))

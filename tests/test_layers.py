@@ -18,7 +18,10 @@ MIDDLE = {
     f"personmae.{name}"
     for name in ("engine", "checkpoint", "archive", "keeper", "snapshot", "guard", "metrics", "meter", "plan", "data")
 } | {f"personmae.reid.{name}" for name in ("features", "retrieval")}
-PROGRAMS = {f"personmae.{name}" for name in ("pretrain", "state", "finetune", "unsupervised", "evaluate", "bench", "apply")}
+PROGRAMS = {
+    f"personmae.{name}"
+    for name in ("pretrain", "state", "downstream", "finetune", "unsupervised", "evaluate", "bench", "apply")
+}
 GROUND = {"personmae.errors", "personmae.heartbeat", "personmae.telemetry"}
 HEAVY = {"torch", "cv2", "numpy", "boto3", "streaming", "deepspeed", "timm", "matplotlib", "scipy", "sklearn"}
 

@@ -1,0 +1,135 @@
+"""What supervised and unsupervised training on a benchmark share: pictures, what a run is known by, its end."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from personmae import checkpoint, config, dist, metrics
+from personmae.errors import Stopped
+from personmae.meter import Meter
+from personmae.reid import datasets, retrieval
+from personmae.reid.datasets import Benchmark
+from personmae.reid.heads import ReIDModel
+from personmae.reid.transforms import augment, draw_augmentation
+
+RANDOM = "random"
+Settings = config.Finetune | config.Unsupervised
+
+
+class Trained(Protocol):
+    """A module with a ReID model in it."""
+
+    model: ReIDModel
+
+
+class Run(Protocol):
+    """What both programs know of a run."""
+
+    step: int
+    model_settings: dict[str, Any]
+    identity: dict[str, Any]
+
+    @property
+    def settings(self) -> Settings: ...
+    @property
+    def world(self) -> dist.World: ...
+    @property
+    def benchmark(self) -> Benchmark: ...
+    @property
+    def module(self) -> Trained: ...
+
+
+def augmented(state: Run, pictures: Tensor, batch_size: int, ours: slice) -> Tensor:
+    """This rank's pictures of a global batch, augmented on its device; drop path is seeded too, so a resumed run repeats it."""
+    settings = state.settings
+    torch.manual_seed(settings.seed + 1000003 * state.step)
+    drawn = draw_augmentation(
+        batch_size, settings.model.img_size, seed=settings.seed, step=state.step, **settings.augment.model_dump()
+    )
+    return augment(
+        pictures.to(state.world.device),
+        drawn.part(ours),
+        mean=state.model_settings["mean"],
+        std=state.model_settings["std"],
+        pad=settings.augment.pad,
+    )
+
+
+def identity(settings: Settings, benchmark: Benchmark, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must agree before a run is resumed: settings, the weights it starts from, and its training pictures.
+
+    Where the weights are gone, they are taken to be those of the ``known`` identity.
+    """
+    init = settings.init
+    if init != RANDOM:
+        gone = known and not Path(init).exists()
+        init = known.get("init") if known and gone else checkpoint.digest(checkpoint.locate(init))
+    return settings.identity() | {"init": init} | datasets.identity(benchmark)
+
+
+def is_complete(settings: Settings, benchmark: Benchmark) -> bool:
+    """Whether the run has its result.
+
+    Raises:
+        UserError: it has one, but of other settings, weights or data.
+    """
+    record = retrieval.read_record(settings.run_dir)
+    if record is None:
+        return False
+    known = record.get("identity", {})
+    retrieval.require_same(Path(settings.run_dir) / "result.json", identity(settings, benchmark, known), known)
+    return True
+
+
+def record_run(state: Run) -> None:
+    """Write down the run's set-up, and print what its benchmark holds."""
+    settings = state.settings
+    resolved = config.with_normalisation(settings, state.model_settings["mean"], state.model_settings["std"])
+    metrics.record_run(
+        settings.run_dir,
+        config_yaml=config.dump_yaml(resolved),
+        config_hash=config.config_hash(settings),
+        seed=settings.seed,
+        versions=checkpoint.versions(),
+    )
+    described = datasets.describe(state.benchmark)
+    print(described.table, described.note, sep="\n")
+
+
+def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+    """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
+    settings, kept = state.settings, state.model_settings
+
+    def stopped() -> bool:
+        meter.beat("evaluate", state.step)
+        return stop.requested
+
+    features = retrieval.model_features(
+        state.module.model,
+        mean=kept["mean"],
+        std=kept["std"],
+        device=state.world.device,
+        stopped=stopped,
+        trained_steps=state.step,
+    )
+    try:
+        record = retrieval.measure(
+            state.benchmark,
+            features,
+            img_size=settings.model.img_size,
+            num_threads=dist.threads_per_rank(state.world),
+            device=state.world.device,
+            say=log.say,
+            stopped=stopped,
+        )
+    except Stopped as early:
+        stop.settle()
+        raise Stopped(f"{early}, all {state.step} steps saved in {settings.run_dir}; run this again to go on") from None
+    if record is None:
+        return
+    record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
+    record["identity"] = state.identity
+    retrieval.write_record(Path(settings.run_dir), record)
+    log.say(retrieval.table_row(record))
