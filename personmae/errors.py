@@ -75,7 +75,7 @@ def leave(code: int) -> NoReturn:
     """End this process with ``code``; one of several ranks ends at once, with nothing left to finish.
 
     While the interpreter of a rank shuts down, threads of its process group may still want it, and then it dies of SIGABRT
-    ("terminate called without an active exception"): seen in one of five runs over ssh, and in one of eight of the four settings under torchrun.
+    ("terminate called without an active exception"): seen in one of five runs over ssh, and in one of eight under torchrun.
     Whoever started it would take that for a failure.
     """
     sys.stdout.flush()
