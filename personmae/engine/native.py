@@ -24,11 +24,26 @@ from personmae.engine.base import (
 
 
 class NativeEngine(Engine):
-    """fp32 parameters and moments; gradients are averaged over ranks while the last micro-batch's backward runs."""
+    """fp32 parameters and moments; gradients are averaged over ranks while the last micro-batch's backward runs.
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, *, grad_accum_steps: int, max_norm: float | None):
+    Where the module's work is replayed as CUDA graphs (``is_graphed``), gradients and losses get memory of their own: the next
+    replay writes over the graphs'.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        grad_accum_steps: int,
+        max_norm: float | None,
+        is_graphed: bool = False,
+    ):
         self.module, self.optimizer = module, optimizer
-        self._grad_accum_steps, self._max_norm = grad_accum_steps, max_norm
+        self._grad_accum_steps, self._max_norm, self._is_graphed = grad_accum_steps, max_norm, is_graphed
+        if is_graphed:
+            for parameter in module.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         self._shapes = full_shapes(module)
         distributed = tdist.is_initialized() and tdist.get_world_size() > 1
         # Buffers stay each rank's own: running statistics are of what it has seen, and dist.average_buffers makes one of them.
@@ -41,13 +56,13 @@ class NativeEngine(Engine):
         with self._wrapped.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
             losses = self._wrapped(batch)
             (guarded_loss(losses["loss"]) / self._grad_accum_steps).backward()
-        return {name: loss.detach() for name, loss in losses.items()}
+        return {name: loss.detach().clone() if self._is_graphed else loss.detach() for name, loss in losses.items()}
 
     def step(self, lr_scale: float) -> Step:
         norm = total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
         done = guarded_update(self.optimizer, lr_scale, norm, self._max_norm)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self._is_graphed)
         return done
 
     @contextlib.contextmanager

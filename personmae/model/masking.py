@@ -44,17 +44,24 @@ def block_mask(keys: Int[Tensor, " B"], grid: tuple[int, int], mask_ratio: float
     h, w = grid
     target = num_hidden(grid, mask_ratio)
     u = uniforms(keys, BLOCK_STREAM, 4 * NUM_PROPOSALS).reshape(len(keys), NUM_PROPOSALS, 4)
-    y, x = torch.arange(h, device=keys.device)[:, None], torch.arange(w, device=keys.device)[None, :]
     mask = torch.zeros(len(keys), h, w, dtype=torch.bool, device=keys.device)
     for proposal in u.unbind(dim=1):
-        remaining = target - mask.sum(dim=(1, 2))
-        top, left, block_h, block_w = _propose(proposal, remaining, grid, min_block)
-        rows = (y >= top[:, None, None]) & (y < (top + block_h)[:, None, None])
-        block = rows & (x >= left[:, None, None]) & (x < (left + block_w)[:, None, None])
-        new = (block & ~mask).sum(dim=(1, 2))
-        accepted = (block_h <= h) & (block_w <= w) & (new > 0) & (new <= remaining)
-        mask = mask | (block & accepted[:, None, None])
+        mask = _hide_block(mask, proposal, target, min_block)  # pyright: ignore[reportCallIssue]
     return _fill(mask.flatten(1), keys, target)
+
+
+@torch.compiler.nested_compile_region  # compiled once for all proposals: written out they took minutes
+def _hide_block(mask: Bool[Tensor, "B h w"], u: Float[Tensor, "B 4"], target: int, min_block: int) -> Bool[Tensor, "B h w"]:
+    """Hide one proposed block where it may be hidden."""
+    _, h, w = mask.shape
+    y, x = torch.arange(h, device=u.device)[:, None], torch.arange(w, device=u.device)[None, :]
+    remaining = target - mask.sum(dim=(1, 2))
+    top, left, block_h, block_w = _propose(u, remaining, (h, w), min_block)
+    rows = (y >= top[:, None, None]) & (y < (top + block_h)[:, None, None])
+    block = rows & (x >= left[:, None, None]) & (x < (left + block_w)[:, None, None])
+    new = (block & ~mask).sum(dim=(1, 2))
+    accepted = (block_h <= h) & (block_w <= w) & (new > 0) & (new <= remaining)
+    return mask | (block & accepted[:, None, None])
 
 
 def _propose(

@@ -109,6 +109,17 @@ def cut_batch(canvas: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draw
     }
 
 
+def prepare_batch(
+    canvas: UInt8[Tensor, "B Hc Wc 3"],
+    size: Int[Tensor, "B 2"],
+    native_size: Int[Tensor, "B 2"],
+    keys: Int[Tensor, " B"],
+    view: View,
+) -> Batch:
+    """What ``cut_batch`` returns for the draws that belong to the samples' keys."""
+    return cut_batch(canvas, size, draw_batch(keys, native_size, view), view)
+
+
 class Decoder(nn.Module):
     """Predicts all of RegionB from the encoded visible tokens: mask tokens with positions, ViT blocks, one linear layer.
 

@@ -28,13 +28,13 @@ def _handlers() -> Iterator[None]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The sample keys of every batch that is trained on."""
     keys: list[np.ndarray] = []
-    draw = pretrain.draw_batch
+    prepare = pretrain.prepare_batch
 
-    def recording(batch_keys: Any, *args: Any) -> Any:
+    def recording(canvas: Any, size: Any, native_size: Any, batch_keys: Any, view: Any) -> Any:
         keys.append(batch_keys.numpy().copy())
-        return draw(batch_keys, *args)
+        return prepare(canvas, size, native_size, batch_keys, view)
 
-    monkeypatch.setattr(pretrain, "draw_batch", recording)
+    monkeypatch.setattr(pretrain, "prepare_batch", recording)
     return keys
 
 

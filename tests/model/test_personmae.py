@@ -307,17 +307,19 @@ def test_taken_tokens_are_those_at_the_indices():
 
 COMPILED = """
 import torch
-from test_personmae import VIEW, a_batch, cut_batch
-canvas, size, draws = a_batch()
-compiled = torch.compile(cut_batch)(canvas, size, draws, VIEW)
-for name, expected in cut_batch(canvas, size, draws, VIEW).items():
+from personmae.model.personmae import prepare_batch
+from test_personmae import VIEW, a_batch
+canvas, size, _ = a_batch()
+native, keys = size * 2, torch.arange(len(size)) * 977 + 13
+compiled = torch.compile(prepare_batch)(canvas, size, native, keys, VIEW)
+for name, expected in prepare_batch(canvas, size, native, keys, VIEW).items():
     torch.testing.assert_close(compiled[name], expected, rtol=0, atol=1e-4)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_compiled_cutting_equals_eager_cutting(request):
+def test_compiled_drawing_and_cutting_equal_eager_ones(request):
     here = request.path.parent  # a process of its own: the shape checks of conftest.py are not for the compiler
     done = subprocess.run([sys.executable, "-c", COMPILED], cwd=here, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
