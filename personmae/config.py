@@ -103,6 +103,9 @@ class Train(Section):
     total_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = Field(default=True, description="torch.compile of student, teacher and region cutting")
+    cuda_graphs: bool = Field(
+        default=False, description="replay all of that as CUDA graphs: for small batches on many GPUs; needs the native engine"
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         default="none", description="what of the encoder the backward pass computes again instead of keeping it"
     )
@@ -187,6 +190,14 @@ class Metrics(Section):
     peak_tflops: float | None = Field(
         default=None, gt=0, description="10^12 operations a second of one GPU at most; default what is known of it"
     )
+    gpu: bool = Field(default=True, description="ask NVML about the GPUs too; false where DCGM tells of them")
+    linger_seconds: float = Field(
+        default=0, ge=0, description="how long the endpoint of a complete run stays, for the last numbers to be scraped"
+    )
+
+    def meter_arguments(self) -> dict[str, Any]:
+        """Arguments of ``meter.Meter``."""
+        return self.model_dump(include={"port", "gpu", "linger_seconds"})
 
 
 class Pretrain(Section):
@@ -212,6 +223,15 @@ class Pretrain(Section):
         total = self.model.img_size[0] * self.model.img_size[1] // self.model.patch_size**2
         if not 0 < round(self.mask.ratio * total) < total:
             raise ValueError(f"mask.ratio={self.mask.ratio} must hide at least one of {total} patches and leave one visible")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_of_compiled_code(self) -> "Pretrain":
+        if self.train.cuda_graphs and not (self.train.compile and self.engine.name == "native"):
+            raise ValueError(
+                f"train.cuda_graphs needs train.compile=true and engine.name=native; they are {self.train.compile} and "
+                f"{self.engine.name}"
+            )
         return self
 
     def view_arguments(self) -> dict[str, Any]:
