@@ -1,0 +1,89 @@
+"""Whether the fast path learns what the plain one does: 200 steps of each from the same start on the same batches.
+
+    python benchmarks/curve.py runs/quickstart/shards                 # micro at 128x64, about 5 minutes on 2 cores
+    python benchmarks/curve.py SHARDS --size small --img-size 256 128 --batch-size 256 --graphs      # a GPU
+
+Three runs of ``personmae pretrain``: plain (eager, fp32), fast (compiled, bf16, with ``--graphs`` as CUDA graphs) and, for the
+noise, plain from another seed. Writes ``benchmarks/results/curve.json`` with all losses, and how far each is from the first in
+its second half; a fast path that differs by more than the seed does is an error.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from personmae import checkpoint, metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "curve.json"
+PLAIN = ["train.precision=fp32", "train.compile=false"]
+
+
+def losses(args: argparse.Namespace, run_dir: Path, *changes: str) -> list[float]:
+    """The loss of every step of a run."""
+    height, width = args.img_size
+    settings = [
+        f"data.shards={args.shards}",
+        f"run_dir={run_dir}",
+        f"model.size={args.size}",
+        f"model.img_size=[{height},{width}]",
+        f"regions.max_shift={height // 4}",
+        f"train.global_batch_size={args.batch_size}",
+        f"train.max_micro_batch_size={args.batch_size}",
+        f"train.total_steps={args.steps}",
+        "train.log_every=1",
+        "engine.name=native",
+        "checkpoint.every_steps=100000",
+        "optim.lr=null",
+    ]
+    command = [sys.executable, "-m", "personmae", "pretrain", str(ROOT / "configs/quickstart.yaml"), *settings, *changes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
+    return [record["loss"] for record in metrics.read_records(run_dir)]
+
+
+def apart(one: list[float], other: list[float]) -> float:
+    """Mean distance of two curves over their second half, as a share of the first's mean there."""
+    half = len(one) // 2
+    distance = statistics.fmean(abs(a - b) for a, b in zip(one[half:], other[half:], strict=True))
+    return distance / statistics.fmean(one[half:])
+
+
+def main() -> None:
+    """Run all three and compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path)
+    parser.add_argument("--size", default="micro", choices=["micro", "small", "base"], help="(default micro)")
+    parser.add_argument("--img-size", type=int, nargs=2, default=(128, 64), metavar=("H", "W"), help="(default 128 64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="(default 64)")
+    parser.add_argument("--steps", type=int, default=200, help="(default 200)")
+    parser.add_argument("--eager", action="store_true", help="the fast path in bf16 alone, not compiled")
+    parser.add_argument("--graphs", action="store_true", help="the fast path as CUDA graphs")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    args.shards = args.shards.resolve()
+    fast = [f"train.compile={str(not args.eager).lower()}", f"train.cuda_graphs={str(args.graphs).lower()}"]
+    ways = {"plain": PLAIN, "fast": ["train.precision=bf16", *fast], "plain, another seed": [*PLAIN, "seed=1"]}
+    with tempfile.TemporaryDirectory() as folder:
+        curves = {name: losses(args, Path(folder) / name.split(",")[-1].strip(), *way) for name, way in ways.items()}
+    distances = {name: apart(curves["plain"], curve) for name, curve in curves.items() if name != "plain"}
+    record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
+    record |= {"versions": checkpoint.versions(), "settings": {k: str(v) for k, v in vars(args).items() if k != "shards"}}
+    record |= {"ways": ways, "apart": distances, "last_loss": {name: curve[-1] for name, curve in curves.items()}}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record | {"losses": curves}, indent=1) + "\n")
+    for name, distance in distances.items():
+        print(f"{name}: {100 * distance:.3f} % from the plain path over the second half; last loss {curves[name][-1]:.4f}")
+    print(f"plain: last loss {curves['plain'][-1]:.4f}")
+    if distances["fast"] > distances["plain, another seed"]:
+        raise SystemExit("the fast path is further from the plain one than another seed is")
+
+
+if __name__ == "__main__":
+    main()
