@@ -1,12 +1,13 @@
 """PersonMAE: from a batch of canvases to both losses (Sec. III). Each equation is named where it stands."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Real, UInt8
 from torch import Tensor, nn
 
 from personmae.model import masking, regions
@@ -58,10 +59,12 @@ class View:
         return math.ceil(1.5 * largest[0]), math.ceil(1.5 * largest[1])
 
 
-def normalise(images: Float[Tensor, "B 3 H W"], mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "B 3 H W"]:
+def normalise(patches: Real[Tensor, "B L P"], mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "B L P"]:
     """Scale pixels of [0, 255] to the network's input range."""
+    colours = patches.unflatten(2, (3, -1)).unbind(dim=2)
     # Plain numbers, colour by colour: a tensor made here would be a copy to the device, and a wait, in every step.
-    return torch.stack([(images[:, c] - 255 * m) / (255 * s) for c, (m, s) in enumerate(zip(mean, std, strict=True))], dim=1)
+    scaled = [(pixels - 255 * m) / (255 * s) for pixels, m, s in zip(colours, mean, std, strict=True)]
+    return torch.cat(scaled, dim=2)
 
 
 class Draws(NamedTuple):
@@ -89,22 +92,27 @@ def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: V
     return Draws(drawn, masking.ids_visible(mask, num_visible))
 
 
-def cut_batch(canvas: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, view: View) -> Batch:
+def cut_batch(
+    canvas: UInt8[Tensor, "B Hc Wc 3"],
+    size: Int[Tensor, "B 2"],
+    draws: Draws,
+    view: View,
+    resize: Callable[..., Tensor] = regions.resize_canvas,
+) -> Batch:
     """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
 
     The pictures stand in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
     ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
     ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
     """
-    picture = regions.resize_canvas(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
-    picture = normalise(picture, view.mean, view.std)
+    picture = resize(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
     region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)  # Eq. (2)
     coords = grid_coords(view.grid, canvas.device)
     patches_a, patches_b = patchify(region_a, view.patch_size), patchify(region_b, view.patch_size)
     return {
-        "patches_a": take_tokens(patches_a, draws.ids_keep),  # V_a of Eq. (3)
+        "patches_a": normalise(take_tokens(patches_a, draws.ids_keep), view.mean, view.std),  # V_a of Eq. (3)
         "coords_a": coords[draws.ids_keep],
-        "patches_b": patches_b,
+        "patches_b": normalise(patches_b, view.mean, view.std),
         "coords_b": regions.region_b_coords(coords, draws.regions.shift, view.patch_size),  # Eq. (4)
     }
 
@@ -116,8 +124,10 @@ def prepare_batch(
     keys: Int[Tensor, " B"],
     view: View,
 ) -> Batch:
-    """What ``cut_batch`` returns for the draws that belong to the samples' keys."""
-    return cut_batch(canvas, size, draw_batch(keys, native_size, view), view)
+    """What ``cut_batch`` returns for the draws that belong to the samples' keys, by the way that suits the device."""
+    plain = canvas.device.type != "cpu" or torch.compiler.is_compiling()
+    resize = regions.resize_canvas if plain else regions.resize_pictures
+    return cut_batch(canvas, size, draw_batch(keys, native_size, view), view, resize)
 
 
 class Decoder(nn.Module):

@@ -5,10 +5,12 @@ device, in any batch and on any number of ranks.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Real, UInt8
+from PIL import Image
 from torch import Tensor
 
 # One stream of uniform numbers per purpose: adding draws to one never moves another.
@@ -185,9 +187,41 @@ def resize_canvas(
     return picture.unflatten(2, (3, width + shift_w)).transpose(1, 2).clamp_(0, 255)
 
 
+def resize_pictures(
+    canvas: UInt8[Tensor, "B Hc Wc 3"],
+    size: Int[Tensor, "B 2"],
+    draws: RegionDraws,
+    *,
+    img_size: tuple[int, int],
+    max_shift: int,
+) -> UInt8[Tensor, "B 3 Hm Wm"]:
+    """``resize_canvas`` for a CPU: Pillow weighs only the pixels under the kernel, and rounds after each of its two passes."""
+    boxes = (draws.boxes * torch.cat([size, size], dim=1)).tolist()
+    sizes, flips, scales = size.tolist(), draws.flip.tolist(), draws.scale.tolist()
+    result = torch.zeros(len(canvas), img_size[0] + max_shift, img_size[1] + max_shift // 2, 3, dtype=torch.uint8)
+    source, target, num_threads = canvas.numpy(), result.numpy(), torch.get_num_threads()
+
+    def resize(first: int) -> None:
+        for i in range(first, len(source), num_threads):
+            (height, width), (y0, x0, y1, x1) = sizes[i], boxes[i]
+            picture = source[i, :height, :width]
+            if flips[i]:
+                picture, x0, x1 = picture[:, ::-1], width - x1, width - x0
+            # Cropped to whole pixels first: what lies outside the crop has no weight.
+            top, left = max(0, math.floor(y0)), max(0, math.floor(x0))
+            crop = Image.fromarray(picture[top : math.ceil(y1), left : math.ceil(x1)])
+            box = max(0.0, x0 - left), max(0.0, y0 - top), min(x1 - left, crop.width), min(y1 - top, crop.height)
+            h, w = img_size[0] + scales[i], img_size[1] + scales[i] // 2
+            target[i, :h, :w] = crop.resize((w, h), Image.Resampling.BICUBIC, box=box)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(pool.map(resize, range(num_threads)))
+    return result.permute(0, 3, 1, 2)
+
+
 def cut_regions(
-    picture: Float[Tensor, "B 3 Hm Wm"], shift: Int[Tensor, "B 2"], img_size: tuple[int, int]
-) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B 3 H W"]]:
+    picture: Real[Tensor, "B 3 Hm Wm"], shift: Int[Tensor, "B 2"], img_size: tuple[int, int]
+) -> tuple[Real[Tensor, "B 3 H W"], Real[Tensor, "B 3 H W"]]:
     """Eq. (2): RegionA at the origin and RegionB at (s_h, s_w), both of size [H, W]."""
     height, width = img_size
     windows = picture.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, m + 1, m//2 + 1, H, W), a view

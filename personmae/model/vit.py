@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -31,7 +31,7 @@ _KEPT: Final = [
 ]
 
 
-def patchify(images: Float[Tensor, "B C H W"], patch_size: int) -> Float[Tensor, "B L P"]:
+def patchify(images: Real[Tensor, "B C H W"], patch_size: int) -> Real[Tensor, "B L P"]:
     """Cut images into patches, row by row; a patch is flattened as (C, y, x), the order of a convolution's weight."""
     b, c, height, width = images.shape
     h, w = height // patch_size, width // patch_size
@@ -64,7 +64,7 @@ def sincos_embedding(coords: Float[Tensor, "*N 2"], dim: int) -> Float[Tensor, "
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 
-def take_tokens(tokens: Float[Tensor, "B L D"], ids: Int[Tensor, "B K"]) -> Float[Tensor, "B K D"]:
+def take_tokens(tokens: Real[Tensor, "B L D"], ids: Int[Tensor, "B K"]) -> Real[Tensor, "B K D"]:
     """Select the tokens with the given indices from each sample."""
     return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[-1]))
 

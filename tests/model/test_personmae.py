@@ -20,12 +20,13 @@ from personmae.model.personmae import (
     draw_batch,
     feature_loss,
     normalise,
+    prepare_batch,
     pixel_loss,
     pixel_target,
 )
 from personmae.model.regions import uniforms
 from personmae.model.teacher import Teacher
-from personmae.model.vit import take_tokens, unpatchify
+from personmae.model.vit import patchify, take_tokens, unpatchify
 
 VIEW = View(
     img_size=(128, 64),
@@ -132,9 +133,24 @@ def test_tokens_of_a_sample_do_not_depend_on_its_batch():
 
 def test_normalised_pixels_are_those_of_torchvision():
     images = torch.rand(2, 3, 8, 4, generator=torch.Generator().manual_seed(0)) * 255
-    ours = normalise(images, VIEW.mean, VIEW.std)
+    ours = unpatchify(normalise(patchify(images, 4), VIEW.mean, VIEW.std), (2, 1), 4)
     for c in range(3):
         torch.testing.assert_close(ours[:, c], (images[:, c] / 255 - VIEW.mean[c]) / VIEW.std[c])
+
+
+def test_on_a_cpu_a_batch_is_prepared_to_a_grey_level_or_two_of_the_plain_way():
+    canvas, size, _ = a_batch(12)
+    canvas = canvas // 2 + 64  # the range that overshoots cannot leave: Pillow clips them after each pass
+    native, keys = torch.tensor([[200, 100], [90, 41], [300, 140]]).repeat(4, 1), torch.arange(12) * 977 + 13
+    plain, ours = cut_batch(canvas, size, draw_batch(keys, native, VIEW), VIEW), prepare_batch(canvas, size, native, keys, VIEW)
+    level = 1 / (255 * min(VIEW.std))
+    for name, expected in plain.items():
+        if name.startswith("coords"):
+            assert torch.equal(ours[name], expected)
+        else:
+            assert not torch.equal(ours[name], expected)  # Pillow was at work
+            assert (ours[name] - expected).abs().max() < 1.6 * level
+            assert (ours[name] - expected).abs().mean() < 0.4 * level
 
 
 # --- Eq. (5) ---
@@ -307,12 +323,12 @@ def test_taken_tokens_are_those_at_the_indices():
 
 COMPILED = """
 import torch
-from personmae.model.personmae import prepare_batch
+from personmae.model.personmae import cut_batch, draw_batch, prepare_batch
 from test_personmae import VIEW, a_batch
 canvas, size, _ = a_batch()
 native, keys = size * 2, torch.arange(len(size)) * 977 + 13
 compiled = torch.compile(prepare_batch)(canvas, size, native, keys, VIEW)
-for name, expected in prepare_batch(canvas, size, native, keys, VIEW).items():
+for name, expected in cut_batch(canvas, size, draw_batch(keys, native, VIEW), VIEW).items():
     torch.testing.assert_close(compiled[name], expected, rtol=0, atol=1e-4)
 """
 
