@@ -20,9 +20,9 @@ from personmae.model.personmae import (
     draw_batch,
     feature_loss,
     normalise,
-    prepare_batch,
     pixel_loss,
     pixel_target,
+    prepare_batch,
 )
 from personmae.model.regions import uniforms
 from personmae.model.teacher import Teacher

@@ -19,8 +19,8 @@ from personmae.model.regions import (
     draw_regions,
     region_b_coords,
     resize_canvas,
-    resize_pictures,
     resize_matrix,
+    resize_pictures,
     uniforms,
 )
 from personmae.model.vit import grid_coords, patchify
