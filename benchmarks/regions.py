@@ -1,12 +1,14 @@
 """From bytes to tokens on a GPU: the kernel against the compiled plain version and the eager one.
 
-    python benchmarks/regions.py      # a few minutes on one GPU; on a CPU there is nothing to measure
+    python benchmarks/regions.py --tune   # about ten minutes on one GPU; on a CPU there is nothing to measure
+    python benchmarks/regions.py --sizes 256x128 --pictures full                  # under two minutes
 
-Writes ``benchmarks/results/regions.json``: milliseconds and peak memory for each size of picture, and for every choice of the
-kernel's constants. All write the same tensors, the target of Eq. (5) among them. A kernel that does not beat the compiled
-version has to go; ``bound_ms`` is the time that its bytes alone need, at the speed of a copy on the same device.
+Writes ``benchmarks/results/regions.json``: milliseconds and peak memory for each size of picture, and with ``--tune`` for every
+choice of the kernel's constants. All write the same tensors, the target of Eq. (5) among them. A kernel that does not beat the
+compiled version has to go; ``bound_ms`` is the time that its bytes alone need, at the speed of a copy on the same device.
 """
 
+import argparse
 import functools
 import itertools
 import json
@@ -59,7 +61,7 @@ def bound(canvas: torch.Tensor, share: float, batch: Batch) -> float:
     return round(per_byte * (canvas.numel() * share**2 + written), 4)
 
 
-def measure(view: View, share: float, dtype: torch.dtype) -> dict[str, Any]:
+def measure(view: View, share: float, dtype: torch.dtype, *, tune: bool) -> dict[str, Any]:
     """One size of picture."""
     from personmae.model import kernel
 
@@ -83,6 +85,8 @@ def measure(view: View, share: float, dtype: torch.dtype) -> dict[str, Any]:
         "draw eager": cost(lambda: draw_batch(keys, size, view)),
         "draw compiled": cost(lambda: compiled_draw(keys, size, view)),
     }
+    if not tune:
+        return found
     kept = kernel.ROWS, kernel.COLUMNS, kernel.NUM_WARPS
     for choice in CHOICES:
         kernel.ROWS, kernel.COLUMNS, kernel.NUM_WARPS = choice
@@ -93,18 +97,25 @@ def measure(view: View, share: float, dtype: torch.dtype) -> dict[str, Any]:
 
 def main() -> None:
     """Measure each size and type."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="of the regions (default all)")
+    parser.add_argument("--pictures", nargs="+", choices=list(PICTURES), default=list(PICTURES), help="(default all)")
+    parser.add_argument("--tune", action="store_true", help="try every choice of the kernel's constants")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
     if not torch.cuda.is_available():
         print("the kernel runs on a GPU and this machine has none: nothing to measure")
         return
     record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware(), "batch": BATCH}
-    for (name, (img_size, max_shift)), (pictures, share) in itertools.product(SIZES.items(), PICTURES.items()):
+    for name, pictures in itertools.product(args.sizes, args.pictures):
+        (img_size, max_shift), share = SIZES[name], PICTURES[pictures]
         view = View(img_size, 16, HALF, HALF, max_shift, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
         for dtype in (torch.bfloat16, torch.float32):
             case = f"{name} {pictures} {dtype}".replace("torch.", "")
-            record[case] = measure(view, share, dtype)
+            record[case] = measure(view, share, dtype, tune=args.tune)
             print(case, json.dumps(record[case]), flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
