@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher import membership
-from launcher.health import Health, Metrics, serve
+from launcher.health import Health, Metrics, linger, serve
 from launcher.membership import Closed, Node, Policy, Reason, Report, State
 from launcher.options import Options
 from launcher.ranks import Limits, RankProcess, Ranks, interface_of, rank_environment, reach, reserve_port, say
@@ -32,8 +32,11 @@ _ASLEEP_SECONDS = 3.0  # a turn that took longer: this process was stopped, or i
 class Agent:
     """One host's part in a run. ``run`` is its life; every turn of its loop looks at the record, the ranks and the clock."""
 
-    def __init__(self, options: Options, policy: Policy, limits: Limits) -> None:
+    def __init__(
+        self, options: Options, policy: Policy, limits: Limits, *, linger_seconds: float = 0.0, gpu: bool = True
+    ) -> None:
         self.options, self.policy, self.limits = options, policy, limits
+        self._linger_seconds, self._gpu = linger_seconds, gpu
         self.host = socket.gethostname()
         self.id = f"{self.host}-{uuid.uuid4().hex[:8]}"
         self._beats = Path(tempfile.mkdtemp(prefix="personmae-beats-"))
@@ -65,13 +68,16 @@ class Agent:
             signal.signal(number, self._on_signal)
         server = None
         try:
-            server = serve(self.options.port, self.metrics, self.health) if self.options.port else None
+            server = serve(self.options.port, self.metrics, self.health, gpu=self._gpu) if self.options.port else None
             if self.options.log_dir:
                 self.options.log_dir.mkdir(parents=True, exist_ok=True)
             self.link.start()
             while True:
                 code = self._once()
                 if code is not None:
+                    if server and code == EXIT_COMPLETE:
+                        self.metrics.keep(self._ranks)
+                        linger(self._linger_seconds, lambda: self.signals > 0)
                     return code
                 self.link.changed.wait(_TURN_SECONDS)
                 self.link.changed.clear()
@@ -282,8 +288,7 @@ class Agent:
     def _done(self, state: State) -> int | None:
         """This host's ranks are complete; the run is over when all are."""
         if self._over(state):
-            self._go(self._end)
-            return None
+            return self._go(self._end)
         return None if self.id in state.round.done else self._repeat()
 
     def _depart(self, state: State) -> int | None:

@@ -54,7 +54,11 @@ def build_parser() -> Parser:
     for name, default in asdict(Limits()).items():
         phase = name.removesuffix("_seconds").replace("_", "-")
         _seconds(group, f"--{phase}-seconds", default, f"a rank that is silent for so long in this phase hangs: {phase}")
+
+    group = run.add_argument_group("being watched")
     group.add_argument("--port", type=int, default=0, metavar="P", help="/healthz, /readyz and /metrics; 0 is off (default)")
+    _seconds(group, "--linger-seconds", 0, "the endpoint of a complete run stays, for its last numbers to be scraped")
+    group.add_argument("--gpu-metrics", choices=("on", "off"), default="on", help="ask NVML; off where DCGM does (default on)")
     return parser
 
 
@@ -72,7 +76,8 @@ def _store(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     limits = Limits(*(getattr(args, name) for name in Limits.__dataclass_fields__))
-    return Agent(read_options(args), read_policy(args), limits).run()
+    options, watched = read_options(args), {"linger_seconds": args.linger_seconds, "gpu": args.gpu_metrics == "on"}
+    return Agent(options, read_policy(args), limits, **watched).run()
 
 
 if __name__ == "__main__":

@@ -1,21 +1,27 @@
 """What an agent answers over HTTP while ranks come and go: ``/healthz``, ``/readyz`` and ``/metrics``."""
 
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from launcher.membership import State
+from launcher.membership import Reason, State
 from launcher.ranks import Ranks, say
 from personmae.errors import UserError
 from personmae.heartbeat import PHASES
 from personmae.nvml import gpu_collectors
 from personmae.telemetry import GOODPUT, RANK_PHASE, Continued, merge
+
+_LAST_STEP, _LAST_STEP_TIME = "personmae_last_step", "personmae_last_step_timestamp_seconds"
 
 
 @dataclass(slots=True)
@@ -38,13 +44,15 @@ class Metrics(Collector):
         self.nodes = gauge("nodes", "Agents of the running round; 0 between rounds")
         gauge("nodes_min", "Fewest agents to run with").set(min_nodes)
         gauge("nodes_max", "Most agents to run with").set(max_nodes)
-        self.last_step = gauge("last_step", "Highest step that a rank of this host has told")
-        self.last_step_time = gauge("last_step_timestamp_seconds", "When this host first heard of that step")
+        self.last_step = gauge(_LAST_STEP.removeprefix("personmae_"), "Highest step that a rank of this host has told")
+        self.last_step_time = gauge(_LAST_STEP_TIME.removeprefix("personmae_"), "When this host first heard of that step")
         self.failures = gauge("restart_budget_used", "Counted failures since the last progress")
         self.store_lost = gauge("store_silence_seconds", "Time since the rendezvous store last answered")
         self.heartbeat_age = gauge("heartbeat_age_seconds", "Time since a rank last told anything", "local_rank")
         self.phase = gauge("rank_phase", RANK_PHASE, "local_rank", "phase")
         self.restarts = self._counter("restarts", "Rounds ended, by reason", "reason")
+        for reason in get_args(Reason):  # or Prometheus would miss the first of each
+            self.restarts.labels(reason)
         self.exits = self._counter("rank_exits", "Ranks ended, by exit code", "code")
         self.lost_steps = self._counter("lost_steps", "Steps that had to be done again; told by the host of rank 0")
         self.goodput = self._counter("goodput_seconds", GOODPUT, "state")
@@ -64,20 +72,30 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """One of each name: what the agent knows by itself goes before what a rank says of it, and time is added up."""
+        unknown = () if self._step else (_LAST_STEP, _LAST_STEP_TIME)  # a 0 would be a run that has stood still since 1970
         found = {metric.name: metric for metric in self._own.collect()}
+        for name in unknown:
+            found[name].samples.clear()
         for metric in self._ranks.collect() if self._ranks else ():
             if metric.name == "personmae_goodput_seconds":
                 metric = merge([found[metric.name], metric])[metric.name]
-            elif metric.name in found:
+            elif metric.name in found and metric.name not in unknown:
                 continue
             found[metric.name] = metric
         return found.values()
+
+    def keep(self, ranks: Ranks) -> None:
+        """The ranks are complete: what they said last is still so."""
+        self._follow(ranks)
+        if self._ranks:
+            self._ranks.living = True
 
     def begin(self, seconds: float, ranks: Ranks, step: int) -> None:
         """A round begins, so many seconds after the last one; ``ranks`` are the old ones, ``step`` the run's highest."""
         self.rendezvous.observe(seconds)
         self.goodput.labels("rendezvous").inc(seconds)
         self._reached = max(self._reached, ranks.step(), step)
+        self._forget_ranks()
         if self._ranks:
             self._ranks.end()
 
@@ -90,8 +108,7 @@ class Metrics(Collector):
         if self._ranks:
             self._ranks.living = running
         if not running:
-            self.heartbeat_age.clear()
-            self.phase.clear()
+            self._forget_ranks()
         for rank in ranks.all if running else ():
             phase, seconds = rank.silent()
             self.heartbeat_age.labels(rank.local_rank).set(seconds)
@@ -99,6 +116,10 @@ class Metrics(Collector):
                 self.phase.labels(rank.local_rank, other).set(other == phase)
         if running:
             self._follow(ranks)
+
+    def _forget_ranks(self) -> None:
+        self.heartbeat_age.clear()
+        self.phase.clear()
 
     def _follow(self, ranks: Ranks) -> None:
         """Where rank 0 is, and whether it has fallen behind what was reached: then the steps between are done again."""
@@ -120,9 +141,26 @@ class Metrics(Collector):
         return Counter(f"personmae_{name}", text, labels, registry=self._own)
 
 
-def serve(port: int, metrics: Metrics, check: Callable[[], Health]) -> ThreadingHTTPServer:
-    """Answer in the background until ``shutdown`` is called on what this returns; GPUs' numbers are added to ``metrics``."""
-    for gpus in gpu_collectors(say):
+class _Server(ThreadingHTTPServer):
+    """For clients of IPv6 and of IPv4, on hosts that have both or either."""
+
+    daemon_threads = True
+    request_queue_size = 32
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        TCPServer.server_bind(self)  # HTTPServer's looks up the host's name, which nothing here needs and may take long
+
+
+def serve(port: int, metrics: Metrics, check: Callable[[], Health], *, gpu: bool = True) -> ThreadingHTTPServer:
+    """Answer in the background until ``shutdown`` is called on what this returns; GPUs' numbers are added to ``metrics``.
+
+    Raises:
+        UserError: the port is taken or not allowed.
+    """
+    for gpus in gpu_collectors(say) if gpu else ():
         metrics.registry.register(gpus)
 
     class Handler(BaseHTTPRequestHandler):
@@ -146,9 +184,15 @@ def serve(port: int, metrics: Metrics, check: Callable[[], Health]) -> Threading
             pass
 
     try:
-        server = ThreadingHTTPServer(("", port), Handler)
+        server = _Server(("", port), Handler)
     except OSError as error:
         raise UserError(f"--port {port} is taken or not allowed ({error.strerror}); give another one") from error
-    server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True, name="health").start()
     return server
+
+
+def linger(seconds: float, stopped: Callable[[], bool]) -> None:
+    """Leave what is served to be scraped, until ``stopped``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not stopped():
+        time.sleep(0.1)

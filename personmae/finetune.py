@@ -72,7 +72,7 @@ def run(settings: config.Finetune) -> None:
         Diverged: gradients are no longer finite.
     """
     world = dist.read_world()
-    meter = Meter("finetune", port=settings.metrics.port)
+    meter = Meter("finetune", **settings.metrics.meter_arguments())
     dist.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
@@ -80,6 +80,8 @@ def run(settings: config.Finetune) -> None:
     if settings.checkpoint.resume == "auto" and is_complete(settings, benchmark):
         if world.is_first:
             print(f"{settings.run_dir} is complete", flush=True)
+        meter.complete()
+        meter.close()
         return
     stop = dist.StopSignal()
     dist.start(world)
@@ -108,11 +110,12 @@ def run(settings: config.Finetune) -> None:
             train(state, found, log, meter, stop)
             state.engine.close()
             evaluate(state, log, meter, stop)
+        meter.complete(settings.run_dir, settings.checkpoint.store)
     finally:
-        meter.close()
         dist.stop()
         if held:
             held.close()
+        meter.close(lambda: stop.requested)
 
 
 def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
@@ -171,6 +174,7 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
                 raise Stopped(
                     f"at step {state.step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on"
                 )
+            meter.enter("data_wait")
         finish(writer)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -87,6 +87,8 @@ class CheckpointCounters:
             f"{prefix}_last_checkpoint_timestamp_seconds", "when the last one was committed", registry=registry
         )
         self.last_step = Gauge(f"{prefix}_last_checkpoint_step", "the step of the last one", registry=registry)
+        for stage in ("snapshot", "persist", "upload", "prune"):
+            self.failures.labels(stage)  # a series that begins at 1 has no increase
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:

@@ -17,11 +17,13 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from personmae import dist, heartbeat
+from personmae.data import storage
 from personmae.heartbeat import PHASES, Heartbeat, Phase
 from personmae.nvml import gpu_collectors
 from personmae.telemetry import GOODPUT, RANK_PHASE, Export, Several
 
 Part = Literal["data_wait", "inputs", "forward_backward", "optimizer", "other"]
+RECORD: Final = "openmetrics.txt"  # a complete run's last numbers
 PARTS: Final[tuple[Part, ...]] = get_args(Part)
 STATES: Final[dict[Phase, str]] = {
     "start": "init",
@@ -32,20 +34,23 @@ STATES: Final[dict[Phase, str]] = {
     "evaluate": "evaluate",
 }
 _STEP_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+_STORE_SECONDS = 30.0  # a store that is away does not hold up the end of a run for longer
 _RESTORE_SECONDS = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 900)
 
 
 class Meter:
     """Everything a program tells about itself while it runs, its heartbeat included; cheap enough for every step.
 
-    ``port`` is where it can be scraped when no agent does that, 0 for nowhere.
+    ``port`` is where it can be scraped when no agent does that, 0 for nowhere; with ``gpu`` it tells of the GPUs there too, and
+    it stays for ``linger_seconds`` after a complete run.
 
     Raises:
         UserError: the port is taken or not allowed.
     """
 
-    def __init__(self, job_kind: str, *, port: int = 0) -> None:
+    def __init__(self, job_kind: str, *, port: int = 0, gpu: bool = True, linger_seconds: float = 0.0) -> None:
         self._heartbeat = Heartbeat()
+        self._linger_seconds, self._is_complete = linger_seconds, False
         local_rank, is_first = int(os.environ.get("LOCAL_RANK", "0")), os.environ.get("RANK", "0") == "0"
         own, self._shared, self._own = CollectorRegistry(), Several(), Several()
         on_gpu = dist.use_cuda()
@@ -59,8 +64,8 @@ class Meter:
             self._shared.put("run", self.run.registry)
         if on_gpu:
             self._own.put("allocator", _Allocator())
-        more = gpu_collectors() if port and local_rank == 0 and heartbeat.DIRECTORY not in os.environ else []
-        self._export = Export(local_rank, self._own, self._shared, port=port, more=more)
+        asks = gpu and port and local_rank == 0 and heartbeat.DIRECTORY not in os.environ
+        self._export = Export(local_rank, self._own, self._shared, port=port, more=gpu_collectors() if asks else [])
 
     def beat(self, phase: Phase, step: int) -> None:
         """Say that ``phase`` begins or goes on, ``step`` steps being done: to the agent, and to what counts the time."""
@@ -98,9 +103,23 @@ class Meter:
         if self.run:
             self.run.restores.observe(time.monotonic() - start)
 
-    def close(self) -> None:
-        """Say the last word."""
-        self._export.close()
+    def complete(self, run_dir: str | None = None, store: str | None = None) -> None:
+        """The run is complete: rank 0 says so. One that has just come to its end, in ``run_dir``, leaves its numbers there and
+        in the store, where they outlive the endpoint; what cannot be written is told, and the run is complete all the same.
+        """
+        self._is_complete = True
+        if not self.run:
+            return
+        self.run.complete()
+        if run_dir:
+            agents = heartbeat.DIRECTORY in os.environ
+            name = os.environ.get("TORCHELASTIC_RUN_ID") if agents else None  # as Prometheus knows it in Kubernetes
+            _leave(self._export.record(run=name or Path(run_dir).resolve().name), run_dir, store)
+
+    def close(self, stopped: Callable[[], bool] | None = None) -> None:
+        """Say the last word; after a complete run, linger first for it to be heard, until ``stopped`` if that can be told."""
+        lingers = self._is_complete and stopped
+        self._export.close(self._linger_seconds if lingers else 0.0, stopped or (lambda: True))
 
 
 class RunNumbers:
@@ -168,6 +187,10 @@ class RunNumbers:
         if peak := self._plan.get("peak"):
             self._set("model_flops_utilization_ratio", images_per_second / peak)
 
+    def complete(self) -> None:
+        """All that the run is for is done and written."""
+        self._set("run_completed_timestamp_seconds", time.time())
+
     def _set(self, name: str, value: float) -> None:
         if name not in self._gauges:
             self._gauges[name] = Gauge(f"personmae_{name}", _GAUGES[name], registry=self.registry)
@@ -185,6 +208,7 @@ _GAUGES: Final = {
     "images_per_second": "Pictures a second since the log line before",
     "progress_ratio": "Share of the run's steps that is done",
     "epoch": "Passes over the data set that are done",
+    "run_completed_timestamp_seconds": "When the run was complete, or was found to be",
     "model_flops_utilization_ratio": "Arithmetic of the model over what the GPUs could do at most",
 }
 
@@ -305,6 +329,20 @@ class _Allocator(Collector):
         for kind, value in (("allocated", torch.cuda.memory_allocated()), ("reserved", torch.cuda.memory_reserved())):
             text = f"Memory of the rank's GPU that torch has {kind}"
             yield GaugeMetricFamily(f"personmae_cuda_memory_{kind}_bytes", text, value=value)
+
+
+def _leave(text: bytes, run_dir: str, store: str | None) -> None:
+    def write() -> None:
+        try:
+            (Path(run_dir) / RECORD).write_bytes(text)
+            if store:
+                storage.write(store, RECORD, text)
+        except Exception as error:  # each store's client has errors of its own
+            print(f"{RECORD} is not written: {error}", flush=True)
+
+    thread = threading.Thread(target=write, name=RECORD, daemon=True)
+    thread.start()
+    thread.join(_STORE_SECONDS)
 
 
 def _new_event() -> torch.cuda.Event:

@@ -48,7 +48,10 @@ class GpuCollector(Collector):
     def __init__(self, library: Any) -> None:
         self._library = library
         library.nvmlInit()
-        self._handles = [library.nvmlDeviceGetHandleByIndex(i) for i in range(library.nvmlDeviceGetCount())]
+        self._handles: dict[int, Any] = {}
+        for index in range(library.nvmlDeviceGetCount()):
+            with self._unknown():  # one that is lost does not hide the others
+                self._handles[index] = library.nvmlDeviceGetHandleByIndex(index)
         self._xids: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
         self._listen()
@@ -59,7 +62,7 @@ class GpuCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         nvml = self._library
         info = GaugeMetricFamily("personmae_gpu_info", "Which GPU has which index", labels=["gpu", "uuid", "name"])
-        for index, handle in enumerate(self._handles):
+        for index, handle in self._handles.items():
             with self._unknown():
                 info.add_metric([str(index), nvml.nvmlDeviceGetUUID(handle), nvml.nvmlDeviceGetName(handle)], 1)
         yield info
@@ -74,7 +77,7 @@ class GpuCollector(Collector):
 
     def _gauge(self, name: str, text: str, read: Callable[[Any], float]) -> Metric:
         gauge = GaugeMetricFamily(f"personmae_gpu_{name}", text, labels=["gpu"])
-        for index, handle in enumerate(self._handles):
+        for index, handle in self._handles.items():
             with self._unknown():
                 gauge.add_metric([str(index)], read(handle))
         return gauge
@@ -88,7 +91,7 @@ class GpuCollector(Collector):
     def _throttles(self) -> Metric:
         text = "1 while clocks are held down for the reason"
         gauge = GaugeMetricFamily("personmae_gpu_throttle_reason", text, labels=["gpu", "reason"])
-        for index, handle in enumerate(self._handles):
+        for index, handle in self._handles.items():
             with self._unknown():
                 bits = self._library.nvmlDeviceGetCurrentClocksEventReasons(handle)
                 for reason, name in _THROTTLES.items():
@@ -99,7 +102,7 @@ class GpuCollector(Collector):
         nvml, text = self._library, "Memory errors since the driver was loaded"
         counter = CounterMetricFamily("personmae_gpu_ecc_errors", text, labels=["gpu", "type"])
         kinds = {"corrected": nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, "uncorrected": nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED}
-        for index, handle in enumerate(self._handles):
+        for index, handle in self._handles.items():
             for name, kind in kinds.items():
                 with self._unknown():
                     count = nvml.nvmlDeviceGetTotalEccErrors(handle, kind, nvml.NVML_VOLATILE_ECC)
@@ -119,14 +122,15 @@ class GpuCollector(Collector):
 
     def _listen(self) -> None:
         """Count XIDs, which NVML tells as events, in a thread; not every GPU has them."""
-        nvml = self._library
+        nvml, uuids = self._library, {}
         try:
             events = nvml.nvmlEventSetCreate()
-            for handle in self._handles:
-                nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
         except nvml.NVMLError:
             return
-        uuids = {nvml.nvmlDeviceGetUUID(handle): str(index) for index, handle in enumerate(self._handles)}
+        for index, handle in self._handles.items():
+            with self._unknown():
+                nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, events)
+                uuids[nvml.nvmlDeviceGetUUID(handle)] = str(index)
         threading.Thread(target=self._count_xids, args=(events, uuids), name="xid", daemon=True).start()
 
     def _count_xids(self, events: Any, uuids: dict[str, str]) -> None:

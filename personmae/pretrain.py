@@ -41,7 +41,7 @@ def run(settings: config.Pretrain) -> None:
         Diverged: gradients are no longer finite, or the loss has jumped too often.
     """
     world = dist.read_world()
-    meter = Meter("pretrain", port=settings.metrics.port)
+    meter = Meter("pretrain", **settings.metrics.meter_arguments())
     plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
     dist.start(world)
@@ -65,25 +65,28 @@ def run(settings: config.Pretrain) -> None:
             if world.is_first:
                 open_writer(settings, found, {}).close()  # the last checkpoint may not have got to the store
                 print(f"{settings.run_dir} is complete: {state.step} of {state.total_steps} steps are done", flush=True)
-            return None
+            meter.complete()
+            return
         if world.is_first:
             announce(state)
         for attempt in itertools.count():
             try:
-                return train(state, found, prepare, meter, stop)
+                train(state, found, prepare, meter, stop)
+                break
             except Spiked as spike:
                 meter.beat("start", state.step)
                 with meter.restoring():
                     found = roll_back(state, spike, attempt)
                 if meter.run:
                     meter.run.rollbacks.inc()
+        meter.complete(settings.run_dir, settings.checkpoint.store)
     finally:
-        meter.close()
         shards.close()
         engine.close()
         dist.stop()
         if held:
             held.close()
+        meter.close(lambda: stop.requested)
 
 
 def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: Meter, stop: dist.StopSignal) -> None:

@@ -7,6 +7,7 @@ process that ever was, know no collectors and no removal, and every observation 
 """
 
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest, start_http_server
 from prometheus_client.metrics_core import Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -172,18 +174,29 @@ class Export:
         self._told = False
         self._stopped = threading.Event()
         self._stop: Callable[[], object] = lambda: None
+        self._all = _registry(_Labelled(own, local_rank), shared, *more)
+        self._serves = not self._directory and bool(port) and local_rank == 0
         if self._directory:
             thread = threading.Thread(target=self._write_often, name="metrics", daemon=True)
             thread.start()
             self._stop = thread.join
-        elif port and local_rank == 0:
-            self._stop = _serve(port, _registry(_Labelled(own, local_rank), shared, *more))
+        elif self._serves:
+            self._stop = _serve(port, self._all)
 
-    def close(self) -> None:
-        """Say the last word."""
+    def close(self, linger_seconds: float = 0.0, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Say the last word; an endpoint of one's own stays for it to be heard, unless ``stopped``."""
+        deadline = time.monotonic() + linger_seconds
+        while self._serves and time.monotonic() < deadline and not stopped():
+            time.sleep(0.1)
         self._stopped.set()
         self._stop()
         self._stop = lambda: None
+
+    def record(self, **labels: str) -> bytes:
+        """All numbers as an OpenMetrics file, with ``labels`` and the time, which Prometheus can take in later."""
+        now, families = time.time(), CollectorRegistry()
+        families.register(_Timed(merge(self._all.collect(), **labels).values(), now))
+        return openmetrics.generate_latest(families)
 
     def _write_often(self) -> None:
         while not self._stopped.wait(INTERVAL_SECONDS):
@@ -217,6 +230,23 @@ class _Labelled(Collector):
         yield from merge(self._own.collect(), local_rank=str(self._local_rank)).values()
 
 
+class _Timed(Collector):
+    """Metrics as they were at a time."""
+
+    def __init__(self, metrics: Iterable[Metric], when: float) -> None:
+        self._metrics, self._when = metrics, when
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._metrics:
+            timed = Metric(metric.name, metric.documentation, metric.type)
+            for sample in metric.samples:
+                timed.add_sample(sample.name, sample.labels, sample.value, self._when)
+            yield timed
+
+
 def _registry(*sources: Collector) -> CollectorRegistry:
     registry = CollectorRegistry()
     for source in sources:
@@ -226,7 +256,7 @@ def _registry(*sources: Collector) -> CollectorRegistry:
 
 def _serve(port: int, registry: CollectorRegistry) -> Callable[[], object]:
     try:
-        server, thread = start_http_server(port, registry=registry)
+        server, thread = start_http_server(port, "::" if socket.has_dualstack_ipv6() else "0.0.0.0", registry)
     except OSError as error:
         raise UserError(
             f"metrics.port={port} is taken or not allowed ({error.strerror}); give another, or 0 for none"

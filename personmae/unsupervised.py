@@ -63,7 +63,7 @@ def run(settings: config.Unsupervised) -> None:
         Diverged: gradients are no longer finite.
     """
     world = dist.read_world()
-    meter = Meter("unsupervised", port=settings.metrics.port)
+    meter = Meter("unsupervised", **settings.metrics.meter_arguments())
     dist.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
@@ -71,6 +71,8 @@ def run(settings: config.Unsupervised) -> None:
     if settings.checkpoint.resume == "auto" and is_complete(settings, benchmark):
         if world.is_first:
             print(f"{settings.run_dir} is complete", flush=True)
+        meter.complete()
+        meter.close()
         return
     stop = dist.StopSignal()
     dist.start(world)
@@ -98,11 +100,12 @@ def run(settings: config.Unsupervised) -> None:
             train(state, found, log, meter, stop)
             state.engine.close()
             evaluate(state, log, meter, stop)
+        meter.complete(settings.run_dir, settings.checkpoint.store)
     finally:
-        meter.close()
         dist.stop()
         if held:
             held.close()
+        meter.close(lambda: stop.requested)
 
 
 def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
@@ -165,6 +168,7 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
                 saved, due = state.step, False
             if stopping and state.step < total_steps:
                 raise Stopped("in training")
+            meter.enter("data_wait")
         finish(writer)
     except Stopped as early:  # here or in a clustering
         stop.settle()

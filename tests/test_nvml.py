@@ -61,7 +61,9 @@ class Written:
 
     def __init__(self) -> None:
         self.xid = threading.Event()
+        self.without_events: tuple[int, ...] = ()
         self.lost = False
+        self.gone: tuple[int, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith(("nvmlDevice", "nvmlEventSet")):
@@ -74,6 +76,8 @@ class Written:
         return 2
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        if index in self.gone:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
         return index
 
     def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
@@ -112,6 +116,8 @@ class Written:
         return "events"
 
     def nvmlDeviceRegisterEvents(self, handle: int, kinds: int, events: str) -> None:  # noqa: N802
+        if handle in self.without_events:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         assert kinds == pynvml.nvmlEventTypeXidCriticalError
 
     def nvmlEventSetWait_v2(self, events: str, milliseconds: int) -> SimpleNamespace:  # noqa: N802
@@ -149,6 +155,22 @@ def test_xids_are_counted_by_gpu_and_also_when_that_is_lost() -> None:
         while values(collector).get(("personmae_gpu_xid_errors_total", gpu, "79")) != count:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_a_gpu_that_is_lost_or_tells_no_xids_does_not_hide_the_others() -> None:
+    library = Written()
+    library.gone = (0,)
+    found = values(nvml.GpuCollector(library))
+    assert ("personmae_gpu_utilization_ratio", "0") not in found
+    assert found["personmae_gpu_utilization_ratio", "1"] == 0.96
+    library = Written()
+    library.without_events = (0,)
+    collector = nvml.GpuCollector(library)
+    library.xid.set()
+    deadline = time.monotonic() + 5
+    while values(collector).get(("personmae_gpu_xid_errors_total", "1", "79")) != 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_the_documented_gpu_metrics_are_those_that_are_exported() -> None:

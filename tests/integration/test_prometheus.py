@@ -1,4 +1,5 @@
-"""A real Prometheus scrapes a real run of two ranks, one of which is killed, started again, and later stopped."""
+"""A real Prometheus scrapes a real run of two ranks, one of which is killed, started again, and later stopped; then one that
+comes to its end."""
 
 import contextlib
 import json
@@ -81,6 +82,9 @@ class Scraped:
     refused: list[str]  # expressions of the dashboard that the server does not take
     lost: float
     ended: int
+    last: dict[str, float]  # what the server knows of a run that is complete
+    left: str  # that run's file
+    complete: int  # and its code
 
 
 def quick(rules: str) -> str:
@@ -143,11 +147,25 @@ def watch(folder: Path, shard_dir: Path, start: Callable[..., subprocess.Popen[A
     text = get(f"{AGENT}/metrics")
     time.sleep(1.5)
     samples = query('{__name__=~"personmae_.*"}[1h]')
-    metadata = json.loads(get(f"{SERVER}/api/v1/metadata"))["data"]
-    types = {name: found[0]["type"] for name, found in metadata.items() if name.startswith("personmae_")}
     refused = [expression for expression in dashboard() if not is_taken(expression)]
     agent.terminate()
-    return Scraped(before, stopped, text, samples, types, refused, lost, agent.wait(timeout=60))
+    ended = agent.wait(timeout=60)
+    short = [f"run_dir={folder / 'short'}", "train.total_steps=3", "engine.name=native", "metrics.peak_tflops=1"]
+    agent = start(
+        *("short", sys.executable, "-m", "launcher.elastic", "run", "--linger-seconds", "100", *run, "--run-id", "short"),
+        *("--", *train, *SETTINGS, *short),
+    )
+    log = folder / "short.log"
+    wait_until(lambda: "ends with code 0" in log.read_text(), 90, log)
+    wait_until(lambda: query("personmae_run_completed_timestamp_seconds"), 10, log)
+    last = {
+        s["metric"]["__name__"]: float(s["value"][1]) for s in query('{__name__=~"personmae_(last_step|loss|progress_ratio)"}')
+    }
+    metadata = json.loads(get(f"{SERVER}/api/v1/metadata"))["data"]
+    types = {name: found[0]["type"] for name, found in metadata.items() if name.startswith("personmae_")}
+    agent.terminate()
+    complete, left = agent.wait(timeout=60), (folder / "short/openmetrics.txt").read_text()
+    return Scraped(before, stopped, text, samples, types, refused, lost, ended, last, left, complete)
 
 
 def dashboard() -> list[str]:
@@ -215,3 +233,10 @@ def test_promtool_finds_nothing_wrong_with_what_is_exported(scraped: Scraped) ->
 
 def test_the_run_ends_in_good_order_with_all_this(scraped: Scraped) -> None:
     assert scraped.ended == 75
+
+
+def test_the_last_numbers_of_a_complete_run_are_seen_and_left(scraped: Scraped) -> None:
+    assert scraped.complete == 0
+    assert scraped.last["personmae_last_step"] == 3
+    assert scraped.last["personmae_progress_ratio"] == 1
+    assert f'personmae_loss{{run="short"}} {scraped.last["personmae_loss"]} ' in scraped.left

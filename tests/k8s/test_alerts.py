@@ -91,6 +91,37 @@ def test_the_dashboard_shows_training_data_elasticity_and_gpus() -> None:
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
+def test_the_dashboard_can_be_imported_and_fills_its_choice_of_runs_by_itself() -> None:
+    board = json.loads(BOARD.read_text())
+    assert {"title", "uid", "schemaVersion", "time", "templating", "panels"} <= board.keys()
+    assert "id" not in board  # a number of the server that it was saved on
+    source, run = board["templating"]["list"]
+    assert (source["name"], source["type"], source["query"]) == ("datasource", "datasource", "prometheus")
+    assert (run["name"], run["refresh"], run["multi"], run["includeAll"]) == ("run", 2, True, True)
+    assert unknown([run["query"]]) == set()
+    shown = [panel for panel in board["panels"] if panel["type"] != "row"]
+    for panel in shown:
+        assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+    places = [tuple(panel["gridPos"][side] for side in "xy") for panel in board["panels"]]
+    assert len(set(places)) == len(places)
+
+
+def test_every_curve_is_of_the_chosen_runs_and_named_by_labels_that_it_has() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| \w+ \| ([\w, ]*)\|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    labels = {name: {label.strip() for label in found.split(",")} for name, found in rows}
+    board = json.loads(BOARD.read_text())
+    for target in (target for panel in board["panels"] for target in panel.get("targets", [])):
+        text = target["expr"]
+        names = re.findall(r"personmae_\w+", text)
+        assert len(re.findall(r'personmae_\w+\{run=~"\$run"', text)) == len(names), text
+        kept = [set(re.split(r", ?", group)) for group in re.findall(r"\bby \(([\w, ]+)\)", text)]
+        base = re.sub(r"_(bucket|sum|count)$", "", names[0])
+        has = set.union(*kept) if kept else {"run", "instance", "node_rank"} | labels.get(names[0], labels.get(base, set()))
+        assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= has, text
+
+
 def test_the_operators_rule_is_made_from_the_rules() -> None:
     namespace: dict[str, Any] = {"__file__": str(ALERTS / "wrap.py"), "__name__": "wrap"}
     exec(compile((ALERTS / "wrap.py").read_text(), "wrap.py", "exec"), namespace)

@@ -1,17 +1,26 @@
 """What an agent serves beside its own numbers: those of ranks that come and go."""
 
+import re
+import shutil
+import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from agents import Start
+from prometheus_client import generate_latest
 
-from launcher.health import Metrics
+from launcher.health import Health, Metrics, serve
 from launcher.membership import Node, Round, State
 from launcher.ranks import Ranks
 from personmae import heartbeat
+from personmae.data.counters import StreamCounters
+from personmae.errors import UserError
+from personmae.meter import Meter
 
 SCRIPT = """
 import os, sys, time
@@ -161,3 +170,124 @@ def test_a_host_without_rank_0_tells_nothing_of_the_run(host: Host) -> None:
     assert found["personmae_last_step"] == 5
     host.start(2, 5, "step", ranks=(2, 3))
     assert host.values()["personmae_lost_steps_total"] == 0  # the host of rank 0 counts them
+
+
+def test_ranks_that_a_smaller_round_has_not_leave_their_counters_alone(host: Host) -> None:
+    host.start(0, 5, "step")
+    assert host.values()["personmae_rank_phase 1 step"] == 1
+    host.start(5, 8, "step", ranks=(0,))
+    found = host.values()
+    assert found["personmae_step_duration_seconds_count total 0"] == 8
+    assert found["personmae_step_duration_seconds_count total 1"] == 5
+    gauges = [name for name in found if re.match(r"personmae_(rank_phase|heartbeat_age_seconds|cuda\w+) 1", name)]
+    assert gauges == []
+    host.start(8, 9, "step")
+    assert host.values()["personmae_step_duration_seconds_count total 1"] == 6
+
+
+def test_every_reason_for_a_restart_is_there_before_the_first(host: Host) -> None:
+    reasons = {k.split()[1]: v for k, v in host.values().items() if k.startswith("personmae_restarts_total")}
+    assert reasons == dict.fromkeys(["peer_lost", "member_joined", "worker_error", "hang", "sigterm", "stopped"], 0.0)
+
+
+def test_before_the_first_step_there_is_none_that_could_be_long_ago(host: Host) -> None:
+    assert not [name for name in host.values() if name.startswith("personmae_last_step")]
+    host.start(0, 0, "wait_data", ranks=(0,), script=STEPS_ALONE)
+    assert not [name for name in host.values() if name.startswith("personmae_last_step")]
+    host.start(5, 5, "step", ranks=(0,), script=STEPS_ALONE)
+    assert host.values()["personmae_last_step"] == 5
+
+
+def ask(port: int, host: str = "127.0.0.1") -> str:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://{host}:{port}/metrics", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def test_the_endpoint_is_reached_by_both_protocols_and_its_port_is_nobody_elses() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    server = serve(0, Metrics(1, 1), Health)
+    try:
+        port = server.server_address[1]
+        assert "personmae_nodes_max 1.0" in ask(port)
+        assert "personmae_nodes_max 1.0" in ask(port, "[::1]")
+        with pytest.raises(UserError, match=f"--port {port} is taken"):
+            serve(port, Metrics(1, 1), Health)
+    finally:
+        server.shutdown()
+        server.server_close()
+    for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with socket.socket(family) as other:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            other.bind((address, port))
+
+
+def test_gpus_are_not_asked_where_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("launcher.health.gpu_collectors", lambda say: asked.append(say) or [])
+    for gpu in (False, True):
+        server = serve(0, Metrics(1, 1), Health, gpu=gpu)
+        server.shutdown()
+        server.server_close()
+        assert len(asked) == gpu
+
+
+COMPLETE = """
+from personmae.meter import Meter
+meter = Meter("finetune")
+meter.beat("step", 0)
+meter.count(1, 64)
+meter.run.show(1, {"loss": 0.5}, 1.0)
+meter.complete()
+meter.close()
+"""
+
+
+def test_a_scrape_of_eight_ranks_takes_less_than_a_quarter_of_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a few percent of a core at most, every ten seconds, in a process of its own."""
+    for name, value in ((heartbeat.DIRECTORY, str(tmp_path)), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    meter, stream = Meter("pretrain"), StreamCounters()
+    for outcome in ("ok", "timeout", "throttled"):
+        stream.requests.labels("get", outcome).inc()
+    meter.read("stream", stream.registry)
+    meter.count(1, 64)
+    meter.close()
+    for rank in range(1, 8):
+        shutil.copy(tmp_path / "0.metrics", tmp_path / f"{rank}.metrics")
+    metrics, seconds, text = Metrics(1, 1, tmp_path), [], b""
+    for _ in range(5):
+        start = time.perf_counter()
+        text = generate_latest(metrics.registry)
+        seconds.append(time.perf_counter() - start)
+    assert text.count(b'personmae_step_duration_seconds_count{local_rank="7"') == 6
+    print(f"a scrape: {1e3 * min(seconds):.1f} ms")
+    assert min(seconds) < 0.25
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def test_an_agent_lingers_with_the_last_numbers_of_a_complete_run_until_it_is_told_to_stop(start: Start) -> None:
+    agent = start(COMPLETE, "--port", str(port := free_port()), "--linger-seconds", "60")
+    agent.wait_for("ends with code 0: complete", seconds=90)
+    found = dict(line.rsplit(" ", 1) for line in ask(port).splitlines() if not line.startswith("#"))
+    assert (found["personmae_loss"], found["personmae_last_step"]) == ("0.5", "1.0")
+    assert float(found["personmae_run_completed_timestamp_seconds"]) == pytest.approx(time.time(), abs=60)
+    assert found["personmae_nodes"] == "0.0"
+    assert not [name for name in found if name.startswith("personmae_heartbeat_age_seconds")]
+    assert agent.process.poll() is None
+    asked = time.monotonic()
+    agent.process.terminate()
+    assert agent.code() == 0
+    assert time.monotonic() - asked < 10
+
+
+def test_an_agent_lingers_after_nothing_but_a_complete_run(start: Start) -> None:
+    lingers = ["--linger-seconds", "60", "--max-restarts", "0"]
+    failed = start("raise SystemExit(3)", "--port", str(free_port()), *lingers)
+    assert failed.code() == 1
+    assert start("", *lingers).code() == 0  # nobody can ask
