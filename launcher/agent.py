@@ -32,11 +32,8 @@ _ASLEEP_SECONDS = 3.0  # a turn that took longer: this process was stopped, or i
 class Agent:
     """One host's part in a run. ``run`` is its life; every turn of its loop looks at the record, the ranks and the clock."""
 
-    def __init__(
-        self, options: Options, policy: Policy, limits: Limits, *, linger_seconds: float = 0.0, gpu: bool = True
-    ) -> None:
+    def __init__(self, options: Options, policy: Policy, limits: Limits) -> None:
         self.options, self.policy, self.limits = options, policy, limits
-        self._linger_seconds, self._gpu = linger_seconds, gpu
         self.host = socket.gethostname()
         self.id = f"{self.host}-{uuid.uuid4().hex[:8]}"
         self._beats = Path(tempfile.mkdtemp(prefix="personmae-beats-"))
@@ -68,7 +65,9 @@ class Agent:
             signal.signal(number, self._on_signal)
         server = None
         try:
-            server = serve(self.options.port, self.metrics, self.health, gpu=self._gpu) if self.options.port else None
+            server = (
+                serve(self.options.port, self.metrics, self.health, gpu=self.options.gpu_metrics) if self.options.port else None
+            )
             if self.options.log_dir:
                 self.options.log_dir.mkdir(parents=True, exist_ok=True)
             self.link.start()
@@ -77,7 +76,7 @@ class Agent:
                 if code is not None:
                     if server and code == EXIT_COMPLETE:
                         self.metrics.keep(self._ranks)
-                        linger(self._linger_seconds, lambda: self.signals > 0)
+                        linger(self.options.linger_seconds, lambda: self.signals > 0)
                     return code
                 self.link.changed.wait(_TURN_SECONDS)
                 self.link.changed.clear()

@@ -18,8 +18,29 @@ from personmae.errors import UserError
 K8S = Path(__file__).resolve().parent.parent / "k8s"
 MOST_NAME = 38  # what is left of 63 characters when kinds, indexes and Kubernetes' own endings are added
 _ONLY_JOBS = {"spot", "spot-gke", "kueue", "nvme-cache", "rdma", "efa", "priority"}  # they patch the Job
+_NOT_HERE = {"dev-cpu": {"nvme-cache", "rdma", "efa"}}  # it sets what they would
 _EXCLUDE = ({"spot", "spot-gke"}, {"irsa", "gke-workload-identity"}, {"rdma", "efa"})
 _NOT_OF_A_RUN = {"namespace", "queues", "suite"}
+_OWN = (
+    "PROGRAM",
+    "NODES",
+    "RANKS",
+    "BATCH",
+    "GRACE_SECONDS",
+    "GPU_METRICS",
+    "DOWNSTREAM",
+    "PICTURES",
+    "ENCODER",
+    "RESULT",
+    "RUN",
+    "POD_IP",
+)
+_CPU = r"(?=.*[1-9])\d+(\.\d+|m)?"
+_MEMORY = r"(?=.*[1-9])\d+(\.\d+)?([kMGTP]|[KMGTP]i)?"
+_ROLES = {
+    "irsa": (r"arn:[\w-]+:iam::\d+:role/\S+", "arn:aws:iam::ACCOUNT:role/NAME"),
+    "gke-workload-identity": (r"[\w.-]+@[\w.-]+\.iam\.gserviceaccount\.com", "NAME@PROJECT.iam.gserviceaccount.com"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +88,14 @@ def check_name(name: str) -> None:
         )
 
 
+def check_namespace(name: str) -> None:
+    """Raise a ``UserError`` for what cannot be the name of a namespace."""
+    if len(name) > 63 or not re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name):
+        raise UserError(
+            f"--namespace must be at most 63 characters of a-z, 0-9 and '-', neither first nor last '-'; got '{name}'"
+        )
+
+
 def guess_overlay(path: Path) -> str:
     """The overlay that a configuration file is for: by its keys, and by its name where that begins with usl or uda."""
     keys = _top_level(path)
@@ -95,6 +124,7 @@ def overlay_of(choice: Choice) -> Path:
 
 def components_of(choice: Choice, spec: Object) -> list[str]:
     known, present = components(), {Path(path).name for path in spec.get("components", [])}
+    overlay = spec["namePrefix"].removesuffix("-")
     for name in choice.components:
         if name not in known:
             raise UserError(f"--with takes {', '.join(known)}; got {name}")
@@ -104,9 +134,21 @@ def components_of(choice: Choice, spec: Object) -> list[str]:
             raise UserError(f"--with takes one of {' and '.join(sorted(pair))}, not both")
     if not any(Path(path).name in ("elastic", "downstream") for path in spec["resources"]) and (bad := chosen & _ONLY_JOBS):
         raise UserError(f"the component {sorted(bad)[0]} is for Jobs; leave it out or use the overlay pretrain")
-    if choice.role and not chosen & {"irsa", "gke-workload-identity"}:
-        raise UserError("--role needs --with irsa or --with gke-workload-identity")
+    if bad := chosen & _NOT_HERE.get(overlay, set()):
+        raise UserError(f"the component {sorted(bad)[0]} does not go with the overlay {overlay}; leave it out or use pretrain")
+    _check_role(choice.role, chosen)
     return [f"../../components/{name}" for name in dict.fromkeys(choice.components) if name not in present]
+
+
+def _check_role(role: str | None, chosen: set[str]) -> None:
+    if role is None:
+        return
+    clouds = sorted(chosen & _ROLES.keys())
+    if not clouds:
+        raise UserError("--role needs --with irsa or --with gke-workload-identity")
+    pattern, example = _ROLES[clouds[0]]
+    if not re.fullmatch(pattern, role):
+        raise UserError(f"--role for {clouds[0]} must look like {example}; got '{role}'")
 
 
 def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
@@ -124,7 +166,8 @@ def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
             places["init"] = settings.init
     for key, place in places.items():
         schemes = "s3://" if key in ("root", "init") else "s3:// or another object store"
-        if not str(place).startswith("s3://") and ("://" not in str(place) or key in ("root", "init")):
+        scheme, _, rest = str(place).partition("://")
+        if rest.startswith("/") or not rest or (scheme != "s3" and key in ("root", "init")):
             raise UserError(f"pods lose their disks, so {key} must be on {schemes}; got {place}: give {key}=s3://BUCKET/PREFIX")
     return settings
 
@@ -161,6 +204,13 @@ def sizes_of(
     nodes = choice.nodes or (int(fewest), int(most))
     limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]
     gpus = choice.gpus if choice.gpus is not None else int(limits.get("nvidia.com/gpu", 0))
+    if gpus < 0:
+        raise UserError(f"--gpus must be 0, for one rank on the CPU, or the GPUs of each node; got {gpus}")
+    if not 1 <= nodes[0] <= nodes[1]:
+        raise UserError(f"--nodes must be MIN:MAX with 1 <= MIN <= MAX; got {nodes[0]}:{nodes[1]}")
+    for name, text, pattern, example in (("cpu", choice.cpu, _CPU, "8 or 500m"), ("memory", choice.memory, _MEMORY, "64Gi")):
+        if text is not None and not re.fullmatch(pattern, text):
+            raise UserError(f"--{name} must be a quantity of Kubernetes above 0, e.g. {example}; got '{text}'")
     if "DOWNSTREAM" in variables and nodes != (1, 1):
         raise UserError(f"a benchmark runs on one node; got --nodes {nodes[0]}:{nodes[1]}: leave it out")
     if kind == "TrainingRuntime" and nodes[0] != nodes[1]:
@@ -183,6 +233,7 @@ def name_of(choice: Choice, settings: Any, parts: list[str], nodes: tuple[int, i
     if choice.name is None:
         told = json.dumps([config.config_hash(settings), choice.overlay, parts, nodes, gpus, choice.image, *choice.env])
         stem = re.sub(r"[^a-z0-9]+", "-", choice.config.stem.lower()).strip("-")
+        stem = stem if stem[:1].isalpha() else f"run-{stem}"  # a Service begins with a letter
         return f"{stem[: MOST_NAME - 7].rstrip('-')}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
     check_name(choice.name)
     return choice.name
@@ -191,7 +242,11 @@ def name_of(choice: Choice, settings: Any, parts: list[str], nodes: tuple[int, i
 def downstream_variables(choice: Choice, settings: Any, run: str) -> dict[str, str]:
     if isinstance(settings, config.Pretrain):
         return {}
-    return {"PICTURES": settings.root, "ENCODER": settings.init, "RESULT": f"{settings.checkpoint.store}/result.json"}
+    return {
+        "PICTURES": settings.root,
+        "ENCODER": settings.init,
+        "RESULT": f"{settings.checkpoint.store.rstrip('/')}/result.json",
+    }
 
 
 def environment_of(choice: Choice) -> dict[str, str]:
@@ -200,7 +255,9 @@ def environment_of(choice: Choice) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             raise UserError(f"--env takes NAME=VALUE, got {text}")
-        if re.search("SECRET|PASSWORD|TOKEN", key):
+        if key in _OWN:
+            raise UserError(f"--env {key} is set by the run itself; leave it out and give its option, e.g. --nodes or --gpus")
+        if re.search("SECRET|PASSWORD|TOKEN", key.upper()):
             raise UserError(f"--env {key} would be readable by all in a config map; put it in a Secret (--with s3-secret)")
         pairs[key] = value
     return pairs
@@ -216,17 +273,17 @@ def image_of(choice: Choice, given: dict[str, str]) -> dict[str, str]:
     return {"name": "personmae"} | {key: value for key, value in parts.items() if value}
 
 
-def _top_level(path: Path) -> dict[str, Any]:
+def _top_level(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Keys of a configuration and its bases; ``config.load`` does the real reading, with the real errors."""
     try:
         values = yaml.safe_load(path.read_text()) if path.is_file() else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, UnicodeDecodeError):
         values = None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or path.resolve() in seen:
         config.load(config.Pretrain, path)  # says what is wrong with the file
         raise UserError(f"{path} must hold 'key: value' lines")
     base = values.pop("_base_", None)
-    return (_top_level(path.parent / base) if isinstance(base, str) else {}) | values
+    return (_top_level(path.parent / base, (*seen, path.resolve())) if isinstance(base, str) else {}) | values
 
 
 def _listed(numbers: list[int]) -> str:

@@ -1,13 +1,11 @@
-"""A run in a cluster, through ``kubectl``: it brings every way of logging in, server-side apply, and logs that follow."""
+"""A run in a cluster: what is looked at before it is created, its creation, what becomes of its pods, its end."""
 
 import json
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Sequence
-from typing import Any
 
+from launcher.kubectl import Kubectl
 from launcher.kustomization import Object
 from personmae.errors import UserError
 
@@ -28,55 +26,9 @@ _LEFT_BEHIND = (  # what a run may consist of, in the order of deletion
     "rolebindings.rbac.authorization.k8s.io",
     "roles.rbac.authorization.k8s.io",
 )
+_APPLY_SECONDS = 60  # admission by webhooks takes its time
+_PASSING = "exceeded quota|serviceaccount|service account|being terminated"  # words of a refusal that may pass
 _WAITING = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}  # of which none mends itself
-
-
-class Kubectl:
-    """``kubectl`` in one namespace of one context."""
-
-    def __init__(self, namespace: str, context: str | None = None) -> None:
-        if not shutil.which("kubectl"):
-            raise UserError("kubectl is required to talk to a cluster and is not on PATH; 'personmae render' works without it")
-        self.namespace = namespace
-        self.command = ["kubectl", *(["--context", context] if context else []), "--namespace", namespace]
-
-    def run(self, *args: str, text: str | None = None) -> str:
-        """Output of ``kubectl ARGS``.
-
-        Raises:
-            UserError: it failed; its own first line is in the message.
-        """
-        done = subprocess.run([*self.command, *args], input=text, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(_told(done.stderr, args, self.namespace))
-        return done.stdout
-
-    def get(self, *args: str) -> Any:
-        """``kubectl get ARGS`` as JSON; None where a named object does not exist."""
-        out = self.run("get", *args, "--ignore-not-found", "-o", "json")
-        return json.loads(out) if out.strip() else None
-
-    def items(self, *args: str) -> list[Object]:
-        return (self.get(*args) or {}).get("items", [])
-
-    def may(self, verb: str, resource: str) -> bool:
-        """Whether the user may do this in the namespace."""
-        done = subprocess.run([*self.command, "auth", "can-i", verb, resource], capture_output=True, text=True, check=False)
-        if done.stdout.strip() not in ("yes", "no"):
-            raise UserError(_told(done.stderr, ("auth",), self.namespace))
-        return done.stdout.strip() == "yes"
-
-
-def _told(stderr: str, args: Sequence[str], namespace: str) -> str:
-    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not line.startswith("Warning:")]
-    first = next((line for line in lines if line.startswith(("Error", "error"))), lines[0] if lines else "it said nothing")
-    first = re.sub(r"^[Ee]rror( from server)?( \(\w+\))?: ", "", first)
-    hint = "see 'kubectl config get-contexts', or give --context and --namespace"
-    if "forbidden" in stderr.lower():
-        hint = f"ask for the role personmae-submitter in namespace {namespace} (k8s/overlays/namespace)"
-    elif "no matches for kind" in stderr or "doesn't have a resource type" in stderr:
-        hint = "its controller is not installed: choose another overlay or leave the component out"
-    return f"kubectl {args[0]} was refused: {first}; {hint}"
 
 
 def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> None:
@@ -98,16 +50,25 @@ def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> N
             )
     for item in objects:
         if item["kind"] in _WORKLOADS and (there := kubectl.get(_WORKLOADS[item["kind"]], item["metadata"]["name"])):
-            run, state = item["metadata"]["labels"][INSTANCE], finished(there) or "at work"
-            raise UserError(f"the run {run} exists already ({state}); delete it first, or give another --name")
+            raise _exists(item["metadata"]["labels"][INSTANCE], there)
     stores = {store for item in objects if (store := _store(item))}
     for job in kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae"):
         other, store = job["metadata"]["labels"].get(INSTANCE), _store(job)
-        if other not in runs and store in stores and not finished(job):
+        if other in runs:  # of a suite's later stages: the dispatcher would take it for its own
+            raise _exists(other, job)
+        if store in stores and not finished(job):
             raise UserError(
                 f"{store} belongs to the run {other}, which is at work; delete that first or give another checkpoint.store"
             )
     apply(kubectl, objects, dry_run=True)
+
+
+def _exists(run: str, workload: Object) -> UserError:
+    if workload["metadata"].get("deletionTimestamp"):
+        return UserError(f"the run {run} is being deleted, and its pods may still save; wait, or give another --name")
+    return UserError(
+        f"the run {run} exists already ({finished(workload) or 'at work'}); delete it first, or give another --name"
+    )
 
 
 def _store(item: Object) -> str | None:
@@ -122,19 +83,22 @@ def apply(kubectl: Kubectl, objects: list[Object], *, dry_run: bool = False) -> 
     """Server-side apply, or the server's opinion of it."""
     asked = ["--dry-run=server"] if dry_run else []
     text = json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
-    kubectl.run("apply", "--server-side", "--field-manager", MANAGER, *asked, "-f", "-", text=text)
+    kubectl.run("apply", "--server-side", "--field-manager", MANAGER, *asked, "-f", "-", text=text, seconds=_APPLY_SECONDS)
 
 
-def create(kubectl: Kubectl, runs: Sequence[str], objects: list[Object], owned: Object) -> None:
-    """Apply the objects of runs and let them go with one of them, ``owned``; when that fails, nothing is left behind."""
+def create(kubectl: Kubectl, runs: Sequence[str], objects: list[Object], owned: Object) -> str:
+    """Apply the objects of runs and let them go with one of them, ``owned``; when that fails, nothing is left behind.
+
+    Returns the cluster's time of its creation.
+    """
     try:
         apply(kubectl, objects)
-        uid = kubectl.get(_WORKLOADS[owned["kind"]], owned["metadata"]["name"])["metadata"]["uid"]
+        metadata = kubectl.get(_WORKLOADS[owned["kind"]], owned["metadata"]["name"])["metadata"]
         owner = {
             "apiVersion": owned["apiVersion"],
             "kind": owned["kind"],
             "name": owned["metadata"]["name"],
-            "uid": uid,
+            "uid": metadata["uid"],
             "blockOwnerDeletion": False,
         }
         for item in objects:
@@ -142,10 +106,18 @@ def create(kubectl: Kubectl, runs: Sequence[str], objects: list[Object], owned: 
                 what = f"{item['kind'].lower()}.{_group(item)}" if _group(item) else item["kind"].lower()
                 patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
                 kubectl.run("patch", what, item["metadata"]["name"], "--type", "merge", "-p", patch)
-    except (UserError, KeyboardInterrupt):
-        for run in runs:
-            delete(kubectl, run)
+        return metadata["creationTimestamp"]
+    except BaseException as error:
+        _delete_all(kubectl, runs, f"{error or 'interrupted'}")
         raise
+
+
+def _delete_all(kubectl: Kubectl, runs: Sequence[str], why: str) -> None:
+    for run in runs:
+        try:
+            delete(kubectl, run)
+        except UserError as error:
+            raise UserError(f"{why}; and {run} could not be deleted: {error}; then give: personmae delete {run}") from error
 
 
 def _group(item: Object) -> str:
@@ -153,18 +125,22 @@ def _group(item: Object) -> str:
     return group if version else ""
 
 
-def refusals(kubectl: Kubectl, run: str) -> tuple[list[str], list[str]]:
-    """What keeps the pods of a run from existing for good, and what may pass: lines that quote the cluster."""
+def refusals(kubectl: Kubectl, runs: Sequence[str], since: str) -> tuple[list[str], list[str]]:
+    """What keeps the pods of runs from existing for good, and what may pass: lines that quote the cluster.
+
+    Events outlive what they tell of by an hour, so those before ``since`` are of an earlier run of the same name.
+    """
     final, passing = [], []
     for event in kubectl.items("events"):
-        if event["type"] != "Warning" or not event["involvedObject"].get("name", "").startswith(f"{run}-"):
+        name = event["involvedObject"].get("name", "")
+        if event["type"] != "Warning" or _time(event) < since or not any(_is_of(run, name) for run in runs):
             continue
         told = " ".join(event.get("message", "").split())
-        if event["reason"] == "FailedCreate" and "exceeded quota" not in told:
+        if event["reason"] == "FailedCreate" and re.search("forbidden|invalid", told) and not re.search(_PASSING, told):
             final.append(told)
         else:
             passing.append(f"{event['reason']}: {told}")
-    for pod in kubectl.items("pods", "-l", f"{INSTANCE}={run}"):
+    for pod in kubectl.items("pods", "-l", f"{INSTANCE} in ({','.join(runs)})"):
         status = pod.get("status", {})
         for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
             waiting = container.get("state", {}).get("waiting", {})
@@ -173,7 +149,19 @@ def refusals(kubectl: Kubectl, run: str) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(final)), list(dict.fromkeys(passing))
 
 
-def watch(kubectl: Kubectl, runs: Sequence[str], seconds: float, pause: float = 1.0) -> list[str]:
+def _time(event: Object) -> str:
+    """When something happened last, to the second, in RFC 3339."""
+    stamps = (event.get("lastTimestamp"), event.get("eventTime"), event["metadata"]["creationTimestamp"])
+    return f"{max(filter(None, stamps))[:19]}Z"
+
+
+def _is_of(run: str, name: str) -> bool:
+    """Whether an object is a run's workload, or a Job, replica set or pod below it; not those of RUN-2."""
+    job = r"(-\d+-\w{5})?"
+    return bool(re.fullmatch(rf"{run}-(trainer{job}|store(-\w+){{0,2}}|run(-(trainer|store|node)-\d+{job})?)", name))
+
+
+def watch(kubectl: Kubectl, runs: Sequence[str], since: str, seconds: float, pause: float = 1.0) -> list[str]:
     """Look for refusals for a while; a Job whose pods are refused is accepted all the same. Returns what may pass.
 
     Raises:
@@ -181,21 +169,27 @@ def watch(kubectl: Kubectl, runs: Sequence[str], seconds: float, pause: float = 
     """
     deadline = time.monotonic() + seconds
     while True:
-        seen = [refusals(kubectl, run) for run in runs]
-        if final := [line for lines, _ in seen for line in lines]:
-            for run in runs:
-                delete(kubectl, run)
+        try:
+            final, passing = refusals(kubectl, runs, since)
+        except UserError as error:
+            return [f"{runs[0]} is created, and whether its pods are accepted could not be seen: {error}"]
+        if final:
+            _delete_all(kubectl, runs, f"the pods of {runs[0]} were refused: {final[0]}")
             raise UserError(f"the pods of {runs[0]} were refused, and it has been deleted: {final[0]}")
-        if time.monotonic() > deadline:
-            return list(dict.fromkeys(line for _, lines in seen for line in lines))
+        if time.monotonic() >= deadline:
+            return passing
         time.sleep(pause)
 
 
-def delete(kubectl: Kubectl, run: str) -> None:
-    """Delete all objects of a run; what it has in buckets stays."""
-    known = set(kubectl.run("api-resources", "--namespaced", "--verbs=delete", "-o", "name").split())
+def delete(kubectl: Kubectl, run: str) -> bool:
+    """Delete all objects of a run, its workload once its pods have saved; what it has in buckets stays.
+
+    Returns whether there was anything.
+    """
+    known = kubectl.kinds()
     there = ",".join(kind for kind in _LEFT_BEHIND if kind in known)
-    kubectl.run("delete", there, "-l", f"{INSTANCE}={run}", "--ignore-not-found", "--wait=false")
+    how = ("--ignore-not-found", "--cascade=foreground", "--wait=false", "-o", "name")
+    return "/" in kubectl.run("delete", there, "-l", f"{INSTANCE}={run}", *how)
 
 
 def stages(kubectl: Kubectl, run: str) -> list[str]:
@@ -211,13 +205,25 @@ def find(kubectl: Kubectl, run: str) -> tuple[str, Object]:
     Raises:
         UserError: there is no such run; those that there are, are named.
     """
-    known = set(kubectl.run("api-resources", "--namespaced", "-o", "name").split())
+    known = kubectl.kinds()
     for resource, ending in zip(_KINDS, ("trainer", "run", "run"), strict=True):
         if resource in known and (found := kubectl.get(resource, f"{run}-{ending}")):
             return resource, found
     jobs = kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae")
     runs = sorted({job["metadata"]["labels"].get(INSTANCE, "?") for job in jobs})
     raise UserError(f"there is no run {run} in namespace {kubectl.namespace}; there is {', '.join(runs) or 'none'}")
+
+
+def trainer(workload: Object) -> str:
+    """Name of the container that trains: Kubeflow Trainer wants one of its own."""
+    return "node" if workload["kind"] == "TrainJob" else "trainer"
+
+
+def at_work(kubectl: Kubectl, runs: Sequence[str]) -> list[str]:
+    """Those of some runs that have a Job which is not over."""
+    jobs = kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae") if runs else []
+    alive = {job["metadata"]["labels"].get(INSTANCE) for job in jobs if not finished(job)}
+    return [run for run in runs if run in alive]
 
 
 def finished(workload: Object) -> str | None:
@@ -230,11 +236,26 @@ def finished(workload: Object) -> str | None:
 
 
 def set_suspended(kubectl: Kubectl, run: str, suspended: bool) -> None:
-    """Let the pods go, with their state saved, or have them back."""
+    """Let the pods go, with their state saved, or have them back.
+
+    Raises:
+        UserError: it is over, or Kueue decides about it.
+    """
     resource, found = find(kubectl, run)
-    kubectl.run(
-        "patch", resource, found["metadata"]["name"], "--type", "merge", "-p", json.dumps({"spec": {"suspend": suspended}})
-    )
+    _require_alive(run, found)
+    if "kueue.x-k8s.io/queue-name" in found["metadata"].get("labels", {}):
+        active = f'{{"spec": {{"active": {json.dumps(not suspended)}}}}}'
+        raise UserError(
+            f"Kueue decides when {run} runs and would undo this; find its workload with 'kubectl -n {kubectl.namespace} get "
+            f"workloads' and give: kubectl -n {kubectl.namespace} patch workload NAME --type merge -p '{active}'"
+        )
+    patch = json.dumps({"spec": {"suspend": suspended}})
+    kubectl.run("patch", resource, found["metadata"]["name"], "--type", "merge", "-p", patch)
+
+
+def _require_alive(run: str, workload: Object) -> None:
+    if over := finished(workload) or ("being deleted" if workload["metadata"].get("deletionTimestamp") else None):
+        raise UserError(f"{run} is over ({over}); submit it anew: it goes on from its checkpoint.store")
 
 
 def scale(kubectl: Kubectl, run: str, nodes: int) -> None:
@@ -248,7 +269,10 @@ def scale(kubectl: Kubectl, run: str, nodes: int) -> None:
         raise UserError(
             f"only a Job changes its size while it runs; {run} is a {found['kind']}: submit it anew, it goes on where it was"
         )
-    variables = kubectl.get("configmap", f"{run}-run")["data"]
+    _require_alive(run, found)
+    variables = (kubectl.get("configmap", f"{run}-run") or {}).get("data", {})
+    if not {"NODES", "RANKS", "BATCH"} <= variables.keys():
+        raise UserError(f"a run with nodes is required; {run} is a suite or has lost its config map: name one of its stages")
     fewest, most = map(int, variables["NODES"].split(":"))
     ranks, batch = int(variables["RANKS"]), int(variables["BATCH"])
     good = [n for n in range(fewest, most + 1) if batch % (n * ranks) == 0]

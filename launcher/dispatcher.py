@@ -4,6 +4,7 @@ It keeps nothing: what is done follows from the Jobs and from the results in the
 was. It may get and create Jobs in its namespace, and no more.
 """
 
+import http.client
 import json
 import signal
 import ssl
@@ -58,7 +59,7 @@ class ApiJobs:
                 if error.code == missing:
                     return None
                 told = error.read(500).decode(errors="replace")
-            if error.code in (401, 403, 422):
+            if error.code < 500 and error.code not in (408, 429):
                 raise UserError(f"{method} {url} was refused ({error.code}): {told}") from None
             raise
 
@@ -78,7 +79,12 @@ def run(plan: dict[str, Any], jobs: Jobs, pause_seconds: float = PAUSE_SECONDS) 
     """
     told = ""
     while True:
-        states = turn(plan["stages"], jobs)
+        try:
+            states = turn(plan["stages"], jobs)
+        except (OSError, http.client.HTTPException) as error:  # API servers are updated, and a suite takes weeks
+            print(f"dispatcher: the cluster did not answer: {error!r}; again in {pause_seconds:g} s", flush=True)
+            time.sleep(pause_seconds)
+            continue
         if (line := ", ".join(f"{name} {state}" for name, state in states.items())) != told:
             print(f"dispatcher: {line}", flush=True)
             told = line

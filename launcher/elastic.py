@@ -76,8 +76,7 @@ def _store(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     limits = Limits(*(getattr(args, name) for name in Limits.__dataclass_fields__))
-    options, watched = read_options(args), {"linger_seconds": args.linger_seconds, "gpu": args.gpu_metrics == "on"}
-    return Agent(options, read_policy(args), limits, **watched).run()
+    return Agent(read_options(args), read_policy(args), limits).run()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from launcher import kustomization
 from launcher.choice import (
     Choice,
     batch_of,
+    check_namespace,
     components_of,
     downstream_variables,
     environment_of,
@@ -68,8 +69,10 @@ def render(choice: Choice) -> Rendered:
     settings = settings_of(choice, variables)
     kind, job = _job(before)
     nodes, gpus, warnings = sizes_of(choice, settings, variables, kind, job)
+    check_namespace(choice.namespace)
     run = name_of(choice, settings, spec["components"], nodes, gpus)
     literals = {"NODES": f"{nodes[0]}:{nodes[1]}", "RANKS": str(max(1, gpus)), "BATCH": str(batch_of(settings))}
+    literals["GPU_METRICS"] = "on" if settings.metrics.gpu else "off"
     literals |= downstream_variables(choice, settings, run) | environment_of(choice)
     spec |= {"namespace": choice.namespace, "namePrefix": f"{run}-"}
     for labels in spec["labels"]:
@@ -105,11 +108,11 @@ def write(rendered: Rendered, directory: Path) -> None:
     overlay = spec.pop("overlay")
     for key in ("resources", "components"):
         spec[key] = [os.path.relpath((overlay / path).resolve(), directory.resolve()) for path in spec.get(key, [])]
-    target = directory / kustomization.FILE
-    if target.exists():
-        raise UserError(f"--write needs a folder without a {kustomization.FILE}; {directory} has one: name another")
     directory.mkdir(parents=True, exist_ok=True)
-    target.write_text(yaml.dump(spec, Dumper=_Dumper, sort_keys=False, width=120))
+    for name in (kustomization.FILE, "kustomization.yml", "Kustomization"):  # kustomize takes any, but only one of them
+        if (directory / name).exists():
+            raise UserError(f"--write needs a folder without a {name}; {directory} has one: name another")
+    (directory / kustomization.FILE).write_text(yaml.dump(spec, Dumper=_Dumper, sort_keys=False, width=120))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -164,7 +167,7 @@ def _size_patches(
         operations.append(_add(f"{resources}/requests/cpu", choice.cpu))
     patches = [({"kind": kind}, operations)]
     owner = "TrainJob" if kind == "TrainingRuntime" else kind
-    at = "/metadata/annotations"
+    at, store = "/metadata/annotations", store.rstrip("/")
     marked = [_add(at, {"personmae/store": store})] if owner == "TrainJob" else [_add(f"{at}/personmae~1store", store)]
     patches.append(({"kind": owner}, marked))
     if kind == "TrainingRuntime":

@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 from launcher import objects
-from launcher.cluster import INSTANCE, Kubectl, find, finished, refusals
+from launcher.cluster import INSTANCE, find, finished, refusals, trainer
+from launcher.kubectl import Kubectl
 from launcher.kustomization import Object
 from personmae.errors import UserError
 
@@ -23,24 +24,43 @@ def read(kubectl: Kubectl, run: str) -> dict[str, Any]:
     pods = kubectl.items("pods", "-l", f"{INSTANCE}={run},app.kubernetes.io/component=trainer")
     pods.sort(key=lambda pod: (int(_index(pod)), pod["metadata"]["creationTimestamp"]))
     spec, status = workload["spec"], workload.get("status", {})
-    final, passing = refusals(kubectl, run)
+    final, passing = refusals(kubectl, [run], workload["metadata"].get("creationTimestamp", ""))
+    progress = _progress(kubectl, run, trainer(workload))
     metrics = next((m for pod in pods if _is_ready(pod) and (m := _metrics(kubectl, pod["metadata"]["name"]))), {})
+    step = metrics.get("personmae_last_step")  # it comes with a run's first step
     store = workload["metadata"].get("annotations", {}).get("personmae/store")
     return {
         "run": run,
-        "state": finished(workload)
-        or ("Suspended" if spec.get("suspend") else "Running" if status.get("active") else "Pending"),
-        "nodes": spec.get("parallelism"),
+        "state": finished(workload) or _state(workload, pods),
+        "nodes": _nodes(workload["kind"], spec),
         "pods": [_pod(pod) for pod in pods],
         "conditions": [f"{c['type']}={c['status']}" for c in status.get("conditions", [])],
         "world_size": metrics.get("personmae_world_size"),
         "restarts": sum(value for name, value in metrics.items() if name.startswith("personmae_restarts_total"))
         if metrics
         else None,
-        "progress": _progress(kubectl, run) or ({"step": int(metrics["personmae_last_step"])} if metrics else None),
+        "progress": progress or ({"step": int(step)} if step is not None else None),
         "checkpoint_age_seconds": _checkpoint_age(metrics, store),
         "warnings": [*final, *passing],
     }
+
+
+def _state(workload: Object, pods: list[Object]) -> str:
+    """Of a workload that is not over."""
+    if workload["metadata"].get("deletionTimestamp"):
+        return "Deleting"
+    if workload["spec"].get("suspend"):
+        return "Suspended"
+    return "Running" if any(pod.get("status", {}).get("phase") == "Running" for pod in pods) else "Pending"
+
+
+def _nodes(kind: str, spec: Object) -> int | None:
+    match kind:
+        case "JobSet":
+            return next(job["template"]["spec"]["parallelism"] for job in spec["replicatedJobs"] if job["name"] == "trainer")
+        case "TrainJob":
+            return spec.get("trainer", {}).get("numNodes")
+    return spec.get("parallelism")
 
 
 def to_text(state: dict[str, Any]) -> str:
@@ -92,21 +112,21 @@ def _pod(pod: Object) -> dict[str, Any]:
 
 def _metrics(kubectl: Kubectl, pod: str) -> dict[str, float]:
     """An agent's numbers, through the API server; none where that may not be asked or does not answer."""
-    try:
-        text = kubectl.run("get", "--raw", f"/api/v1/namespaces/{kubectl.namespace}/pods/{pod}:{_PORT}/proxy/metrics")
-    except UserError:
-        return {}
     from prometheus_client.parser import text_string_to_metric_families as parse
 
-    samples = [sample for family in parse(text) for sample in family.samples]
+    try:
+        text = kubectl.run("get", "--raw", f"/api/v1/namespaces/{kubectl.namespace}/pods/{pod}:{_PORT}/proxy/metrics")
+        samples = [sample for family in parse(text) for sample in family.samples]
+    except ValueError:  # UserError, or an answer that broke off
+        return {}
     return {s.name + (json.dumps(s.labels) if s.labels else ""): s.value for s in samples}
 
 
-def _progress(kubectl: Kubectl, run: str) -> dict[str, Any] | None:
+def _progress(kubectl: Kubectl, run: str, container: str) -> dict[str, Any] | None:
     """The newest line of the training program among the pods' last lines."""
     selector = f"{INSTANCE}={run},app.kubernetes.io/component=trainer"
     try:
-        text = kubectl.run("logs", "-l", selector, "-c", "trainer", "--tail=200", "--max-log-requests=200")
+        text = kubectl.run("logs", "-l", selector, "-c", container, "--tail=200", "--max-log-requests=200", "--ignore-errors")
     except UserError:  # no container has started
         return None
     found = [match.groupdict() for match in _LINE.finditer(text)]

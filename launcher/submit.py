@@ -1,6 +1,7 @@
 """``personmae render|submit|status|logs|scale|suspend|resume|delete``: runs in a cluster, from a laptop without torch."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
             verb.add_argument("--watch", action="store_true", help="again every 10 s until the run is over")
         elif name == "logs":
             verb.add_argument("-f", "--follow", action="store_true")
-            verb.add_argument("--index", type=int, metavar="N", help="of one pod (default: of all)")
+            verb.add_argument("--index", type=_index, metavar="N", help="of one pod (default: of all)")
             verb.add_argument("--since", metavar="10m", help="only what is newer")
         elif name == "scale":
             verb.add_argument("--nodes", type=int, required=True, metavar="N")
@@ -65,7 +66,7 @@ def _add_choice(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", nargs="*", metavar="a.b=c", help="set a key of the configuration")
     verb.add_argument("--set", action="append", default=[], metavar="a.b=c", help="the same, anywhere on the line")
     verb.add_argument("--overlay", metavar="NAME", help="of k8s/overlays (default: the one for this kind of configuration)")
-    verb.add_argument("--with", dest="components", type=lambda text: text.split(","), metavar="A,B", help="of k8s/components")
+    verb.add_argument("--with", dest="components", action="extend", type=_parts, metavar="A,B", help="of k8s/components")
     verb.add_argument("--nodes", type=_nodes, metavar="MIN:MAX", help="with how many nodes the run goes on")
     verb.add_argument("--gpus", type=int, metavar="N", help="on each node, a rank each; 0 for one rank on the CPU")
     verb.add_argument("--cpu", metavar="Q", help="that each node asks for, e.g. 64")
@@ -91,13 +92,30 @@ def _add_submit(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--dry-run", choices=("client", "server"), help="only check, here or with the cluster too")
     verb.add_argument("--local", action="store_true", help="run a suite's stages one after the other on this machine instead")
     verb.add_argument("--no-bucket-check", action="store_true", help="this machine cannot reach the bucket; the pods can")
-    verb.add_argument("--wait", type=float, nargs="?", const=float("inf"), metavar="S", help="for its end, at most S seconds")
+    verb.add_argument("--wait", type=_seconds, nargs="?", const=float("inf"), metavar="S", help="for its end, at most S s")
     verb.set_defaults(run=_later("submit_run"))
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if float(text) >= 0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be seconds, 0 or more; got {text!r}")
+
+
+def _index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a pod's index, 0 or more; got {text!r}")
+    return int(text)
 
 
 def _nodes(text: str) -> tuple[int, int]:
     fewest, _, most = text.partition(":")
-    if not (fewest.isdigit() and (most or fewest).isdigit() and 1 <= int(fewest) <= int(most or fewest)):
+    if not (fewest.isdecimal() and (most or fewest).isdecimal() and 1 <= int(fewest) <= int(most or fewest)):
         raise argparse.ArgumentTypeError(f"must be N or MIN:MAX with 1 <= MIN <= MAX, got {text}")
     return int(fewest), int(most or fewest)
 

@@ -63,7 +63,7 @@ class Suite(config.Section):
             for text in stage.set:
                 try:
                     text.format(**self.places)
-                except (KeyError, IndexError, ValueError) as error:
+                except (LookupError, ValueError, AttributeError, TypeError) as error:
                     raise ValueError(f"stage {stage.name} sets {text}, and places has no {error}") from None
         return self
 
@@ -113,7 +113,10 @@ def steps_of(suite: Suite, folder: Path) -> list[Step]:
 def render_suite(choice: Choice) -> tuple[Rendered, list[Rendered]]:
     """The dispatcher, and the runs of all stages in order; the dispatcher's plan holds the Jobs that it will create."""
     suite = config.load(Suite, choice.config, choice.overrides)
-    if choice.name:
+    for flag in ("nodes", "gpus", "overlay"):
+        if getattr(choice, flag) is not None:
+            raise UserError(f"--{flag} is for one run; each stage of a suite says its own: set it in {choice.config}")
+    if choice.name is not None:
         suite = suite.model_copy(update={"name": choice.name})
     if "://" not in suite.results:
         raise UserError(f"pods lose their disks, so results must be s3://BUCKET/PREFIX in a cluster; got {suite.results}")
@@ -132,6 +135,8 @@ def render_suite(choice: Choice) -> tuple[Rendered, list[Rendered]]:
                 gpus=stage.gpus,
             )
         )
+        if rendered.workload["kind"] != "Job":
+            raise UserError(f"the stages of a suite must be Jobs; {stage.name} has the overlay {stage.overlay}: leave it out")
         rendered.workload["spec"]["ttlSecondsAfterFinished"] = 7 * 86400  # the dispatcher looks at it as long as the suite runs
         runs.append(rendered)
         entry = {"name": stage.name, "after": stage.after, "job": rendered.workload["metadata"]["name"]}

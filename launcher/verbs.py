@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from launcher import cluster, objects, render, status, suite
-from launcher.choice import Choice
-from launcher.cluster import INSTANCE, Kubectl
+from launcher.choice import Choice, check_name, check_namespace
+from launcher.cluster import INSTANCE
+from launcher.kubectl import Kubectl
 from launcher.kustomization import Object
 from launcher.render import Rendered
 from personmae import config
@@ -20,6 +21,8 @@ from personmae.errors import EXIT_FAILED, UserError
 
 EXIT_TIMEOUT = 3  # of --wait
 WATCH_SECONDS = 10
+_PAUSE_SECONDS = 10
+_MISSES = 6  # of --wait: requests in a row without an answer
 
 
 def choice_of(args: argparse.Namespace) -> Choice:
@@ -61,6 +64,8 @@ def _runs(choice: Choice) -> tuple[list[Rendered], list[Object]]:
 def submit_run(args: argparse.Namespace) -> None:
     """``personmae submit``."""
     if args.local:
+        if args.config.is_file() and not suite.is_suite(args.config):
+            raise UserError(f"--local is for a suite, a file with 'stages'; {args.config} has none: give it to its own verb")
         suite.run_local(args.config, [*args.overrides, *args.set])
         return
     runs, everything = _runs(choice_of(args))
@@ -79,9 +84,13 @@ def submit_run(args: argparse.Namespace) -> None:
     if args.dry_run == "server":
         print(f"{name}: the cluster would take all {len(everything)} objects; nothing was created")
         return
-    cluster.create(kubectl, [r.run for r in runs], everything, runs[0].workload)
-    for line in cluster.watch(kubectl, [r.run for r in runs], WATCH_SECONDS):
-        print(f"warning: {line}", file=sys.stderr)
+    since = cluster.create(kubectl, [r.run for r in runs], everything, runs[0].workload)
+    try:
+        for line in cluster.watch(kubectl, [r.run for r in runs], since, WATCH_SECONDS):
+            print(f"warning: {line}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(next_commands(name, args), flush=True)  # it goes on without us
+        raise
     print(next_commands(name, args), flush=True)
     if args.wait is not None:
         sys.exit(_wait(kubectl, name, args.wait))
@@ -105,7 +114,19 @@ def check_places(runs: list[Rendered]) -> None:
                 checks[settings.init] = objects.require_something
     for place, require in checks.items():
         if place.startswith("s3://"):
-            require(place)
+            _look(place, require)
+
+
+def _look(place: str, require: Callable[[str], None]) -> None:
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        require(place)
+    except UserError:
+        raise
+    except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: S3_ENDPOINT_URL is not one
+        told = f"looking at {place} failed: {error}; mend it, or give --no-bucket-check where only the pods reach it"
+        raise UserError(told) from error
 
 
 def next_commands(run: str, args: argparse.Namespace) -> str:
@@ -116,35 +137,51 @@ def next_commands(run: str, args: argparse.Namespace) -> str:
 
 
 def _wait(kubectl: Kubectl, run: str, seconds: float) -> int:
-    deadline = time.monotonic() + seconds
-    while not (end := cluster.finished(cluster.find(kubectl, run)[1])):
-        if time.monotonic() > deadline:
+    deadline, misses = time.monotonic() + seconds, 0
+    while True:
+        try:
+            end, misses = cluster.finished(cluster.find(kubectl, run)[1]), 0
+        except UserError:
+            end, misses = None, misses + 1
+            if misses == _MISSES:
+                raise
+        if end:
+            break
+        if time.monotonic() >= deadline:
             print(f"{run} is not over after {seconds:g} s; it goes on", file=sys.stderr)
             return EXIT_TIMEOUT
-        time.sleep(10)
+        time.sleep(_PAUSE_SECONDS)
     print(f"{run}: {end}")
     return 0 if end == "Complete" else EXIT_FAILED
 
 
 def show_status(args: argparse.Namespace) -> None:
     """``personmae status``."""
-    kubectl = Kubectl(args.namespace, args.context)
+    kubectl = _kubectl(args)
     while True:
         state = status.read(kubectl, args.run_name)
         print(json.dumps(state, indent=1) if args.output == "json" else status.to_text(state), flush=True)
         if not args.watch or state["state"].startswith(("Complete", "Failed")):
             return
-        time.sleep(10)
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _kubectl(args: argparse.Namespace) -> Kubectl:
+    """For the verbs that name a run: a name that kubectl would take for an option or a list does not reach it."""
+    check_name(args.run_name)
+    check_namespace(args.namespace)
+    return Kubectl(args.namespace, args.context)
 
 
 def show_logs(args: argparse.Namespace) -> None:
     """``personmae logs``."""
-    kubectl = Kubectl(args.namespace, args.context)
-    cluster.find(kubectl, args.run_name)
+    kubectl = _kubectl(args)
+    _, found = cluster.find(kubectl, args.run_name)
     selector = f"{INSTANCE}={args.run_name},app.kubernetes.io/component=trainer"
     if args.index is not None:
         selector += f",batch.kubernetes.io/job-completion-index={args.index}"
-    command = [*kubectl.command, "logs", "-l", selector, "-c", "trainer", "--prefix", "--tail=-1", "--max-log-requests=200"]
+    command = [*kubectl.command, "logs", "-l", selector, "-c", cluster.trainer(found), "--prefix", "--tail=-1"]
+    command += ["--max-log-requests=200", "--ignore-errors"]  # of pods that have no node yet
     command += (["--follow"] if args.follow else []) + ([f"--since={args.since}"] if args.since else [])
     code = subprocess.run(command, check=False, env=os.environ).returncode
     if code:
@@ -153,26 +190,41 @@ def show_logs(args: argparse.Namespace) -> None:
 
 def scale_run(args: argparse.Namespace) -> None:
     """``personmae scale``."""
-    cluster.scale(Kubectl(args.namespace, args.context), args.run_name, args.nodes)
+    cluster.scale(_kubectl(args), args.run_name, args.nodes)
     print(f"{args.run_name}: {args.nodes} nodes; the ranks save and go on with those that there are")
 
 
 def suspend_run(args: argparse.Namespace) -> None:
     """``personmae suspend``."""
-    cluster.set_suspended(Kubectl(args.namespace, args.context), args.run_name, True)
-    print(f"{args.run_name} is suspended; its ranks save first")
+    for run in _suspend(args, True):
+        print(f"{run} is suspended; its ranks save first")
 
 
 def resume_run(args: argparse.Namespace) -> None:
     """``personmae resume``."""
-    cluster.set_suspended(Kubectl(args.namespace, args.context), args.run_name, False)
-    print(f"{args.run_name} is resumed")
+    for run in _suspend(args, False):
+        print(f"{run} is resumed")
+
+
+def _suspend(args: argparse.Namespace, suspended: bool) -> list[str]:
+    """Suspend or resume a run, or a suite's dispatcher and those of its stages that have begun and are not over."""
+    kubectl = _kubectl(args)
+    runs = [*cluster.at_work(kubectl, cluster.stages(kubectl, args.run_name)), args.run_name]
+    for run in runs:
+        cluster.set_suspended(kubectl, run, suspended)
+    return runs
 
 
 def delete_run(args: argparse.Namespace) -> None:
     """``personmae delete``."""
-    kubectl = Kubectl(args.namespace, args.context)
-    _, found = cluster.find(kubectl, args.run_name)
+    kubectl = _kubectl(args)
+    try:
+        _, found = cluster.find(kubectl, args.run_name)
+    except UserError:
+        if not cluster.delete(kubectl, args.run_name):  # what a creation may have left that failed half way
+            raise
+        print(f"what there was of {args.run_name} is deleted")
+        return
     for run in [*cluster.stages(kubectl, args.run_name), args.run_name]:
         cluster.delete(kubectl, run)
     store = found["metadata"].get("annotations", {}).get("personmae/store")

@@ -16,6 +16,14 @@ class Parser(argparse.ArgumentParser):
         print(f"error: {message}; see '{self.prog} --help'", file=sys.stderr)
         sys.exit(78)
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse, but ``a.b=c`` may stand behind options too."""
+        found, rest = super().parse_known_args(args, namespace)
+        late = [text for text in rest if "=" in text and not text.startswith("-")] if hasattr(found, "overrides") else []
+        if late:
+            found.overrides = [*found.overrides, *late]
+        return found, [text for text in rest if text not in late]
+
 
 def positive(text: str) -> float:
     with contextlib.suppress(ValueError):

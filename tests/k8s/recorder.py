@@ -12,6 +12,7 @@ from launcher import cluster, submit
 CONFIG = str(ROOT / "configs" / "pretrain_vit_base.yaml")
 IMAGE = f"--image=registry.test/personmae@{DIGEST}"
 ALL = "\n".join((*cluster._LEFT_BEHIND, "pods", "events"))
+CREATED = "2026-01-02T03:04:05Z"
 Captured = pytest.CaptureFixture[str]
 
 
@@ -35,8 +36,8 @@ class Recorder:
         (self._folder / "calls.jsonl").write_text("")
 
     def calls(self) -> list[list[str]]:
-        """Arguments of all calls, without the namespace."""
-        return [call["args"][2:] for call in self._calls()]
+        """Arguments of all calls, without the namespace and the time-out."""
+        return [[arg for arg in call["args"][2:] if not arg.startswith("--request-timeout=")] for call in self._calls()]
 
     def applied(self) -> list[str]:
         """'dry-run' or 'apply' for each, with the number of objects."""
@@ -54,6 +55,7 @@ def job(**more: Any) -> dict[str, Any]:
     metadata = {
         "name": "run-trainer",
         "uid": "the-uid",
+        "creationTimestamp": CREATED,
         "labels": {"app.kubernetes.io/instance": "run"},
         "annotations": {"personmae/store": "s3://bucket/run"},
     }
@@ -85,6 +87,6 @@ def error(capsys: Captured) -> str:
     return lines[0]
 
 
-def event(reason: str, message: str) -> str:
-    items = [{"type": "Warning", "reason": reason, "message": message, "involvedObject": {"name": "run-trainer"}}]
-    return json.dumps({"items": items})
+def event(reason: str, message: str, *, of: str = "run-trainer", at: str = CREATED) -> str:
+    told = {"type": "Warning", "reason": reason, "message": message, "involvedObject": {"name": of}}
+    return json.dumps({"items": [told | {"lastTimestamp": at, "metadata": {"creationTimestamp": at}}]})

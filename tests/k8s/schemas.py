@@ -1,6 +1,8 @@
 """Strict schemas: core kinds by kubernetes-validate, custom kinds by the definitions that their projects publish."""
 
 import functools
+import importlib.resources
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from referencing import Registry, Resource
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("1.34", "1.35", "1.36", "1.37")
@@ -21,7 +24,23 @@ def is_custom(item: dict[str, Any]) -> bool:
 def check_core(item: dict[str, Any], version: str) -> None:
     """A kind of Kubernetes itself, strictly: no field that this version does not know."""
     kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs the dev extra's kubernetes-validate")
-    kubernetes_validate.validate(item, version, strict=True)
+    assert kubernetes_validate.validate(item, version, strict=True) == version  # it takes an older one where it knows no other
+
+
+def check_core_quickly(item: dict[str, Any], version: str) -> None:
+    """``check_core`` for many objects: the package's own schemas, each read once."""
+    _core(item["kind"], item["apiVersion"], version).validate(item)
+
+
+@functools.cache
+def _core(kind: str, api_version: str, version: str) -> jsonschema.Draft202012Validator:
+    pytest.importorskip("kubernetes_validate", reason="needs the dev extra's kubernetes-validate")
+    folder = importlib.resources.files("kubernetes_validate") / "kubernetes-json-schema" / f"v{version}.0-local-strict"
+    group, _, short = api_version.rpartition("/")
+    name = "-".join(filter(None, (kind.lower(), group.split(".")[0], short))) + ".json"
+    schema, definitions = (json.loads((folder / each).read_text()) for each in (name, "_definitions.json"))
+    registry = Resource.from_contents(definitions) @ Registry()
+    return jsonschema.Draft202012Validator(schema, registry=registry)
 
 
 def check_custom(item: dict[str, Any]) -> None:

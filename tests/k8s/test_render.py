@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 import yaml
-from choices import DIGEST, OVERLAYS, PRETRAIN, ROOT, by_name, choose
+from choices import DIGEST, EXCLUSIVE, OVERLAYS, PRETRAIN, ROOT, by_name, choose
 
 from launcher import choice, kustomization, render
 from personmae import config
 from personmae.errors import UserError
 
 Kustomize = Callable[[Path], dict[tuple[str, str], dict[str, Any]]]
-GROUPS = [("spot", "spot-gke"), ("irsa", "gke-workload-identity"), ("rdma", "efa")]
-EVERYWHERE = ["monitoring", "grafana", "network-policy", "s3-secret", "irsa", "gke-workload-identity"]
 SINGLE = [("pretrain", [name]) for name in choice.components()]
 DOWNSTREAM = [("finetune-market1501", [name]) for name in ("s3-secret", "priority", "kueue")]
-OTHER = [(overlay, EVERYWHERE[:4]) for overlay in ("jobset", "trainjob")]
-LARGEST = [("pretrain", sorted({*choice.components()} - {pair[i] for pair in GROUPS})) for i in (0, 1)]
+OTHER = [(overlay, ["monitoring", "grafana", "network-policy", "s3-secret"]) for overlay in ("jobset", "trainjob")]
+LARGEST = [("pretrain", sorted({*choice.components()} - {pair[i] for pair in EXCLUSIVE})) for i in (0, 1)]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -90,7 +88,23 @@ def test_the_name_tells_configuration_and_choice_apart_and_nothing_else() -> Non
     assert names[0].startswith("pretrain-vit-base-")
 
 
-@pytest.mark.parametrize("overlay", [o for o in choice.overlays() if not o.startswith(("usl", "uda"))])
+def test_a_name_made_of_the_files_begins_with_a_letter(tmp_path: Path) -> None:
+    for stem, start in (("2024_run", "run-2024-run-"), ("__", "run-"), ("Größe", "gr-e-")):
+        path = tmp_path / f"{stem}.yaml"
+        path.write_text(f"_base_: {ROOT}/configs/pretrain_vit_base.yaml\n")
+        name = render.render(choose(config=path)).run
+        choice.check_name(name)
+        assert name.startswith(start)
+
+
+def test_a_place_is_the_same_with_and_without_a_slash_at_its_end() -> None:
+    overrides = ["root=s3://b/m.tar", "init=random", "checkpoint.store=s3://b/run/"]
+    objects = by_name(render.render(choose("finetune-market1501", overrides=overrides, name="mine")).objects)
+    assert objects["ConfigMap", "mine-run"]["data"]["RESULT"] == "s3://b/run/result.json"
+    assert objects["Job", "mine-trainer"]["metadata"]["annotations"]["personmae/store"] == "s3://b/run"
+
+
+@pytest.mark.parametrize("overlay", choice.overlays())
 def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> None:
     rendered = render.render(choose(overlay, name="x" * choice.MOST_NAME))
     for item in rendered.objects:
@@ -120,6 +134,17 @@ def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> 
         ({"env": ["AWS_SECRET_ACCESS_KEY=x"]}, "would be readable by all in a config map"),
         ({"env": ["x"]}, "--env takes NAME=VALUE"),
         ({"role": "arn"}, "--role needs --with irsa"),
+        ({"components": ["irsa"], "role": "a@b.iam.gserviceaccount.com"}, "--role for irsa must look like arn:aws:iam"),
+        ({"components": ["gke-workload-identity"], "role": "arn:aws:iam::1:role/r"}, "must look like NAME@PROJECT.iam"),
+        ({"gpus": -1}, "--gpus must be 0, for one rank on the CPU, or the GPUs of each node; got -1"),
+        ({"nodes": (0, 2)}, "--nodes must be MIN:MAX with 1 <= MIN <= MAX; got 0:2"),
+        ({"cpu": "0"}, "--cpu must be a quantity of Kubernetes above 0"),
+        ({"memory": "512G b"}, "--memory must be a quantity of Kubernetes above 0"),
+        ({"namespace": "-team"}, "--namespace must be at most 63"),
+        ({"env": ["GRACE_SECONDS=1"]}, "--env GRACE_SECONDS is set by the run itself"),
+        ({"env": ["aws_secret=1"]}, "would be readable by all"),
+        ({"overlay": "dev-cpu", "components": ["nvme-cache"]}, "nvme-cache does not go with the overlay dev-cpu"),
+        ({"overrides": ["data.shards=s3:///x", "checkpoint.store=s3://b/r"]}, "data.shards must be on s3://"),
         ({"overrides": ["data.shards=data/luperson", "checkpoint.store=s3://b/r"]}, "data.shards must be on s3:// or another"),
         ({"overrides": ["data.shards=s3://b/l"]}, "checkpoint.store must be on s3://"),
         ({"overrides": ["data.shard=s3://b/l"]}, "unknown key 'data.shard'"),
@@ -154,6 +179,13 @@ def test_a_configuration_finds_its_overlay(tmp_path: Path) -> None:
         choice.guess_overlay(tmp_path / "odd.yaml")
     with pytest.raises(UserError, match="does not exist"):
         choice.guess_overlay(tmp_path / "missing.yaml")
+
+
+def test_quotes_around_a_literal_are_taken_as_kustomize_takes_them(kustomize: Kustomize, tmp_path: Path) -> None:
+    given = ["A='x'", 'B="x"', 'C="half', "D=", "E=a=b", "F='x\"", 'G=" x "', "H='", 'I="a\nb"']
+    spec = {"generatorOptions": {"disableNameSuffixHash": True}, "configMapGenerator": [{"name": "run", "literals": given}]}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(spec))
+    assert by_name(kustomization.build(tmp_path)) == kustomize(tmp_path)
 
 
 def test_a_kustomization_beyond_our_part_is_refused(tmp_path: Path) -> None:

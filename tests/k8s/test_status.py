@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from recorder import Captured, Recorder, event, job, personmae
 
 from launcher import status
@@ -46,6 +47,51 @@ def test_status_tells_pods_ranks_step_and_what_went_wrong(recorder: Recorder, ca
     state = json.loads(capsys.readouterr().out)
     assert [(pod["index"], pod["phase"]) for pod in state["pods"]] == [(0, "Failed"), (1, "Running")]
     assert state["checkpoint_age_seconds"] is None
+
+
+JOBSET = {"spec": {"replicatedJobs": [{"name": "trainer", "template": {"spec": {"parallelism": 4}}}]}}
+OTHERS = [
+    ("jobsets.jobset.x-k8s.io", job(kind="JobSet", status={}, **JOBSET), "trainer"),
+    ("trainjobs.trainer.kubeflow.org", job(kind="TrainJob", status={}, spec={"trainer": {"numNodes": 4}}), "node"),
+]
+
+
+@pytest.mark.parametrize(("resource", "workload", "container"), OTHERS, ids=["JobSet", "TrainJob"])
+def test_status_of_other_kinds_tells_nodes_and_whether_they_run(
+    resource: str, workload: dict[str, Any], container: str, recorder: Recorder, capsys: Captured
+) -> None:
+    recorder.answer("get jobs.batch run-trainer", "")
+    recorder.answer(f"get {resource} run-run", json.dumps(workload))
+    recorder.answer(f"logs -c {container} --ignore-errors", LATER)
+    for pods, state in (([POD], "Running"), ([], "Pending")):
+        recorder.answer("get pods", json.dumps({"items": pods}))
+        recorder.answer("get --raw", "personmae_world_size 16.0\npersonmae_las{")  # it broke off
+        assert personmae("status", "run") == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"run: {state}\n  nodes 4, ")
+        assert "step 1,200 of 204,100" in shown
+
+
+def test_a_job_without_a_running_pod_is_pending_and_one_that_is_being_deleted_says_so(
+    recorder: Recorder, capsys: Captured
+) -> None:
+    waiting = pod("run-trainer-0-abcde", "0", phase="Pending")
+    recorder.answer("get pods", json.dumps({"items": [waiting]}))
+    for more, state in (({}, "Pending"), ({"deletionTimestamp": "2026-01-02T03:04:06Z"}, "Deleting")):
+        recorder.answer("get jobs.batch run-trainer", json.dumps(job(metadata=job()["metadata"] | more)))
+        assert personmae("status", "run") == 0
+        assert capsys.readouterr().out.startswith(f"run: {state}\n")
+
+
+def test_status_before_the_first_step_has_ranks_and_no_step(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    recorder.answer("get pods", json.dumps({"items": [POD]}))
+    recorder.answer("get --raw", METRICS.replace("personmae_last_step 1200.0\n", ""))
+    recorder.answer("logs -l", "")
+    assert personmae("status", "run") == 0
+    shown = capsys.readouterr().out
+    assert "ranks 16, rounds ended 2" in shown
+    assert "step -" in shown
 
 
 def test_status_without_metrics_and_logs_still_tells_the_pods(recorder: Recorder, capsys: Captured) -> None:

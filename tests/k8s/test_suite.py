@@ -6,8 +6,10 @@ import os
 import subprocess
 import sys
 import threading
+import urllib.error
 from collections.abc import Iterator
 from dataclasses import replace
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,28 @@ def test_one_table_is_written_to_the_bucket(plan: dict[str, Any], cluster: Clust
     assert written.decode() in capsys.readouterr().out
 
 
+def test_the_dispatcher_outlives_an_api_server_that_does_not_answer(
+    plan: dict[str, Any], cluster: Cluster, s3_server: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_server.bucket("results")
+    cluster.end("s-pre-trainer")
+    away = iter([TimeoutError("read"), urllib.error.HTTPError("url", 503, "", Message(), None), ConnectionResetError()])
+    ask = cluster.get
+
+    def get(name: str) -> dict[str, Any] | None:
+        if error := next(away, None):
+            raise error
+        if name in cluster.jobs and name != "s-pre-trainer":
+            cluster.end(name)
+            objects.write(f"s3://results/s/runs/{name.split('-')[1]}/result.json", json.dumps(SCORES).encode())
+        return ask(name)
+
+    monkeypatch.setattr(cluster, "get", get)
+    dispatcher.run(plan, cluster, pause_seconds=0)
+    assert capsys.readouterr().out.count("the cluster did not answer") == 3
+    assert (objects.read("s3://results/s/results.md") or b"").count(b"| 50.0 |") == 2
+
+
 def test_a_failed_stage_fails_those_after_it_and_the_table_has_the_others(
     plan: dict[str, Any], cluster: Cluster, s3_server: Any
 ) -> None:
@@ -177,6 +201,36 @@ def test_a_wrong_suite_is_one_line(change: dict[str, Any], told: str, tmp_path: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"gpus": 4}, "--gpus is for one run; each stage of a suite says its own"),
+        ({"nodes": (1, 2)}, "--nodes is for one run"),
+        ({"overlay": "pretrain"}, "--overlay is for one run"),
+        ({"name": ""}, "a run's name must be at most 38"),
+    ],
+    ids=str,
+)
+def test_what_a_suite_would_not_heed_is_refused(choice: Choice, more: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        suite.render_suite(replace(choice, **more))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"overlay": "jobset"}, "the stages of a suite must be Jobs; pre has the overlay jobset"),
+        ({"nodes": [2, 1]}, "--nodes must be MIN:MAX with 1 <= MIN <= MAX; got 2:1"),
+        ({"set": ["data.shards={market.x}"]}, "stage pre sets"),
+    ],
+    ids=str,
+)
+def test_a_wrong_stage_is_one_line(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(FILE | {"stages": [STAGES[0] | change]}))
+    with pytest.raises(UserError, match=told):
+        suite.render_suite(Choice(tmp_path / "suite.yaml"))
+
+
 def test_the_suite_of_the_paper_has_every_table(tmp_path: Path) -> None:
     steps = suite.load(ROOT / "configs" / "suite_paper.yaml", ["results=s3://mine/paper"])
     assert suite.is_suite(ROOT / "configs" / "suite_paper.yaml")
@@ -234,6 +288,10 @@ def test_requests_carry_the_newest_token_and_known_answers_are_told_apart(api: d
     assert api.get("x-trainer") is None
     _Api.code = 409
     api.create({"metadata": {"name": "x-trainer"}})  # the last pod was faster
+    _Api.code = 503
+    with pytest.raises(urllib.error.HTTPError) as caught:  # it may pass
+        api.get("x-trainer")
+    caught.value.close()
     _Api.code = 403
     with pytest.raises(UserError, match=r"POST .*/apis/batch/v1/namespaces/team/jobs was refused \(403\)"):
         api.create({"metadata": {"name": "x-trainer"}})

@@ -1,0 +1,78 @@
+"""A cluster through ``kubectl``: it brings every way of logging in, server-side apply, and logs that follow."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from typing import Any
+
+from launcher.kustomization import Object
+from personmae.errors import UserError
+
+_ANSWER_SECONDS = 10  # for one request; kubectl makes up to six before it gives a cluster up
+_AWAY = ("unable to connect", "connection refused", "was refused", "timeout", "deadline exceeded", "no such host", "not answer")
+
+
+class Kubectl:
+    """``kubectl`` in one namespace of one context."""
+
+    def __init__(self, namespace: str, context: str | None = None) -> None:
+        if not shutil.which("kubectl"):
+            raise UserError("kubectl is required to talk to a cluster and is not on PATH; 'personmae render' works without it")
+        self.namespace = namespace
+        self.command = ["kubectl", *(["--context", context] if context else []), "--namespace", namespace]
+
+    def run(self, *args: str, text: str | None = None, seconds: int | None = None) -> str:
+        """Output of ``kubectl ARGS``.
+
+        Raises:
+            UserError: it failed, or a request had no answer in so many seconds; its own first line is in the message.
+        """
+        done = self._call(*args, text=text, seconds=seconds)
+        if done.returncode:
+            raise UserError(_told(done.stderr, args, self.namespace))
+        return done.stdout
+
+    def _call(self, *args: str, text: str | None = None, seconds: int | None = None) -> subprocess.CompletedProcess[str]:
+        command = [*self.command, f"--request-timeout={seconds or _ANSWER_SECONDS}s", *args]
+        return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+
+    def kinds(self) -> set[str]:
+        """What the cluster knows; where a part of its API is down, kubectl names the rest and fails all the same."""
+        done = self._call("api-resources", "--namespaced", "-o", "name")
+        if not done.stdout.strip():
+            raise UserError(_told(done.stderr, ("api-resources",), self.namespace))
+        return set(done.stdout.split())
+
+    def get(self, *args: str) -> Any:
+        """``kubectl get ARGS`` as JSON; None where a named object does not exist."""
+        out = self.run("get", *args, "--ignore-not-found", "-o", "json")
+        return json.loads(out) if out.strip() else None
+
+    def items(self, *args: str) -> list[Object]:
+        return (self.get(*args) or {}).get("items", [])
+
+    def may(self, verb: str, resource: str) -> bool:
+        """Whether the user may do this in the namespace."""
+        done = self._call("auth", "can-i", verb, resource)
+        if done.stdout.strip() not in ("yes", "no"):
+            raise UserError(_told(done.stderr, ("auth",), self.namespace))
+        return done.stdout.strip() == "yes"
+
+
+def _told(stderr: str, args: Sequence[str], namespace: str) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and not re.match(r"Warning:|[EWI]\d{4} ", line)]
+    first = next((line for line in lines if line.startswith(("Error", "error"))), lines[0] if lines else "it said nothing")
+    first = re.sub(r"^[Ee]rror( from server)?( \(\w+\))?: ", "", first)
+    hint = "see 'kubectl config get-contexts', or give --context and --namespace"
+    told = "\n".join(lines).lower()
+    if "forbidden" in told:
+        hint = f"ask for the role personmae-submitter in namespace {namespace} (k8s/overlays/namespace)"
+    elif "namespaces" in told and "not found" in told:
+        hint = "create it: kubectl apply -k k8s/overlays/namespace; or give another --namespace"
+    elif "no matches for kind" in told or "doesn't have a resource type" in told:
+        hint = "its controller is not installed: choose another overlay or leave the component out"
+    elif any(words in told for words in _AWAY) and "webhook" not in told:
+        hint = "the cluster must be up and reachable from here; see 'kubectl config get-contexts', or give --context"
+    return f"kubectl {args[0]} failed: {first}; {hint}"

@@ -1,0 +1,130 @@
+"""Every overlay with every set of components that it may have: built, validated strictly, and nothing of a component lost."""
+
+import functools
+import itertools
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemas
+import yaml
+from choices import admissible, by_name, choose, sets_of_components
+
+from launcher import choice, kustomization, render
+from launcher.choice import K8S, Choice
+from personmae.errors import UserError
+
+SETS = list(sets_of_components())
+LARGEST = [names for names in SETS if not any({*names} < {*more} for more in SETS if len(more) > len(names))]
+PAIRS = [names for names in SETS if len(names) == 2]
+Objects = list[dict[str, Any]]
+
+
+def build(overlay: str, names: tuple[str, ...]) -> Objects:
+    """An overlay with components, called run so that overlays which differ in their data alone give equal Jobs."""
+    directory = K8S / "overlays" / overlay
+    spec = kustomization.read(directory)
+    spec["components"] = [*spec.get("components", []), *choice.components_of(Choice(Path(), components=names), spec)]
+    spec["namePrefix"] = "run-"
+    for labels in spec["labels"]:
+        labels["pairs"] = {"app.kubernetes.io/instance": "run"}
+    return kustomization.build(directory, spec)
+
+
+@functools.cache
+def check(text: str) -> None:
+    """An object as JSON, for every version; each is checked once, in however many combinations it stands."""
+    item = json.loads(text)
+    if not schemas.is_custom(item):
+        for version in schemas.VERSIONS:
+            schemas.check_core_quickly(item, version)
+    elif schemas.have_custom():
+        schemas.check_custom(item)
+
+
+@functools.cache
+def wanted(name: str) -> list[tuple[dict[str, str], str, Any]]:
+    """Target, path and value of everything that a component's patches set, in order."""
+    patches = kustomization.read(K8S / "components" / name).get("patches", [])
+    operations = [(patch["target"], each) for patch in patches for each in yaml.safe_load(patch["patch"])]
+    return [(target, each["path"], each["value"]) for target, each in operations if each["op"] != "test"]
+
+
+@functools.cache
+def lost(text: str, name: str) -> list[str]:
+    """Paths at which an object does not have what a component sets there."""
+    item, missing = json.loads(text), []
+    asked = [(path, value) for target, path, value in wanted(name) if _is_target(item, target)]
+    for path, value in dict(asked).items():  # the last one for a path: priority sets a class, then another for benchmarks
+        *parents, key = [part.replace("~1", "/") for part in path.strip("/").split("/")]
+        parent = functools.reduce(lambda node, part: node[int(part)] if isinstance(node, list) else node[part], parents, item)
+        there = value in parent if key == "-" else (parent[int(key)] if isinstance(parent, list) else parent.get(key)) == value
+        missing += [] if there else [path]
+    return missing
+
+
+def _is_target(item: dict[str, Any], target: dict[str, str]) -> bool:
+    key, _, value = target.get("labelSelector", "").partition("=")
+    named = item["metadata"]["name"].endswith(f"-{target['name']}")
+    return item["kind"] == target["kind"] and named and (not key or item["metadata"]["labels"].get(key) == value)
+
+
+@pytest.mark.parametrize("overlay", choice.overlays())
+def test_every_admissible_combination_is_valid_and_loses_nothing_of_its_components(overlay: str) -> None:
+    combinations = [names for names in SETS if admissible(overlay, names)]
+    assert len(combinations) >= 48
+    for names in combinations:
+        for item in build(overlay, names):
+            text = json.dumps(item, sort_keys=True)
+            check(text)
+            for name in names:
+                assert not lost(text, name), (names, name, lost(text, name))
+
+
+@pytest.mark.parametrize("overlay", choice.overlays())
+def test_every_other_combination_is_refused(overlay: str) -> None:
+    bad = [names for names in SETS if not admissible(overlay, names)] + [("spot", "spot-gke"), ("rdma", "efa")]
+    for names in bad:
+        with pytest.raises(UserError, match=r"the component|takes one of"):
+            build(overlay, names)
+
+
+@pytest.mark.parametrize("overlay", choice.overlays())
+def test_a_rendered_choice_is_valid_with_each_pair_of_components_and_with_the_largest_sets(overlay: str) -> None:
+    for names in [(), *PAIRS, *LARGEST]:
+        kept = tuple(name for name in names if admissible(overlay, (name,)))
+        chosen = choose(overlay, components=kept, name="with", gpus=4, memory="96Gi", cpu="12")
+        for item in render.render(chosen).objects:
+            check(json.dumps(item, sort_keys=True))
+
+
+def test_the_sets_are_all_that_there_are() -> None:
+    single = len(choice.components()) - 6
+    assert len(SETS) == len({frozenset(names) for names in SETS}) == 2**single * 3**3
+    assert len(LARGEST) == 2**3
+    assert {frozenset(pair) for pair in PAIRS} == {
+        frozenset(pair)
+        for pair in itertools.combinations(choice.components(), 2)
+        if pair not in (("spot", "spot-gke"), ("gke-workload-identity", "irsa"), ("efa", "rdma"))
+    }
+
+
+def test_a_lost_setting_is_noticed() -> None:
+    job = next(item for item in build("pretrain", ("efa",)) if item["kind"] == "Job")
+    del job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["hugepages-2Mi"]
+    assert lost(json.dumps(job), "efa") == ["/spec/template/spec/containers/0/resources/limits/hugepages-2Mi"]
+
+
+SAMPLE = random.Random(0).sample([(o, n) for o in choice.overlays() for n in SETS if admissible(o, n)], 24)
+
+
+@pytest.mark.parametrize(("overlay", "names"), SAMPLE, ids=lambda v: v if isinstance(v, str) else "+".join(v))
+def test_kustomize_builds_a_sample_of_the_combinations_as_we_do(
+    overlay: str, names: tuple[str, ...], kustomize: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    rendered = render.render(choose(overlay, components=names))
+    render.write(rendered, tmp_path / "run")
+    assert by_name(rendered.objects) == kustomize(tmp_path / "run")
