@@ -14,7 +14,7 @@ from torch import Tensor
 
 from personmae import checkpoint, config, dist, keeper, metrics, optim
 from personmae.data import storage
-from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.data.stream import BatchReader, ShardSet, to_device
 from personmae.engine.base import Engine
 from personmae.errors import Stopped, UserError
 from personmae.guard import Guard
@@ -22,7 +22,7 @@ from personmae.heartbeat import Phase
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model import teacher as ema
-from personmae.model.personmae import Batch, PersonMAE, View, prepare_batch
+from personmae.model.personmae import Batch, PersonMAE, View, compile_parts, prepare_batch
 from personmae.model.teacher import Teacher
 from personmae.model.vit import SIZES
 from personmae.plan import show_plan
@@ -324,28 +324,6 @@ def count_steps(settings: config.Pretrain, num_samples: int) -> int:
     if not settings.train.epochs:
         raise UserError("train.epochs or train.total_steps is required; both are empty")
     return max(1, round(settings.train.epochs * (num_samples // settings.train.global_batch_size)))
-
-
-def compile_parts(model: PersonMAE, teacher: Teacher | None, cuda_graphs: bool = False) -> Callable[..., Batch]:
-    """Have student and teacher compiled, each as a whole, at their next call; returns ``prepare_batch`` to be compiled too."""
-    mode = "reduce-overhead" if cuda_graphs else None
-    model.compile(mode=mode)
-    if teacher:
-        teacher.compile(mode=mode)
-    return torch.compile(prepare_batch, mode=mode)
-
-
-def to_device(batch: CanvasBatch, device: torch.device, copies: torch.cuda.Stream | None) -> CanvasBatch:
-    """Copy a host batch from pinned memory, on a stream of its own: while the device works on the batch before."""
-    if copies is None:
-        return batch
-    with torch.cuda.stream(copies):
-        moved = CanvasBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-    now = torch.cuda.current_stream()
-    now.wait_stream(copies)
-    for tensor in moved:
-        tensor.record_stream(now)
-    return moved
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:

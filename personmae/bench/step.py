@@ -1,204 +1,281 @@
-"""``personmae bench step``: what an engine costs beyond the arithmetic, and how long a checkpoint holds up training.
+"""``personmae bench step``: how fast a step is, where its time goes, and how much of this machine it uses.
 
-All ways train the same model on the same synthetic patches, one process, taken in turn: what differs is the engine.
+Every cell of the grid, i.e. size x batch x engine x precision x checkpointing x compilation, has a process of its own. On a CPU
+those at equal work are taken in turn, so that their ratios hold where neighbours come and go; on a GPU, whose memory they would
+have to share, one comes after the other.
 """
 
 import contextlib
+import itertools
 import json
+import multiprocessing
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from personmae import checkpoint, dist, metrics, optim
-from personmae.engine.base import Engine
-from personmae.keeper import Writer
-from personmae.model.personmae import PersonMAE
-from personmae.model.teacher import Teacher
-from personmae.model.vit import grid_coords
+from personmae import checkpoint, dist, metrics
+from personmae.bench.ceilings import DTYPES, Ceilings, measure_alone
+from personmae.bench.counts import Work
+from personmae.bench.loop import (
+    ENGINES,
+    PARTS,
+    PLAIN,
+    SHARDS,
+    SYNTHETIC,
+    Cell,
+    Compiled,
+    Failed,
+    Round,
+    close_loop,
+    open_loop,
+    run_round,
+)
+from personmae.data.stream import ShardSet
+from personmae.errors import UserError
+from personmae.model.vit import SIZES, ActivationCheckpointing
 
-GRID, NUM_VISIBLE, PATCH_DIM = (16, 8), 32, 768  # of 256 x 128 pixels, three quarters hidden
-PLAIN = "plain loop"
-ENGINES = ("native", "deepspeed 0", "deepspeed 1", "deepspeed 2", "deepspeed 3", "fsdp")
-MOMENTUM = 0.999
-Batch = dict[str, Tensor]
+T = TypeVar("T")
+_KEYS = ("size", "batch_size", "engine", "precision", "compile", "checkpointing", "source")  # in the order they are told
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class StepBench:
-    """What to measure: ``num_steps`` steps of each engine, ``rounds`` times; a checkpoint of ``checkpoint_size``."""
+    """The grid, and how long each cell is looked at: ``rounds`` of ``num_steps``, with ``shards`` as many on real pictures."""
 
-    size: str = "micro"
-    batch_size: int = 32
+    sizes: tuple[str, ...] = ("micro",)
+    batches: tuple[int, ...] = (32,)
+    engines: tuple[str, ...] = ("native",)
+    compile: tuple[str, ...] = ("off",)
+    precisions: tuple[str, ...] = ("bf16",)
+    checkpointing: tuple[str, ...] = ("none",)
+    img_size: tuple[int, int] = (256, 128)
+    shards: str | None = None
     num_steps: int = 20
     rounds: int = 3
-    precision: str = "fp32"
-    compile: bool = False
-    checkpoint_size: str = "base"
-    saves: int = 4
+
+    def groups(self) -> list[list[Cell]]:
+        """Cells, those at equal work together.
+
+        Raises:
+            UserError: a name is not known, or the pictures do not consist of patches.
+        """
+        for what, given, known in (
+            ("sizes", self.sizes, tuple(SIZES)),
+            ("engines", self.engines, ENGINES),
+            ("compile", self.compile, get_args(Compiled)),
+            ("precision", self.precisions, tuple(DTYPES)),
+            ("checkpointing", self.checkpointing, get_args(ActivationCheckpointing)),
+        ):
+            if wrong := [name for name in given if name not in known]:
+                raise UserError(f"--{what} takes {', '.join(known)}; got {wrong[0]!r}")
+        if any(side % 16 for side in self.img_size):
+            raise UserError(f"--img-size must be multiples of 16, got {self.img_size[0]}x{self.img_size[1]}")
+        return [
+            [
+                Cell(size, batch, engine, how, precision, checkpointing, self.img_size)  # type: ignore[arg-type]
+                for engine, precision, checkpointing, how in itertools.product(
+                    self.engines, self.precisions, self.checkpointing, self.compile
+                )
+            ]
+            for size, batch in itertools.product(self.sizes, self.batches)
+        ]
 
 
-def run_step(bench: StepBench, out: Path | None = None) -> dict[str, Any]:
-    """Measure, print tables, and write the record to ``out``."""
-    world = dist.read_world()
-    dist.start(world)
-    try:
-        milliseconds = _engines(bench, world.device)
-        paused = _pauses(bench, world.device)
-    finally:
-        dist.stop()
-    record = {
+def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | None = None) -> dict[str, Any]:
+    """Measure, print tables, and write the record to ``out``, what there is of it after each cell.
+
+    ``ceilings`` are measured too unless they are given.
+
+    Raises:
+        UserError: the grid is not possible here, or the shards cannot be read or hold too little.
+    """
+    groups, device = bench.groups(), dist.read_world().device
+    if "graph" in bench.compile and device.type == "cpu":
+        raise UserError("--compile graph needs a GPU and there is none; leave it out")
+    if bench.shards:
+        _require_samples(bench.shards, max(bench.batches))
+    teams = groups if device.type == "cpu" else [[cell] for group in groups for cell in group]
+    ceilings = ceilings or measure_alone()
+    print(f"bench step: this machine does {_described(ceilings)}", flush=True)
+    shards = Path(bench.shards).name if bench.shards else None
+    record: dict[str, Any] = {
         "commit": metrics.git_commit(),
         "hardware": metrics.describe_hardware(),
         "versions": checkpoint.versions(),
-        "settings": asdict(bench) | {"device": str(world.device), "threads": torch.get_num_threads()},
-        "milliseconds": milliseconds,
-        "checkpoint": paused,
+        "settings": asdict(bench) | {"shards": shards, "device": str(device), "threads": dist.usable_cores()},
+        "ceilings": asdict(ceilings),
+        "measured": [],
     }
-    _print(bench, record)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+    for number, team in enumerate(teams, 1):
+        record["measured"] += _measure(bench, team, ceilings, record["hardware"]["gpus"], f"{number}/{len(teams)}")
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, indent=1) + "\n")
+    _print(record)
     return record
 
 
-def _engines(bench: StepBench, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of a step by engine, over the rounds."""
-    found: dict[str, list[float]] = {name: [] for name in (PLAIN, *ENGINES)}
-    for _ in range(bench.rounds):
-        for name, times in found.items():
-            with _steps(bench, name, device) as step:
-                for _ in range(3):
-                    step()
-                times.append(statistics.median(_timed(step, device) for _ in range(bench.num_steps)))
-    return {name: statistics.median(times) for name, times in found.items()}
+def _require_samples(shards: str, batch_size: int) -> None:
+    """A mistake is told now and not after minutes."""
+    with tempfile.TemporaryDirectory(prefix="personmae-bench-") as scratch, ShardSet(shards, scratch) as opened:
+        if len(opened) < batch_size:
+            raise UserError(f"at least {batch_size} samples in {shards} are required, got {len(opened)}")
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+class _Alone:
+    """A process of its own; once something has failed there, nothing more is asked of it."""
+
+    def __init__(self) -> None:
+        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self.failed = ""
+
+    def __enter__(self) -> "_Alone":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ask(close_loop)
+        self._pool.shutdown()
+
+    def ask(self, work: Callable[..., T | Failed], *args: object) -> T | None:
+        """What ``work`` returns there; None where it failed, now or before."""
+        if self.failed:
+            return None
+        try:
+            answer = self._pool.submit(work, *args).result()
+        except BrokenProcessPool:
+            answer = Failed("its process was ended from outside, as it is where memory runs out")
+        if isinstance(answer, Failed):
+            self.failed = answer.why
+            return None
+        return answer
 
 
-@contextlib.contextmanager
-def _steps(bench: StepBench, name: str, device: torch.device) -> Iterator[Callable[[], None]]:
-    """One step of an engine, or of a loop written out, with teacher and EMA; called again and again."""
-    torch.manual_seed(0)
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[bench.precision]
-    model = PersonMAE(size=bench.size, compute_dtype=dtype).to(device)
-    teacher = Teacher(model.encoder, GRID, dtype).to(device)
-    if bench.compile:
-        model.compile()
-        teacher.compile()
-    optimizer = optim.adamw(optim.param_groups(model.named_parameters(), lr=1e-4, weight_decay=0.05), (0.9, 0.95))
-    batch = _batch(bench.batch_size, device)
-
-    if name == PLAIN:
-
-        def step() -> None:
-            model({**batch, "target": teacher(batch["patches_b"])})["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            teacher.update(list(model.encoder.parameters()), MOMENTUM)
-
-        yield step
-        return
-    engine = _engine(name, model, optimizer, bench.batch_size)
-
-    def step() -> None:
-        engine.forward_backward({**batch, "target": teacher(batch["patches_b"])}, last_micro=True)
-        skipped = engine.step(1.0).skipped
-        with engine.full_params(model.encoder) as params:
-            teacher.update(params, MOMENTUM, skipped)
-
-    try:
-        yield step
-    finally:
-        engine.close()
+def _measure(bench: StepBench, team: list[Cell], ceilings: Ceilings, gpus: list[str], place: str) -> list[dict[str, Any]]:
+    """Rows of the record, one for each cell and source, from cells that are taken in turn."""
+    sources = (SYNTHETIC, SHARDS) if bench.shards else (SYNTHETIC,)
+    rounds: dict[tuple[Cell, str], list[Round]] = {(cell, source): [] for cell in team for source in sources}
+    firsts: dict[Cell, float | None] = {}
+    with contextlib.ExitStack() as stack:
+        alone = {cell: stack.enter_context(_Alone()) for cell in team}
+        for cell, process in alone.items():
+            firsts[cell] = process.ask(open_loop, cell, bench.shards)
+            done = f"first step after {firsts[cell]:.1f} s" if firsts[cell] else process.failed
+            print(f"bench step {place}: {_name(asdict(cell))}: {done}", flush=True)
+        for _ in range(bench.rounds):
+            for (cell, source), found in rounds.items():
+                if one := alone[cell].ask(run_round, source, bench.num_steps):
+                    found.append(one)
+    rows = []
+    for (cell, source), found in rounds.items():
+        row = {**asdict(cell), "source": source, "failed": None if found else alone[cell].failed}
+        if found:
+            row |= _summary(cell, found, ceilings, gpus) | {"first_step_seconds": firsts[cell]}
+            speed = f"{row['milliseconds']:.1f} ms, {row['images_per_second']:,.0f} images/s, MFU {row['mfu']:.1%}"
+            print(f"bench step {place}: {_name(row)}: {speed}", flush=True)
+        rows.append(row)
+    return rows
 
 
-def _engine(name: str, model: PersonMAE, optimizer: torch.optim.Optimizer, batch_size: int) -> Engine:
-    plan: dict[str, Any] = {"grad_accum_steps": 1, "max_norm": None}
-    if name == "native":
-        from personmae.engine.native import NativeEngine
-
-        return NativeEngine(model, optimizer, **plan)
-    if name == "fsdp":
-        from personmae.engine.fsdp import FsdpEngine
-
-        return FsdpEngine(model, optimizer, shard_size=None, **plan)
-    from personmae.engine.deepspeed import DeepSpeedEngine
-
-    stage = int(name.removeprefix("deepspeed "))
-    return DeepSpeedEngine(model, optimizer, micro_batch_size=batch_size, zero_stage=stage, extra={}, **plan)
-
-
-def _batch(batch_size: int, device: torch.device) -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    coords = grid_coords(GRID).expand(batch_size, -1, -1)
-    batch = {
-        "patches_a": torch.randn(batch_size, NUM_VISIBLE, PATCH_DIM, generator=generator),
-        "coords_a": coords[:, :NUM_VISIBLE],
-        "patches_b": torch.randn(batch_size, len(coords[0]), PATCH_DIM, generator=generator),
-        "coords_b": coords + 0.5,
-    }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _pauses(bench: StepBench, device: torch.device) -> dict[str, float]:
-    """How long saves of a whole state hold up the loop, and when they are committed to a directory beside this one."""
-    model = PersonMAE(size=bench.checkpoint_size).to(device)
-    teacher = Teacher(model.encoder, GRID).to(device)
-    params = dict(model.state_dict())
-    moments = {kind: {name: torch.rand_like(p) for name, p in params.items()} for kind in ("exp_avg", "exp_avg_sq")}
-    tensors = {"student": params, "teacher": dict(teacher.encoder.state_dict()), **moments}
-    num_bytes = sum(t.numel() * t.element_size() for of_kind in tensors.values() for t in of_kind.values())
-    paused, committed = [], []
-    with (
-        tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as directory,
-        contextlib.closing(Writer(directory, keep_last=1)) as writer,
-    ):
-        for step in range(1, bench.saves + 1):
-            start = time.perf_counter()
-            paused.append(1000 * writer.save(checkpoint.Checkpoint(step, tensors, {})))
-            while writer.busy:
-                time.sleep(0.01)
-            committed.append(time.perf_counter() - start)
+def _summary(cell: Cell, rounds: list[Round], ceilings: Ceilings, gpus: list[str]) -> dict[str, Any]:
+    """Medians over the rounds. A step and its parts are medians of a round too; images a second are those of all its time, so
+    that a wait which comes now and then counts. Rounds after the first find the memory of others, so its peak is the one."""
+    steps = [[sum(parts) for parts in one.milliseconds] for one in rounds]
+    parts = [[statistics.median(times) for times in zip(*one.milliseconds, strict=True)] for one in rounds]
+    rate = statistics.median(1000 * cell.batch_size * len(times) / sum(times) for times in steps)
+    flops = Work(cell.size, cell.view, cell.precision).flops
+    sheet = metrics.peak_flops(gpus[0], cell.precision) if gpus else None
     return {
-        "bytes": num_bytes,
-        "first_pause_milliseconds": paused[0],
-        "pause_milliseconds": statistics.median(paused[1:] or paused),
-        "committed_seconds": statistics.median(committed),
+        "rounds": len(rounds),
+        "milliseconds": statistics.median(map(statistics.median, steps)),
+        "parts_milliseconds": dict(zip(PARTS, map(statistics.median, zip(*parts, strict=True)), strict=True)),
+        "images_per_second": rate,
+        "flops_per_image": flops,
+        "flops_per_second": rate * flops,
+        "mfu": rate * flops / ceilings.matrix_rate[cell.precision],
+        "mfu_of_data_sheet": rate * flops / sheet if sheet else None,
+        "peak_bytes": rounds[0].peak_bytes,
+        "reserved_bytes": rounds[0].reserved_bytes,
     }
 
 
-def _print(bench: StepBench, record: dict[str, Any]) -> None:
-    times = record["milliseconds"]
-    where = (
-        f"{record['settings']['threads']} threads" if record["settings"]["device"] == "cpu" else record["settings"]["device"]
-    )
-    title = f"{bench.size}, {bench.batch_size} images, {bench.precision}, {where}: milliseconds a step"
-    table = Table("engine", "ms", "over the plain loop", title=title)
+def _described(ceilings: Ceilings) -> str:
+    rates = ", ".join(f"{rate / 1e12:.3g} TFLOP/s in {precision}" for precision, rate in ceilings.matrix_rate.items())
+    return f"{rates}, and moves {ceilings.bandwidth / 1e9:,.0f} GB/s"
+
+
+def _name(row: dict[str, Any], keys: tuple[str, ...] = _KEYS) -> str:
+    """What a row is about, in the order of ``_KEYS``; settings that say nothing are left out."""
+    texts = {
+        "batch_size": f"{row['batch_size']} images",
+        "compile": {"off": "eager", "on": "compiled", "graph": "CUDA graphs"}[row["compile"]],
+        "checkpointing": "" if row["checkpointing"] == "none" else f"{row['checkpointing']} checkpointing",
+    }
+    return ", ".join(text for key in keys if (text := texts.get(key, row.get(key, ""))))
+
+
+def _print(record: dict[str, Any]) -> None:
+    """Two tables: speed and memory of each cell, and the parts of its step; what all cells have in common is their title."""
+    rows = [row for row in record["measured"] if not row["failed"]]
+    varying = tuple(key for key in _KEYS if len({row[key] for row in record["measured"]}) > 1)
+    console = Console()
+    console = console if console.is_terminal else Console(width=max(console.width, 140))
+    if rows:
+        height, width = rows[0]["img_size"]
+        settings = record["settings"]
+        where = f"{settings['threads']} threads" if settings["device"] == "cpu" else record["hardware"]["gpus"][0]
+        title = f"{_name(rows[0], tuple(key for key in _KEYS if key not in varying))}, {height}x{width}, {where}"
+        console.print(_speeds(rows, varying, title))
+        parts = Table("ms of", *PARTS, title=title)
+        for row in rows:
+            parts.add_row(_name(row, varying), *(f"{row['parts_milliseconds'][part]:.1f}" for part in PARTS))
+        _align(parts)
+        console.print(parts)
+    for row in record["measured"]:
+        if row["failed"]:
+            console.print(f"not measured: {_name(row)}: {row['failed']}", markup=False)
+
+
+def _speeds(rows: list[dict[str, Any]], varying: tuple[str, ...], title: str) -> Table:
+    plain = {_work(row): row["milliseconds"] for row in rows if row["engine"] == PLAIN}
+    columns: dict[str, list[str]] = {"": [_name(row, varying) for row in rows]}
+    for name, told in (
+        ("ms a step", lambda row: f"{row['milliseconds']:.1f}"),
+        ("images/s", lambda row: f"{row['images_per_second']:,.0f}"),
+        ("TFLOP/s", lambda row: f"{row['flops_per_second'] / 1e12:.3g}"),
+        ("MFU", lambda row: f"{row['mfu']:.1%}"),
+        ("of data sheet", lambda row: f"{row['mfu_of_data_sheet']:.1%}" if row["mfu_of_data_sheet"] else ""),
+        ("peak GB", lambda row: f"{row['peak_bytes'] / 1e9:.2f}"),
+        ("first step s", lambda row: f"{row['first_step_seconds']:.1f}"),
+        ("over the plain loop", lambda row: _over(row, plain.get(_work(row)))),
+    ):
+        columns[name] = [told(row) for row in rows]
+    columns = {name: texts for name, texts in columns.items() if any(texts)}
+    table = Table(*columns, title=title)
+    for texts in zip(*columns.values(), strict=True):
+        table.add_row(*texts)
+    _align(table)
+    return table
+
+
+def _over(row: dict[str, Any], plain: float | None) -> str:
+    if plain is None or row["engine"] == PLAIN:
+        return ""
+    return f"{row['milliseconds'] - plain:+.1f} ms, {row['milliseconds'] / plain:.2f} x"
+
+
+def _work(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What rows have in common that differ in their engine alone."""
+    return tuple(row[key] for key in _KEYS if key != "engine")
+
+
+def _align(table: Table) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, milliseconds in times.items():
-        over = "" if name == PLAIN else f"{milliseconds - times[PLAIN]:+.1f} ms, {milliseconds / times[PLAIN]:.2f} x"
-        table.add_row(name, f"{milliseconds:.1f}", over)
-    console = Console()
-    console.print(table)
-    paused = record["checkpoint"]
-    console.print(
-        f"a checkpoint of {bench.checkpoint_size} ({paused['bytes'] / 1e9:.2f} GB) holds up a step for "
-        f"{paused['pause_milliseconds']:.0f} ms (the first {paused['first_pause_milliseconds']:.0f}), "
-        f"and is committed after {paused['committed_seconds']:.1f} s"
-    )

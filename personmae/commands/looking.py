@@ -4,6 +4,21 @@ import argparse
 from pathlib import Path
 
 from personmae.commands.arguments import counting, named, positive
+from personmae.errors import UserError
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names with commas between; which ones there are is for the measurement to say."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def counts(text: str) -> tuple[int, ...]:
+    return tuple(counting(part) for part in text.split(","))
+
+
+def size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return counting(height), counting(width)
 
 
 def add_report(verbs: argparse._SubParsersAction) -> None:
@@ -19,10 +34,12 @@ def add_report(verbs: argparse._SubParsersAction) -> None:
 
 
 def add_bench(verbs: argparse._SubParsersAction) -> None:
-    bench = verbs.add_parser("bench", help="measure this machine: reading shards, a step of each engine, ranking, clustering")
+    bench = verbs.add_parser("bench", help="measure this machine: reading shards, a step, a checkpoint, ranking, clustering")
     actions = bench.add_subparsers(dest="action", metavar="ACTION", required=True)
     _bench_data(actions)
     _bench_step(actions)
+    _bench_counts(actions)
+    _bench_checkpoint(actions)
     _bench_rank(actions)
     _bench_cluster(actions)
 
@@ -63,31 +80,83 @@ def _bench_cluster(actions: argparse._SubParsersAction) -> None:
 
 
 def _bench_step(actions: argparse._SubParsersAction) -> None:
-    step = actions.add_parser("step", help="what each engine costs beyond a plain loop, and how long a checkpoint pauses")
-    step.add_argument("--size", default="micro", choices=["micro", "small", "base", "large"], help="encoder (default micro)")
-    step.add_argument("--batch-size", type=counting, default=32, help="images a step (default 32)")
-    step.add_argument("--steps", type=counting, default=20, help="steps of each engine a round (default 20)")
-    step.add_argument("--rounds", type=counting, default=3, help="times the engines are taken in turn (default 3)")
-    step.add_argument("--precision", default="fp32", choices=["bf16", "fp32"], help="of the matrix products (default fp32)")
-    step.add_argument("--compile", action="store_true", help="compile student and teacher")
-    step.add_argument("--checkpoint-size", default="base", choices=["micro", "small", "base", "large"], help="(default base)")
+    step = actions.add_parser(
+        "step", help="images/s, parts, share of this machine and memory of a step, over a grid of settings"
+    )
+    step.add_argument("--sizes", type=names, default=("micro",), help="of micro, small, base, large (default micro)")
+    step.add_argument("--batches", type=counts, default=(32,), metavar="N,...", help="images a step (default 32)")
+    step.add_argument(
+        "--engines",
+        type=names,
+        default=("native",),
+        help="of native, 'deepspeed 0' to 'deepspeed 3', fsdp, and plain, which is a loop written out (default native)",
+    )
+    step.add_argument("--compile", type=names, default=("off",), help="of off, on, and graph, with CUDA graphs (default off)")
+    step.add_argument("--precision", type=names, default=("bf16",), help="of bf16, fp32 (default bf16)")
+    step.add_argument("--checkpointing", type=names, default=("none",), help="of none, selective, full (default none)")
+    step.add_argument("--img-size", type=size, default=(256, 128), metavar="HxW", help="pixels (default 256x128)")
+    step.add_argument("--shards", metavar="DIR", help="also measure the whole pipeline, with these shards")
+    step.add_argument("--steps", type=counting, default=20, help="steps of each cell a round (default 20)")
+    step.add_argument("--rounds", type=counting, default=3, help="times each cell is measured; the median counts (default 3)")
     step.add_argument("--out", type=Path, help="write the record as JSON")
 
     def run(args: argparse.Namespace) -> None:
         from personmae.bench.step import StepBench, run_step
 
         settings = StepBench(
-            args.size,
-            args.batch_size,
+            sizes=args.sizes,
+            batches=args.batches,
+            engines=args.engines,
+            compile=args.compile,
+            precisions=args.precision,
+            checkpointing=args.checkpointing,
+            img_size=args.img_size,
+            shards=args.shards,
             num_steps=args.steps,
             rounds=args.rounds,
-            precision=args.precision,
-            compile=args.compile,
-            checkpoint_size=args.checkpoint_size,
         )
         run_step(settings, args.out)
 
     step.set_defaults(run=run)
+
+
+def _bench_counts(actions: argparse._SubParsersAction) -> None:
+    verb = actions.add_parser("counts", help="operations and bytes of each stage of a step, and their time at the least")
+    verb.add_argument("--batch", type=counting, default=256, help="images a step (default 256)")
+    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the matrix products (default bf16)")
+    verb.add_argument("--rate", type=positive, metavar="TFLOPS", help="10^12 operations a second that a machine does")
+    verb.add_argument("--bandwidth", type=positive, metavar="GB/S", help="10^9 bytes a second that it moves")
+    verb.add_argument("--measure", action="store_true", help="take both from this machine")
+    verb.add_argument("--out", type=Path, help="write the record as JSON")
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae.bench.ceilings import Ceilings, measure_alone
+        from personmae.bench.counts import CountBench, run_counts
+
+        if (args.rate is None) != (args.bandwidth is None) or (args.rate and args.measure):
+            raise UserError("--rate and --bandwidth belong together, and in the place of --measure")
+        ceilings = measure_alone() if args.measure else None
+        if args.rate:
+            ceilings = Ceilings({args.precision: 1e12 * args.rate}, 1e9 * args.bandwidth)
+        run_counts(CountBench(batch_size=args.batch, precision=args.precision), ceilings, args.out)
+
+    verb.set_defaults(run=run)
+
+
+def _bench_checkpoint(actions: argparse._SubParsersAction) -> None:
+    verb = actions.add_parser(
+        "checkpoint", help="how long a save of the whole state holds up training, and when it is committed"
+    )
+    verb.add_argument("--size", default="base", choices=["micro", "small", "base", "large"], help="encoder (default base)")
+    verb.add_argument("--saves", type=counting, default=4, help="how many; the median of all but the first counts (default 4)")
+    verb.add_argument("--out", type=Path, help="write the record as JSON")
+
+    def run(args: argparse.Namespace) -> None:
+        from personmae.bench.checkpoint import CheckpointBench, run_checkpoint
+
+        run_checkpoint(CheckpointBench(args.size, args.saves), args.out)
+
+    verb.set_defaults(run=run)
 
 
 def _bench_data(actions: argparse._SubParsersAction) -> None:

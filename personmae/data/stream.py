@@ -418,3 +418,16 @@ class _Slot:
         """Wait for those copies."""
         if self._copied:
             self._copied.synchronize()
+
+
+def to_device(batch: CanvasBatch, device: torch.device, copies: torch.cuda.Stream | None) -> CanvasBatch:
+    """Copy a host batch from pinned memory, on a stream of its own: while the device works on the batch before."""
+    if copies is None:
+        return batch
+    with torch.cuda.stream(copies):
+        moved = CanvasBatch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    now = torch.cuda.current_stream()
+    now.wait_stream(copies)
+    for tensor in moved:
+        tensor.record_stream(now)
+    return moved

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from personmae.model import masking, regions
 from personmae.model.regions import RegionDraws
+from personmae.model.teacher import Teacher
 from personmae.model.vit import (
     SIZES,
     Block,
@@ -211,3 +212,12 @@ class PersonMAE(nn.Module):
     def predict_pixels(self, batch: Batch) -> Float[Tensor, "B L P"]:
         """Z_b: the predicted normalised patches of RegionB."""
         return self.pixel_decoder(self.encoder(batch["patches_a"], batch["coords_a"]), batch["coords_b"])
+
+
+def compile_parts(model: PersonMAE, teacher: Teacher | None, cuda_graphs: bool = False) -> Callable[..., Batch]:
+    """Have student and teacher compiled, each as a whole, at their next call; returns ``prepare_batch`` to be compiled too."""
+    mode = "reduce-overhead" if cuda_graphs else None
+    model.compile(mode=mode)
+    if teacher:
+        teacher.compile(mode=mode)
+    return torch.compile(prepare_batch, mode=mode)

@@ -6,10 +6,9 @@ import pytest
 import torch
 from scenario import ACCUM, GRID, MOMENTUM, build_model, build_optimizer, micro_batch
 
-from personmae import pretrain
-from personmae.data.stream import CanvasBatch
+from personmae.data.stream import CanvasBatch, to_device
 from personmae.engine.native import NativeEngine
-from personmae.model.personmae import View, prepare_batch
+from personmae.model.personmae import View, compile_parts, prepare_batch
 from personmae.model.teacher import Teacher
 
 VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
@@ -42,7 +41,7 @@ def test_gradients_that_stay_where_they_are_give_the_same_steps() -> None:
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=on_gpu)])
 def test_graphs_give_the_losses_of_the_plain_loop(device: str) -> None:
     plain = train(device, is_graphed=False)
-    graphed = train(device, is_graphed=True, prepare_model=lambda *parts: pretrain.compile_parts(*parts, cuda_graphs=True))
+    graphed = train(device, is_graphed=True, prepare_model=lambda *parts: compile_parts(*parts, cuda_graphs=True))
     torch.testing.assert_close(graphed, plain, rtol=2e-4, atol=0)
 
 
@@ -53,10 +52,11 @@ def test_batches_that_are_copied_aside_arrive_whole(device: str) -> None:
     for number in range(20):
         host = CanvasBatch(
             torch.full((64, height, width, 3), number, dtype=torch.uint8).pin_memory(),
-            *(torch.full((64, 2), 128).pin_memory() for _ in range(2)),
+            torch.full((64, 2), 128).pin_memory(),
+            torch.full((64, 2), 128).pin_memory(),
             torch.arange(64).pin_memory(),
         )
-        moved = pretrain.to_device(host, torch.device(device), copies)
+        moved = to_device(host, torch.device(device), copies)
         torch.cuda._sleep(1_000_000)  # the device is busy while the next copy is under way
         for ours, theirs in zip(prepare_batch(*moved, VIEW).values(), prepare_batch(*host, VIEW).values(), strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=1e-4)
