@@ -1,0 +1,269 @@
+"""Our pre-training beside the usual way of doing the same work: one device, one process, the ways in turn.
+
+    python benchmarks/peers/compare.py --shards runs/quickstart/shards        # the quickstart, two minutes on 2 idle CPU cores
+    python benchmarks/peers/compare.py --shards DIR --size base --img-size 256 128 --batch-size 256 --compile   # on a GPU
+
+Each way trains on from the same weights. ``step`` is one batch that lies ready on the device, the regions cut; ``cut and
+step`` is ours from canvases, beside the usual step whose regions its workers would have cut; ``whole`` is from JPEGs, ours in
+their shards and the usual way's in a folder. All run with the settings of this process: threads, and the allocator that
+``dist.start`` arranges, which both gain from. Prints a table and writes milliseconds of every round, and ratios with the lowest
+and the highest round.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import usual
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from personmae import checkpoint, config, dist, metrics, pretrain
+from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.errors import UserError
+from personmae.guard import Guard
+from personmae.model.personmae import View, prepare_batch
+from personmae.model.teacher import Teacher
+from personmae.state import Run
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers.json"
+MOST_FILES = 50_000  # of a large data set, the usual way is given so many pictures
+MEMORY_WARM_UP = 3  # steps until memory is taken and code is compiled
+TOTAL_STEPS = 100_000  # of the schedules; what a step takes does not depend on it
+
+
+@dataclass
+class Way:
+    """One step, to be called again and again; the first ``warm_up`` are not timed."""
+
+    step: Callable[[], object]
+    warm_up: int = MEMORY_WARM_UP
+
+
+class Ours:
+    """The body of ``pretrain.train``."""
+
+    def __init__(self, settings: config.Pretrain, world: dist.World, shards: ShardSet):
+        torch.manual_seed(settings.seed)
+        model, view = pretrain.build_model(settings).to(world.device), View(**settings.view_arguments())
+        teacher = self.teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device)
+        self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        train = settings.train
+        self.prepare = pretrain.compile_parts(model, teacher, train.cuda_graphs) if train.compile else prepare_batch
+        plan = dist.plan_batch(settings.train.global_batch_size, 1, settings.train.global_batch_size)
+        self.engine = pretrain.build_engine(settings, model, plan)
+        self.state = Run(settings, world, plan, view, shards, self.engine, teacher, TOTAL_STEPS)
+        self.guard = Guard(world.device, max_skipped_steps=train.max_skipped_steps)
+        self.copies = torch.cuda.Stream() if world.device.type == "cuda" else None
+
+    def next_batch(self, reader: BatchReader) -> CanvasBatch:
+        return pretrain.to_device(next(reader), self.state.world.device, self.copies)
+
+    def cut(self, batch: CanvasBatch) -> dict[str, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.prepare(*batch, self.state.view)
+
+    def step(self, inputs: dict[str, Tensor]) -> None:
+        state, settings = self.state, self.state.settings
+        inputs = inputs | {"target": self.teacher(inputs["patches_b"])}
+        parts = self.engine.forward_backward(inputs, last_micro=True)
+        losses = dict(zip(parts, torch.stack(list(parts.values())), strict=True))
+        grad_norm, skipped = self.engine.step(pretrain.lr_scale_at(settings, state.step, TOTAL_STEPS))
+        with self.engine.full_params(self.engine.module.get_submodule("encoder")) as params:
+            self.teacher.update(params, pretrain.momentum_at(settings, state.step, TOTAL_STEPS), skipped)
+        self.guard.note(losses["loss"], skipped)
+        state.step += 1
+        if state.step % settings.train.log_every == 0:
+            pretrain.mean_over_ranks(losses | {"grad_norm": grad_norm})
+
+    def ways(self, reader: BatchReader) -> dict[str, Way]:
+        num_ahead = self.state.settings.data.prefetch_batches + 3
+        batch = CanvasBatch(*(tensor.clone() for tensor in self.next_batch(reader)))
+        inputs = {name: tensor.clone() for name, tensor in self.cut(batch).items()}
+        return {
+            "step": Way(lambda: self.step(inputs)),
+            "cut and step": Way(lambda: self.step(self.cut(batch))),
+            "whole": Way(lambda: self.step(self.cut(self.next_batch(reader))), 2 * num_ahead),
+        }
+
+
+def usual_ways(
+    ours: Ours, batches: Iterator[usual.Sample], num_ahead: int, *, dtype: torch.dtype, compile: bool
+) -> dict[str, Way]:
+    """The usual way from the weights that ours began with."""
+    settings, device = ours.state.settings, ours.state.world.device
+    model = usual.UsualPersonMAE(settings.model.size, ours.state.view, decoder_depth=settings.decoders.depth)
+    model.load_state_dict(ours.weights)
+    arguments: dict[str, Any] = {"betas": settings.optim.betas, "weight_decay": settings.optim.weight_decay}
+    trainer = usual.Trainer(model.to(device), dtype=dtype, compile=compile, **arguments)
+    done = 0
+
+    def step(batch: usual.Sample) -> None:
+        nonlocal done
+        lr = pretrain.peak_lr(settings) * pretrain.lr_scale_at(settings, done, TOTAL_STEPS)
+        trainer.step(batch, lr, pretrain.momentum_at(settings, done, TOTAL_STEPS))
+        done += 1
+
+    ready = usual.Sample(*(tensor.to(device) for tensor in next(batches)))
+    return {"step": Way(lambda: step(ready)), "whole": Way(lambda: step(next(batches)), 2 * num_ahead)}
+
+
+def measure(way: Way, num_steps: int, device: torch.device) -> float:
+    """Milliseconds of a step, all of them taken together."""
+    for _ in range(way.warm_up):
+        way.step()
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        way.step()
+    _wait(device)
+    return 1000 * (time.perf_counter() - start) / num_steps
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def epochs(loader: DataLoader[usual.Sample]) -> Iterator[usual.Sample]:
+    """One epoch after the other."""
+    while True:
+        yield from loader
+
+
+def to_files(shards: ShardSet, folder: Path) -> None:
+    """Write pictures as the usual way has them, a file each."""
+    for sample_id in range(min(len(shards), MOST_FILES)):
+        (folder / f"{sample_id:07}.jpg").write_bytes(shards.jpeg(sample_id))
+
+
+def read_settings(arguments: argparse.Namespace) -> config.Pretrain:
+    """The defaults, with the quickstart's share of the shift."""
+    return config.Pretrain.model_validate(
+        {
+            "run_dir": "",
+            "data": {"shards": arguments.shards},
+            "model": {"size": arguments.size, "img_size": arguments.img_size},
+            "regions": {"max_shift": arguments.img_size[0] // 4},
+            "engine": {"name": "native"},
+            "train": {
+                "global_batch_size": arguments.batch_size,
+                "precision": arguments.precision,
+                "compile": arguments.compile or arguments.cuda_graphs,
+                "cuda_graphs": arguments.cuda_graphs,
+            },
+        }
+    )
+
+
+def compare(arguments: argparse.Namespace, world: dist.World, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of a step in each round: by way, then by part."""
+    settings, num_workers = read_settings(arguments), dist.usable_cores()
+    with ShardSet(arguments.shards, folder / "cache") as shards:
+        if len(shards) < arguments.batch_size:
+            raise UserError(f"a batch of {arguments.batch_size} samples is required; {shards.root} holds {len(shards)}")
+        (folder / "pictures").mkdir()
+        to_files(shards, folder / "pictures")
+        view = View(**settings.view_arguments())
+        pinned = world.device.type == "cuda"
+        loader = usual.load(folder / "pictures", view, arguments.batch_size, num_workers, pin_memory=pinned)
+        batches = epochs(loader)
+        next(batches)  # workers are forked before any thread of ours is started
+        ours = Ours(settings, world, shards)
+        variants = {"usual, bf16": (torch.bfloat16, False), "usual, fp32": (torch.float32, False)}
+        if arguments.compile_usual:
+            variants["usual, bf16, torch.compile"] = torch.bfloat16, True
+        with closing(pretrain.build_reader(ours.state)) as reader, closing(ours.engine):
+            ways = {"ours": ours.ways(reader)}
+            for name, (dtype, compiled) in variants.items():
+                ways[name] = usual_ways(ours, batches, 2 * num_workers, dtype=dtype, compile=compiled)
+            found = {name: {part: [] for part in parts} for name, parts in ways.items()}
+            for _ in range(arguments.rounds):
+                for part in ("step", "cut and step", "whole"):
+                    for name in ways:
+                        if part in ways[name]:
+                            found[name][part].append(measure(ways[name][part], arguments.steps, world.device))
+    return found
+
+
+def ratios(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """By how much ours is faster, by part and usual way: the median of the rounds, the lowest and the highest."""
+    result: dict[str, dict[str, dict[str, float]]] = {}
+    for part, ours in found["ours"].items():
+        for name, times in found.items():
+            if name != "ours":
+                per_round = [a / b for a, b in zip(times["step" if part == "cut and step" else part], ours, strict=True)]
+                spread = {"lowest": min(per_round), "median": statistics.median(per_round), "highest": max(per_round)}
+                result.setdefault(part, {})[name] = spread
+    return result
+
+
+def show(record: dict[str, Any]) -> None:
+    """Print the table."""
+    settings = record["settings"]
+    height, width = settings["img_size"]
+    title = f"{settings['size']} at {height}x{width}, batches of {settings['batch_size']}, {settings['device']}"
+    table = Table("part", "way", "ms a step", "images/s", "times ours", "rounds", title=title)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for part in ("step", "cut and step", "whole"):
+        for name, parts in record["milliseconds"].items():
+            if part in parts:
+                median = statistics.median(parts[part])
+                ratio = record["ratios"][part].get(name)
+                times = (f"{ratio['median']:.2f}", f"{ratio['lowest']:.2f} - {ratio['highest']:.2f}") if ratio else ()
+                table.add_row(part, name, f"{median:.1f}", f"{1000 * settings['batch_size'] / median:,.0f}", *times)
+    console = Console()
+    console.print(table)
+    least = record["ratios"]["cut and step"]["usual, bf16"]["median"]
+    console.print(f"with the cut inside its step, ours takes {1 / least:.2f} of the usual one, which is given its regions")
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", required=True, help="directory or s3://bucket/prefix of MDS shards")
+    parser.add_argument("--size", default="micro")
+    parser.add_argument("--img-size", type=int, nargs=2, default=[128, 64], metavar=("H", "W"))
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of ours")
+    parser.add_argument("--compile", action="store_true", help="torch.compile ours")
+    parser.add_argument("--cuda-graphs", action="store_true", help="torch.compile ours, and replay it as CUDA graphs")
+    parser.add_argument("--compile-usual", action="store_true", help="measure the usual way under torch.compile too")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each way in a round")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    world = dist.read_world()
+    dist.start(world)
+    try:
+        with tempfile.TemporaryDirectory(prefix="personmae-peers-") as folder:
+            found = compare(arguments, world, Path(folder))
+    finally:
+        dist.stop()
+    settings = vars(arguments) | {"shards": Path(arguments.shards).name, "out": arguments.out.name}
+    record = {
+        "commit": metrics.git_commit(),
+        "hardware": metrics.describe_hardware(),
+        "versions": checkpoint.versions(),
+        "settings": settings | {"device": str(world.device), "threads": torch.get_num_threads()},
+        "milliseconds": found,
+        "ratios": ratios(found),
+    }
+    show(record)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
