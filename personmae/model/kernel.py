@@ -118,9 +118,12 @@ def _cut_patch(
     y0, x0 = tl.load(boxes + 4 * sample), tl.load(boxes + 4 * sample + 1)
     y1, x1 = tl.load(boxes + 4 * sample + 2), tl.load(boxes + 4 * sample + 3)
     flipped, p = tl.load(flip + sample) != 0, tl.load(scale + sample).to(tl.int32)
-    left, right = tl.where(flipped, 1 - x1, x0) * size_w, tl.where(flipped, 1 - x0, x1) * size_w
+    # ``regions.pixel_boxes``; the small numbers are exact in fp32.
+    top, left = tl.minimum(tl.floor(y0 * size_h + 0.5), size_h - 1), tl.minimum(tl.floor(x0 * size_w + 0.5), size_w - 1)
+    bottom, right = tl.maximum(tl.floor(y1 * size_h + 0.5), top + 1), tl.maximum(tl.floor(x1 * size_w + 0.5), left + 1)
+    left, right = tl.where(flipped, size_w - right, left), tl.where(flipped, size_w - left, right)
     canvas += sample * canvas_h * canvas_w * 3
-    rows = y0 * size_h, y1 * size_h, img_h + p, shift_h + patch_y * patch_size, size_h
+    rows = top, bottom, img_h + p, shift_h + patch_y * patch_size, size_h
     columns = left, right, img_w + p // 2, shift_w + patch_x * patch_size, size_w
     red, green, blue = _resize(canvas, canvas_w, rows, columns, flipped, patch_size, tile, num_rows, num_columns)
     red, green, blue = (red - mean_r) * (1 / std_r), (green - mean_g) * (1 / std_g), (blue - mean_b) * (1 / std_b)

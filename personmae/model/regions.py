@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Real, UInt8
-from PIL import Image
 from torch import Tensor
 
 # One stream of uniform numbers per purpose: adding draws to one never moves another.
@@ -100,6 +100,13 @@ def _middle_box(aspect: Float[Tensor, " B"], crop_ratio: tuple[float, float]) ->
     return torch.stack([0.5 - half_h, 0.5 - half_w, 0.5 + half_h, 0.5 + half_w], dim=1)
 
 
+def pixel_boxes(boxes: Float[Tensor, "B 4"], size: Int[Tensor, "B 2"]) -> Int[Tensor, "B 4"]:
+    """Crops in whole pixels of pictures of a (height, width): each edge to the nearest, at least one, as torchvision."""
+    edges = (boxes * torch.cat([size, size], dim=1) + 0.5).floor().long()
+    start = torch.minimum(edges[:, :2], size - 1)
+    return torch.cat([start, torch.maximum(edges[:, 2:], start + 1)], dim=1)
+
+
 def resize_matrix(
     start: Float[Tensor, " B"],
     stop: Float[Tensor, " B"],
@@ -157,12 +164,12 @@ def resize_canvas(
     for the largest p; beyond a sample's own H + p and W + p/2 it holds nothing of use.
     """
     _, canvas_h, canvas_w, _ = canvas.shape
-    y0, x0, y1, x1 = draws.boxes.unbind(dim=1)
+    y0, x0, y1, x1 = pixel_boxes(draws.boxes, size).unbind(dim=1)
     (height, width), shift_w = img_size, max_shift // 2
     size_h, size_w = size.unbind(dim=1)
     rows = resize_matrix(
-        y0 * size_h,
-        y1 * size_h,
+        y0.float(),
+        y1.float(),
         height + draws.scale,
         in_size=size_h,
         in_length=canvas_h,
@@ -171,8 +178,8 @@ def resize_canvas(
     )
     # A flip mirrors the picture before anything is cut from it.
     columns = resize_matrix(
-        torch.where(draws.flip, 1 - x1, x0) * size_w,
-        torch.where(draws.flip, 1 - x0, x1) * size_w,
+        torch.where(draws.flip, size_w - x1, x0).float(),
+        torch.where(draws.flip, size_w - x0, x1).float(),
         width + draws.scale // 2,
         draws.flip,
         in_size=size_w,
@@ -195,24 +202,17 @@ def resize_pictures(
     img_size: tuple[int, int],
     max_shift: int,
 ) -> UInt8[Tensor, "B 3 Hm Wm"]:
-    """``resize_canvas`` for a CPU: Pillow weighs only the pixels under the kernel, and rounds after each of its two passes."""
-    boxes = (draws.boxes * torch.cat([size, size], dim=1)).tolist()
-    sizes, flips, scales = size.tolist(), draws.flip.tolist(), draws.scale.tolist()
-    result = torch.zeros(len(canvas), img_size[0] + max_shift, img_size[1] + max_shift // 2, 3, dtype=torch.uint8)
-    source, target, num_threads = canvas.numpy(), result.numpy(), torch.get_num_threads()
+    """``resize_canvas`` for a CPU, picture by picture: it weighs only the pixels under the kernel, and rounds both passes."""
+    boxes, flips, scales = pixel_boxes(draws.boxes, size).tolist(), draws.flip.tolist(), draws.scale.tolist()
+    height, width, num_threads = img_size[0] + max_shift, img_size[1] + max_shift // 2, torch.get_num_threads()
+    result = torch.zeros(len(canvas), height, width, 3, dtype=torch.uint8)
 
     def resize(first: int) -> None:
-        for i in range(first, len(source), num_threads):
-            (height, width), (y0, x0, y1, x1) = sizes[i], boxes[i]
-            picture = source[i, :height, :width]
-            if flips[i]:
-                picture, x0, x1 = picture[:, ::-1], width - x1, width - x0
-            # Cropped to whole pixels first: what lies outside the crop has no weight.
-            top, left = max(0, math.floor(y0)), max(0, math.floor(x0))
-            crop = Image.fromarray(picture[top : math.ceil(y1), left : math.ceil(x1)])
-            box = max(0.0, x0 - left), max(0.0, y0 - top), min(x1 - left, crop.width), min(y1 - top, crop.height)
-            h, w = img_size[0] + scales[i], img_size[1] + scales[i] // 2
-            target[i, :h, :w] = crop.resize((w, h), Image.Resampling.BICUBIC, box=box)
+        for i in range(first, len(canvas), num_threads):
+            (y0, x0, y1, x1), h, w = boxes[i], img_size[0] + scales[i], img_size[1] + scales[i] // 2
+            crop = canvas[i, y0:y1, x0:x1].permute(2, 0, 1)[None]
+            resized = F.interpolate(crop, (h, w), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+            result[i, :h, :w] = resized.flip(1) if flips[i] else resized
 
     with ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(resize, range(num_threads)))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from personmae.data.decode import BadImage, decode_onto, fitted_size
 from personmae.data.order import sample_keys
-from personmae.model.regions import draw_regions, resize_canvas
+from personmae.model.regions import draw_regions, pixel_boxes, resize_canvas
 
 
 def jpeg_of(image: np.ndarray, quality: int = 95) -> bytes:
@@ -146,7 +146,8 @@ def differences(native: tuple[int, int], count: int = 8) -> list[float]:
     ours = resize_canvas(torch.from_numpy(canvas), size, drawn, img_size=IMG_SIZE, max_shift=MAX_SHIFT)
     found = []
     for i, jpeg in enumerate(jpegs):
-        y0, x0, y1, x1 = (drawn.boxes[i].double().numpy() * [*native, *native]).tolist()
+        shrunk = np.array(native) / size[i].numpy()
+        y0, x0, y1, x1 = (pixel_boxes(drawn.boxes, size)[i].numpy() * [*shrunk, *shrunk]).tolist()
         p = int(drawn.scale[i])
         picture = Image.open(io.BytesIO(jpeg)).resize((128 + p // 2, 256 + p), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
         expected = np.asarray(picture, np.float64)

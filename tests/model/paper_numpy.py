@@ -34,6 +34,13 @@ def resize_line(line: Array, start: float, stop: float, size: int) -> Array:
     return np.stack(out)
 
 
+def whole_pixels(box: NDArray[np.float32], height: int, width: int) -> tuple[int, int, int, int]:
+    """A crop (y0, x0, y1, x1) in shares of a picture, each edge at the nearest pixel, at least one pixel large."""
+    y0, x0, y1, x1 = (math.floor(share * side + np.float32(0.5)) for share, side in zip(box, 2 * (height, width), strict=True))
+    y0, x0 = min(y0, height - 1), min(x0, width - 1)
+    return y0, x0, max(y1, y0 + 1), max(x1, x0 + 1)
+
+
 def eq1_resize(image: Array, box: tuple[float, float, float, float], flip: bool, p: int, size: tuple[int, int]) -> Array:
     """X~ = I_p(X, [H + p, W + p/2]) of the crop ``box`` (y0, x0, y1, x1 in pixels), mirrored where ``flip``."""
     y0, x0, y1, x1 = box

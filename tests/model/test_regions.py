@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from paper_numpy import eq1_resize, eq2_slice, eq4_coords, tokens_of
+from paper_numpy import eq1_resize, eq2_slice, eq4_coords, tokens_of, whole_pixels
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from personmae.model.regions import (
     cut_regions,
     draw_boxes,
     draw_regions,
+    pixel_boxes,
     region_b_coords,
     resize_canvas,
     resize_matrix,
@@ -188,10 +189,9 @@ def test_eq1_equals_a_float64_crop_resize_and_flip_for_each_sample():
     own = torch.tensor([[80, 40], [80, 40], [61, 33], [50, 40], [80, 21], [77, 39]])
     ours = resize_canvas(canvas, own, drawn, img_size=size, max_shift=16)
     assert ours.shape == (6, 3, 80, 40)
-    for i, box in enumerate(drawn.boxes.double().numpy()):
+    for i, box in enumerate(drawn.boxes.numpy()):
         height, width = own[i].tolist()
-        pixels = (box[0] * height, box[1] * width, box[2] * height, box[3] * width)
-        p = int(drawn.scale[i])
+        pixels, p = whole_pixels(box, height, width), int(drawn.scale[i])
         expected = eq1_resize(canvas[i, :height, :width].double().numpy(), pixels, bool(drawn.flip[i]), p, size)
         assert expected.shape == (64 + p, 32 + p // 2, 3)
         mine = ours[i].permute(1, 2, 0).double().numpy()[: 64 + p, : 32 + p // 2]
@@ -212,9 +212,17 @@ def test_eq1_equals_pils_bicubic_resize_of_the_cropped_picture(box, flip):
     assert np.abs(ours - expected).max() < 1.5
 
 
+def test_crops_are_whole_pixels_of_the_picture_and_at_least_one():
+    boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0000001], [0.1, 0.26, 0.34, 0.9], [0.999, 0.5, 1.0, 0.501], [0.2, 0.2, 0.2, 0.2]])
+    size = torch.tensor([[80, 40], [10, 10], [61, 33], [7, 3]])
+    expected = [[0, 0, 80, 40], [1, 3, 3, 9], [60, 17, 61, 18], [1, 1, 2, 2]]
+    assert pixel_boxes(boxes, size).tolist() == expected
+    assert [list(whole_pixels(b.numpy(), *s.tolist())) for b, s in zip(boxes, size, strict=True)] == expected
+
+
 @pytest.mark.parametrize("count", [1, 40])
-def test_pillow_and_the_matrices_resize_to_the_same_grey_levels(count):
-    canvas = noise(count, 80, 40) // 2 + 64  # the range that overshoots cannot leave: Pillow clips them after each pass
+def test_picture_by_picture_and_by_matrices_they_are_resized_to_the_same_grey_levels(count):
+    canvas = noise(count, 80, 40) // 2 + 64  # overshoots stay in range: picture by picture they are clipped after each pass
     own = torch.tensor([[80, 40], [61, 33], [7, 40], [80, 5], [77, 39]]).repeat(8, 1)[:count]
     drawn = draw_regions(keys_of(count), own, max_shift=16, flip_prob=0.5, crop_scale=(0.1, 1.0), crop_ratio=(0.2, 0.8))
     ours = resize_pictures(canvas, own, drawn, img_size=(64, 32), max_shift=16)
