@@ -76,7 +76,10 @@ def _store(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     limits = Limits(*(getattr(args, name) for name in Limits.__dataclass_fields__))
-    return Agent(read_options(args), read_policy(args), limits).run()
+    code = Agent(read_options(args), read_policy(args), limits).run()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the code is settled, and an interpreter that ends gives its handlers up
+    return code
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What an agent answers over HTTP while ranks come and go: ``/healthz``, ``/readyz`` and ``/metrics``."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -165,6 +166,10 @@ def serve(port: int, metrics: Metrics, check: Callable[[], Health], *, gpu: bool
 
     class Handler(BaseHTTPRequestHandler):
         timeout = 10  # for a client that opens a connection and says nothing
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # a probe waits only so long
+                super().handle()
 
         def do_GET(self) -> None:
             health = check()
