@@ -168,10 +168,16 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float = 4.0) -> float:
-    """Operations, two for a product and its sum, of a forward pass through ``depth`` blocks: matrix products alone."""
-    products = (4 + 2 * mlp_ratio) * num_tokens * dim**2 + 2 * num_tokens**2 * dim
-    return 2.0 * depth * products
+def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float = 4.0, num_out: int | None = None) -> float:
+    """Operations, two for a product and its sum, of a forward pass through ``depth`` blocks: matrix products alone.
+
+    With ``num_out`` the last block computes only so many tokens, which attend to all.
+    """
+
+    def block(num_out: int) -> float:
+        return 2.0 * ((3 * num_tokens + (1 + 2 * mlp_ratio) * num_out) * dim**2 + 2 * num_tokens * num_out * dim)
+
+    return (depth - 1) * block(num_tokens) + block(num_tokens if num_out is None else num_out)
 
 
 def pretrain_flops(
@@ -201,7 +207,7 @@ def pretrain_flops(
 
 def _decoder_flops(num_tokens: int, num_patches: int, encoder_dim: int, dim: int, depth: int, out_dim: int) -> float:
     linear = 2.0 * num_tokens * encoder_dim * dim + 2.0 * num_patches * dim * out_dim
-    return linear + transformer_flops(num_tokens + num_patches, dim, depth)
+    return linear + transformer_flops(num_tokens + num_patches, dim, depth, num_out=num_patches)
 
 
 # Dense bf16 operations a second, from the makers' data sheets; by the name that the driver gives, the longest match first.

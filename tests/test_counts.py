@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from personmae.bench.counts import COMPUTE_BYTES, LINEARS, MODELS, STAGES, Stage, Work, count_stages, view_at
+from personmae.bench.counts import COMPUTE_BYTES, MODELS, OTHERS, QKV, STAGES, Stage, Work, count_stages, view_at
 from personmae.model.personmae import PersonMAE
 from personmae.model.vit import SIZES
 
@@ -117,8 +117,8 @@ def test_the_least_bytes_are_those_of_the_products_and_little_beside_them(size: 
         name: depth * dim * (1 + n) for name, n in (("teacher", work.num_patches), ("student backward", work.num_visible))
     }
     embed = work.patch_dim + dim
-    assert products["teacher"] == act * (LINEARS * blocks["teacher"] + embed * work.num_patches)
-    assert products["student backward"] == act * (2 * LINEARS * blocks["student backward"] + embed * work.num_visible)
+    assert products["teacher"] == act * ((QKV + OTHERS) * blocks["teacher"] + embed * work.num_patches)
+    assert products["student backward"] == act * (2 * (QKV + OTHERS) * blocks["student backward"] + embed * work.num_visible)
 
 
 def test_a_stage_takes_as_long_as_the_ceiling_it_meets() -> None:

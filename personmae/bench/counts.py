@@ -25,7 +25,7 @@ _FP32 = 4  # bytes
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
 _ADAMW_BYTES = (3 + 1) * _FP32 + 3 * _FP32 + _FP32  # parameter, gradient and moments in, three of them out; the norm before
 _EMA_BYTES = 3 * _FP32  # both encoders in, the teacher out
-LINEARS = (1 + 3) + (1 + 1) + (1 + 4) + (4 + 1)  # what a block's qkv, proj, fc1, fc2 take in and give out, in tokens
+QKV, OTHERS = 1 + 3, (1 + 1) + (1 + 4) + (4 + 1)  # what a block's qkv, and its proj, fc1, fc2, take in and give out, in tokens
 STAGES = (
     *("inputs", "teacher", "student forward", "student backward", "pixel decoder", "feature decoder", "losses"),
     *("optimizer", "average"),
@@ -220,7 +220,7 @@ def _decoder(work: Work, dim: int, out_dim: int) -> Stage:
     visible = 1 + work.num_visible
     tokens = visible + num_patches
     linear = 2.0 * visible * encoder_dim * dim + 2.0 * num_patches * dim * out_dim
-    forward, backward = _blocks(tokens, dim, work.decoder_depth, act)
+    forward, backward = _blocks(tokens, dim, work.decoder_depth, act, num_out=num_patches)
     into = act * visible * (encoder_dim + dim) + act * visible * dim + _FP32 * tokens * dim  # the product; the stream, written
     norm = (_FP32 + act) * num_patches * dim
     head = act * num_patches * (dim + out_dim)
@@ -230,21 +230,21 @@ def _decoder(work: Work, dim: int, out_dim: int) -> Stage:
     return mine + forward + backward
 
 
-def _blocks(tokens: int, dim: int, depth: int, act: int) -> tuple[Stage, Stage]:
+def _blocks(tokens: int, dim: int, depth: int, act: int, num_out: int | None = None) -> tuple[Stage, Stage]:
     """Transformer blocks, forward and backward, their weights apart; ``act`` is the bytes of a number of the compute type.
 
-    A token is ``dim`` numbers wide; what is below counts in tokens.
+    A token is ``dim`` numbers wide; what is below counts in tokens: of those that come in, for a norm, qkv and what attention
+    reads, and of those that come out, for the rest. With ``num_out`` the last block lets only so many out.
     """
-    norms = 2 * (2 * _FP32 + 2 * act)  # each: the stream and a branch in, their sum and the normalised operand out
-    forward = norms + act * (LINEARS + (3 + 1) + (4 + 4))  # and attention, GELU
-    norms = 2 * (
-        3 * _FP32 + 2 * act
-    )  # each: the operand's gradient, the stream and its gradient in; that one out, also rounded
+    came = depth * tokens * dim
+    went = came - (0 if num_out is None else (tokens - num_out) * dim)
+    norm = 2 * _FP32 + 2 * act  # the stream and a branch in, their sum and the normalised operand out
+    forward = came * (norm + act * (QKV + 3)) + went * (norm + act * (1 + OTHERS + (4 + 4)))  # attention's result, GELU
+    norm = 3 * _FP32 + 2 * act  # the operand's gradient, the stream and its gradient in; that one out, also rounded
     # A linear layer's backward is two products: both read the gradient, one the weight, one the input.
-    back = norms + act * (2 * LINEARS + (3 + 1 + 1 + 3) + (4 + 4 + 4))
-    flops = metrics.transformer_flops(tokens, dim, depth)
-    size = depth * tokens * dim
-    return Stage(flops, size * forward), Stage(2 * flops, size * back)
+    back = came * (norm + act * (2 * QKV + 3 + 3)) + went * (norm + act * (1 + 1 + 2 * OTHERS + (4 + 4 + 4)))
+    flops = metrics.transformer_flops(tokens, dim, depth, num_out=num_out)
+    return Stage(flops, forward), Stage(2 * flops, back)
 
 
 def _weight_bytes(work: Work) -> tuple[int, int]:

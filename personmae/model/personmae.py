@@ -149,8 +149,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Float[Tensor, "B T D"], coords_b: Float[Tensor, "B L 2"]) -> Float[Tensor, "B L out_dim"]:
         visible = self.embed(tokens).float()  # like the positions; see VisionTransformer.embed
         wanted = self.mask_token + sincos_embedding(coords_b, self.mask_token.shape[-1])
-        x = run_blocks(self.blocks, torch.cat([visible, wanted], dim=1))
-        return self.head(self.norm(x[:, -coords_b.shape[1] :]))
+        x = run_blocks(self.blocks, torch.cat([visible, wanted], dim=1), num_out=coords_b.shape[1])
+        return self.head(self.norm(x))
 
 
 def pixel_target(patches: Float[Tensor, "B L P"]) -> Float[Tensor, "B L P"]:
@@ -206,7 +206,8 @@ class PersonMAE(nn.Module):
             return {"loss": loss_p, "pixel_loss": loss_p}
         loss_f = feature_loss(features, batch["target"], self.beta)
         loss = loss_p + self.feature_weight * loss_f  # Eq. (8)
-        target_std = batch["target"].std(dim=0, correction=0).mean().detach()  # falls to 0 if the teacher collapses
+        target = batch["target"]
+        target_std = (target - target.mean(dim=0)).square().mean(dim=0).sqrt().mean()  # falls to 0 if the teacher collapses
         return {"loss": loss, "pixel_loss": loss_p, "feature_loss": loss_f, "target_std": target_std}
 
     def predict_pixels(self, batch: Batch) -> Float[Tensor, "B L P"]:

@@ -70,8 +70,8 @@ def take_tokens(tokens: Real[Tensor, "B L D"], ids: Int[Tensor, "B K"]) -> Real[
 
 
 def plain_attention(
-    q: Float[Tensor, "B h L d"], k: Float[Tensor, "B h L d"], v: Float[Tensor, "B h L d"]
-) -> Float[Tensor, "B h L d"]:
+    q: Float[Tensor, "B h M d"], k: Float[Tensor, "B h L d"], v: Float[Tensor, "B h L d"]
+) -> Float[Tensor, "B h M d"]:
     """Attention written out; the softmax is taken in fp32."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return weights.float().softmax(dim=-1).to(v.dtype) @ v
@@ -86,12 +86,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+    def forward(self, x: Float[Tensor, "B L D"], num_out: int | None = None) -> Float[Tensor, "B M D"]:
         b, length, dim = x.shape
         q, k, v = self.qkv(x).reshape(b, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q = q if num_out is None else q[:, :, -num_out:]
         # On CPU the flash backward cost half of a whole step at these lengths; docs/results.md has the ratio.
         attend = F.scaled_dot_product_attention if x.is_cuda else plain_attention
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, length, dim))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, -1, dim))
 
 
 class Mlp(nn.Module):
@@ -118,8 +119,10 @@ class Block(nn.Module):
         self.drop_path = drop_path
         self.drop_share: tuple[int, slice] | None = None
 
-    def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        x = x + self._dropped(self.attn(self.norm1(x)))
+    def forward(self, x: Float[Tensor, "B L D"], num_out: int | None = None) -> Float[Tensor, "B M D"]:
+        """With ``num_out`` only so many of the last tokens come out; they attend to all."""
+        wanted = x if num_out is None else x[:, -num_out:]
+        x = wanted + self._dropped(self.attn(self.norm1(x), num_out))
         return x + self._dropped(self.mlp(self.norm2(x)))
 
     def _dropped(self, branch: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
@@ -210,21 +213,25 @@ class VisionTransformer(nn.Module):
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x: Float[Tensor, "B L D"], activation_checkpointing: ActivationCheckpointing = "none"
-) -> Float[Tensor, "B L D"]:
-    """Apply blocks in order.
+    blocks: nn.ModuleList,
+    x: Float[Tensor, "B L D"],
+    activation_checkpointing: ActivationCheckpointing = "none",
+    num_out: int | None = None,
+) -> Float[Tensor, "B M D"]:
+    """Apply blocks in order; with ``num_out`` the last one computes only so many of the last tokens.
 
     ``activation_checkpointing`` trades stored activations for a second forward pass: ``full`` keeps the input of each block
     alone, ``selective`` also what is dear to compute.
     """
-    for block in blocks:
+    for i, block in enumerate(blocks, 1):
+        inputs = x, num_out if i == len(blocks) else None
         if activation_checkpointing == "none":
-            x = block(x)
+            x = block(*inputs)
         elif activation_checkpointing == "full":
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, *inputs, use_reentrant=False)
         else:
             kept = partial(create_selective_checkpoint_contexts, _KEPT)
-            x = checkpoint(block, x, use_reentrant=False, context_fn=kept)
+            x = checkpoint(block, *inputs, use_reentrant=False, context_fn=kept)
     return x
 
 
