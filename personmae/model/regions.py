@@ -206,13 +206,14 @@ def resize_pictures(
     boxes, flips, scales = pixel_boxes(draws.boxes, size).tolist(), draws.flip.tolist(), draws.scale.tolist()
     height, width, num_threads = img_size[0] + max_shift, img_size[1] + max_shift // 2, torch.get_num_threads()
     result = torch.zeros(len(canvas), height, width, 3, dtype=torch.uint8)
+    target = result.numpy()  # written by numpy: torch would start threads of its own below each of these
 
     def resize(first: int) -> None:
         for i in range(first, len(canvas), num_threads):
             (y0, x0, y1, x1), h, w = boxes[i], img_size[0] + scales[i], img_size[1] + scales[i] // 2
             crop = canvas[i, y0:y1, x0:x1].permute(2, 0, 1)[None]
-            resized = F.interpolate(crop, (h, w), mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-            result[i, :h, :w] = resized.flip(1) if flips[i] else resized
+            resized = F.interpolate(crop, (h, w), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+            target[i, :h, :w] = resized[:, ::-1] if flips[i] else resized
 
     with ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(resize, range(num_threads)))
