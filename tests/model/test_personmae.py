@@ -323,12 +323,14 @@ def test_taken_tokens_are_those_at_the_indices():
 
 COMPILED = """
 import torch
-from personmae.model.personmae import cut_batch, draw_batch, prepare_batch
+from personmae.model.personmae import cut_batch, draw_batch
 from test_personmae import VIEW, a_batch
 canvas, size, _ = a_batch()
 native, keys = size * 2, torch.arange(len(size)) * 977 + 13
-compiled = torch.compile(prepare_batch)(canvas, size, native, keys, VIEW)
-for name, expected in cut_batch(canvas, size, draw_batch(keys, native, VIEW), VIEW).items():
+def prepare():
+    return cut_batch(canvas, size, draw_batch(keys, native, VIEW), VIEW)
+compiled = torch.compile(prepare)()
+for name, expected in prepare().items():
     torch.testing.assert_close(compiled[name], expected, rtol=0, atol=1e-4)
 """
 
