@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from personmae import dist, metrics
-from personmae.model import vit
+from personmae.model import regions, vit
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher
 
@@ -52,7 +52,8 @@ def parts() -> dict[str, Callable[[], object]]:
     students = {f"student {form} {dtype}": student(form, dtype) for form in FORMS for dtype in DTYPES}
     return {
         "draw": lambda: draw_batch(keys, native, VIEW),
-        "cut": lambda: cut_batch(canvas, native, draws, VIEW),
+        "cut by matrices": lambda: cut_batch(canvas, native, draws, VIEW),
+        "cut by picture": lambda: cut_batch(canvas, native, draws, VIEW, regions.resize_pictures),
         "teacher": lambda: teacher(batch["patches_b"]),
         **students,
     }

@@ -101,7 +101,7 @@ def measured_ceilings() -> dict[str, tuple[float, str]]:
     found: dict[str, tuple[float, str]] = {}
     for path in sorted(RESULTS.rglob("*.json")):
         record = json.loads(path.read_text())
-        if isinstance(record, dict) and record.get("ceilings") and record["hardware"]["gpus"]:
+        if isinstance(record, dict) and record.get("ceilings") and record.get("hardware", {}).get("gpus"):
             ceilings, which = record["ceilings"], f"{record['hardware']['gpus'][0]} ({path.name})"
             rates = dict.fromkeys(("bytes_per_second", "update_bytes_per_second"), ceilings["bandwidth"])
             found = {

@@ -137,7 +137,8 @@ class CountBench:
 
 def run_counts(bench: CountBench, ceilings: Ceilings | None = None, out: Path | None = None) -> dict[str, Any]:
     """Count, print a table for each size, with ``ceilings`` also the least time, and write the record to ``out``."""
-    record: dict[str, Any] = {"settings": asdict(bench), "ceilings": ceilings and asdict(ceilings), "counted": {}}
+    record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
+    record |= {"settings": asdict(bench), "ceilings": ceilings and asdict(ceilings), "counted": {}}
     for size, img_size in bench.sizes.items():
         work = Work(size, view_at(img_size), bench.precision)
         stages = count_stages(work)

@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Iterator
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as tdist
@@ -21,6 +23,9 @@ from personmae.engine.base import (
     require_fit,
     total_norm,
 )
+
+_KNOWN = signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else "broadcast_buffers"  # the old name warns
 
 
 class NativeEngine(Engine):
@@ -49,7 +54,8 @@ class NativeEngine(Engine):
         # Buffers stay each rank's own: running statistics are of what it has seen, and dist.average_buffers makes one of them.
         self._wrapped = module
         if distributed:
-            self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+            options: Any = {_SYNC_BUFFERS: False}
+            self._wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True, **options)
 
     def forward_backward(self, batch: Batch, *, last_micro: bool) -> Batch:
         waits = isinstance(self._wrapped, DistributedDataParallel) and not last_micro
