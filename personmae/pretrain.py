@@ -111,12 +111,10 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
         spike_factor=settings.train.spike_factor,
         usual=state.usual_loss,
     )
-    step = saved = good = state.step
+    step = saved = good = first = state.step
     num_bad, due = 0, False
     copies = torch.cuda.Stream() if world.device.type == "cuda" else None
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
-    gc.collect()
-    gc.freeze()  # a full collection goes over 230,000 objects in 0.2 s, of one rank, while all others wait
     try:
         while step < total_steps:
             meter.beat("wait_data", step)
@@ -142,7 +140,8 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
                 batch = to_device(next(reader), world.device, copies)
                 meter.beat(working, step)
                 meter.enter("inputs")
-                torch.compiler.cudagraph_mark_step_begin()  # what a replay wrote before may be written over
+                if settings.train.cuda_graphs:
+                    torch.compiler.cudagraph_mark_step_begin()  # what a replay wrote before may be written over
                 inputs = prepare(*batch, state.view)
                 if teacher:
                     inputs["target"] = teacher(inputs["patches_b"])
@@ -157,6 +156,9 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
                     teacher.update(params, momentum_at(settings, step, total_steps), skipped)
             guard.note(losses["loss"], skipped)
             step, state.step, state.cursor, working = step + 1, step + 1, state.cursor + 1, "step"
+            if step == first + 1:  # set up and compiled: going over all that again takes 0.2 s of a rank while others wait
+                gc.collect()
+                gc.freeze()
 
             meter.count(step, state.plan.global_batch_size)
             log.advance(step)
