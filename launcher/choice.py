@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launcher import kustomization
+from launcher import kustomization, objects
 from launcher.kustomization import Object
 from personmae import config
 from personmae.errors import UserError
@@ -151,6 +151,13 @@ def _check_role(role: str | None, chosen: set[str]) -> None:
         raise UserError(f"--role for {clouds[0]} must look like {example}; got '{role}'")
 
 
+def require_role(choice: Choice) -> None:
+    """Raise a ``UserError`` where the role is left to a component, which has an example's; for what is to run."""
+    clouds = sorted(set(choice.components) & _ROLES.keys())
+    if clouds and choice.role is None:
+        raise UserError(f"--role is required with --with {clouds[0]}; give --role {_ROLES[clouds[0]][1]}")
+
+
 def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
     program = variables.get("DOWNSTREAM", variables["PROGRAM"])
     kind = getattr(config, program.capitalize(), None)
@@ -169,6 +176,7 @@ def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
         scheme, _, rest = str(place).partition("://")
         if rest.startswith("/") or not rest or (scheme != "s3" and key in ("root", "init")):
             raise UserError(f"pods lose their disks, so {key} must be on {schemes}; got {place}: give {key}=s3://BUCKET/PREFIX")
+    objects.check_pictures(str(places.get("root", "")))
     return settings
 
 

@@ -39,7 +39,11 @@ class ApiJobs:
         namespace = (account / "namespace").read_text().strip()
         self._url = f"{server}/apis/batch/v1/namespaces/{namespace}/jobs"
         ca = account / "ca.crt"
-        self._context = ssl.create_default_context(cafile=str(ca)) if ca.exists() else None
+        context = ssl.create_default_context(cafile=str(ca)) if ca.exists() else None
+        # without a proxy, which a pod may have for its bucket: the API server is near
+        self._opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
+        )
 
     def get(self, name: str) -> Object | None:
         return self._ask("GET", f"{self._url}/{name}", None, missing=404)
@@ -52,13 +56,15 @@ class ApiJobs:
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "Accept": "application/json"}
         request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=30, context=self._context) as answer:
+            with self._opener.open(request, timeout=30) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             with error:
                 if error.code == missing:
                     return None
                 told = error.read(500).decode(errors="replace")
+            if error.code == 403 and "exceeded quota" in told:
+                raise OSError(f"{method} {url}: {told}") from None  # there will be room
             if error.code < 500 and error.code not in (408, 429):
                 raise UserError(f"{method} {url} was refused ({error.code}): {told}") from None
             raise
@@ -82,7 +88,9 @@ def run(plan: dict[str, Any], jobs: Jobs, pause_seconds: float = PAUSE_SECONDS) 
         try:
             states = turn(plan["stages"], jobs)
         except (OSError, http.client.HTTPException) as error:  # API servers are updated, and a suite takes weeks
-            print(f"dispatcher: the cluster did not answer: {error!r}; again in {pause_seconds:g} s", flush=True)
+            print(
+                f"dispatcher: the cluster did not answer, or has no room: {error!r}; again in {pause_seconds:g} s", flush=True
+            )
             time.sleep(pause_seconds)
             continue
         if (line := ", ".join(f"{name} {state}" for name, state in states.items())) != told:

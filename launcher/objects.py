@@ -21,6 +21,7 @@ from personmae.commands.arguments import Parser
 from personmae.errors import UserError, run_program
 
 _NUM_THREADS = 16
+_PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 _FINAL = {"NoSuchBucket", "NoSuchKey", "404", "AccessDenied", "403", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 
 
@@ -48,14 +49,20 @@ def client() -> Any:
     from boto3.session import Session
     from botocore.config import Config
 
-    settings = Config(connect_timeout=5, read_timeout=30, retries={"total_max_attempts": 4, "mode": "standard"})
+    settings = Config(
+        connect_timeout=5,
+        read_timeout=30,
+        retries={"total_max_attempts": 4, "mode": "standard"},
+        request_checksum_calculation="when_required",  # S3-compatible servers refuse the others
+        response_checksum_validation="when_required",
+    )
     return Session().client("s3", endpoint_url=os.environ.get("S3_ENDPOINT_URL") or None, config=settings)
 
 
 @contextmanager
 def explained(url: str, what: str) -> Iterator[None]:
-    """Turn what another try cannot change into a ``UserError``; anything else is raised as it is."""
-    from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ParamValidationError
+    """Turn what another try cannot change into a ``UserError``; anything else, a lost connection too, is raised as it is."""
+    from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError
 
     try:
         yield
@@ -66,8 +73,8 @@ def explained(url: str, what: str) -> Iterator[None]:
         raise UserError(f"{what} {url} was refused ({code}); correct the name or the credentials") from error
     except NoCredentialsError as error:
         raise UserError(f"{what} {url} needs credentials and none were found; set a profile or AWS_ACCESS_KEY_ID") from error
-    except (EndpointConnectionError, ParamValidationError) as error:
-        raise UserError(f"{what} {url} failed: {error}; check the name and S3_ENDPOINT_URL") from error
+    except ParamValidationError as error:
+        raise UserError(f"{what} {url} failed: {error}; correct the name") from error
 
 
 def require_shards(url: str) -> None:
@@ -120,8 +127,15 @@ def age_seconds(url: str) -> float | None:
     return time.time() - found[0]["LastModified"].timestamp() if found and found[0]["Key"] == key else None
 
 
+def check_pictures(url: str) -> None:
+    """Raise a ``UserError`` for a packed benchmark that is not a plain tar."""
+    if url.lower().endswith(_PACKED):
+        raise UserError(f"a benchmark must be an uncompressed .tar or a prefix of single files; got {url}: pack it anew")
+
+
 def fetch_pictures(url: str, target: Path) -> None:
     """Copy a benchmark: a tar is unpacked, a prefix is copied file by file."""
+    check_pictures(url)
     partial = _empty(target.with_name(f".partial-{target.name}"))
     if url.endswith(".tar"):
         bucket, key = split(url)
@@ -142,6 +156,7 @@ def fetch_pictures(url: str, target: Path) -> None:
 
 def fetch_encoder(url: str, target: Path) -> None:
     """Copy the newest checkpoint of a run's store, with the name that it has there; readers check its hashes."""
+    url = url.rstrip("/")
     latest = read(f"{url}/LATEST")
     if not latest:
         raise UserError(f"{url} has no checkpoint; train it first, or correct the name")

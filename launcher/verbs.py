@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from launcher import cluster, objects, render, status, suite
-from launcher.choice import Choice, check_name, check_namespace
+from launcher.choice import Choice, check_name, check_namespace, environment_of, require_role
 from launcher.cluster import INSTANCE
 from launcher.kubectl import Kubectl
 from launcher.kustomization import Object
@@ -22,6 +23,7 @@ from personmae.errors import EXIT_FAILED, UserError
 EXIT_TIMEOUT = 3  # of --wait
 WATCH_SECONDS = 10
 _PAUSE_SECONDS = 10
+_ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 _MISSES = 6  # of --wait: requests in a row without an answer
 
 
@@ -68,13 +70,16 @@ def submit_run(args: argparse.Namespace) -> None:
             raise UserError(f"--local is for a suite, a file with 'stages'; {args.config} has none: give it to its own verb")
         suite.run_local(args.config, [*args.overrides, *args.set])
         return
-    runs, everything = _runs(choice_of(args))
+    choice = choice_of(args)
+    require_role(choice)
+    runs, everything = _runs(choice)
     _warn(runs)
     images = {image["newName"] for rendered in runs for image in rendered.kustomization["images"]}
     if any(name.startswith("registry.example.com/") for name in images):
         raise UserError("an image is required: build the Dockerfile, push it and give --image NAME@sha256:...")
     if not args.no_bucket_check:
-        check_places(runs)
+        with _store_of_pods(environment_of(choice)):
+            check_places(runs)
     name = runs[0].run
     if args.dry_run == "client":
         print(f"{name}: {len(everything)} objects; nothing was asked of a cluster and nothing created")
@@ -94,6 +99,22 @@ def submit_run(args: argparse.Namespace) -> None:
     print(next_commands(name, args), flush=True)
     if args.wait is not None:
         sys.exit(_wait(kubectl, name, args.wait))
+
+
+@contextmanager
+def _store_of_pods(given: dict[str, str]) -> Iterator[None]:
+    """For a while the address of the store that ``--env`` gives to the pods; without one, this machine's."""
+    before = dict(os.environ)
+    told = {name: value for name, value in given.items() if name in (*_ENDPOINTS, "AWS_DEFAULT_REGION")}
+    if any(name in told for name in _ENDPOINTS):
+        for name in _ENDPOINTS:
+            os.environ.pop(name, None)
+    os.environ.update(told)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def check_places(runs: list[Rendered]) -> None:
@@ -180,7 +201,9 @@ def show_logs(args: argparse.Namespace) -> None:
     selector = f"{INSTANCE}={args.run_name},app.kubernetes.io/component=trainer"
     if args.index is not None:
         selector += f",batch.kubernetes.io/job-completion-index={args.index}"
-    command = [*kubectl.command, "logs", "-l", selector, "-c", cluster.trainer(found), "--prefix", "--tail=-1"]
+    fetches = found["metadata"].get("labels", {}).get("personmae/fetches")  # it may have failed before training began
+    containers = ["--all-containers"] if fetches else ["-c", cluster.trainer(found)]
+    command = [*kubectl.command, "logs", "-l", selector, *containers, "--prefix", "--tail=-1"]
     command += ["--max-log-requests=200", "--ignore-errors"]  # of pods that have no node yet
     command += (["--follow"] if args.follow else []) + ([f"--since={args.since}"] if args.since else [])
     code = subprocess.run(command, check=False, env=os.environ).returncode

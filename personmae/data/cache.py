@@ -36,6 +36,7 @@ FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0
 _POLL_SECONDS = 0.05
 _FULL_SECONDS = 10.0  # that a disk may stay full of what other ranks hold
 _PART = ".part"
+_OF_AN_AGENT = "PERSONMAE_HEARTBEAT_DIR"  # set for the ranks that one has started
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -352,6 +353,8 @@ T = TypeVar("T")
 def persist(call: Callable[[], T], location: str, retry_seconds: float, counters: StreamCounters) -> T:
     """Make a small request of a store, again where it failed for a reason that may pass; a wrong address is told at once.
 
+    But not below an agent: it may start ranks again while the store is away for a moment, and the run should go on.
+
     Raises:
         UserError: it cannot be had.
     """
@@ -363,7 +366,8 @@ def persist(call: Callable[[], T], location: str, retry_seconds: float, counters
             return call()
         except UserError as error:
             reason = storage.passing_reason(error)
-            if isinstance(error.__cause__, EndpointConnectionError) or reason not in ("throttled", "server_error", *_BROKEN):
+            nobody_there = isinstance(error.__cause__, EndpointConnectionError) and _OF_AN_AGENT not in os.environ
+            if nobody_there or reason not in ("throttled", "server_error", *_BROKEN):
                 raise
             time.sleep(attempts.next_delay(reason, error, progress=False))
 

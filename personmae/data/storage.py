@@ -81,6 +81,8 @@ def s3_client(max_attempts: int = 4) -> Any:
         read_timeout=READ_TIMEOUT_SECONDS,
         retries={"total_max_attempts": max_attempts, "mode": "standard"},
         max_pool_connections=64,
+        request_checksum_calculation="when_required",  # S3-compatible servers refuse others; readers have hashes
+        response_checksum_validation="when_required",
     )
     try:  # a session of its own: the default one would keep credentials that have expired
         return Session().client("s3", endpoint_url=endpoint, config=config)

@@ -22,9 +22,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from botocore.config import Config
 from botocore.exceptions import ClientError
 from streaming.base.storage import CloudDownloader, download
 
+from personmae import heartbeat
 from personmae.data import cache, mds, storage
 from personmae.data.cache import ShardCache
 from personmae.data.counters import StreamCounters
@@ -118,6 +120,27 @@ def copying(many: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(storage, "fetch_into", fetch_into)
     monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
     return fetched
+
+
+def test_an_address_that_nobody_answers_at_is_told_at_once_but_waited_for_below_an_agent(s3_server, monkeypatch):
+    s3_server.bucket("bucket")
+    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
+
+    def ask() -> int:
+        client = boto3.client("s3", endpoint_url=endpoints.pop(0), config=Config(retries={"total_max_attempts": 1}))
+        with storage.explained("s3://bucket", "listing"):
+            return client.list_objects_v2(Bucket="bucket")["KeyCount"]
+
+    endpoints = ["http://127.0.0.1:1", s3_server.endpoint]
+    monkeypatch.delenv(heartbeat.DIRECTORY, raising=False)
+    with pytest.raises(UserError, match="Could not connect"):
+        cache.persist(ask, "s3://bucket", 5, StreamCounters())
+    endpoints = ["http://127.0.0.1:1", "http://127.0.0.1:1", s3_server.endpoint]
+    monkeypatch.setenv(heartbeat.DIRECTORY, "/somewhere")
+    assert cache.persist(ask, "s3://bucket", 5, StreamCounters()) == 0
+    endpoints = ["http://127.0.0.1:1"] * 3
+    with pytest.raises(UserError, match="tried again for 0 s"):
+        cache.persist(ask, "s3://bucket", 0.0, StreamCounters())
 
 
 # --- fetched once, checked, kept ---

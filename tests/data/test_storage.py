@@ -175,6 +175,18 @@ def test_the_identity_in_use_is_told_without_its_secret(s3_server, fresh_s3_clie
     assert told == f"access key AKIA... from env, endpoint {s3_server.endpoint}"
 
 
+def test_requests_have_no_checksums_that_compatible_servers_refuse(s3_server, fresh_s3_client):
+    fresh_s3_client()
+    s3_server.bucket("plain")
+    client, seen = storage.s3_client(), []
+    client.meta.events.register("before-send.s3", lambda request, **_: seen.append(dict(request.headers)))
+    storage.write("s3://plain/x", "a", b"content")
+    assert storage.read("s3://plain/x", "a") == b"content"
+    assert len(seen) == 2
+    assert not [name for headers in seen for name in headers if "checksum" in name.lower() or "trailer" in name.lower()]
+    fresh_s3_client()
+
+
 def test_one_client_serves_the_process(s3_server):
     assert storage.s3_client() is storage.s3_client()
     assert storage.s3_client().meta.endpoint_url == s3_server.endpoint

@@ -225,6 +225,22 @@ def test_exit_codes_mean_in_the_cluster_what_they_mean_to_the_launcher(name: str
     assert "Failed" in walk(overlay(name), "podReplacementPolicy")
 
 
+GPU_NODES = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+
+
+@pytest.mark.parametrize("components", [[], ["spot"], ["spot-gke"]])
+def test_pods_that_train_may_go_to_nodes_that_are_kept_for_gpus(components: list[str]) -> None:
+    assert GPU_NODES in trainer(render.render(choose(components=components)).objects)[0]["tolerations"]
+
+
+def test_the_queue_covers_what_a_run_with_kueue_may_ask_for() -> None:
+    queue = next(o for o in overlay("queues") if o["kind"] == "ClusterQueue")
+    covered = {name for names in walk(queue, "coveredResources") for name in names}
+    for fast in ("efa", "rdma"):
+        for wanted in walk(pods(render.render(choose(components=["kueue", fast])).objects), "limits"):
+            assert wanted.keys() <= covered
+
+
 @pytest.mark.parametrize(("name", "container"), [("jobset", "trainer"), ("trainjob", "node")])
 def test_the_pods_of_other_kinds_are_those_of_the_job(name: str, container: str) -> None:
     ours, theirs = trainer(overlay("pretrain"))[0], trainer(overlay(name))[0]

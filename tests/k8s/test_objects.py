@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from choices import ROOT
 
 from launcher import objects
@@ -32,6 +33,7 @@ def bucket(s3_server: Any) -> Any:
         "run/step-00000020/state.json": b"new",
         "run/step-00000020/student.safetensors": b"weights",
         "market/query/a.jpg": b"jpg",
+        "market/query/empty.txt": b"",
         "market.tar": packed.getvalue(),
         "broken.tar": b"not a tar" * 100,
     }
@@ -57,16 +59,39 @@ def test_a_benchmark_and_the_newest_checkpoint_are_fetched(bucket: Any, tmp_path
         "step-00000020/student.safetensors": b"weights",
     }
     assert fetch("s3://bucket/market", "random", tmp_path) == 0  # single files; it takes the place of the other
-    assert below(tmp_path / "pictures") == {"query/a.jpg": b"jpg"}
+    assert below(tmp_path / "pictures") == {"query/a.jpg": b"jpg", "query/empty.txt": b""}
+
+
+def test_the_slash_at_the_end_of_a_place_is_nothing(bucket: Any, tmp_path: Path) -> None:
+    assert fetch("s3://bucket/market/", "s3://bucket/run/", tmp_path) == 0
+    assert "query/a.jpg" in below(tmp_path / "pictures")
+    assert "step-00000020/state.json" in below(tmp_path / "encoder")
+
+
+def test_a_store_that_does_not_answer_is_not_a_user_error(s3_server: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """With 78 one moment without the network would end a benchmark; with any other code the pod is replaced."""
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(EndpointConnectionError):
+        fetch("s3://bucket/market.tar", "random", tmp_path)
+
+
+def test_requests_have_no_checksums_that_compatible_servers_refuse(bucket: Any) -> None:
+    client, seen = objects.client(), []
+    client.meta.events.register("before-send.s3", lambda request, **_: seen.append(dict(request.headers)))
+    client.put_object(Bucket="bucket", Key="x", Body=b"x")
+    client.get_object(Bucket="bucket", Key="x")["Body"].read()
+    assert len(seen) == 2
+    assert not [name for headers in seen for name in headers if "checksum" in name.lower() or "trailer" in name.lower()]
 
 
 @pytest.mark.parametrize(
     ("pictures", "encoder", "told"),
     [
         ("s3://bucket/nothing", "random", "nothing lies at s3://bucket/nothing/"),
-        ("s3://bucket/nothing.tar", "random", "fetching s3://bucket/nothing.tar was refused (404)"),
+        ("s3://bucket/nothing.tar", "random", "fetching s3://bucket/nothing.tar was refused (NoSuchKey)"),
         ("s3://absent/x", "random", "fetching s3://absent/x was refused (NoSuchBucket)"),
         ("s3://bucket/broken.tar", "random", "must be an uncompressed tar"),
+        ("s3://bucket/market.tar.gz", "random", "must be an uncompressed .tar or a prefix"),
         ("market", "random", "a location like s3://bucket/prefix is required; got market"),
         ("s3://bucket/market", "s3://bucket/other", "s3://bucket/other has no checkpoint; train it first"),
     ],

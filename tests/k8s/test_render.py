@@ -152,6 +152,10 @@ def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> 
             {"overlay": "finetune-market1501", "overrides": ["root=gs://b/x", "checkpoint.store=s3://b/r"]},
             "root must be on s3://; got gs",
         ),
+        (
+            {"overlay": "finetune-market1501", "overrides": ["root=s3://b/x.tgz", "init=random", "checkpoint.store=s3://b/r"]},
+            "must be an uncompressed .tar or a prefix of single files; got s3://b/x.tgz",
+        ),
     ],
     ids=lambda value: str(value)[:50],
 )

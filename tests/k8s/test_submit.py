@@ -244,6 +244,30 @@ def test_places_are_looked_at_before_a_cluster_is_asked(recorder: Recorder, caps
     assert recorder.calls() == []
 
 
+def test_places_are_looked_at_where_the_pods_will_look(
+    recorder: Recorder, capsys: Captured, s3_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3_server.bucket("bucket")
+    s3_server.client.put_object(Bucket="bucket", Key="shards/index.json", Body=b"{}")
+    arguments = ["submit", CONFIG, *PRETRAIN, IMAGE, "--name", "run", "--dry-run", "client"]
+    here = "http://127.0.0.1:1"
+    monkeypatch.setenv("S3_ENDPOINT_URL", here)
+    assert personmae(*arguments) == 78
+    assert here in error(capsys)
+    for name in ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL"):
+        assert personmae(*arguments, "--env", f"{name}={s3_server.endpoint}") == 0
+    assert os.environ["S3_ENDPOINT_URL"] == here
+    assert "AWS_ENDPOINT_URL" not in os.environ
+
+
+@pytest.mark.parametrize("cloud", ["irsa", "gke-workload-identity"])
+def test_a_role_is_required_to_submit_but_not_to_render(cloud: str, recorder: Recorder, capsys: Captured) -> None:
+    assert submitted("--with", cloud) == 78
+    assert f"--role is required with --with {cloud}; give --role " in error(capsys)
+    assert recorder.calls() == []
+    assert personmae("render", CONFIG, *PRETRAIN, IMAGE, "--with", cloud) == 0
+
+
 def test_a_suite_is_refused_where_the_job_of_a_later_stage_is_left_from_before(
     recorder: Recorder, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -290,7 +314,10 @@ def test_wait_outlives_a_cluster_that_does_not_answer_for_a_moment(
 
 @pytest.mark.parametrize(
     ("endpoint", "told"),
-    [("http://127.0.0.1:1", "check the name and S3_ENDPOINT_URL"), ("nonsense", "S3_ENDPOINT_URL|Invalid endpoint")],
+    [
+        ("http://127.0.0.1:1", "Could not connect to the endpoint URL.*give --no-bucket-check"),
+        ("nonsense", "S3_ENDPOINT_URL|Invalid endpoint"),
+    ],
     ids=["closed port", "no address"],
 )
 def test_a_bucket_that_cannot_be_asked_is_one_line(

@@ -250,16 +250,15 @@ def test_the_suite_of_the_paper_has_every_table(tmp_path: Path) -> None:
 
 class _Api(http.server.BaseHTTPRequestHandler):
     seen: list[tuple[str, str, str | None]] = []  # noqa: RUF012 - of the one test below
-    code = 200
+    code, body = 200, b'{"kind": "Job"}'
 
     def _answer(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.seen.append((self.command, self.path, self.headers["Authorization"]))
         self.send_response(self.code)
-        body = b'{"kind": "Job"}'
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(self.body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(self.body)
 
     do_GET = do_POST = _answer  # noqa: N815
 
@@ -301,6 +300,23 @@ def test_requests_carry_the_newest_token_and_known_answers_are_told_apart(api: d
         ("GET", f"{jobs}/x-trainer", "Bearer second"),
         ("POST", jobs, "Bearer second"),
     ]
+
+
+def test_a_full_quota_is_waited_for(api: dispatcher.ApiJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Api, "code", 403)
+    monkeypatch.setattr(_Api, "body", b'{"message": "jobs.batch \\"x\\" is forbidden: exceeded quota: personmae"}')
+    with pytest.raises(OSError, match=r"POST .*exceeded quota: personmae"):  # what the dispatcher tries again after
+        api.create({"metadata": {"name": "x-trainer"}})
+
+
+def test_the_api_server_is_asked_without_the_proxy_of_the_bucket(
+    api: dispatcher.ApiJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_Api, "code", 200)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    assert dispatcher.ApiJobs(api._url.partition("/apis")[0], api._account).get("x-trainer") == {"kind": "Job"}
 
 
 @pytest.mark.integration

@@ -128,6 +128,15 @@ def test_logs_are_of_the_container_that_trains_and_pods_without_a_node_do_not_en
     assert "--ignore-errors" in call
 
 
+def test_logs_of_a_benchmark_are_also_of_what_fetches_for_it(recorder: Recorder) -> None:
+    labels = {"app.kubernetes.io/instance": "run", "personmae/fetches": "yes"}
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job(metadata=job()["metadata"] | {"labels": labels})))
+    assert personmae("logs", "run") == 0
+    call = recorder.calls()[-1]
+    assert "--all-containers" in call
+    assert "-c" not in call
+
+
 def test_an_unknown_run_is_told_with_those_that_there_are(recorder: Recorder, capsys: Captured) -> None:
     recorder.answer("get jobs.batch -l", json.dumps({"items": [job()]}))
     assert personmae("status", "other") == 78
