@@ -4,7 +4,8 @@
     python benchmarks/attention.py --batch-size 32   # a CPU
 
 Writes ``benchmarks/results/attention.json``: median milliseconds of each way, forward alone and forward with backward, the
-ways in turn. ``default`` is what torch chooses when it is left to itself; a way that a device does not have is left out.
+ways in turn; after each shape what there is of it. ``default`` is what torch chooses when it is left to itself; a way that a
+device does not have is left out.
 """
 
 import argparse
@@ -82,6 +83,7 @@ def measure(shape: tuple[int, int, int, int], device: torch.device, repeats: int
         qkv.grad = None
 
     todo = {}
+    torch.compiler.reset()  # of one function the compiler keeps a few shapes, and runs all others eagerly
     for name, attend in ways(device).items():
         try:
             both(attend)
@@ -113,9 +115,9 @@ def main() -> None:
         for length in LENGTHS:
             shape = (args.batch_size, HEADS[size], length, 64)
             record["milliseconds"][f"{size} {length}"] = measure(shape, world.device, args.repeats)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
     dist.stop()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
     show(record["milliseconds"], args.batch_size)
 
 

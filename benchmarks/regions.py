@@ -4,8 +4,9 @@
     python benchmarks/regions.py --sizes 256x128 --pictures full                  # under two minutes
 
 Writes ``benchmarks/results/regions.json``: milliseconds and peak memory for each size of picture, and with ``--tune`` for every
-choice of the kernel's constants. All write the same tensors, the target of Eq. (5) among them. A kernel that does not beat the
-compiled version has to go; ``bound_ms`` is the time that its bytes alone need, at the speed of a copy on the same device.
+choice of the kernel's constants; after each case what there is of it. All write the same tensors, the target of Eq. (5) among
+them. A kernel that does not beat the compiled version has to go; ``bound_ms`` is the time that its bytes alone need, at the
+speed of a copy on the same device.
 """
 
 import argparse
@@ -114,8 +115,8 @@ def main() -> None:
             case = f"{name} {pictures} {dtype}".replace("torch.", "")
             record[case] = measure(view, share, dtype, tune=args.tune)
             print(case, json.dumps(record[case]), flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A device is a core here: one thread, so that two ranks have two of them. On a GPU machine it is a GPU, and ranks are left out.
 Which points are held out is fixed before anything is measured; the larger encoder is among them, for that is what is asked of
-the model elsewhere too.
+the model elsewhere too. Steps cut their regions by matrices on CPUs as well, for these kernels are what ``scaling_work.py``
+counts; a run on a CPU cuts picture by picture, in less time.
 """
 
 import json

@@ -7,7 +7,7 @@ Each way trains on from the same weights. ``step`` is one batch that lies ready 
 step`` is ours from canvases, beside the usual step whose regions its workers would have cut; ``whole`` is from JPEGs, ours in
 their shards and the usual way's in a folder. All run with the settings of this process: threads, and the allocator that
 ``dist.start`` arranges, which both gain from. Prints a table and writes milliseconds of every round, and ratios with the lowest
-and the highest round.
+and the highest round; what there is of them after each part.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import usual
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from personmae import checkpoint, config, dist, metrics, pretrain
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
@@ -40,6 +39,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers.json"
 MOST_FILES = 50_000  # of a large data set, the usual way is given so many pictures
 MEMORY_WARM_UP = 3  # steps until memory is taken and code is compiled
 TOTAL_STEPS = 100_000  # of the schedules; what a step takes does not depend on it
+Times = dict[str, dict[str, list[float]]]  # milliseconds of a step in each round: by way, then by part
 
 
 @dataclass
@@ -70,7 +70,8 @@ class Ours:
         return pretrain.to_device(next(reader), self.state.world.device, self.copies)
 
     def cut(self, batch: CanvasBatch) -> dict[str, Tensor]:
-        torch.compiler.cudagraph_mark_step_begin()
+        if self.state.settings.train.cuda_graphs:  # else it would only import much of the compiler
+            torch.compiler.cudagraph_mark_step_begin()
         return self.prepare(*batch, self.state.view)
 
     def step(self, inputs: dict[str, Tensor]) -> None:
@@ -115,7 +116,7 @@ def usual_ways(
         done += 1
 
     ready = usual.Sample(*(tensor.to(device) for tensor in next(batches)))
-    return {"step": Way(lambda: step(ready)), "whole": Way(lambda: step(next(batches)), 2 * num_ahead)}
+    return {"step": Way(lambda: step(ready)), "whole": Way(lambda: step(next(batches)), num_ahead)}
 
 
 def measure(way: Way, num_steps: int, device: torch.device) -> float:
@@ -133,12 +134,6 @@ def measure(way: Way, num_steps: int, device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def epochs(loader: DataLoader[usual.Sample]) -> Iterator[usual.Sample]:
-    """One epoch after the other."""
-    while True:
-        yield from loader
 
 
 def to_files(shards: ShardSet, folder: Path) -> None:
@@ -166,9 +161,16 @@ def read_settings(arguments: argparse.Namespace) -> config.Pretrain:
     )
 
 
-def compare(arguments: argparse.Namespace, world: dist.World, folder: Path) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of a step in each round: by way, then by part."""
+def compare(arguments: argparse.Namespace, world: dist.World, folder: Path, tell: Callable[[Times], object]) -> None:
+    """Tell the milliseconds of a step, after each part in each round all that there are."""
     settings, num_workers = read_settings(arguments), dist.usable_cores()
+    variants = {"usual, bf16": (torch.bfloat16, False)}
+    if not arguments.no_fp32:
+        variants["usual, fp32"] = torch.float32, False
+    if arguments.compile_usual:
+        variants["usual, bf16, torch.compile"] = torch.bfloat16, True
+    num_ahead = 2 * num_workers  # what the workers of a DataLoader have ready
+    num_batches = 1 + num_ahead + len(variants) * (1 + arguments.rounds * (num_ahead + arguments.steps))
     with ShardSet(arguments.shards, folder / "cache") as shards:
         if len(shards) < arguments.batch_size:
             raise UserError(f"a batch of {arguments.batch_size} samples is required; {shards.root} holds {len(shards)}")
@@ -176,33 +178,36 @@ def compare(arguments: argparse.Namespace, world: dist.World, folder: Path) -> d
         to_files(shards, folder / "pictures")
         view = View(**settings.view_arguments())
         pinned = world.device.type == "cuda"
-        loader = usual.load(folder / "pictures", view, arguments.batch_size, num_workers, pin_memory=pinned)
-        batches = epochs(loader)
+        loader = usual.load(
+            folder / "pictures", view, arguments.batch_size, num_workers, pin_memory=pinned, num_batches=num_batches
+        )
+        batches = iter(loader)
         next(batches)  # workers are forked before any thread of ours is started
         ours = Ours(settings, world, shards)
-        variants = {"usual, bf16": (torch.bfloat16, False), "usual, fp32": (torch.float32, False)}
-        if arguments.compile_usual:
-            variants["usual, bf16, torch.compile"] = torch.bfloat16, True
         with closing(pretrain.build_reader(ours.state)) as reader, closing(ours.engine):
             ways = {"ours": ours.ways(reader)}
             for name, (dtype, compiled) in variants.items():
-                ways[name] = usual_ways(ours, batches, 2 * num_workers, dtype=dtype, compile=compiled)
-            found = {name: {part: [] for part in parts} for name, parts in ways.items()}
+                ways[name] = usual_ways(ours, batches, num_ahead, dtype=dtype, compile=compiled)
+            found: Times = {name: {part: [] for part in parts} for name, parts in ways.items()}
             for _ in range(arguments.rounds):
                 for part in ("step", "cut and step", "whole"):
                     for name in ways:
                         if part in ways[name]:
                             found[name][part].append(measure(ways[name][part], arguments.steps, world.device))
-    return found
+                    tell(found)
 
 
-def ratios(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """By how much ours is faster, by part and usual way: the median of the rounds, the lowest and the highest."""
+def ratios(found: Times) -> dict[str, dict[str, dict[str, float]]]:
+    """By how much ours is faster, by part and usual way: the median of the rounds' ratios, the lowest and the highest.
+
+    A round counts in a part that both have done; a part that no round has come to is left out.
+    """
     result: dict[str, dict[str, dict[str, float]]] = {}
     for part, ours in found["ours"].items():
         for name, times in found.items():
-            if name != "ours":
-                per_round = [a / b for a, b in zip(times["step" if part == "cut and step" else part], ours, strict=True)]
+            theirs = times.get("step" if part == "cut and step" else part, [])
+            per_round = [a / b for a, b in zip(theirs, ours, strict=False)]
+            if name != "ours" and per_round:
                 spread = {"lowest": min(per_round), "median": statistics.median(per_round), "highest": max(per_round)}
                 result.setdefault(part, {})[name] = spread
     return result
@@ -239,30 +244,35 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of ours")
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--cuda-graphs", action="store_true", help="torch.compile ours, and replay it as CUDA graphs")
+    parser.add_argument("--no-fp32", action="store_true", help="leave out the usual way in fp32")
     parser.add_argument("--compile-usual", action="store_true", help="measure the usual way under torch.compile too")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help="timed steps of each way in a round")
+    parser.add_argument(
+        "--steps", type=int, default=12, help="timed steps of each way in a round; let each worker give several"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     world = dist.read_world()
     dist.start(world)
-    try:
-        with tempfile.TemporaryDirectory(prefix="personmae-peers-") as folder:
-            found = compare(arguments, world, Path(folder))
-    finally:
-        dist.stop()
     settings = vars(arguments) | {"shards": Path(arguments.shards).name, "out": arguments.out.name}
-    record = {
+    record: dict[str, Any] = {
         "commit": metrics.git_commit(),
         "hardware": metrics.describe_hardware(),
         "versions": checkpoint.versions(),
         "settings": settings | {"device": str(world.device), "threads": torch.get_num_threads()},
-        "milliseconds": found,
-        "ratios": ratios(found),
     }
+
+    def write(found: Times) -> None:
+        record.update(milliseconds=found, ratios=ratios(found))
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="personmae-peers-") as folder:
+            compare(arguments, world, Path(folder), write)
+    finally:
+        dist.stop()
     show(record)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -81,18 +81,18 @@ def cut(
 
 
 class Crops(Dataset[Sample]):
-    """A folder of JPEGs, each cut anew whenever it is asked for."""
+    """A folder of JPEGs, so many times over, each cut anew whenever it is asked for."""
 
-    def __init__(self, folder: Path, view: View):
-        self.paths, self.view = sorted(folder.iterdir()), view
+    def __init__(self, folder: Path, view: View, repeats: int = 1):
+        self.paths, self.view, self.repeats = sorted(folder.iterdir()), view, repeats
         self.num_hidden = round(view.grid[0] * view.grid[1] * view.mask_ratio)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return self.repeats * len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
         view = self.view
-        picture: Any = Image.open(self.paths[index]).convert("RGB")
+        picture: Any = Image.open(self.paths[index % len(self.paths)]).convert("RGB")
         box = RandomResizedCrop.get_params(picture, list(view.crop_scale), list(view.crop_ratio))
         scale = random.randint(0, view.max_shift)
         shift = random.randint(0, scale), random.randint(0, scale // 2)
@@ -101,10 +101,13 @@ class Crops(Dataset[Sample]):
         return Sample(region_a, region_b, torch.from_numpy(np.flatnonzero(~mask)), torch.tensor(shift))
 
 
-def load(folder: Path, view: View, batch_size: int, num_workers: int, *, pin_memory: bool) -> DataLoader[Sample]:
-    """Shuffled batches of a folder of JPEGs."""
+def load(
+    folder: Path, view: View, batch_size: int, num_workers: int, *, pin_memory: bool, num_batches: int = 1
+) -> DataLoader[Sample]:
+    """Shuffled batches of a folder of JPEGs, ``num_batches`` or more in an epoch: at its end the workers begin anew."""
+    repeats = math.ceil(num_batches * batch_size / sum(1 for _ in folder.iterdir()))
     return DataLoader(
-        Crops(folder, view),
+        Crops(folder, view, repeats),
         batch_size,
         shuffle=True,
         num_workers=num_workers,

@@ -23,7 +23,7 @@ from rich.table import Table
 from personmae import checkpoint, dist, metrics
 from personmae.data.stream import BatchReader, JpegReader, ShardSet
 from personmae.errors import UserError
-from personmae.model.personmae import View, cut_batch, draw_batch
+from personmae.model.personmae import View, prepare_batch
 
 IMG_SIZE = (256, 128)
 BATCH_SIZE = 256
@@ -160,9 +160,7 @@ def _pipeline(bench: DataBench, *, num_threads: int) -> float:
 def _with_crops(bench: DataBench) -> float:
     """The regions too, which are otherwise cut on the GPU."""
     with ShardSet(bench.shards, "") as shards, closing(_reader(shards, bench.num_threads)) as reader:
-        batches = (
-            cut_batch(batch.canvas, batch.size, draw_batch(batch.keys, batch.native_size, VIEW), VIEW) for batch in reader
-        )
+        batches = (prepare_batch(*batch, VIEW) for batch in reader)
         next(batches)
         return _rate(batches, bench.num_images // 8)
 

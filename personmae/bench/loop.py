@@ -107,14 +107,13 @@ class Loop:
 
     def run(self, batches: Iterable[CanvasBatch], num_steps: int) -> list[list[float]]:
         """Milliseconds of each part of each step; the device is waited for at the end alone, as a run does."""
-        gc.collect()
-        gc.freeze()
         model, teacher, engine, marks, batches = self._model, self._teacher, self._engine, _Marks(self._device), iter(batches)
         for _ in range(num_steps):
             marks.begin()
             batch = next(batches)
             marks.begin()
-            torch.compiler.cudagraph_mark_step_begin()
+            if self._cell.compile == "graph":  # else it would only import much of the compiler
+                torch.compiler.cudagraph_mark_step_begin()
             inputs = self._prepare(*batch, self._cell.view)
             marks.begin()
             inputs["target"] = teacher(inputs["patches_b"])
@@ -264,7 +263,10 @@ def open_loop(cell: Cell, shards: str | None) -> float | Failed:
         start = time.perf_counter()
         with _loop.batches(SYNTHETIC) as batches:
             _loop.run(batches, 1)
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        gc.collect()
+        gc.freeze()  # as a run does after its first step
+        return seconds
     except Exception as error:
         return _told(error)
 

@@ -1,7 +1,9 @@
 """``personmae bench step``, ``counts`` and ``checkpoint`` on small cases."""
 
+import gc
 import json
 import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,19 @@ def test_graphs_of_another_engine_are_a_cell_that_fails_in_one_line() -> None:
     with _Alone() as process:
         assert process.ask(open_loop, replace(CELL, engine="fsdp", compile="graph"), None) is None
         assert process.failed == "CUDA graphs need the native engine, got fsdp"
+
+
+def graphs_and_frozen() -> tuple[bool, int]:
+    """Whether the compiler's CUDA graphs are imported, and how many objects a collection no longer goes over."""
+    return "torch._inductor.cudagraph_trees" in sys.modules, gc.get_freeze_count()
+
+
+def test_an_eager_loop_is_without_graphs_and_frozen_after_its_first_step() -> None:
+    with _Alone() as process:
+        assert process.ask(open_loop, CELL, None), process.failed
+        graphs, num_frozen = process.ask(graphs_and_frozen) or (True, 0)
+    assert not graphs
+    assert num_frozen > 50_000
 
 
 def one_step(engines: tuple[str, ...]) -> dict[str, dict[str, Any]]:

@@ -29,14 +29,19 @@ VIEW = View((128, 64), 16, (0.5, 0.4, 0.6), (0.5, 0.6, 0.4), 32, (0.8, 1.0), (0.
 LR, WEIGHT_DECAY, BETAS, MOMENTUM = 1e-2, 0.5, (0.9, 0.95), 0.9
 
 
-@pytest.fixture(scope="module")
-def usual() -> Any:
-    """The module ``usual``, which lies beside its script and is no package's."""
+def load_peer(name: str) -> Any:
+    """A module that lies in the folder of the script and is no package's."""
     sys.path.insert(0, str(PEERS))
     try:
-        return importlib.import_module("usual")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(PEERS))
+
+
+@pytest.fixture(scope="module")
+def usual() -> Any:
+    """The usual way itself."""
+    return load_peer("usual")
 
 
 def new_model() -> PersonMAE:
@@ -159,6 +164,21 @@ def test_samples_of_a_folder_are_random_but_whole(usual: Any, pictures: Path) ->
     assert len({tuple(sample.ids_keep.tolist()) for sample in samples}) > 30
     batch = next(iter(usual.load(pictures / "more", VIEW, 4, 0, pin_memory=False)))
     assert batch.region_a.shape == (4, 3, 128, 64)
+
+
+def test_an_epoch_has_as_many_batches_as_are_asked_for(usual: Any, pictures: Path) -> None:
+    batches = list(usual.load(pictures / "more", VIEW, 4, 0, pin_memory=False, num_batches=6))
+    assert len(batches) >= 6
+    assert {len(batch.region_a) for batch in batches} == {4}
+
+
+def test_ratios_are_of_the_rounds_that_both_have_done() -> None:
+    ours = {"step": [10.0, 20.0], "cut and step": [20.0], "whole": []}
+    found = load_peer("compare").ratios({"ours": ours, "usual, bf16": {"step": [30.0, 20.0], "whole": []}})
+    assert found == {
+        "step": {"usual, bf16": {"lowest": 1.0, "median": 2.0, "highest": 3.0}},
+        "cut and step": {"usual, bf16": {"lowest": 1.5, "median": 1.5, "highest": 1.5}},
+    }
 
 
 def test_masks_hide_exactly_so_many_patches_mostly_in_blocks(usual: Any) -> None:
