@@ -100,9 +100,14 @@ def test_an_import_killed_ten_times_at_random_ends_with_the_bytes_of_an_undistur
 def start(source: Path, out: Path) -> subprocess.Popen[str]:
     """The command with two processes, as the leader of a process group."""
     command = [sys.executable, "-m", "personmae", "shards", "write", source, out, "--shard-mb", SHARD_MB, "--processes", 2]
-    return subprocess.Popen(
-        [*map(str, command)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # A shell has its background jobs ignore Ctrl-C, and what they start inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [*map(str, command)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def await_true(condition: Callable[[], bool]) -> None:

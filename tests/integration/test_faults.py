@@ -60,7 +60,7 @@ def test_bursts_of_server_errors_are_waited_out(
 def test_a_stalled_connection_is_given_up_for_another(
     remote: Remote, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 0.5)
+    monkeypatch.setattr(storage, "READ_TIMEOUT_SECONDS", 2.0)  # less is what a busy machine may take for any read
     proxy.faults = [Fault(times=2, what="stall", after_bytes=5_000)]
     totals = read_both(remote.small, tmp_path)
     assert totals["personmae_stream_retries_total{reason=timeout}"] == 2
