@@ -75,7 +75,8 @@ def main() -> None:
     fast = [f"train.compile={str(not args.eager).lower()}", f"train.cuda_graphs={str(args.graphs).lower()}"]
     ways = {"plain": PLAIN, "fast": ["train.precision=bf16", *fast], "plain, another seed": [*PLAIN, "seed=1"]}
     record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
-    record |= {"versions": checkpoint.versions(), "settings": {k: str(v) for k, v in vars(args).items() if k != "shards"}}
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("shards", "out")}
+    record |= {"versions": checkpoint.versions(), "settings": settings}
     record |= {"ways": ways, "apart": {}, "last_loss": {}, "losses": {}}
     curves, distances = record["losses"], record["apart"]
     args.out.parent.mkdir(parents=True, exist_ok=True)

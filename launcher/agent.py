@@ -65,9 +65,8 @@ class Agent:
             signal.signal(number, self._on_signal)
         server = None
         try:
-            server = (
-                serve(self.options.port, self.metrics, self.health, gpu=self.options.gpu_metrics) if self.options.port else None
-            )
+            if self.options.port:
+                server = serve(self.options.port, self.metrics, self.health, gpu=self.options.gpu_metrics)
             if self.options.log_dir:
                 self.options.log_dir.mkdir(parents=True, exist_ok=True)
             self.link.start()

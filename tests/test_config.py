@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from personmae import config
+from personmae.commands.arguments import Parser
 from personmae.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
@@ -237,3 +238,17 @@ def test_every_section_is_frozen_and_refuses_unknown_keys(kind):
     for section in [kind, *(s for s in sections if isinstance(s, type) and issubclass(s, config.Section))]:
         assert section.model_config.get("frozen") is True
         assert section.model_config.get("extra") == "forbid"
+
+
+def test_overrides_may_stand_before_and_behind_options_but_other_words_may_not(capsys):
+    parser = Parser(prog="p")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--gpus", type=int)
+    found = parser.parse_args(["c.yaml", "a.b=1", "--gpus", "8", "c.d=2"])
+    assert (found.config, found.gpus, found.overrides) == ("c.yaml", 8, ["a.b=1", "c.d=2"])
+    with pytest.raises(SystemExit, match="78"):
+        parser.parse_args(["c.yaml", "--gpus", "8", "word"])
+    with pytest.raises(SystemExit, match="78"):
+        parser.parse_args(["c.yaml", "--gpu=8x"])
+    assert "unrecognized arguments: word" in capsys.readouterr().err
