@@ -112,10 +112,10 @@ if [ -z "$REHEARSE" ]; then
   part regions 80 $PYTHON benchmarks/regions.py --sizes 256x128 --pictures full --out "$OUT/regions.json"
   part grid-base 120 $PYTHON -m personmae bench step --sizes base --batches 1024,64 --engines native --compile off,on,graph --steps 10 --rounds 2 --out "$OUT/grid-base.json"
   part grid-small 100 $PYTHON -m personmae bench step --sizes small --batches 1024,64 --engines native --compile off,on,graph --steps 10 --rounds 2 --out "$OUT/grid-small.json"
-  part pipeline-base 75 $PYTHON -m personmae bench step --sizes base --batches 1024 --compile on --shards "$WORK/shards" --steps 15 --rounds 2 --out "$OUT/pipeline-base.json"
+  part pipeline-base 105 $PYTHON -m personmae bench step --sizes base --batches 1024 --compile on --cutters torch,triton --shards "$WORK/shards" --steps 15 --rounds 2 --out "$OUT/pipeline-base.json"
   part pipeline-small 60 $PYTHON -m personmae bench step --sizes small --batches 1024 --compile on --shards "$WORK/shards" --steps 20 --rounds 2 --out "$OUT/pipeline-small.json"
-  part peers-base 95 $PYTHON benchmarks/peers/compare.py --shards "$WORK/shards" --size base --img-size 256 128 --batch-size 256 --compile --no-fp32 --rounds 2 --steps 48 --out "$OUT/peers-base.json"
-  part peers-small 75 $PYTHON benchmarks/peers/compare.py --shards "$WORK/shards" --size small --img-size 256 128 --batch-size 256 --compile --no-fp32 --rounds 2 --steps 64 --out "$OUT/peers-small.json"
+  part peers-base 80 $PYTHON benchmarks/peers/compare.py --shards "$WORK/shards" --size base --img-size 256 128 --batch-size 256 --compile --no-fp32 --rounds 2 --steps 48 --out "$OUT/peers-base.json"
+  part peers-small 60 $PYTHON benchmarks/peers/compare.py --shards "$WORK/shards" --size small --img-size 256 128 --batch-size 256 --compile --no-fp32 --rounds 2 --steps 64 --out "$OUT/peers-small.json"
   part curve 110 $PYTHON benchmarks/curve.py "$WORK/shards" --size small --img-size 256 128 --batch-size 256 --steps 100 --out "$OUT/curve.json"
   part deepspeed 75 $PYTHON -m personmae bench step --sizes base --batches 256 --engines "plain,native,deepspeed 1,fsdp" --compile off --steps 8 --rounds 2 --out "$OUT/engines.json"
 else

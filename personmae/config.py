@@ -106,6 +106,9 @@ class Train(Section):
     cuda_graphs: bool = Field(
         default=False, description="replay all of that as CUDA graphs: for small batches on many GPUs; needs the native engine"
     )
+    cutter: Literal["torch", "triton"] = Field(
+        default="torch", description="who cuts the regions on a GPU: torch's operations, or one Triton kernel, not yet timed"
+    )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         default="none", description="what of the encoder the backward pass computes again instead of keeping it"
     )
@@ -256,6 +259,11 @@ class Pretrain(Section):
             "feature_weight": self.loss.feature_weight,
             "beta": self.loss.beta,
         }
+
+    def prepare_arguments(self) -> dict[str, Any]:
+        """Arguments of ``model.personmae.choose_prepare``."""
+        train = self.train
+        return {"cutter": train.cutter, "compiled": train.compile, "cuda_graphs": train.cuda_graphs}
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""

@@ -22,7 +22,7 @@ from personmae.heartbeat import Phase
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model import teacher as ema
-from personmae.model.personmae import Batch, PersonMAE, View, compile_parts, prepare_batch
+from personmae.model.personmae import Batch, PersonMAE, View, choose_prepare, compile_parts
 from personmae.model.teacher import Teacher
 from personmae.model.vit import SIZES
 from personmae.plan import show_plan
@@ -52,7 +52,9 @@ def run(settings: config.Pretrain) -> None:
     model = build_model(settings).to(world.device)
     view = View(**settings.view_arguments())
     teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device) if settings.loss.feature_weight else None
-    prepare = compile_parts(model, teacher, settings.train.cuda_graphs) if settings.train.compile else prepare_batch
+    prepare = choose_prepare(model, **settings.prepare_arguments())
+    if settings.train.compile:
+        compile_parts(model, teacher, settings.train.cuda_graphs)
     engine = build_engine(settings, model, plan)
 
     state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)))

@@ -54,7 +54,7 @@ def test_the_counted_operations_are_those_of_the_formula_and_of_cutting_the_regi
 def test_a_kernel_is_what_computes_and_a_view_is_none():
     left, right, kernels = work_of.torch.zeros(6, 4), work_of.torch.zeros(6, 3), work_of._Kernels()
     with kernels:
-        left.t()[:] @ right[None].expand(1, -1, -1)[0]
+        _ = left.t()[:] @ right[None].expand(1, -1, -1)[0]
     assert kernels.rows == [(2 * 4 * 6 * 3, 4 * (24 + 18 + 12))]
 
 

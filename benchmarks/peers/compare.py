@@ -31,7 +31,7 @@ from personmae import checkpoint, config, dist, metrics, pretrain
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.errors import UserError
 from personmae.guard import Guard
-from personmae.model.personmae import View, prepare_batch
+from personmae.model.personmae import View
 from personmae.model.teacher import Teacher
 from personmae.state import Run
 
@@ -59,7 +59,9 @@ class Ours:
         teacher = self.teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device)
         self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         train = settings.train
-        self.prepare = pretrain.compile_parts(model, teacher, train.cuda_graphs) if train.compile else prepare_batch
+        self.prepare = pretrain.choose_prepare(model, **settings.prepare_arguments())
+        if train.compile:
+            pretrain.compile_parts(model, teacher, train.cuda_graphs)
         plan = dist.plan_batch(settings.train.global_batch_size, 1, settings.train.global_batch_size)
         self.engine = pretrain.build_engine(settings, model, plan)
         self.state = Run(settings, world, plan, view, shards, self.engine, teacher, TOTAL_STEPS)

@@ -23,7 +23,7 @@ from personmae.bench.counts import view_at
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet, to_device
 from personmae.engine.base import Batch, Engine
 from personmae.errors import UserError
-from personmae.model.personmae import PersonMAE, View, compile_parts, prepare_batch
+from personmae.model.personmae import Cutter, PersonMAE, View, choose_prepare, compile_parts
 from personmae.model.teacher import Teacher
 from personmae.model.vit import ActivationCheckpointing
 
@@ -47,6 +47,7 @@ class Cell:
     precision: str
     checkpointing: ActivationCheckpointing
     img_size: tuple[int, int]
+    cutter: Cutter = "torch"
 
     @property
     def view(self) -> View:
@@ -85,9 +86,10 @@ class Loop:
         self._model = PersonMAE(size=cell.size, compute_dtype=dtype).to(world.device)
         self._model.encoder.activation_checkpointing = cell.checkpointing
         self._teacher = Teacher(self._model.encoder, cell.view.grid, dtype).to(world.device)
-        self._prepare = prepare_batch
-        if cell.compile != "off":
-            self._prepare = compile_parts(self._model, self._teacher, cell.compile == "graph")
+        compiled, graphed = cell.compile != "off", cell.compile == "graph"
+        self._prepare = choose_prepare(self._model, cutter=cell.cutter, compiled=compiled, cuda_graphs=graphed)
+        if compiled:
+            compile_parts(self._model, self._teacher, graphed)
         self._engine = _build_engine(cell, self._model)
         self._synthetic = _synthetic_batch(cell, world.device)
         self._copies = torch.cuda.Stream() if world.device.type == "cuda" else None

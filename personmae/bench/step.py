@@ -40,10 +40,12 @@ from personmae.bench.loop import (
 )
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
+from personmae.model.personmae import Cutter, require_kernel
 from personmae.model.vit import SIZES, ActivationCheckpointing
 
 T = TypeVar("T")
-_KEYS = ("size", "batch_size", "engine", "precision", "compile", "checkpointing", "source")  # in the order they are told
+# In the order they are told.
+_KEYS = ("size", "batch_size", "engine", "precision", "compile", "checkpointing", "cutter", "source")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class StepBench:
     compile: tuple[str, ...] = ("off",)
     precisions: tuple[str, ...] = ("bf16",)
     checkpointing: tuple[str, ...] = ("none",)
+    cutters: tuple[str, ...] = ("torch",)
     img_size: tuple[int, int] = (256, 128)
     shards: str | None = None
     num_steps: int = 20
@@ -73,6 +76,7 @@ class StepBench:
             ("compile", self.compile, get_args(Compiled)),
             ("precision", self.precisions, tuple(DTYPES)),
             ("checkpointing", self.checkpointing, get_args(ActivationCheckpointing)),
+            ("cutters", self.cutters, get_args(Cutter)),
         ):
             if wrong := [name for name in given if name not in known]:
                 raise UserError(f"--{what} takes {', '.join(known)}; got {wrong[0]!r}")
@@ -80,9 +84,9 @@ class StepBench:
             raise UserError(f"--img-size must be multiples of 16, got {self.img_size[0]}x{self.img_size[1]}")
         return [
             [
-                Cell(size, batch, engine, how, precision, checkpointing, self.img_size)  # type: ignore[arg-type]
-                for engine, precision, checkpointing, how in itertools.product(
-                    self.engines, self.precisions, self.checkpointing, self.compile
+                Cell(size, batch, engine, how, precision, checkpointing, self.img_size, cutter)  # type: ignore[arg-type]
+                for engine, precision, checkpointing, how, cutter in itertools.product(
+                    self.engines, self.precisions, self.checkpointing, self.compile, self.cutters
                 )
             ]
             for size, batch in itertools.product(self.sizes, self.batches)
@@ -100,6 +104,8 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
     groups, device = bench.groups(), dist.read_world().device
     if "graph" in bench.compile and device.type == "cpu":
         raise UserError("--compile graph needs a GPU and there is none; leave it out")
+    if "triton" in bench.cutters:
+        require_kernel(device)
     if bench.shards:
         _require_samples(bench.shards, max(bench.batches))
     teams = groups if device.type == "cpu" else [[cell] for group in groups for cell in group]
@@ -217,6 +223,7 @@ def _name(row: dict[str, Any], keys: tuple[str, ...] = _KEYS) -> str:
         "batch_size": f"{row['batch_size']} images",
         "compile": {"off": "eager", "on": "compiled", "graph": "CUDA graphs"}[row["compile"]],
         "checkpointing": "" if row["checkpointing"] == "none" else f"{row['checkpointing']} checkpointing",
+        "cutter": "" if row["cutter"] == "torch" else "regions by the kernel",
     }
     return ", ".join(text for key in keys if (text := texts.get(key, row.get(key, ""))))
 

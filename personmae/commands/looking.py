@@ -94,6 +94,7 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
     step.add_argument("--compile", type=names, default=("off",), help="of off, on, and graph, with CUDA graphs (default off)")
     step.add_argument("--precision", type=names, default=("bf16",), help="of bf16, fp32 (default bf16)")
     step.add_argument("--checkpointing", type=names, default=("none",), help="of none, selective, full (default none)")
+    step.add_argument("--cutters", type=names, default=("torch",), help="of regions: torch, triton (default torch)")
     step.add_argument("--img-size", type=size, default=(256, 128), metavar="HxW", help="pixels (default 256x128)")
     step.add_argument("--shards", metavar="DIR", help="also measure the whole pipeline, with these shards")
     step.add_argument("--steps", type=counting, default=20, help="steps of each cell a round (default 20)")
@@ -110,6 +111,7 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
             compile=args.compile,
             precisions=args.precision,
             checkpointing=args.checkpointing,
+            cutters=args.cutters,
             img_size=args.img_size,
             shards=args.shards,
             num_steps=args.steps,

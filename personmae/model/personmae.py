@@ -1,15 +1,18 @@
 """PersonMAE: from a batch of canvases to both losses (Sec. III). Each equation is named where it stands."""
 
+import functools
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Real, UInt8
 from torch import Tensor, nn
 
+from personmae.errors import UserError
 from personmae.model import masking, regions
 from personmae.model.regions import RegionDraws
 from personmae.model.teacher import Teacher
@@ -26,6 +29,7 @@ from personmae.model.vit import (
 )
 
 Batch = dict[str, Tensor]
+Cutter = Literal["torch", "triton"]  # who cuts the regions: torch's operations, or the kernel of ``kernel.py``
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +134,35 @@ def prepare_batch(
     return cut_batch(canvas, size, draw_batch(keys, native_size, view), view, resize)
 
 
+def choose_prepare(
+    model: "PersonMAE", *, cutter: Cutter = "torch", compiled: bool = False, cuda_graphs: bool = False
+) -> Callable[..., Batch]:
+    """``prepare_batch``, or what takes its place: on a GPU it can be compiled, or leave the cutting to the kernel.
+
+    On a CPU it goes picture by picture, which the compiler does not better.
+
+    Raises:
+        UserError: the kernel is asked for and there is no GPU.
+    """
+    device, mode = model.encoder.cls_token.device, "reduce-overhead" if cuda_graphs else None
+
+    def faster(function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, mode=mode) if compiled and device.type == "cuda" else function
+
+    if cutter == "torch":
+        return faster(prepare_batch)
+    require_kernel(device)
+    from personmae.model import kernel  # Triton comes with torch for GPUs alone
+
+    return functools.partial(kernel.prepare_batch, dtype=model.compute_dtype, draw=faster(draw_batch))
+
+
+def require_kernel(device: torch.device) -> None:
+    """Raise a ``UserError`` where the kernel cannot run: it needs a GPU, or Triton's interpreter, which is slow."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError(f"the cutter triton needs a GPU and there is none (the device is {device}); use torch")
+
+
 class Decoder(nn.Module):
     """Predicts all of RegionB from the encoded visible tokens: mask tokens with positions, ViT blocks, one linear layer.
 
@@ -160,9 +193,9 @@ def pixel_target(patches: Float[Tensor, "B L P"]) -> Float[Tensor, "B L P"]:
     return F.layer_norm(patches.float(), (size,), eps=1e-6 * biased) * biased**0.5
 
 
-def pixel_loss(pred: Float[Tensor, "B L P"], patches_b: Float[Tensor, "B L P"]) -> Float[Tensor, ""]:
+def pixel_loss(pred: Float[Tensor, "B L P"], target: Float[Tensor, "B L P"]) -> Float[Tensor, ""]:
     """Eq. (5): squared error to the normalised patches, as a mean over patches, pixels and samples."""
-    return F.mse_loss(pred.float(), pixel_target(patches_b))
+    return F.mse_loss(pred.float(), target)
 
 
 def feature_loss(pred: Float[Tensor, "B L D"], target: Float[Tensor, "B L D"], beta: float) -> Float[Tensor, ""]:
@@ -196,12 +229,15 @@ class PersonMAE(nn.Module):
         self.feature_decoder = Decoder(dim, feature_dim or dim, decoder_depth, dim) if feature_weight > 0 else None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses of one batch of ``cut_batch``, with the teacher's ``target`` (B, L, D) in it where lambda > 0."""
+        """Losses of one batch of ``cut_batch``, with the teacher's ``target`` (B, L, D) in it where lambda > 0.
+
+        A batch may bring its ``pixel_target`` (B, L, P) along, as the kernel's does.
+        """
         with torch.autocast(batch["patches_a"].device.type, self.compute_dtype, self.compute_dtype != torch.float32):
             tokens = self.encoder(batch["patches_a"], batch["coords_a"])  # Eq. (3), normalised
             pixels = self.pixel_decoder(tokens, batch["coords_b"])  # Z_b
             features = self.feature_decoder(tokens, batch["coords_b"]) if self.feature_decoder else None  # Y_b
-        loss_p = pixel_loss(pixels, batch["patches_b"])
+        loss_p = pixel_loss(pixels, batch["pixel_target"] if "pixel_target" in batch else pixel_target(batch["patches_b"]))
         if features is None:
             return {"loss": loss_p, "pixel_loss": loss_p}
         loss_f = feature_loss(features, batch["target"], self.beta)
@@ -215,13 +251,9 @@ class PersonMAE(nn.Module):
         return self.pixel_decoder(self.encoder(batch["patches_a"], batch["coords_a"]), batch["coords_b"])
 
 
-def compile_parts(model: PersonMAE, teacher: Teacher | None, cuda_graphs: bool = False) -> Callable[..., Batch]:
-    """Have student and teacher compiled, each as a whole, at their next call; returns ``prepare_batch``, on a GPU compiled too.
-
-    On a CPU it goes picture by picture, which the compiler does not better.
-    """
+def compile_parts(model: PersonMAE, teacher: Teacher | None, cuda_graphs: bool = False) -> None:
+    """Have student and teacher compiled, each as a whole, at their next call."""
     mode = "reduce-overhead" if cuda_graphs else None
     model.compile(mode=mode)
     if teacher:
         teacher.compile(mode=mode)
-    return torch.compile(prepare_batch, mode=mode) if model.encoder.cls_token.is_cuda else prepare_batch

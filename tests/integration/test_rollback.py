@@ -11,6 +11,7 @@ import pytest
 
 from personmae import checkpoint, config, pretrain
 from personmae.errors import Diverged
+from personmae.model.personmae import prepare_batch
 
 pytestmark = pytest.mark.integration
 SPIKE, EVERY, TOTAL = 13, 4, 24
@@ -28,13 +29,12 @@ def _handlers() -> Iterator[None]:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The sample keys of every batch that is trained on."""
     keys: list[np.ndarray] = []
-    prepare = pretrain.prepare_batch
 
     def recording(canvas: Any, size: Any, native_size: Any, batch_keys: Any, view: Any) -> Any:
         keys.append(batch_keys.numpy().copy())
-        return prepare(canvas, size, native_size, batch_keys, view)
+        return prepare_batch(canvas, size, native_size, batch_keys, view)
 
-    monkeypatch.setattr(pretrain, "prepare_batch", recording)
+    monkeypatch.setattr(pretrain, "choose_prepare", lambda *_, **__: recording)
     return keys
 
 

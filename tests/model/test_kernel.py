@@ -15,7 +15,7 @@ import torch
 from test_personmae import VIEW
 from torch import Tensor
 
-from personmae.model.personmae import Batch, Draws, View, cut_batch, draw_batch, pixel_target
+from personmae.model.personmae import Batch, Draws, PersonMAE, View, choose_prepare, cut_batch, draw_batch, pixel_target
 from personmae.model.regions import RegionDraws
 
 pytestmark = [
@@ -198,6 +198,19 @@ def test_a_drawn_sample_of_each_size_in_use_gives_what_the_twin_gives(device, im
     size = torch.tensor([[height - 7, width - 3]])
     case = canvas, size, draw_batch(torch.tensor([977]), size, view), view, {}
     assert_equal_to_the_twin(case, *run(device, case))
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32")  # the compiler's advice
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_a_step_is_given_the_same_by_either_cutter(device, compiled):
+    torch.compiler.reset()
+    model, size = PersonMAE(size="micro").to(device), torch.tensor([[100, 60], [192, 90]], device=device)
+    canvas = torch.randint(0, 256, (2, *VIEW.canvas_size, 3), dtype=torch.uint8, device=device)
+    inputs = canvas, size, size, torch.tensor([977, 13], device=device), VIEW
+    expected, ours = (choose_prepare(model, cutter=cutter, compiled=compiled)(*inputs) for cutter in ("torch", "triton"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_eq5_loss_equals_float64():
     x, z = patches(), patches(seed=1)
     pairs = zip(x.double().numpy(), z.double().numpy(), strict=True)
     expected = np.mean([paper.eq5_loss(sample, predicted) for sample, predicted in pairs])
-    assert pixel_loss(z, x).item() == pytest.approx(expected, rel=1e-5)
+    assert pixel_loss(z, pixel_target(x)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_eq5_is_computed_in_fp32_from_bf16_predictions():
@@ -312,7 +312,7 @@ def test_predicted_pixels_are_those_the_loss_compares():
     model = a_model()
     batch = with_target(model)
     predicted = model.predict_pixels(batch)
-    assert torch.equal(pixel_loss(predicted, batch["patches_b"]), model(batch)["pixel_loss"])
+    assert torch.equal(pixel_loss(predicted, pixel_target(batch["patches_b"])), model(batch)["pixel_loss"])
     assert unpatchify(predicted, VIEW.grid, 16).shape == (3, 3, 128, 64)
 
 
