@@ -95,10 +95,13 @@ def test_the_dashboard_can_be_imported_and_fills_its_choice_of_runs_by_itself() 
     board = json.loads(BOARD.read_text())
     assert {"title", "uid", "schemaVersion", "time", "templating", "panels"} <= board.keys()
     assert "id" not in board  # a number of the server that it was saved on
-    source, run = board["templating"]["list"]
+    source, namespace, run = board["templating"]["list"]
     assert (source["name"], source["type"], source["query"]) == ("datasource", "datasource", "prometheus")
-    assert (run["name"], run["refresh"], run["multi"], run["includeAll"]) == ("run", 2, True, True)
-    assert unknown([run["query"]]) == set()
+    assert (namespace["name"], run["name"]) == ("namespace", "run")
+    for choice in (namespace, run):
+        assert (choice["refresh"], choice["multi"], choice["includeAll"]) == (2, True, True)
+        assert unknown([choice["query"]]) == set()
+    assert namespace["allValue"] == ".*"  # where there is no such label too
     shown = [panel for panel in board["panels"] if panel["type"] != "row"]
     for panel in shown:
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}, panel["title"]
@@ -115,7 +118,7 @@ def test_every_curve_is_of_the_chosen_runs_and_named_by_labels_that_it_has() -> 
     for target in (target for panel in board["panels"] for target in panel.get("targets", [])):
         text = target["expr"]
         names = re.findall(r"personmae_\w+", text)
-        assert len(re.findall(r'personmae_\w+\{run=~"\$run"', text)) == len(names), text
+        assert len(re.findall(r'personmae_\w+\{namespace=~"\$namespace",run=~"\$run"', text)) == len(names), text
         kept = [set(re.split(r", ?", group)) for group in re.findall(r"\bby \(([\w, ]+)\)", text)]
         base = re.sub(r"_(bucket|sum|count)$", "", names[0])
         has = set.union(*kept) if kept else {"run", "instance", "node_rank"} | labels.get(names[0], labels.get(base, set()))
