@@ -8,7 +8,6 @@ At 256 x 128 and a batch of 1,024, pictures that fill their canvases are 0.35 GB
 are 0.66 GB to write: at least 0.30 ms at 3.35 TB/s and 0.21 ms at 4.8 TB/s. That is arithmetic; it was not yet run on a GPU.
 """
 
-from collections.abc import Callable
 from typing import Any, no_type_check
 
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from personmae.model.personmae import Batch, Draws, View, draw_batch
+from personmae.model.personmae import Batch, Draws, View
 
 ROWS, COLUMNS = 32, 16  # pixels of the canvas that are taken at a time
 NUM_WARPS = 1  # a patch is little work: many programs hide each other's waits
@@ -69,20 +68,6 @@ def cut_batch(
         enable_fp_fusion=False,
     )
     return batch
-
-
-def prepare_batch(
-    canvas: UInt8[Tensor, "B Hc Wc 3"],
-    size: Int[Tensor, "B 2"],
-    native_size: Int[Tensor, "B 2"],
-    keys: Int[Tensor, " B"],
-    view: View,
-    *,
-    dtype: torch.dtype,
-    draw: Callable[..., Draws] = draw_batch,
-) -> Batch:
-    """``personmae.prepare_batch`` with the kernel; ``draw`` is ``draw_batch``, perhaps compiled."""
-    return cut_batch(canvas, size, draw(keys, native_size, view), view, dtype=dtype)
 
 
 @triton.jit

@@ -1,6 +1,5 @@
 """PersonMAE: from a batch of canvases to both losses (Sec. III). Each equation is named where it stands."""
 
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -154,7 +153,12 @@ def choose_prepare(
     require_kernel(device)
     from personmae.model import kernel  # Triton comes with torch for GPUs alone
 
-    return functools.partial(kernel.prepare_batch, dtype=model.compute_dtype, draw=faster(draw_batch))
+    draw = faster(draw_batch)
+
+    def prepare(canvas: Tensor, size: Tensor, native_size: Tensor, keys: Tensor, view: View) -> Batch:
+        return kernel.cut_batch(canvas, size, draw(keys, native_size, view), view, dtype=model.compute_dtype)
+
+    return prepare
 
 
 def require_kernel(device: torch.device) -> None:
