@@ -34,7 +34,13 @@ _OWN = (
     "RESULT",
     "RUN",
     "POD_IP",
+    "HOME",
+    "XDG_CACHE_HOME",
+    "TRITON_CACHE_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_EXTENSIONS_DIR",
 )
+_STORES = ("s3", "gs", "oci", "azure", "azure-dl", "hf", "dbfs", "alipan")  # that mosaicml-streaming reads and writes
 _CPU = r"(?=.*[1-9])\d+(\.\d+|m)?"
 _MEMORY = r"(?=.*[1-9])\d+(\.\d+)?([kMGTP]|[KMGTP]i)?"
 _ROLES = {
@@ -176,6 +182,8 @@ def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
         scheme, _, rest = str(place).partition("://")
         if rest.startswith("/") or not rest or (scheme != "s3" and key in ("root", "init")):
             raise UserError(f"pods lose their disks, so {key} must be on {schemes}; got {place}: give {key}=s3://BUCKET/PREFIX")
+        if scheme not in _STORES:
+            raise UserError(f"{key} must begin with one of {', '.join(f'{name}://' for name in _STORES)}; got {place}")
     objects.check_pictures(str(places.get("root", "")))
     return settings
 

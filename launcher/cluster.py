@@ -13,6 +13,7 @@ MANAGER = "personmae"
 INSTANCE = "app.kubernetes.io/instance"
 _KINDS = ("jobs.batch", "jobsets.jobset.x-k8s.io", "trainjobs.trainer.kubeflow.org")
 _WORKLOADS = {"Job": _KINDS[0], "JobSet": _KINDS[1], "TrainJob": _KINDS[2]}
+_REFERRING = {"RoleBinding", "TrainJob"}  # refused until what they name exists, and in a dry run nothing comes to exist
 _LEFT_BEHIND = (  # what a run may consist of, in the order of deletion
     *_KINDS,
     "trainingruntimes.trainer.kubeflow.org",
@@ -60,7 +61,7 @@ def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> N
             raise UserError(
                 f"{store} belongs to the run {other}, which is at work; delete that first or give another checkpoint.store"
             )
-    apply(kubectl, objects, dry_run=True)
+    apply(kubectl, [item for item in objects if item["kind"] not in _REFERRING], dry_run=True)
 
 
 def _exists(run: str, workload: Object) -> UserError:
@@ -219,11 +220,11 @@ def trainer(workload: Object) -> str:
     return "node" if workload["kind"] == "TrainJob" else "trainer"
 
 
-def at_work(kubectl: Kubectl, runs: Sequence[str]) -> list[str]:
-    """Those of some runs that have a Job which is not over."""
+def states(kubectl: Kubectl, runs: Sequence[str]) -> dict[str, str]:
+    """'Complete', 'Failed' with the reason, 'at work', or 'waits' where a run of a suite has no Job yet."""
     jobs = kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae") if runs else []
-    alive = {job["metadata"]["labels"].get(INSTANCE) for job in jobs if not finished(job)}
-    return [run for run in runs if run in alive]
+    found = {job["metadata"]["labels"].get(INSTANCE): finished(job) or "at work" for job in jobs}
+    return {run: found.get(run, "waits") for run in runs}
 
 
 def finished(workload: Object) -> str | None:
@@ -253,8 +254,13 @@ def set_suspended(kubectl: Kubectl, run: str, suspended: bool) -> None:
     kubectl.run("patch", resource, found["metadata"]["name"], "--type", "merge", "-p", patch)
 
 
+def is_over(workload: Object) -> str | None:
+    """Why nothing can be done with a workload any more."""
+    return finished(workload) or ("being deleted" if workload["metadata"].get("deletionTimestamp") else None)
+
+
 def _require_alive(run: str, workload: Object) -> None:
-    if over := finished(workload) or ("being deleted" if workload["metadata"].get("deletionTimestamp") else None):
+    if over := is_over(workload):
         raise UserError(f"{run} is over ({over}); submit it anew: it goes on from its checkpoint.store")
 
 

@@ -30,7 +30,10 @@ from launcher.kustomization import Object
 from personmae import config
 from personmae.errors import UserError
 
-_ORDER = ("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Service", "NetworkPolicy", "PodDisruptionBudget", "PodMonitor")
+_ORDER = (  # what a kind names comes before it
+    *("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Service", "NetworkPolicy", "PodDisruptionBudget", "PodMonitor"),
+    *("Deployment", "TrainingRuntime", "Job", "JobSet", "TrainJob"),
+)
 _WORKLOADS = {  # kind -> where the trainer's Job spec is in it
     "Job": "/spec",
     "JobSet": "/spec/replicatedJobs/1/template/spec",
@@ -89,7 +92,7 @@ def render(choice: Choice) -> Rendered:
         warnings.append("the image has no digest, so it may change between pods: give --image NAME@sha256:...")
     spec["patches"] = [*_inlined(overlay, spec), *_size_patches(choice, before, nodes, gpus, run, settings.checkpoint.store)]
     objects = kustomization.build(overlay, spec)
-    objects.sort(key=lambda o: _ORDER.index(o["kind"]) if o["kind"] in _ORDER else len(_ORDER) + (o["kind"] in _WORKLOADS))
+    objects.sort(key=lambda o: _ORDER.index(o["kind"]) if o["kind"] in _ORDER else len(_ORDER))
     return Rendered(run, choice.namespace, settings, objects, {"overlay": overlay, **spec}, warnings)
 
 

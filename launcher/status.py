@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from launcher import objects
-from launcher.cluster import INSTANCE, find, finished, refusals, trainer
+from launcher.cluster import INSTANCE, find, finished, refusals, stages, states, trainer
 from launcher.kubectl import Kubectl
 from launcher.kustomization import Object
 from personmae.errors import UserError
@@ -26,7 +26,9 @@ def read(kubectl: Kubectl, run: str) -> dict[str, Any]:
     spec, status = workload["spec"], workload.get("status", {})
     final, passing = refusals(kubectl, [run], workload["metadata"].get("creationTimestamp", ""))
     progress = _progress(kubectl, run, trainer(workload))
-    metrics = next((m for pod in pods if _is_ready(pod) and (m := _metrics(kubectl, pod["metadata"]["name"]))), {})
+    metrics: dict[str, float] = {}  # rank 0 may be on any pod, and have been on another one before
+    for name, value in (item for pod in pods if _is_ready(pod) for item in _metrics(kubectl, pod["metadata"]["name"]).items()):
+        metrics[name] = max(value, metrics.get(name, value))
     step = metrics.get("personmae_last_step")  # it comes with a run's first step
     store = workload["metadata"].get("annotations", {}).get("personmae/store")
     return {
@@ -41,6 +43,7 @@ def read(kubectl: Kubectl, run: str) -> dict[str, Any]:
         else None,
         "progress": progress or ({"step": int(step)} if step is not None else None),
         "checkpoint_age_seconds": _checkpoint_age(metrics, store),
+        "stages": states(kubectl, stages(kubectl, run)),
         "warnings": [*final, *passing],
     }
 
@@ -75,6 +78,7 @@ def to_text(state: dict[str, Any]) -> str:
         f"  to go {shown.get('left', '-')}, last checkpoint {'-' if age is None else f'{age:,.0f} s ago'}",
     ]
     lines += [f"  {p['index']:>3}  {p['phase']:<10} {p['node'] or '-':<24} {p['reason']}".rstrip() for p in state["pods"]]
+    lines += [f"  stage {run}: {found}" for run, found in state["stages"].items()]
     return "\n".join(lines + [f"  warning: {line}" for line in state["warnings"][-5:]])
 
 

@@ -137,7 +137,9 @@ def render_suite(choice: Choice) -> tuple[Rendered, list[Rendered]]:
         )
         if rendered.workload["kind"] != "Job":
             raise UserError(f"the stages of a suite must be Jobs; {stage.name} has the overlay {stage.overlay}: leave it out")
-        rendered.workload["spec"]["ttlSecondsAfterFinished"] = 7 * 86400  # the dispatcher looks at it as long as the suite runs
+        rendered.workload["spec"]["ttlSecondsAfterFinished"] = (
+            90 * 86400
+        )  # the dispatcher looks at it as long as the suite runs
         runs.append(rendered)
         entry = {"name": stage.name, "after": stage.after, "job": rendered.workload["metadata"]["name"]}
         entry |= {"object": rendered.workload} if stage.after else {}
@@ -218,5 +220,5 @@ def table(found: dict[str, dict[str, Any]], failed: dict[str, str]) -> str:
     for name, record in found.items():
         scores = " | ".join(f"{100 * record[key]:.1f}" for key in _SCORES)
         lines.append(f"| {name} | {record['benchmark']} | {scores} |")
-    lines += [f"| {name} | failed: {why} |" + " |" * len(_SCORES) for name, why in failed.items()]
+    lines += [f"| {name} | {why} |" + " |" * len(_SCORES) for name, why in failed.items()]
     return "\n".join(lines) + "\n"

@@ -118,7 +118,7 @@ def _store_of_pods(given: dict[str, str]) -> Iterator[None]:
 
 
 def check_places(runs: list[Rendered]) -> None:
-    """Raise a ``UserError`` unless the data and the buckets that runs name are there; only ``s3://`` is asked."""
+    """Raise a ``UserError`` unless the data and the buckets that runs name are there; of others than ``s3://`` only tell."""
     own = {getattr(rendered.settings, "checkpoint").store for rendered in runs if hasattr(rendered.settings, "checkpoint")}  # noqa: B009
     checks: dict[str, Callable[[str], None]] = {}
     for rendered in runs:
@@ -136,6 +136,8 @@ def check_places(runs: list[Rendered]) -> None:
     for place, require in checks.items():
         if place.startswith("s3://"):
             _look(place, require)
+        else:
+            print(f"warning: whether {place} is there is not looked at: only s3:// is", file=sys.stderr)
 
 
 def _look(place: str, require: Callable[[str], None]) -> None:
@@ -232,7 +234,8 @@ def resume_run(args: argparse.Namespace) -> None:
 def _suspend(args: argparse.Namespace, suspended: bool) -> list[str]:
     """Suspend or resume a run, or a suite's dispatcher and those of its stages that have begun and are not over."""
     kubectl = _kubectl(args)
-    runs = [*cluster.at_work(kubectl, cluster.stages(kubectl, args.run_name)), args.run_name]
+    states = cluster.states(kubectl, cluster.stages(kubectl, args.run_name))
+    runs = [*(run for run, state in states.items() if state == "at work"), args.run_name]
     for run in runs:
         cluster.set_suspended(kubectl, run, suspended)
     return runs
@@ -248,7 +251,10 @@ def delete_run(args: argparse.Namespace) -> None:
             raise
         print(f"what there was of {args.run_name} is deleted")
         return
-    for run in [*cluster.stages(kubectl, args.run_name), args.run_name]:
+    stages = cluster.stages(kubectl, args.run_name)
+    if stages and not cluster.is_over(found):
+        cluster.set_suspended(kubectl, args.run_name, True)  # or its dispatcher would find its stages gone, and say so
+    for run in [*stages, args.run_name]:
         cluster.delete(kubectl, run)
     store = found["metadata"].get("annotations", {}).get("personmae/store")
     print(f"{args.run_name} is deleted" + (f"; its checkpoints stay at {store}" if store else ""))

@@ -500,7 +500,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str,
         raise UserError(f"_base_ must not lead back to the same file; {path} does")
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none there"
-        raise UserError(f"a configuration file is required; {path} does not exist (yaml files beside it: {known})")
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"a configuration file is required; {path} {found} (yaml files beside it: {known})")
     try:
         own = _parse_yaml(path.read_text(), str(path))
     except UnicodeDecodeError as error:

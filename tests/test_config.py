@@ -192,6 +192,7 @@ def test_a_missing_file_names_those_beside_it(path):
     message = refused(path.with_name("rnu.yaml"))
     assert f"{path.with_name('rnu.yaml')} does not exist (yaml files beside it: {path})" in message
     assert "none there" in refused(path.parent / "nowhere" / "run.yaml")
+    assert f"{path.parent} is a folder" in refused(path.parent)
 
 
 @pytest.mark.parametrize("content", ["- a\n- b\n", "just a text", "", "3"])

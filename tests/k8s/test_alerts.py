@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schemas
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +139,8 @@ def test_kustomize_makes_the_rule_and_the_config_map(
 ) -> None:
     rule = kustomize(ALERTS)["PrometheusRule", "personmae"]
     assert rule["spec"] == RULES
+    if schemas.have_custom():
+        schemas.check_custom(rule)
     board = kustomize(BOARD.parent)["ConfigMap", "personmae-dashboard"]
     assert board["metadata"]["labels"] == {"grafana_dashboard": "1"}
     assert json.loads(board["data"]["personmae.json"]) == json.loads(BOARD.read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorder import Captured, Recorder, event, job, personmae
+from recorder import Captured, Recorder, ended, event, job, personmae
 
 from launcher import status
 
@@ -47,6 +47,32 @@ def test_status_tells_pods_ranks_step_and_what_went_wrong(recorder: Recorder, ca
     state = json.loads(capsys.readouterr().out)
     assert [(pod["index"], pod["phase"]) for pod in state["pods"]] == [(0, "Failed"), (1, "Running")]
     assert state["checkpoint_age_seconds"] is None
+
+
+def test_what_rank_0_tells_is_found_on_any_pod_and_the_newest_counts(recorder: Recorder, capsys: Captured) -> None:
+    ready = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
+    pods = [pod(f"run-trainer-{index}-abcde", index, **ready) for index in "012"]
+    recorder.answer("get pods", json.dumps({"items": pods}))
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    for index, step in (("0", ""), ("1", "personmae_last_step 100\n"), ("2", "personmae_last_step 200\n")):
+        answer = f"personmae_world_size 24\n{step}"
+        recorder.answer(f"get --raw run-trainer-{index}-abcde:9400/proxy/metrics", answer)
+    assert personmae("status", "run") == 0
+    assert "step 200" in capsys.readouterr().out
+
+
+def test_status_of_a_suite_tells_its_stages(recorder: Recorder, capsys: Captured) -> None:
+    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    plan = json.dumps({"stages": [{"job": f"run-{name}-trainer"} for name in ("pre", "market", "duke")]})
+    recorder.answer("get configmap run-config", json.dumps({"data": {"plan.json": plan}}))
+    labelled = [
+        job(metadata={"labels": {"app.kubernetes.io/instance": "run-pre"}}, status=ended("Complete")),
+        job(metadata={"labels": {"app.kubernetes.io/instance": "run-market"}}),
+    ]
+    recorder.answer("get jobs.batch -l", json.dumps({"items": labelled}))
+    assert personmae("status", "run") == 0
+    shown = capsys.readouterr().out
+    assert "  stage run-pre: Complete\n  stage run-market: at work\n  stage run-duke: waits" in shown
 
 
 JOBSET = {"spec": {"replicatedJobs": [{"name": "trainer", "template": {"spec": {"parallelism": 4}}}]}}

@@ -228,8 +228,13 @@ def test_a_suite_creates_its_first_jobs_the_dispatcher_and_nothing_of_the_later_
     )
     assert personmae("submit", str(tmp_path / "suite.yaml"), IMAGE, "--no-bucket-check") == 0
     text = next(c["text"] for c in recorder._calls() if "apply" in c["args"])
-    jobs = {i["metadata"]["name"] for i in json.loads(text)["items"] if i["kind"] == "Job"}
-    assert jobs == {"paper-trainer", "paper-base-trainer"}
+    tried = json.loads(text)["items"]
+    assert {i["metadata"]["name"] for i in tried if i["kind"] == "Job"} == {"paper-trainer", "paper-base-trainer"}
+    # The server looks for the Role that a RoleBinding names, which a dry run has not created.
+    assert {"Role", "RoleBinding"} & {i["kind"] for i in tried} == {"Role"}
+    created = [c["text"] for c in recorder._calls() if "apply" in c["args"]][1]
+    kinds = [i["kind"] for i in json.loads(created)["items"]]
+    assert kinds.index("Role") < kinds.index("RoleBinding")
 
 
 def test_places_are_looked_at_before_a_cluster_is_asked(recorder: Recorder, capsys: Captured, s3_server: Any) -> None:
@@ -242,6 +247,23 @@ def test_places_are_looked_at_before_a_cluster_is_asked(recorder: Recorder, caps
     s3_server.client.put_object(Bucket="bucket", Key="shards/index.json", Body=b"{}")
     assert personmae(*arguments) == 0
     assert recorder.calls() == []
+
+
+def test_a_train_job_is_neither_tried_nor_created_before_its_runtime(recorder: Recorder) -> None:
+    recorder.answer("get trainjobs.trainer.kubeflow.org run-run", json.dumps(job(kind="TrainJob")), created=True)
+    assert submitted("--overlay", "trainjob", "--nodes", "4", "--gpus", "8") == 0
+    tried, created = ([i["kind"] for i in json.loads(c["text"])["items"]] for c in recorder._calls() if "apply" in c["args"])
+    assert "TrainingRuntime" in tried
+    assert "TrainJob" not in tried
+    assert created[-2:] == ["TrainingRuntime", "TrainJob"]
+
+
+def test_a_store_that_is_not_looked_at_is_told(recorder: Recorder, capsys: Captured) -> None:
+    places = ["data.shards=gs://bucket/shards", "checkpoint.store=azure://bucket/run"]
+    assert personmae("submit", CONFIG, *places, IMAGE, "--name", "run", "--dry-run", "client") == 0
+    told = capsys.readouterr().err
+    assert "warning: whether gs://bucket/shards is there is not looked at" in told
+    assert "warning: whether azure://bucket/run is there is not looked at" in told
 
 
 def test_places_are_looked_at_where_the_pods_will_look(

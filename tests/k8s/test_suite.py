@@ -145,10 +145,7 @@ def test_a_failed_stage_fails_those_after_it_and_the_table_has_the_others(
     objects.write("s3://results/s/runs/market/result.json", json.dumps(SCORES).encode())
     with pytest.raises(UserError, match="1 of 3 stages failed: duke"):
         dispatcher.run(plan, cluster, pause_seconds=0)
-    assert (
-        "| duke | failed: Failed: PodFailurePolicy: exit code 78 |"
-        in (objects.read("s3://results/s/results.md") or b"").decode()
-    )
+    assert "| duke | Failed: PodFailurePolicy: exit code 78 |" in (objects.read("s3://results/s/results.md") or b"").decode()
     cluster.end("s-pre-trainer", "Failed")
     cluster.jobs = {"s-pre-trainer": cluster.jobs["s-pre-trainer"]}
     states = dispatcher.turn(plan["stages"], cluster)

@@ -13,6 +13,10 @@ def test_a_suite_is_deleted_with_its_runs(recorder: Recorder) -> None:
     assert personmae("delete", "run") == 0
     deleted = [call[call.index("-l") + 1] for call in recorder.calls() if call[0] == "delete"]
     assert deleted == [f"app.kubernetes.io/instance={name}" for name in ("run-base", "run-market", "run")]
+    # Its dispatcher would find its stages gone and write so into the table.
+    changes = [call for call in recorder.calls() if call[0] in ("patch", "delete")]
+    assert changes[0][:3] == ["patch", "jobs.batch", "run-trainer"]
+    assert json.loads(changes[0][-1]) == {"spec": {"suspend": True}}
 
 
 def test_delete_removes_what_a_creation_has_left_without_its_job(recorder: Recorder, capsys: Captured) -> None:
