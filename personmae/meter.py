@@ -63,7 +63,7 @@ class Meter:
         if self.run:
             self._shared.put("run", self.run.registry)
         if on_gpu:
-            self._own.put("allocator", _Allocator())
+            self._own.put("allocator", _Allocator(local_rank))
         asks = gpu and port and local_rank == 0 and heartbeat.DIRECTORY not in os.environ
         self._export = Export(local_rank, self._own, self._shared, port=port, more=gpu_collectors() if asks else [])
 
@@ -323,12 +323,15 @@ class _SetGauges(Collector):
 
 
 class _Allocator(Collector):
-    """Memory of this rank's GPU as torch keeps it."""
+    """Memory of this rank's GPU as torch keeps it; in the thread that asks, another GPU may be the current one."""
+
+    def __init__(self, local_rank: int) -> None:
+        self._device = local_rank
 
     def collect(self) -> Iterator[Metric]:
-        for kind, value in (("allocated", torch.cuda.memory_allocated()), ("reserved", torch.cuda.memory_reserved())):
+        for kind, ask in (("allocated", torch.cuda.memory_allocated), ("reserved", torch.cuda.memory_reserved)):
             text = f"Memory of the rank's GPU that torch has {kind}"
-            yield GaugeMetricFamily(f"personmae_cuda_memory_{kind}_bytes", text, value=value)
+            yield GaugeMetricFamily(f"personmae_cuda_memory_{kind}_bytes", text, value=ask(self._device))
 
 
 def _leave(text: bytes, run_dir: str, store: str | None) -> None:

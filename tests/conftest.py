@@ -17,7 +17,8 @@ from jaxtyping import install_import_hook
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
-install_import_hook(["personmae.model", "personmae.reid"], "beartype.beartype")
+    # On a GPU tests compile, and the compiler does not see through these checks.
+    install_import_hook(["personmae.model", "personmae.reid"], "beartype.beartype")
 torch.set_num_threads(2)
 cv2.setNumThreads(1)
 

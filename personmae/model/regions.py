@@ -26,7 +26,8 @@ _MIX_1, _MIX_2 = 0x7FEB352D, 0x846CA68B - (1 << 32)
 
 def uniforms(keys: Int[Tensor, " B"], stream: int, count: int) -> Float[Tensor, "B count"]:
     """Independent numbers in [0, 1) for each key: a 32-bit hash of (key, stream, counter), of which 24 bits are used."""
-    counter = torch.arange(count, device=keys.device) + ((stream << 16) + 1)
+    # With "+" the compiler takes the product below for an index, of 32 bits on a GPU, which it does not fit.
+    counter = torch.arange(1, count + 1, device=keys.device) | (stream << 16)
     low, high = keys[:, None] & _LOW_32, (keys[:, None] >> 32) & _LOW_32
     x = _mix(low ^ ((counter * _GOLDEN) & _LOW_32))
     return (_mix(x ^ high) >> 8).float() * 2.0**-24

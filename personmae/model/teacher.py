@@ -40,11 +40,12 @@ class Teacher(nn.Module):
         if [p.shape for p in params] != [p.shape for p in ours]:
             raise ValueError("the teacher needs the online encoder's whole parameters; gather them with engine.full_params")
         weight = 1 - momentum
-        if skipped is None:
-            torch._foreach_lerp_(ours, list(params), weight)  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            weights = [(1 - skipped) * weight] * len(ours)
-            torch._foreach_lerp_(ours, list(params), weights)  # pyright: ignore[reportPrivateImportUsage]
+        if skipped is not None:
+            weight = (1 - skipped) * weight
+        # Not _foreach_lerp_: with a weight that is on the device it goes tensor by tensor.
+        moved = torch._foreach_sub(list(params), ours)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(moved, weight)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(ours, moved)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def momentum_at(

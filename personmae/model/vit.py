@@ -90,7 +90,7 @@ class Attention(nn.Module):
         b, length, dim = x.shape
         q, k, v = self.qkv(x).reshape(b, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q = q if num_out is None else q[:, :, -num_out:]
-        # On CPU the flash backward cost half of a whole step at these lengths; docs/results.md has the ratio.
+        # On CPU the flash backward cost half of a whole step at these lengths; docs/performance.md has the ratio.
         attend = F.scaled_dot_product_attention if x.is_cuda else plain_attention
         return self.proj(attend(q, k, v).transpose(1, 2).reshape(b, -1, dim))
 

@@ -76,7 +76,8 @@ def test_momentum_1_never_moves_and_momentum_0_copies():
     teacher.update(list(other.parameters()), 1.0)
     assert all(torch.equal(t, s) for t, s in zip(teacher.encoder.parameters(), student.parameters(), strict=True))
     teacher.update(list(other.parameters()), 0.0)
-    assert all(torch.equal(t, s) for t, s in zip(teacher.encoder.parameters(), other.parameters(), strict=True))
+    for ours, theirs in zip(teacher.encoder.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # the last bit of their distance
 
 
 def test_a_skipped_step_leaves_it_where_it_is_and_any_other_moves_it_as_without_the_flag():
