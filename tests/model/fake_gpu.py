@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TRITON_CACHE_DIR": sys.argv[1]}
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"  # DeepSpeed sets it, and torch would then take the pretence for a GPU
 
 import torch
 import triton
