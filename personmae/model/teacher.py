@@ -42,10 +42,17 @@ class Teacher(nn.Module):
         weight = 1 - momentum
         if skipped is not None:
             weight = (1 - skipped) * weight
-        # Not _foreach_lerp_: with a weight that is on the device it goes tensor by tensor.
-        moved = torch._foreach_sub(list(params), ours)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_mul_(moved, weight)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_add_(ours, moved)  # pyright: ignore[reportPrivateImportUsage]
+        if skipped is None or skipped.is_cpu:
+            torch._foreach_lerp_(ours, list(params), float(weight))  # pyright: ignore[reportPrivateImportUsage]
+        else:
+            move_towards(ours, params, weight)
+
+
+def move_towards(ours: list[Tensor], theirs: Sequence[Tensor], weight: Tensor | float) -> None:
+    """``lerp_`` of many tensors by a weight that is on the device, for which ``_foreach_lerp_`` goes tensor by tensor."""
+    moved = torch._foreach_sub(list(theirs), ours)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_mul_(moved, weight)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_add_(ours, moved)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def momentum_at(

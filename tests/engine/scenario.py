@@ -101,7 +101,7 @@ def run_plain(*, max_norm: float | None, poison: dict[str, str]) -> tuple[dict[s
         if str(step) not in poison:
             optimizer.step()
             for average, parameter in zip(teacher.encoder.parameters(), model.encoder.parameters(), strict=True):
-                average.data += (1 - MOMENTUM) * (parameter.data - average.data)
+                average.data.lerp_(parameter.data, 1 - MOMENTUM)
         optimizer.zero_grad()
         told["norms"].append(norm.item())
         told["skipped"].append(float(str(step) in poison))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from personmae.model.personmae import PersonMAE
-from personmae.model.teacher import Teacher, momentum_at
+from personmae.model.teacher import Teacher, momentum_at, move_towards
 from personmae.model.vit import VisionTransformer, grid_coords
 
 GRID = (8, 4)
@@ -76,8 +76,16 @@ def test_momentum_1_never_moves_and_momentum_0_copies():
     teacher.update(list(other.parameters()), 1.0)
     assert all(torch.equal(t, s) for t, s in zip(teacher.encoder.parameters(), student.parameters(), strict=True))
     teacher.update(list(other.parameters()), 0.0)
-    for ours, theirs in zip(teacher.encoder.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)  # the last bit of their distance
+    assert all(torch.equal(t, s) for t, s in zip(teacher.encoder.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-4, 0.1])
+def test_all_tensors_at_once_move_as_each_of_them_does(weight):
+    ours, theirs = ([p.detach() for p in encoder(seed).parameters()] for seed in (0, 1))
+    expected = [a.lerp(b, weight) for a, b in zip(ours, theirs, strict=True)]
+    move_towards(ours, theirs, torch.tensor(weight))
+    for moved, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(moved, wanted, rtol=0, atol=2e-7 if weight else 0)
 
 
 def test_a_skipped_step_leaves_it_where_it_is_and_any_other_moves_it_as_without_the_flag():
