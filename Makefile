@@ -36,7 +36,7 @@ quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes o
 test: $(INSTALLED) $(VENV)/checkov/bin/checkov ## all tests that this machine can run
 	@tests/integration/install_ceph.sh
 	@tests/integration/install_prometheus.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile # most of them wait: for processes to start, for signals, for time-outs
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs # most of them wait: for processes to start, for signals, for time-outs
 
 checkov: $(VENV)/checkov/bin/checkov ## the manifests' linter, in an environment of its own: its pins do not go with ours
 
