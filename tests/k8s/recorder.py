@@ -32,6 +32,16 @@ class Recorder:
         self._answers.insert(0, (words, code, out, err, created))
         (self._folder / "answers.json").write_text(json.dumps(self._answers))
 
+    def answer_for_a_suite(self) -> None:
+        """Its first stage is complete, its second at work, its third waits."""
+        plan = json.dumps({"stages": [{"job": f"run-{name}-trainer"} for name in ("pre", "market", "duke")]})
+        self.answer("get configmap run-config", json.dumps({"data": {"plan.json": plan}}))
+        labelled = [
+            job(metadata={"labels": {"app.kubernetes.io/instance": "run-pre"}}, status=ended("Complete")),
+            job(metadata={"labels": {"app.kubernetes.io/instance": "run-market"}}),
+        ]
+        self.answer("get jobs.batch -l", json.dumps({"items": labelled}))
+
     def forget(self) -> None:
         (self._folder / "calls.jsonl").write_text("")
 

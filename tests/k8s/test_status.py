@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorder import Captured, Recorder, ended, event, job, personmae
+from recorder import Captured, Recorder, event, job, personmae
 
 from launcher import status
 
@@ -63,13 +63,7 @@ def test_what_rank_0_tells_is_found_on_any_pod_and_the_newest_counts(recorder: R
 
 def test_status_of_a_suite_tells_its_stages(recorder: Recorder, capsys: Captured) -> None:
     recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
-    plan = json.dumps({"stages": [{"job": f"run-{name}-trainer"} for name in ("pre", "market", "duke")]})
-    recorder.answer("get configmap run-config", json.dumps({"data": {"plan.json": plan}}))
-    labelled = [
-        job(metadata={"labels": {"app.kubernetes.io/instance": "run-pre"}}, status=ended("Complete")),
-        job(metadata={"labels": {"app.kubernetes.io/instance": "run-market"}}),
-    ]
-    recorder.answer("get jobs.batch -l", json.dumps({"items": labelled}))
+    recorder.answer_for_a_suite()
     assert personmae("status", "run") == 0
     shown = capsys.readouterr().out
     assert "  stage run-pre: Complete\n  stage run-market: at work\n  stage run-duke: waits" in shown

@@ -78,13 +78,7 @@ def test_a_run_that_is_over_is_neither_scaled_nor_suspended(recorder: Recorder, 
 
 
 def test_a_suite_is_suspended_with_those_of_its_runs_that_are_at_work(recorder: Recorder) -> None:
-    plan = json.dumps({"stages": [{"job": f"run-{name}-trainer"} for name in ("pre", "market", "duke")]})
-    recorder.answer("get configmap run-config", json.dumps({"data": {"plan.json": plan}}))
-    labelled = [
-        job(metadata={"labels": {"app.kubernetes.io/instance": "run-pre"}}, status=ended("Complete")),
-        job(metadata={"labels": {"app.kubernetes.io/instance": "run-market"}}),
-    ]
-    recorder.answer("get jobs.batch -l", json.dumps({"items": labelled}))
+    recorder.answer_for_a_suite()
     for name in ("run", "run-market"):
         found = job(metadata=job()["metadata"] | {"name": f"{name}-trainer"})
         recorder.answer(f"get jobs.batch {name}-trainer", json.dumps(found))
