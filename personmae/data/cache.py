@@ -36,7 +36,7 @@ FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0
 _POLL_SECONDS = 0.05
 _FULL_SECONDS = 10.0  # that a disk may stay full of what other ranks hold
 _PART = ".part"
-_OF_AN_AGENT = "PERSONMAE_HEARTBEAT_DIR"  # set for the ranks that one has started
+_OF_AN_AGENT = "PERSONMAE_HEARTBEAT_DIR"  # heartbeat.DIRECTORY, set for ranks of an agent; data knows no heartbeat
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
