@@ -1,7 +1,5 @@
-"""The shards of an object store on this host: fetched once, checked, within the limit, shared by ranks, nothing else left."""
+"""The shards of an object store on this host: fetched once, checked, shared by ranks, nothing else left."""
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -9,117 +7,23 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from itertools import islice
 from pathlib import Path
 from subprocess import PIPE
-from typing import Any
 
 import boto3.session
-import cv2
 import numpy as np
 import pytest
 import torch
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from caches import NUM_SHARDS, OPTIONS, assert_same, cache_of, num_bytes, present, read_epochs, remote_set
 from streaming.base.storage import CloudDownloader, download
 
 from personmae import heartbeat
 from personmae.data import cache, mds, storage
-from personmae.data.cache import ShardCache
 from personmae.data.counters import StreamCounters
-from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.data.stream import CanvasBatch, ShardSet
 from personmae.errors import UserError
-
-NUM_SHARDS = 64
-OPTIONS: dict[str, Any] = {
-    "canvas_size": (40, 20),
-    "seed": 3,
-    "global_batch_size": 8,
-    "rank": 0,
-    "world_size": 1,
-    "micro_batch_size": 8,
-    "first_step": 0,
-    "num_threads": 2,
-    "prefetch_batches": 2,
-    "block_size": 8,  # two shards
-    "max_bad_ratio": 0.1,
-    "num_connections": 1,
-}
-
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 shards of 4 pictures, 7 kB each; read only."""
-    from streaming import MDSWriter
-
-    directory, rng = tmp_path_factory.mktemp("many") / "set", np.random.default_rng(0)
-    with MDSWriter(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=8_000) as writer:
-        for _ in range(4 * NUM_SHARDS):
-            _, jpeg = cv2.imencode(".jpg", rng.integers(0, 256, (40, 24, 3), dtype=np.uint8))
-            writer.write({"jpeg": jpeg.tobytes()})
-    assert len(list(directory.glob("*.mds"))) == NUM_SHARDS
-    return directory
-
-
-def num_bytes(directory: Path) -> int:
-    return sum(path.stat().st_size for path in directory.glob("*.mds"))
-
-
-@pytest.fixture
-def put(s3_server) -> Callable[[Path, str], str]:
-    """Uploads a directory into a bucket of that name; returns its location."""
-
-    def upload(directory: Path, bucket: str) -> str:
-        s3_server.bucket(bucket)
-        for path in directory.iterdir():
-            s3_server.client.upload_file(str(path), bucket, f"set/{path.name}")
-        return f"s3://{bucket}/set"
-
-    return upload
-
-
-def present(data: ShardSet) -> list[str]:
-    return sorted(path.name for path in data.cache.directory.iterdir())
-
-
-def read_epochs(data: ShardSet, count: int = 1, **options) -> list[CanvasBatch]:
-    """Every batch of the first epochs, black where there is no picture."""
-    batches = []
-    with closing(BatchReader(data, **(OPTIONS | options))) as reader:
-        for batch in islice(reader, count * reader.steps_per_epoch):
-            batches.append(CanvasBatch(*(tensor.clone() for tensor in batch)))
-            for canvas, (height, width) in zip(batches[-1].canvas, batch.size.tolist(), strict=True):
-                canvas[height:], canvas[:, width:] = 0, 0
-    return batches
-
-
-def assert_same(got: list[CanvasBatch], expected: list[CanvasBatch]) -> None:
-    assert len(got) == len(expected) > 0
-    assert all(torch.equal(a, b) for one, other in zip(got, expected, strict=True) for a, b in zip(one, other, strict=True))
-
-
-def cache_of(directory: Path, folder: Path, *, limit_bytes: int | None = None, root: str = "s3://no-such/set") -> ShardCache:
-    """A cache of a data set without the rest of a reader."""
-    index = (directory / mds.INDEX).read_bytes()
-    return ShardCache(root, index, folder, limit_bytes=limit_bytes, retry_seconds=5, counters=StreamCounters())
-
-
-@pytest.fixture
-def copying(many: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Instead of a store, the directory ``many``; yields the names that were fetched."""
-    fetched = []
-
-    def fetch_into(file, root, name, check):
-        check()
-        fetched.append(name)
-        file.write((many / name).read_bytes()[file.tell() :])
-
-    monkeypatch.setattr(storage, "fetch_into", fetch_into)
-    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
-    return fetched
 
 
 def test_an_address_that_nobody_answers_at_is_told_at_once_but_waited_for_below_an_agent(s3_server, monkeypatch):
@@ -240,183 +144,6 @@ def test_threads_that_fetch_at_once_share_one_client(put, many, tmp_path, monkey
         monkeypatch.setattr(boto3.session, "Session", lambda: made.append(1) or session())
         read_epochs(data, num_connections=8)
     assert len(made) == 1
-
-
-# --- the limit ---
-
-
-@contextmanager
-def watching(directory: Path) -> Iterator[list[int]]:
-    """The largest that a directory has been, looked at again and again, never between a removal and what it is for."""
-    largest, stop = [0], threading.Event()
-
-    def watch() -> None:
-        handle = os.open(directory, os.O_RDONLY)
-        while not stop.is_set():
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            largest[0] = max(largest[0], sum(entry.stat().st_size for entry in os.scandir(directory)))
-            fcntl.flock(handle, fcntl.LOCK_UN)
-            time.sleep(0.001)
-        os.close(handle)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield largest
-    finally:
-        stop.set()
-        thread.join()
-
-
-def test_a_cache_of_a_tenth_of_the_data_set_is_never_exceeded_and_reads_the_same(many, copying, tmp_path):
-    with ShardSet(str(many), tmp_path) as local:
-        expected = read_epochs(local, 2)
-    limit = num_bytes(many) // 10
-    data = remote_set(many, tmp_path, limit)
-    with watching(data.cache.directory) as largest:
-        assert_same(read_epochs(data, 2), expected)
-    assert num_bytes(many) // 20 < largest[0] <= limit
-    assert len(copying) <= 2 * NUM_SHARDS + 8
-    totals = data.counters.totals()
-    assert totals["personmae_cache_evictions_total"] >= 2 * NUM_SHARDS - 16
-    assert totals["personmae_cache_bytes"] <= limit
-    data.close()
-    assert all(re.fullmatch(r"shard\.\d+\.mds", name) for name in present(data))
-
-
-@pytest.mark.parametrize(("num_connections", "num_ahead"), [(4, 64), (8, 64), (8, 2)])
-def test_reading_ahead_over_many_connections_stays_within_the_limit(many, copying, tmp_path, num_connections, num_ahead):
-    needed = smallest_limit(remote_set(many, tmp_path / "unused", None), num_connections)
-    with ShardSet(str(many), tmp_path) as local:
-        expected = read_epochs(local, 2)
-    data = remote_set(many, tmp_path, needed)
-    with watching(data.cache.directory) as largest:
-        assert_same(read_epochs(data, 2, num_connections=num_connections, num_ahead=num_ahead), expected)
-    assert largest[0] <= needed
-    data.close()
-
-
-def remote_set(directory: Path, folder: Path, limit_bytes: int | None) -> ShardSet:
-    """A data set whose shards come through ``copying``."""
-    data = ShardSet(str(directory), folder)
-    data.cache, data.cache_limit_bytes = cache_of(directory, folder / "cache", limit_bytes=limit_bytes), limit_bytes
-    data.cache._counters = data.counters
-    return data
-
-
-def smallest_limit(data: ShardSet, num_connections: int) -> int:
-    """The smallest limit that is not refused."""
-    refused, accepted = 1, num_bytes(Path(data.root))
-    while accepted - refused > 1:
-        data.cache_limit_bytes = (refused + accepted) // 2
-        try:
-            BatchReader(data, **{**OPTIONS, "num_connections": num_connections}).close()
-            accepted = data.cache_limit_bytes
-        except UserError:
-            refused = data.cache_limit_bytes
-    return accepted
-
-
-def test_a_limit_too_small_for_the_shuffle_block_is_refused_at_once_with_one_that_works(many, copying, tmp_path):
-    before = threading.active_count()
-    data = remote_set(many, tmp_path, 20_000)
-    with pytest.raises(UserError, match=r"data\.cache_limit_gb must be at least ([\d.]+) .* it is 2e-05") as caught:
-        BatchReader(data, **OPTIONS)
-    assert threading.active_count() == before
-    assert copying == []
-    found = re.search(r"at least ([\d.]+) ", str(caught.value))
-    assert found
-    data = remote_set(many, tmp_path, round(float(found[1]) * 1e9))
-    BatchReader(data, **OPTIONS).close()
-    data.close()
-
-
-def test_what_is_used_last_is_removed_first(many, copying, tmp_path):
-    size = max(path.stat().st_size for path in many.glob("*.mds"))
-    uses = {"shard.00000.mds": 5.0, "shard.00001.mds": 9.0, "shard.00002.mds": 7.0, "shard.00003.mds": 1.0}
-    data = cache_of(many, tmp_path, limit_bytes=3 * size).for_reader(uses.__getitem__, lambda: False)
-    for index in range(4):
-        data.open(index).release()
-    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00002.mds", "shard.00003.mds"]
-    data.open(1).release()
-    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00001.mds", "shard.00003.mds"]
-
-
-def test_a_shard_larger_than_the_limit_is_had_when_it_is_needed_but_not_ahead(many, copying, tmp_path):
-    data = cache_of(many, tmp_path, limit_bytes=1000)
-    assert data.open_if_possible(0) is cache.NotNow.NO_ROOM
-    assert not list(data.directory.iterdir())
-    held = data.open(0)
-    assert len(held.mapped.jpeg(0)) > 100
-    data.open(1).release()
-    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00001.mds"]
-    held.release()
-
-
-@pytest.fixture
-def small_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reserving space fails above 20 kB in a directory, which is room for two shards."""
-    reserve = os.posix_fallocate
-
-    def fallocate(file: int, offset: int, length: int) -> None:
-        directory = Path(os.readlink(f"/proc/self/fd/{file}")).parent
-        if length + sum(path.stat().st_size for path in directory.iterdir()) > 20_000:
-            raise OSError(errno.ENOSPC, "no space")
-        reserve(file, offset, length)
-
-    monkeypatch.setattr(os, "posix_fallocate", fallocate)
-
-
-@pytest.mark.usefixtures("small_disk")
-def test_a_disk_full_of_what_other_ranks_hold_is_waited_for(many, copying, tmp_path):
-    other = cache_of(many, tmp_path)
-    held = [other.open(0), other.open(1)]
-    threading.Timer(0.3, held[0].release).start()
-    data = cache_of(many, tmp_path)
-    assert data.open_if_possible(2) is cache.NotNow.NO_ROOM
-    start = time.monotonic()
-    data.open(2).release()
-    assert 0.2 < time.monotonic() - start < 5
-    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00001.mds", "shard.00002.mds"]
-    held[1].release()
-
-
-@pytest.mark.usefixtures("small_disk")
-def test_a_disk_that_stays_full_is_named_and_nothing_half_written_is_left(many, copying, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_FULL_SECONDS", 0.3)
-    data = cache_of(many, tmp_path)
-    held = [data.open(0), data.open(1)]
-    with pytest.raises(
-        UserError, match=r"shard s3://no-such/set/shard\.00002\.mds needs [\d,]+ bytes and the disk of .* is full"
-    ):
-        data.open(2)
-    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00001.mds"]
-    for shard in held:
-        shard.release()
-    data.open(2).release()
-
-
-@pytest.mark.usefixtures("small_disk")
-def test_what_was_opened_ahead_gives_way_to_what_is_needed(many, copying, tmp_path):
-    ahead: list[cache.HeldShard] = []
-    data = cache_of(many, tmp_path).for_reader(lambda name: 0.0, lambda: bool(ahead) and not ahead.pop().release())
-    ahead += [data.open(0), data.open(1)]
-    assert data.open_if_possible(2) is cache.NotNow.NO_ROOM
-    assert len(ahead) == 2
-    data.open(2).release()
-    assert len(ahead) == 1
-    ahead.pop().release()
-
-
-def test_slices_stay_readable_when_their_file_was_removed(many, copying, tmp_path):
-    data = cache_of(many, tmp_path, limit_bytes=10_000)
-    held = data.open(0)
-    jpeg = held.mapped.jpeg(0)
-    content = bytes(jpeg)
-    held.release()
-    data.open(1).release()
-    assert not (data.directory / "shard.00000.mds").exists()
-    assert bytes(jpeg) == content
 
 
 # --- several readers ---
