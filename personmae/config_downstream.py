@@ -1,0 +1,190 @@
+"""Keys of ``finetune`` and ``unsupervised``."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+
+from personmae.config_file import flatten
+from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Section
+
+BenchmarkName = Literal[
+    "market1501",
+    "occluded_duke",
+    "dukemtmc",
+    "cuhk03_np_detected",
+    "cuhk03_np_labeled",
+    "msmt17",
+    "msmt17_v1",
+    "msmt17_v2",
+    "folder",
+    "csv",
+]
+
+
+class Head(Section):
+    kind: Literal["mgn", "bnneck"] = "mgn"
+    embed_dim: int = Field(default=256, gt=0, description="width of each of MGN's eight embeddings")
+    split: Literal["adaptive", "chunk"] = Field(default="adaptive", description="how MGN cuts rows that 3 does not divide")
+    pool: Literal["cls", "mean", "cls_mean"] = Field(default="cls", description="token pooling of the bnneck head")
+    classifier: Literal["linear", "circle", "arc"] = Field(
+        default="linear", description="scores of classes: linear, or cosines with the margin of circle loss or ArcFace"
+    )
+
+
+class Augment(Section):
+    pad: int = Field(default=10, ge=0, description="pixels of padding before the random crop")
+    flip_prob: Fraction = 0.5
+    erase_prob: Fraction = 0.5
+
+
+class Batch(Section):
+    num_ids: int = Field(default=16, gt=0, description="P: identities in a global batch")
+    num_instances: int = Field(default=16, gt=1, description="K: images of each")
+
+
+class FinetuneOptim(Section):
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(default=5e-3, gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
+    momentum: Fraction = Field(default=0.9, description="of SGD")
+    layer_decay: float = Field(default=0.65, gt=0, le=1)
+    warmup_fraction: Fraction = Field(default=1 / 6, description="share of the run with a linear warm-up")
+    max_norm: float | None = Field(default=None, gt=0)
+
+
+class FinetuneTrain(Section):
+    epochs: int = Field(default=60, gt=0)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = False
+    label_smoothing: Fraction = 0.1
+    drop_path_rate: Fraction = 0.1
+    bn_group_size: int = Field(
+        default=64, gt=1, description="images that batch normalisation takes together, whatever the number of ranks"
+    )
+    max_skipped_steps: int = Field(
+        default=10, gt=0, description="steps in a row that may be skipped because a gradient is not finite"
+    )
+    log_every: int = Field(default=50, gt=0)
+
+
+class Finetune(Section):
+    """Supervised person re-identification on one benchmark."""
+
+    run_dir: str
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    benchmark: BenchmarkName = "market1501"
+    root: str = Field(description="directory of the benchmark")
+    train_on_val: bool = Field(default=True, description="MSMT17: whether list_val belongs to training")
+    init: str = Field(description="a pre-training run or checkpoint, or 'random'")
+    model: Model = Model()
+    head: Head = Head()
+    batch: Batch = Batch()
+    augment: Augment = Augment()
+    optim: FinetuneOptim = FinetuneOptim()
+    train: FinetuneTrain = FinetuneTrain()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the run it is, by dotted key, besides the weights and the data that it starts from."""
+        return _downstream_identity(self)
+
+
+class Feature(Section):
+    pool: Literal["mean", "cls", "cls_mean"] = Field(
+        default="mean", description="token pooling; pre-training gives the class token no loss of its own"
+    )
+
+
+class Cluster(Section):
+    k1: int = Field(default=30, gt=1, description="neighbours whose neighbours are compared")
+    k2: int = Field(default=6, gt=0, description="neighbours over which an encoding is averaged")
+    eps: float = Field(default=0.6, gt=0, lt=1, description="largest Jaccard distance of neighbours in a cluster")
+    min_samples: int = Field(default=4, gt=0, description="pictures that near together begin a cluster")
+    per_camera: bool = Field(
+        default=False, description="compare features standardised within each camera: a weak encoder else clusters by camera"
+    )
+
+
+class Memory(Section):
+    mode: Literal["mean", "hard"] = Field(
+        default="mean", description="which pictures of a batch move a centroid: all in turn, or the least similar"
+    )
+    momentum: Fraction = Field(default=0.1, description="what a centroid keeps of itself at each move")
+    temperature: float = Field(default=0.05, gt=0)
+
+
+class UnsupervisedBatch(Section):
+    num_ids: int = Field(default=32, gt=0, description="P: clusters in a global batch")
+    num_instances: int = Field(default=8, gt=1, description="K: images of each")
+
+
+class UnsupervisedOptim(Section):
+    kind: Literal["sgd"] = "sgd"
+    lr: float = Field(default=7e-3, gt=0)
+    momentum: Fraction = 0.9
+    weight_decay: float = Field(default=5e-4, ge=0)
+    decay_every_epochs: int = Field(default=20, gt=0)
+    decay: Fraction = Field(default=0.1, description="by which the rate is multiplied then")
+    max_norm: float | None = Field(default=None, gt=0)
+
+
+class UnsupervisedTrain(Section):
+    epochs: int = Field(default=50, gt=0)
+    iters_per_epoch: int = Field(default=200, gt=0, description="batches between two clusterings")
+    precision: Literal["bf16", "fp32"] = "bf16"
+    drop_path_rate: Fraction = 0.3
+    bn_group_size: int = Field(
+        default=64, gt=1, description="images that batch normalisation takes together, whatever the number of ranks"
+    )
+    extract_batch_size: int = Field(default=256, gt=0, description="images per rank and forward pass before a clustering")
+    max_skipped_steps: int = Field(
+        default=10, gt=0, description="steps in a row that may be skipped because a gradient is not finite"
+    )
+    log_every: int = Field(default=50, gt=0)
+
+
+class Unsupervised(Section):
+    """Person re-identification without labels (USL), or with those of another benchmark behind it (UDA)."""
+
+    run_dir: str
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    benchmark: BenchmarkName = "market1501"
+    root: str = Field(description="directory of the benchmark")
+    train_on_val: bool = Field(default=True, description="MSMT17: whether list_val belongs to training")
+    init: str = Field(description="a pre-training run (USL), a fine-tuned one (UDA), or a checkpoint of either")
+    model: Model = Model()
+    feature: Feature = Feature()
+    cluster: Cluster = Cluster()
+    memory: Memory = Memory()
+    batch: UnsupervisedBatch = UnsupervisedBatch()
+    augment: Augment = Augment()
+    optim: UnsupervisedOptim = UnsupervisedOptim()
+    train: UnsupervisedTrain = UnsupervisedTrain()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a run the run it is, by dotted key, besides the weights and the data that it starts from."""
+        return _downstream_identity(self)
+
+
+DownstreamT = TypeVar("DownstreamT", bound=Finetune | Unsupervised)
+
+
+def with_normalisation(settings: DownstreamT, mean: Sequence[float], std: Sequence[float]) -> DownstreamT:
+    """The settings with the normalisation that came with the weights."""
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"mean": tuple(mean), "std": tuple(std)})})
+
+
+def _downstream_identity(settings: Finetune | Unsupervised) -> dict[str, Any]:
+    """All but where things lie and how the work is watched or shared; weights and data count by their digests."""
+    values = settings.model_dump(mode="json", exclude={"run_dir", "root", "init", "checkpoint", "metrics"})
+    for name in ("log_every", "max_skipped_steps", "extract_batch_size"):
+        values["train"].pop(name, None)
+    if settings.init != "random":  # else they come with the weights
+        del values["model"]["mean"], values["model"]["std"]
+    return flatten(values)

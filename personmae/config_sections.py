@@ -1,0 +1,75 @@
+"""Sections of the configuration that more than one program has, and the kinds of their values."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # (height, width) in pixels
+Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Triple = tuple[float, float, float]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(Section):
+    size: Literal["micro", "small", "base", "large"] = Field(
+        default="base", description="encoder: micro, ViT-S, ViT-B or ViT-L"
+    )
+    img_size: Size = Field(default=(256, 128), description="(height, width) in pixels")
+    patch_size: int = Field(default=16, gt=0)
+    mean: Triple = Field(default=(0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
+    std: Triple = Field(default=(0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
+
+    @model_validator(mode="after")
+    def _whole_patches(self) -> "Model":
+        if any(side % self.patch_size for side in self.img_size):
+            raise ValueError(f"img_size={self.img_size} must be multiples of patch_size={self.patch_size}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std={self.std} must be above 0")
+        return self
+
+
+class Checkpoint(Section):
+    every_steps: int = Field(default=1000, gt=0, description="save at multiples of so many steps")
+    every_seconds: float | None = Field(default=None, gt=0, description="and so long after the last save, by rank 0's clock")
+    keep_last: int = Field(default=2, gt=0, description="the newest ones, which are kept")
+    keep_every: int | None = Field(default=None, gt=0, description="multiples of so many steps are saved and kept for good")
+    store: str | None = Field(default=None, description="s3://bucket/prefix of this run alone: a copy of each checkpoint")
+    retry_seconds: float = Field(default=600, gt=0, description="how long the upload of a checkpoint is tried again")
+    close_seconds: float = Field(default=120, gt=0, description="how long the end of a run waits for uploads")
+    resume: Literal["auto", "none"] = Field(default="auto", description="auto: continue the newest valid checkpoint of run_dir")
+
+    @field_validator("store")
+    @classmethod
+    def _is_an_object_store(cls, store: str | None) -> str | None:
+        if store is not None and "://" not in store:
+            raise ValueError("must be a location like s3://bucket/prefix, or null; a run's own directory is run_dir")
+        return store
+
+    def writer_arguments(self) -> dict[str, Any]:
+        """Arguments of ``keeper.Writer``, but for where."""
+        return self.model_dump(include={"keep_last", "keep_every", "store", "retry_seconds", "close_seconds"})
+
+    def schedule_arguments(self) -> dict[str, Any]:
+        """Arguments of ``keeper.Schedule``."""
+        return self.model_dump(include={"every_steps", "every_seconds", "keep_every"})
+
+
+class Metrics(Section):
+    port: int = Field(
+        default=0, ge=0, lt=1 << 16, description="Prometheus endpoint of each host where no agent has one; 0 for none"
+    )
+    peak_tflops: float | None = Field(
+        default=None, gt=0, description="10^12 operations a second of one GPU at most; default what is known of it"
+    )
+    gpu: bool = Field(default=True, description="ask NVML about the GPUs too; false where DCGM tells of them")
+    linger_seconds: float = Field(
+        default=0, ge=0, description="how long the endpoint of a complete run stays, for the last numbers to be scraped"
+    )
+
+    def meter_arguments(self) -> dict[str, Any]:
+        """Arguments of ``meter.Meter``."""
+        return self.model_dump(include={"port", "gpu", "linger_seconds"})
