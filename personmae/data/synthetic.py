@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 
@@ -41,7 +42,7 @@ def write_synthetic(
     ``out`` appears complete or not at all: the work is done in ``out.partial`` beside it and renamed. If ``out`` is
     there with the same settings, nothing is done. ``progress(done, total)`` counts pictures. Beside the pictures
     stand ``contact_sheet.png``, ``occluded_duke/query_occlusion.json`` (file name -> share hidden) and, written last,
-    the completion mark ``synthetic.json``.
+    the completion mark ``synthetic.json``. Each benchmark has a copy of it, by which its readers know that people are drawn.
 
     Raises:
         UserError: ``out`` was written with other settings, or holds something else.
@@ -69,9 +70,15 @@ def write_synthetic(
     (partial_out / "occluded_duke" / "query_occlusion.json").write_text(json.dumps(hidden, indent=0) + "\n")
     counts = _count(shots)
     record = {"format_version": FORMAT_VERSION, "settings": asdict(settings), "counts": counts}
-    (partial_out / COMPLETION_MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for benchmark in sorted({Path(folder).parent.name for folder in counts} - {""}):  # it may be copied alone
+        _write_mark(partial_out / benchmark, record)
+    _write_mark(partial_out, record)
     partial_out.rename(out)
     return counts
+
+
+def _write_mark(folder: Path, record: dict[str, Any]) -> None:
+    (folder / COMPLETION_MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def finished_counts(out: Path, settings: SynthSettings) -> dict[str, int] | None:

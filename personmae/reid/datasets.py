@@ -1,18 +1,20 @@
 """ReID benchmarks as they lie on disk: lists of (path, pid, camid), checked before anything is trained.
 
-Nothing here decodes an image, and nothing is downloaded. Synthetic benchmarks use the same layouts, so counts that
-differ from the published ones are reported; a folder that is known to be another benchmark or version is refused.
+Nothing here decodes an image, and nothing is downloaded. Synthetic benchmarks use the same layouts. They carry a mark and
+are called synthetic, and counts that differ from the published ones are reported. A folder that is known to be another
+benchmark or version is refused.
 """
 
 import difflib
 import hashlib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Int
@@ -22,6 +24,7 @@ from personmae.reid.samples import SPLITS, UNKNOWN_CAMID, Sample, read_folders, 
 
 JUNK_PID: Final = -1  # a bad detection: neither a match nor a mistake
 DISTRACTOR_PID: Final = 0  # people without an identity, in Market-1501: wrong answers for every query
+SYNTHETIC_MARK: Final = "synthetic.json"  # 'personmae synth' writes it into each set and beside all of them
 FOLDERS: Final = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
 Counts = Mapping[str, tuple[int, int]]  # split to (images, identities)
 
@@ -31,7 +34,8 @@ class Benchmark:
     """The three splits of one benchmark, in the order of file names or lists.
 
     ``num_junk`` gallery files were left out. ``distractors`` says whether pid 0 stands for people without an identity;
-    elsewhere 0 is an identity like others. ``published`` is empty for a data set of the user's own.
+    elsewhere 0 is an identity like others. ``published`` is empty for a data set of the user's own. ``synthetic`` says
+    whether the people are drawn.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Benchmark:
     distractors: bool = False
     published: Counts = field(default_factory=dict)
     remark: str = ""
+    synthetic: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,16 @@ LAYOUTS: Final = {
 RELAID: Final = Layout(re.compile(r"(?P<pid>\d+)_(?:c|\d+_)(?P<camid>\d+)_\w+\.jpg"), "0000_c14_0030.jpg", ("MSMT17",))
 VERSIONS: Final = {"msmt17_v1": ("MSMT17_V1", "train", "test"), "msmt17_v2": ("MSMT17_V2", "mask_train_v2", "mask_test_v2")}
 NAMES: Final = (*LAYOUTS, "msmt17", *VERSIONS, "folder", "csv")
+TITLES: Final = {
+    "market1501": "Market-1501",
+    "occluded_duke": "Occluded-Duke",
+    "dukemtmc": "DukeMTMC-reID",
+    "cuhk03_np_detected": "CUHK03-NP (detected)",
+    "cuhk03_np_labeled": "CUHK03-NP (labeled)",
+    "msmt17": "MSMT17",
+    "msmt17_v1": "MSMT17_V1",
+    "msmt17_v2": "MSMT17_V2",
+}
 
 _MSMT17: Final = {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)}
 WITHOUT_VAL: Final = _MSMT17 | {"train": (30_248, 1_041)}
@@ -123,7 +138,22 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, sp
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
         raise UserError(f"there is no benchmark {name!r}; the nearest is {near!r}, of {', '.join(NAMES)}")
     _check_usable(benchmark)
-    return benchmark
+    return replace(benchmark, synthetic=is_synthetic(benchmark.root))
+
+
+def is_synthetic(root: str | Path) -> bool:
+    """Whether a set is marked as drawn: by a file in it, or by one beside it that counts its pictures.
+
+    A mark beside it that counts other folders says nothing: a real benchmark may be unpacked next to drawn ones.
+    """
+    root = Path(root).resolve()
+    if (root / SYNTHETIC_MARK).is_file():
+        return True
+    try:
+        counts = json.loads((root.parent / SYNTHETIC_MARK).read_bytes())["counts"]
+        return any(name.startswith(f"{root.name}/") for name in counts)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def train_labels(samples: Sequence[Sample]) -> Int[np.ndarray, " N"]:
@@ -142,6 +172,51 @@ def identity(benchmark: Benchmark) -> dict[str, int | str]:
     return {"data.num_images": len(lines), "data.num_ids": int(labels.max()) + 1, "data.digest": digest}
 
 
+def digest(benchmark: Benchmark) -> str:
+    """What tells two test sets apart: names below the root, bytes, ids and cameras of all queries and gallery pictures.
+
+    Where the set lies does not matter, nor what its layout is called.
+
+    Raises:
+        UserError: a picture is gone.
+    """
+    lines = []
+    for split in ("query", "gallery"):
+        for sample in getattr(benchmark, split):
+            try:
+                num_bytes = os.stat(sample.path).st_size
+            except OSError as error:
+                raise UserError(f"cannot read {sample.path}: {error.strerror}; check the data set") from error
+            name = os.path.relpath(sample.path, benchmark.root)
+            lines.append(f"{split}\t{name}\t{num_bytes}\t{sample.pid}\t{sample.camid}\n")
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def record(benchmark: Benchmark) -> dict[str, Any]:
+    """What a result says of its data: the digest, whether people are drawn, images and identities by split, and a title.
+
+    Raises:
+        UserError: a picture is gone.
+    """
+    return {
+        "benchmark_digest": digest(benchmark),
+        "benchmark_title": title(benchmark),
+        "synthetic": benchmark.synthetic,
+        "counts": {split: list(found) for split, found in count(benchmark).items() if found[0]},
+    }
+
+
+def title(benchmark: Benchmark) -> str:
+    """What a table calls the data: a published benchmark by its name, everything else by what it is."""
+    layout = TITLES.get(benchmark.name)
+    if layout and not benchmark.synthetic and not _differences(benchmark):
+        return layout
+    what = f"{layout} layout" if layout else "own data"
+    no_identity = {DISTRACTOR_PID} if benchmark.distractors else set()
+    num_ids = len({sample.pid for sample in (*benchmark.query, *benchmark.gallery)} - no_identity)
+    return f"{'synthetic people, ' if benchmark.synthetic else ''}{what}, {num_ids:,} identities"
+
+
 def pids_and_camids(samples: Sequence[Sample]) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
     """The two label columns of the samples."""
     pids = np.fromiter((sample.pid for sample in samples), dtype=np.int64, count=len(samples))
@@ -158,21 +233,34 @@ def count(benchmark: Benchmark) -> dict[str, tuple[int, int]]:
 
 def describe(benchmark: Benchmark) -> Description:
     """Images, identities and cameras of each split, what is odd about them, and a comparison with the published numbers."""
-    counts, published = count(benchmark), benchmark.published
-    rows, differences = [f"{'split':<8} {'images':>7} {'ids':>6} {'cameras':>7}"], []
-    for split, (num_images, num_ids) in counts.items():
+    published = benchmark.published
+    rows = [f"{'split':<8} {'images':>7} {'ids':>6} {'cameras':>7}"]
+    for split, (num_images, num_ids) in count(benchmark).items():
         if not num_images:  # it was not asked for
             continue
         camids = {sample.camid for sample in getattr(benchmark, split)}
         cameras = "unknown" if UNKNOWN_CAMID in camids else len(camids)
         rows.append(f"{split:<8} {num_images:>7,} {num_ids:>6,} {cameras:>7}")
-        if published and counts[split] != published[split]:
-            wanted = "{:,} images of {:,} ids".format(*published[split])
-            differences.append(f"{split} has {num_images:,} images of {num_ids:,} ids, published {wanted}")
-    same = "the counts are the published ones" if published else "a data set of your own, with no published counts"
-    note = "; ".join([*(differences or [same]), *([benchmark.remark] if benchmark.remark else [])])
-    is_published = bool(published) and not differences
+    differences = _differences(benchmark)
+    if benchmark.synthetic:
+        found = [title(benchmark)]
+    elif not published:
+        found = ["a data set of your own, with no published counts"]
+    else:
+        found = [title(benchmark), *differences] if differences else ["the counts are the published ones"]
+    note = "; ".join([*found, *([benchmark.remark] if benchmark.remark else [])])
+    is_published = bool(published) and not differences and not benchmark.synthetic
     return Description("\n".join([*rows, *_oddities(benchmark)]), is_published, f"{benchmark.name}: {note}")
+
+
+def _differences(benchmark: Benchmark) -> list[str]:
+    """How the splits that were read differ from the published ones, in words."""
+    lines = []
+    for split, found in count(benchmark).items():
+        wanted = benchmark.published.get(split, found)
+        if found[0] and found != wanted:
+            lines.append("{} has {:,} images of {:,} ids, published {:,} images of {:,} ids".format(split, *found, *wanted))
+    return lines
 
 
 def _oddities(benchmark: Benchmark) -> list[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from personmae import dist
 from personmae.errors import Stopped, UserError
-from personmae.reid import ranking
+from personmae.reid import datasets, ranking
 from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
 from personmae.reid.features import colour_histogram, extract, require_finite, told
 from personmae.reid.heads import ReIDModel
@@ -79,6 +79,7 @@ def _rank(benchmark: Benchmark, vectors: Tensor, rerank: str, stopped: Callable[
     return {
         "benchmark": benchmark.name,
         "root": str(benchmark.root),
+        **datasets.record(benchmark),
         "mAP": result.mAP,
         **{f"rank{k}": result.rank(k) for k in (1, 5, 10)},
         "mINP": result.mINP,
@@ -178,6 +179,8 @@ def _data_change(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 
 def table_row(record: dict[str, Any]) -> str:
-    """One line of a results table, in per cent."""
+    """One line of a results table, in per cent; data that is not a published benchmark is told at its end."""
     scores = "  ".join(f"{name} {100 * record[name]:5.1f}" for name in ("mAP", "rank1", "rank5", "rank10", "mINP"))
-    return f"{record['name']:<24} {record['benchmark']:<14} {scores}"
+    title = record.get("benchmark_title", "")
+    told = "" if title in datasets.TITLES.values() else f"  {title}"
+    return f"{record['name']:<24} {record['benchmark']:<14} {scores}{told}".rstrip()

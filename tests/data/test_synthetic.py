@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ from personmae.data.pedestrians.plan import Shot, SynthSettings, plan
 from personmae.data.pedestrians.wardrobe import Identity, Item, look_alikes, sample_identity
 from personmae.data.synthetic import write_synthetic
 from personmae.errors import UserError
+from personmae.reid.datasets import describe, load_benchmark
 
 SMALL = SynthSettings(
     seed=3,
@@ -72,6 +74,17 @@ def block_means(settings: SynthSettings, shot: Shot) -> list[int]:
 def test_the_number_of_processes_changes_no_byte(written: Path, tmp_path: Path) -> None:
     write_synthetic(tmp_path / "two", SMALL, num_processes=2)
     assert hashes(tmp_path / "two") == hashes(written)
+
+
+def test_readers_know_that_the_people_are_drawn_also_where_a_benchmark_was_copied_alone(written: Path, tmp_path: Path) -> None:
+    for name, layout in (("market1501", "Market-1501"), ("occluded_duke", "Occluded-Duke")):
+        copied = Path(shutil.copytree(written / name, tmp_path / name))
+        for root in (written / name, copied):
+            described = describe(load_benchmark(name, root))
+            assert described.note.startswith(f"{name}: synthetic people, {layout} layout, ")
+    earlier = Path(shutil.copytree(written, tmp_path / "earlier"))  # as sets were written before each had its own mark
+    (earlier / "market1501" / "synthetic.json").unlink()
+    assert load_benchmark("market1501", earlier / "market1501").synthetic
 
 
 def test_another_seed_draws_other_pictures() -> None:

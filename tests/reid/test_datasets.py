@@ -259,3 +259,81 @@ def test_train_on_val_is_refused_where_there_is_no_list_val(tmp_path):
 def test_names_and_published_counts_belong_together():
     assert set(PUBLISHED) == set(NAMES) - {"folder", "csv"}
     assert set(datasets.LAYOUTS) < set(NAMES)
+
+
+# --- real and synthetic, this set and another ---
+
+
+def test_counts_that_are_not_the_published_ones_are_titled_by_their_layout(tmp_path):
+    benchmark = load_benchmark("market1501", build(tmp_path, MARKET))
+    assert datasets.title(benchmark) == "Market-1501 layout, 2 identities"
+    assert describe(benchmark).note.startswith("market1501: Market-1501 layout, 2 identities; train has 3 images")
+    assert datasets.title(in_memory("market1501", PUBLISHED["market1501"])) == "Market-1501"
+    own = Benchmark("folder", "root", (), (Sample("a", 0, 1),), (Sample("b", 0, 2),))
+    assert datasets.title(own) == "own data, 1 identities"
+
+
+def test_a_set_with_the_mark_is_synthetic_even_with_the_published_counts(tmp_path):
+    build(tmp_path / "market1501", MARKET)
+    assert not load_benchmark("market1501", tmp_path / "market1501").synthetic
+    (tmp_path / "market1501" / datasets.SYNTHETIC_MARK).write_text("{}")
+    assert load_benchmark("market1501", tmp_path / "market1501").synthetic
+    drawn = in_memory("market1501", PUBLISHED["market1501"], synthetic=True)
+    assert datasets.title(drawn) == "synthetic people, Market-1501 layout, 750 identities"
+    assert describe(drawn).note == "market1501: synthetic people, Market-1501 layout, 750 identities"
+    assert not describe(drawn).published
+
+
+@pytest.mark.parametrize(
+    ("mark", "synthetic"),
+    [
+        ('{"counts": {"market1501/query": 2}}', True),
+        ('{"counts": {"occluded_duke/query": 2}}', False),  # a real set unpacked next to drawn ones
+        ('{"counts": 3}', False),
+        ("{", False),
+    ],
+)
+def test_the_mark_beside_a_set_counts_where_it_names_the_set(tmp_path, mark, synthetic):
+    build(tmp_path / "market1501", MARKET)
+    (tmp_path / datasets.SYNTHETIC_MARK).write_text(mark)
+    assert load_benchmark("market1501", tmp_path / "market1501").synthetic is synthetic
+
+
+def filled(root: Path, tree: dict[str, list[str]], num_bytes: int = 1) -> Path:
+    build(root, tree)
+    for path in root.rglob("*.jpg"):
+        path.write_bytes(bytes(num_bytes))
+    return root
+
+
+def test_the_digest_is_of_the_test_set_wherever_it_lies_and_whatever_its_layout_is_called(tmp_path):
+    one = load_benchmark("dukemtmc", filled(tmp_path / "one", DUKE))
+    other = load_benchmark("occluded_duke", filled(tmp_path / "two", DUKE), splits=("query", "gallery"))
+    assert datasets.digest(one) == datasets.digest(other)
+    assert datasets.record(one)["counts"] == {"train": [2, 1], "query": [1, 1], "gallery": [2, 2]}
+    assert datasets.record(other)["counts"] == {"query": [1, 1], "gallery": [2, 2]}
+    assert datasets.record(one)["benchmark_title"] == "DukeMTMC-reID layout, 2 identities"
+    assert datasets.record(one)["synthetic"] is False
+
+
+@pytest.mark.parametrize("change", ["names", "bytes", "splits"])
+def test_the_digest_tells_sets_with_the_same_counts_apart(tmp_path, change):
+    tree, num_bytes = dict(DUKE), 1
+    if change == "names":
+        tree[GALLERY] = ["0005_c2_f0000002.jpg", "0006_c1_f0000004.jpg"]
+    if change == "splits":
+        tree[QUERY], tree[GALLERY] = ["0005_c2_f0000002.jpg"], ["0005_c1_f0000001.jpg", "0006_c1_f0000003.jpg"]
+    if change == "bytes":  # drawn from another seed: the names are the same
+        num_bytes = 2
+    one = load_benchmark("dukemtmc", filled(tmp_path / "one", DUKE))
+    other = load_benchmark("dukemtmc", filled(tmp_path / "two", tree, num_bytes))
+    assert datasets.count(one) == datasets.count(other)
+    assert datasets.digest(one) != datasets.digest(other)
+
+
+def test_a_picture_that_has_gone_before_the_digest_is_named(tmp_path):
+    benchmark = load_benchmark("dukemtmc", build(tmp_path, DUKE))
+    gone = Path(benchmark.query[0].path)
+    gone.unlink()
+    with pytest.raises(UserError, match=f"cannot read {gone}: No such file"):
+        datasets.digest(benchmark)

@@ -50,7 +50,9 @@ def test_either_version_is_taken_as_msmt17_and_named(tmp_path, name, folders):
     benchmark = load_benchmark("msmt17", tmp_path)
     assert benchmark.name == name
     assert benchmark == load_benchmark(name, tmp_path / name.upper())
-    assert describe(benchmark).note.startswith(f"{name}: train has 3 images of 2 ids, published 32,621 images of 1,041 ids")
+    assert describe(benchmark).note.startswith(
+        f"{name}: {name.upper()} layout, 2 identities; train has 3 images of 2 ids, published 32,621"
+    )
 
 
 def test_list_val_belongs_to_training_unless_it_is_left_out(tmp_path):

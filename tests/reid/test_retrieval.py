@@ -52,6 +52,11 @@ def test_the_record_holds_scores_counts_and_rank_lists(samples: list[Sample]):
     assert record["mAP"] >= record["mAP_trapezoid"]
     assert record["rank1"] <= record["rank5"] <= record["rank10"] == 1
     assert (record["num_queries"], record["num_valid"], record["num_gallery"], record["rerank"]) == (6, 6, 24, "none")
+    assert record["counts"] == {"query": [6, 6], "gallery": [24, 6]}
+    assert (record["synthetic"], record["benchmark_title"]) == (False, "own data, 6 identities")
+    assert len(record["benchmark_digest"]) == 16
+    assert retrieval.table_row({**record, "name": "run"}).endswith("  own data, 6 identities")
+    assert "Market" not in retrieval.table_row({**record, "name": "run", "benchmark_title": "Market-1501"})
     first = record["rank_lists"][0]
     assert first["query"] == samples[0].path
     removed = {s.path for s in samples if s.pid == 0 and s.camid == 0}
