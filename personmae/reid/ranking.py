@@ -42,7 +42,8 @@ class RankingResult:
 
     AP is the mean of the precision at each hit. ``mAP_trapezoid`` is for cross-checks with the Matlab code of Market-1501:
     it takes the mean of the precision at each hit and just before it. That code also divides CMC by all queries, which is
-    ``cmc`` times ``num_valid / num_queries``. ``mINP`` is the mean of hits / last rank (arXiv 2001.04193).
+    ``cmc`` times ``num_valid / num_queries``. ``mINP`` is the mean of hits / last rank (arXiv 2001.04193). ``ap`` has the AP
+    of each query in their order, None where it has no match.
     """
 
     mAP: float  # noqa: N815 - the field's name
@@ -51,6 +52,7 @@ class RankingResult:
     mAP_trapezoid: float  # noqa: N815
     num_queries: int
     num_valid: int
+    ap: tuple[float | None, ...]
 
     def rank(self, k: int) -> float:
         """Share of valid queries with a match among the first ``k``."""
@@ -100,13 +102,16 @@ def evaluate(similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_
     nth = np.arange(1, len(query) + 1) - starts.repeat(num_hits)  # 1 at a query's first hit
     precision = nth / ranks
     just_before = np.where(ranks > 1, (nth - 1) / np.maximum(ranks - 1, 1), 1.0)
+    average_precision = np.add.reduceat(precision, starts) / num_hits
+    by_query = dict(zip(query[starts].tolist(), average_precision.tolist(), strict=True))
     return RankingResult(
-        mAP=float((np.add.reduceat(precision, starts) / num_hits).mean()),
+        mAP=float(average_precision.mean()),
         cmc=tuple((ranks[starts, None] <= np.arange(1, max_rank + 1)).mean(axis=0).tolist()),
         mINP=float((num_hits / ranks[starts + num_hits - 1]).mean()),
         mAP_trapezoid=float((np.add.reduceat((precision + just_before) / 2, starts) / num_hits).mean()),
         num_queries=len(queries),
         num_valid=len(starts),
+        ap=tuple(by_query.get(i) for i in range(len(queries))),
     )
 
 

@@ -84,6 +84,7 @@ def _rank(benchmark: Benchmark, vectors: Tensor, rerank: str, stopped: Callable[
         **{f"rank{k}": result.rank(k) for k in (1, 5, 10)},
         "mINP": result.mINP,
         "mAP_trapezoid": result.mAP_trapezoid,
+        "cmc": list(result.cmc),
         "rerank": rerank,
         "num_queries": result.num_queries,
         "num_valid": result.num_valid,
@@ -92,6 +93,7 @@ def _rank(benchmark: Benchmark, vectors: Tensor, rerank: str, stopped: Callable[
             _rank_list(benchmark.query[i], [benchmark.gallery[j] for j in row if j >= 0])
             for i, row in zip(chosen.tolist(), lists.tolist(), strict=True)
         ],
+        "query_ap": [None if ap is None else round(ap, 6) for ap in result.ap],
     }
 
 
@@ -136,13 +138,14 @@ def histogram_features(images: ImageSet, camids: np.ndarray) -> Tensor:
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    """Write ``rank_lists.json`` and then ``result.json`` into a directory, each whole or not at all."""
+    """Write ``rank_lists.json``, ``queries.json`` (AP by query) and then ``result.json``, each whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
     lists = {"root": record["root"], "entries": record["rank_lists"]}
-    result = {name: value for name, value in record.items() if name != "rank_lists"}
-    for name, content in (("rank_lists.json", lists), ("result.json", result)):
+    queries = {"benchmark_digest": record.get("benchmark_digest"), "ap": record["query_ap"]}
+    result = {name: value for name, value in record.items() if name not in ("rank_lists", "query_ap")}
+    for name, content in (("rank_lists.json", lists), ("queries.json", queries), ("result.json", result)):
         partial = out / f".partial-{name}"
-        partial.write_text(json.dumps(content, indent=1))
+        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
         partial.replace(out / name)
 
 

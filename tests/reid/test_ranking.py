@@ -72,12 +72,14 @@ def slow_lists(case: Case) -> list[list[int]]:
 
 def slow_scores(case: Case, max_rank: int) -> dict | None:
     """The scores by their definitions; None where no query has a match."""
-    aps, trapezoids, inps, firsts = [], [], [], []
+    aps, trapezoids, inps, firsts, by_query = [], [], [], [], []
     for pid, ranked in zip(case[2].query_pids, slow_lists(case), strict=True):
         hit_ranks = [rank for rank, j in enumerate(ranked, start=1) if case[2].gallery_pids[j] == pid]
         if not hit_ranks:
+            by_query.append(None)
             continue
         aps.append(sum(n / rank for n, rank in enumerate(hit_ranks, start=1)) / len(hit_ranks))
+        by_query.append(aps[-1])
         areas, num_found = [], 0
         for rank in range(1, hit_ranks[-1] + 1):  # precision over recall, by the trapezoid rule
             before = num_found / (rank - 1) if rank > 1 else 1.0
@@ -90,12 +92,14 @@ def slow_scores(case: Case, max_rank: int) -> dict | None:
         return None
     cmc = [sum(first <= k for first in firsts) / len(firsts) for k in range(1, max_rank + 1)]
     means = {name: sum(v) / len(v) for name, v in (("mAP", aps), ("mAP_trapezoid", trapezoids), ("mINP", inps))}
-    return means | {"cmc": cmc, "num_queries": len(case[0]), "num_valid": len(aps)}
+    return means | {"cmc": cmc, "ap": by_query, "num_queries": len(case[0]), "num_valid": len(aps)}
 
 
 def assert_equal(result: ranking.RankingResult, expected: dict) -> None:
     for name, value in expected.items():
-        assert np.allclose(getattr(result, name), value, rtol=0, atol=1e-12), name
+        found, value = (np.array(v, dtype=float) for v in (getattr(result, name), value))  # None becomes NaN
+        assert found.shape == value.shape
+        assert np.allclose(found, value, rtol=0, atol=1e-12, equal_nan=name == "ap"), name
 
 
 def scores(case: Case, **settings: int) -> ranking.RankingResult:

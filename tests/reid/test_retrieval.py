@@ -110,7 +110,11 @@ def test_a_ranking_can_be_stopped(samples: list[Sample]):
 def test_a_record_is_whole_or_absent(samples: list[Sample], tmp_path: Path):
     record = measure(split(samples)) | {"identity": {"seed": 0}}
     retrieval.write_record(tmp_path, record)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_lists.json", "result.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["queries.json", "rank_lists.json", "result.json"]
+    by_query = [ap for ap in json.loads((tmp_path / "queries.json").read_bytes())["ap"] if ap is not None]
+    assert len(by_query) == record["num_valid"]
+    assert sum(by_query) / len(by_query) == pytest.approx(record["mAP"], abs=1e-5)
+    assert record["cmc"][0] == record["rank1"]
     read = retrieval.read_record(tmp_path)
     assert read is not None
     assert (read["mAP"], read["identity"]) == (record["mAP"], {"seed": 0})
