@@ -9,16 +9,19 @@ FROM ${BASE_IMAGE} AS requirements
 # For a network with its own certificate authority or package index
 ARG PIP_CERT
 ARG PIP_INDEX_URL
-ENV PATH=/opt/venv/bin:${PATH} PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY requirements.txt /tmp/
-# All are wheels but DeepSpeed, a Python source, which is built with the locked setuptools and not in an environment that pip
-# would fill without looking at hashes. Its kernels are not compiled: personmae uses none of them.
-RUN --mount=type=cache,target=/root/.cache/pip \
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
+COPY requirements.txt pyproject.toml /tmp/
+# The lock holds the development tools too, so here it constrains: uv checks each file against its hash all the same.
+# All are wheels but DeepSpeed, a Python source. Its kernels are not compiled: personmae uses none of them.
+RUN --mount=type=cache,target=/root/.cache \
+    python3 -m venv /opt/uv && \
     python3 -m venv /opt/venv && \
-    sed -n '/^setuptools==/,/[^\\]$/p' /tmp/requirements.txt > /tmp/setuptools.txt && \
-    pip install --require-hashes --only-binary :all: -r /tmp/setuptools.txt && \
-    DS_BUILD_OPS=0 pip install --require-hashes --only-binary :all: --no-binary deepspeed --no-build-isolation \
-        -r /tmp/requirements.txt
+    sed -n '/^uv==/,/[^\\]$/p' /tmp/requirements.txt > /tmp/uv.txt && \
+    /opt/uv/bin/pip install --require-hashes --only-binary :all: -r /tmp/uv.txt && \
+    if [ -n "${PIP_CERT}" ]; then export SSL_CERT_FILE="${PIP_CERT}"; fi && \
+    DS_BUILD_OPS=0 /opt/uv/bin/uv pip install --python /opt/venv/bin/python \
+        ${PIP_INDEX_URL:+--default-index ${PIP_INDEX_URL}} --only-binary :all: --no-binary deepspeed \
+        --constraint /tmp/requirements.txt --build-constraint /tmp/requirements.txt -r /tmp/pyproject.toml
 
 FROM ${BASE_IMAGE}
 # The compiler is here because train.compile, on by default, cannot do without: Triton builds its driver module with a C compiler

@@ -3,26 +3,39 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
+UPGRADE ?=
 IMAGE ?= personmae
 ENGINE ?= $(if $(shell command -v buildah),buildah,docker)
 IMAGE_FLAGS ?=
 RUN := runs/quickstart
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CHECKOV := $(VENV)/checkov/bin/checkov
+UV := $(BIN)/uv --quiet
+LOCKED := --constraint requirements.txt --build-constraint requirements.txt
+# uv does not see the system's packages, which a venv made with VENV_FLAGS=--system-site-packages is to keep; pip does.
+INSTALL := $(if $(VENV_FLAGS),$(BIN)/python -m pip install --quiet,$(UV) pip install --python $(BIN)/python $(LOCKED))
+COMPILE = $(UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help install quickstart test checkov image image-test lint format clean
+.PHONY: help install lock quickstart test checkov image image-test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED) ## set up .venv and install everything into it
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { echo "Python 3.11, 3.12 or 3.13 is required; $(PYTHON) is $$($(PYTHON) --version 2>&1): give another with 'make PYTHON=python3.12 ...'"; exit 78; }
+	@echo "setting up $(VENV): about 7 GB to download and unpack, a minute on a fast network"
 	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv"; exit 78; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@sed -n '/^uv==/,/[^\\]$$/p' requirements.txt > $(VENV)/uv.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement $(VENV)/uv.txt
+	DS_BUILD_OPS=0 $(INSTALL) --editable '.[dev]'
 	touch $@
+
+lock: $(INSTALLED) ## write the lock anew after a change of pyproject.toml; UPGRADE=--upgrade moves every release in it
+	$(UV) pip compile $(COMPILE) --all-extras --output-file requirements.txt pyproject.toml
+	echo checkov | $(UV) pip compile $(COMPILE) --output-file tests/k8s/checkov.txt -
 
 quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes on 2 CPU cores; interrupt and repeat it at will
 	$(BIN)/personmae synth $(RUN)/data
@@ -33,15 +46,17 @@ quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes o
 	$(BIN)/personmae finetune configs/quickstart_personmae.yaml
 	$(BIN)/personmae report $(RUN)
 
-test: $(INSTALLED) $(VENV)/checkov/bin/checkov ## all tests that this machine can run
+test: $(INSTALLED) $(CHECKOV) ## all tests that this machine can run
 	@tests/integration/install_ceph.sh
 	@tests/integration/install_prometheus.sh
 	$(BIN)/python -m pytest -n 2 --dist loadfile -rs # most of them wait: for processes to start, for signals, for time-outs
 
-checkov: $(VENV)/checkov/bin/checkov ## the manifests' linter, in an environment of its own: its pins do not go with ours
+checkov: $(CHECKOV) ## the manifests' linter, in an environment of its own: its pins do not go with ours
 
-$(VENV)/checkov/bin/checkov: | $(INSTALLED)
-	$(PYTHON) -m venv $(VENV_FLAGS) $(VENV)/checkov && $(VENV)/checkov/bin/pip install --quiet checkov
+$(CHECKOV): tests/k8s/checkov.txt | $(INSTALLED)
+	$(UV) venv --clear --python $(BIN)/python $(VENV)/checkov
+	$(UV) pip install --python $(VENV)/checkov/bin/python --require-hashes --requirement tests/k8s/checkov.txt
+	touch $@
 
 image: ## build the container image with buildah or docker
 	$(ENGINE) build --tag $(IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(IMAGE_FLAGS) .

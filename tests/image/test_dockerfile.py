@@ -1,18 +1,23 @@
 """What can be said of the image without building it; test_build.py builds and runs it."""
 
+import hashlib
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 LOCK = (ROOT / "requirements.txt").read_text()
+CHECKOV_LOCK = (ROOT / "tests/k8s/checkov.txt").read_text()
+MAKEFILE = (ROOT / "Makefile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -88,9 +93,9 @@ def test_the_label_tells_the_version_of_the_project() -> None:
 # --- requirements.txt -----------------------------------------------------------------------------------------------
 
 
-def locked() -> dict[str, Requirement]:
-    """The pins of requirements.txt by name; each must have a hash, and nothing else may stand there."""
-    text = re.sub(r"(?m)^\s*#.*\n", "", LOCK)
+def locked(lock: str = LOCK) -> dict[str, Requirement]:
+    """The pins of a lock by name; each must have a hash, and nothing else may stand there."""
+    text = re.sub(r"(?m)^\s*#.*\n", "", lock)
     entries = [entry for entry in re.split(r"(?m)^(?=\S)", text) if entry]
     found = {}
     for entry in entries:
@@ -105,7 +110,8 @@ def locked() -> dict[str, Requirement]:
 
 def test_the_lock_pins_each_requirement_of_the_project_within_its_range() -> None:
     pins = locked()
-    for each in map(Requirement, PROJECT["dependencies"]):
+    tools = PROJECT["optional-dependencies"]["dev"]
+    for each in map(Requirement, [*PROJECT["dependencies"], *tools]):
         pin = pins[canonicalize_name(each.name)]
         assert each.specifier.contains(str(pin.specifier).removeprefix("==")), f"{pin} is not {each}: lock again"
 
@@ -126,6 +132,48 @@ def test_the_lock_holds_what_its_packages_require_in_turn() -> None:
     assert compared > len(pins) // 2
 
 
-def test_the_lock_names_no_index() -> None:
-    assert "://" not in LOCK
-    assert "index-url" not in LOCK.replace("--no-emit-index-url", "")
+@pytest.mark.parametrize("lock", [LOCK, CHECKOV_LOCK])
+def test_a_lock_names_no_index_and_the_command_that_writes_it(lock: str) -> None:
+    assert "://" not in lock
+    assert "index-url" not in lock
+    assert lock.splitlines()[1] == "#    make lock"
+    assert locked(lock)
+
+
+def test_commands_and_image_install_by_the_same_lock() -> None:
+    (image,) = [rest for rest in values("RUN") if "uv pip install" in rest]
+    assert "--constraint /tmp/requirements.txt --build-constraint /tmp/requirements.txt" in image
+    assert re.search(r"(?m)^LOCKED := --constraint requirements.txt --build-constraint requirements.txt$", MAKEFILE)
+    assert re.search(r"(?m)^\$\(INSTALLED\): pyproject.toml requirements.txt$", MAKEFILE)
+
+
+def test_uv_refuses_a_wheel_whose_hash_is_not_the_constraints(tmp_path: Path) -> None:
+    """What the image and both commands lean on: uv checks the hashes of constraints too."""
+    wheel = tmp_path / "lonely-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("lonely-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: lonely\nVersion: 1.0\n")
+        archive.writestr(
+            "lonely-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("lonely-1.0.dist-info/RECORD", "")
+
+    def install(digest: str) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "lock.txt").write_text(f"lonely==1.0 --hash=sha256:{digest}\n")
+        uv = [
+            Path(sys.executable).parent / "uv",
+            "pip",
+            "install",
+            "--offline",
+            "--no-cache",
+            "--no-index",
+            "--find-links",
+            tmp_path,
+        ]
+        into = ["--python", sys.executable, "--target", tmp_path / "site", "--constraint", tmp_path / "lock.txt", "lonely"]
+        return subprocess.run([*map(str, uv + into)], capture_output=True, text=True, check=False)
+
+    refused = install("0" * 64)
+    assert refused.returncode != 0
+    assert "hash" in refused.stderr.lower()
+    assert install(hashlib.sha256(wheel.read_bytes()).hexdigest()).returncode == 0
+    assert (tmp_path / "site/lonely-1.0.dist-info").is_dir()
