@@ -1,13 +1,17 @@
 """Where a step of the quickstart goes on this CPU, and what its choices are worth.
 
     python benchmarks/cpu_step.py                    # about three minutes on idle cores
+    python benchmarks/cpu_step.py --as avx2          # as without AVX-512 and bf16, in fp32 alone
 
-Writes ``benchmarks/results/cpu_step.json``: milliseconds of each part at a batch of 128, the median of alternating repeats. The
-student is timed with both attention forms and both precisions in turn; the whole is timed in processes that keep freed memory
-(as ``dist.start`` arranges) and in processes that give it back, in turn.
+Writes ``benchmarks/results/cpu_step.json``, one entry per processor: milliseconds of each part at a batch of 128, the median of
+alternating repeats. The student is timed with both attention forms and both precisions in turn; the whole is timed in processes
+that keep freed memory (as ``dist.start`` arranges) and in processes that give it back, in turn. "resize" is a part of
+"cut by image", and "forward" one of "student plain".
 """
 
+import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from commands import AS
 
 from personmae import dist, metrics
 from personmae.model import regions, vit
@@ -28,6 +33,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "cpu_step.json"
 ROUNDS, REPEATS, WARM_UP = 3, 12, 3
 FORMS = {"plain": vit.plain_attention, "sdpa": F.scaled_dot_product_attention}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BF16_TOO = "ONEDNN_MAX_CPU_ISA" not in os.environ
 VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 
 
@@ -38,8 +44,15 @@ def parts() -> dict[str, Callable[[], object]]:
     keys, native = torch.arange(128), torch.tensor([[150, 70]] * 128)
     draws = draw_batch(keys, native, VIEW)
     batch = cut_batch(canvas, native, draws, VIEW) | {"target": torch.randn(128, 32, 128)}
-    models = {dtype: PersonMAE(size="micro", compute_dtype=kind) for dtype, kind in DTYPES.items()}
-    teacher = Teacher(models["bf16"].encoder, VIEW.grid, torch.bfloat16)
+    kinds = {dtype: kind for dtype, kind in DTYPES.items() if dtype == "fp32" or BF16_TOO}
+    models = {dtype: PersonMAE(size="micro", compute_dtype=kind) for dtype, kind in kinds.items()}
+    teachers = {dtype: Teacher(model.encoder, VIEW.grid, kinds[dtype]) for dtype, model in models.items()}
+
+    def teach(dtype: str) -> Callable[[], object]:
+        return lambda: teachers[dtype](batch["patches_b"])
+
+    def forward(dtype: str) -> Callable[[], object]:
+        return lambda: models[dtype](batch)["loss"]
 
     def student(form: str, dtype: str) -> Callable[[], object]:
         def run() -> None:
@@ -49,12 +62,16 @@ def parts() -> dict[str, Callable[[], object]]:
 
         return run
 
-    students = {f"student {form} {dtype}": student(form, dtype) for form in FORMS for dtype in DTYPES}
+    students = {f"student {form} {dtype}": student(form, dtype) for form in FORMS for dtype in kinds}
     return {
         "draw": lambda: draw_batch(keys, native, VIEW),
         "cut by matrices": lambda: cut_batch(canvas, native, draws, VIEW),
-        "cut by picture": lambda: cut_batch(canvas, native, draws, VIEW, regions.resize_pictures),
-        "teacher": lambda: teacher(batch["patches_b"]),
+        "cut by image": lambda: cut_batch(canvas, native, draws, VIEW, regions.resize_pictures),
+        "resize": lambda: regions.resize_pictures(
+            canvas, native, draws.regions, img_size=VIEW.img_size, max_shift=VIEW.max_shift
+        ),
+        **{f"teacher {dtype}": teach(dtype) for dtype in kinds},
+        **{f"forward {dtype}": forward(dtype) for dtype in kinds},
         **students,
     }
 
@@ -78,20 +95,26 @@ def measure(keep_memory: bool) -> dict[str, float]:
 
 def main() -> None:
     """Alternate processes with and without kept memory."""
-    if len(sys.argv) > 1:
-        print(json.dumps(measure(sys.argv[1] == "kept")))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--as", dest="processor", choices=list(AS), default="here", help="processor to behave as")
+    parser.add_argument("--memory", choices=["kept", "returned"], help="measure once in this process, and print")
+    args = parser.parse_args()
+    if args.memory:
+        print(json.dumps(measure(args.memory == "kept")))
         return
     found: dict[str, dict[str, list[float]]] = {"kept": defaultdict(list), "returned": defaultdict(list)}
+    environ = os.environ | AS[args.processor]
     for _ in range(ROUNDS):
         for memory, values in found.items():
-            done = subprocess.run([sys.executable, __file__, memory], check=True, capture_output=True, text=True)
+            command = [sys.executable, __file__, "--memory", memory]
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
             for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                 values[name].append(value)
     medians = {memory: {n: round(statistics.median(v), 1) for n, v in values.items()} for memory, values in found.items()}
-    record = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware(), "milliseconds": medians}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record, indent=1))
+    entry = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware(), "milliseconds": medians}
+    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**record, args.processor: entry}, indent=1) + "\n")
+    print(json.dumps(entry, indent=1))
 
 
 if __name__ == "__main__":
