@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from personmae.commands.arguments import Parser
 from personmae.errors import UserError, run_program
@@ -37,11 +36,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def split(url: str) -> tuple[str, str]:
-    """Bucket and key of an ``s3://`` location; no slash at either end of the key."""
-    parts = urlsplit(url)
-    if parts.scheme != "s3" or not parts.netloc:
+    """Bucket and key of an ``s3://`` location, with no slash at the key's end.
+
+    This is no URL: a key is taken as it is, whatever characters it has.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not bucket:
         raise UserError(f"a location like s3://bucket/prefix is required; got {url}")
-    return parts.netloc, parts.path.strip("/")
+    return bucket, key.rstrip("/")
+
+
+def _prefix(key: str) -> str:
+    """What the keys below ``key`` begin with; of the whole bucket, nothing."""
+    return f"{key}/" if key else ""
 
 
 def client() -> Any:
@@ -81,7 +89,7 @@ def require_shards(url: str) -> None:
     """Raise a ``UserError`` unless a data set lies at an ``s3://`` location."""
     bucket, key = split(url)
     with explained(url, "looking for shards at"):
-        found = client().list_objects_v2(Bucket=bucket, Prefix=f"{key}/index.json", MaxKeys=1)
+        found = client().list_objects_v2(Bucket=bucket, Prefix=f"{_prefix(key)}index.json", MaxKeys=1)
     if not found.get("KeyCount"):
         raise UserError(f"shards are required at {url} and it has no index.json; write them: personmae shards write SRC {url}")
 
@@ -96,8 +104,10 @@ def require_something(url: str) -> None:
     """Raise a ``UserError`` unless there is an object, or anything below a prefix."""
     bucket, key = split(url)
     with explained(url, "looking at"):
-        found = client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1)
-    if not found.get("KeyCount"):
+        found = client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1).get("Contents", [])
+        if not found or found[0]["Key"] != key:  # of keys that begin alike its own comes first
+            found = client().list_objects_v2(Bucket=bucket, Prefix=_prefix(key), MaxKeys=1).get("Contents", [])
+    if not found:
         raise UserError(f"nothing lies at {url}; upload it or correct the name")
 
 
@@ -181,7 +191,7 @@ def _empty(folder: Path) -> Path:
 
 def _copy(url: str, below: str, target: Path) -> None:
     bucket, key = split(url)
-    prefix = f"{key}/{below}"
+    prefix = f"{_prefix(key)}{below}"
     s3 = client()
     with explained(url, "fetching"):
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)

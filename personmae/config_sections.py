@@ -47,7 +47,7 @@ class Checkpoint(Section):
     def _is_an_object_store(cls, store: str | None) -> str | None:
         if store is not None and "://" not in store:
             raise ValueError("must be a location like s3://bucket/prefix, or null; a run's own directory is run_dir")
-        return store
+        return store.rstrip("/") if store else store
 
     def writer_arguments(self) -> dict[str, Any]:
         """Arguments of ``keeper.Writer``, but for where."""

@@ -7,6 +7,7 @@ Nothing here tries again: who reads decides that, by ``passing_reason``.
 
 import functools
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -15,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from personmae.errors import UserError
 
@@ -57,16 +57,36 @@ _HINTS = {
 
 def is_remote(root: str | Path) -> bool:
     """Whether ``root`` names an object store rather than a directory."""
-    return "://" in str(root)
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(root)) is not None
 
 
 def split_s3(url: str) -> tuple[str, str]:
-    """Bucket and prefix of ``s3://bucket/prefix``; the prefix ends with a slash unless it is empty."""
-    parts = urlsplit(url)
-    if parts.scheme != "s3" or not parts.netloc:
+    """Bucket and prefix of ``s3://bucket/prefix``; the prefix ends with a slash unless it is empty.
+
+    This is no URL: a key is taken as it is, whatever characters it has. Only slashes at its end do not count.
+    """
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not bucket:
         raise UserError(f"a location like s3://bucket/prefix is required; got {url}")
-    prefix = parts.path.strip("/")
-    return parts.netloc, f"{prefix}/" if prefix else ""
+    prefix = key.rstrip("/")
+    return bucket, f"{prefix}/" if prefix else ""
+
+
+def is_s3(root: str) -> bool:
+    """Whether an object store is S3; the others are mosaicml-streaming's to reach, which reads their locations as URLs.
+
+    Raises:
+        UserError: it is another store's location with characters after which those clients would cut it off.
+    """
+    if root.startswith("s3://"):
+        return True
+    if wrong := re.search(r"[#?;\x00-\x20]", root):
+        raise UserError(
+            f"a location of {root.partition('://')[0]}:// must have no '#', '?', ';' or space, for its client reads it as a "
+            f"URL; {root} has {wrong.group()!r}: rename the prefix"
+        )
+    return False
 
 
 @functools.cache
@@ -140,7 +160,7 @@ def list_sizes(root: str) -> dict[str, int] | None:
         if not directory.is_dir():
             raise UserError(f"a directory or s3://bucket/prefix is required; {root} does not exist")
         return {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.is_file()}
-    if not root.startswith("s3://"):
+    if not is_s3(root):
         return None
     bucket, prefix = split_s3(root)
     sizes: dict[str, int] = {}
@@ -159,7 +179,7 @@ def list_folders(root: str) -> list[str] | None:
     """
     if not is_remote(root):
         return [entry.name for entry in os.scandir(root) if entry.is_dir()] if Path(root).is_dir() else []
-    if not root.startswith("s3://"):
+    if not is_s3(root):
         return None
     bucket, prefix = split_s3(root)
     with explained(root, "listing"):
@@ -199,7 +219,7 @@ def fetch_into(file: BinaryIO, root: str, name: str, check: Callable[[], None]) 
     Whatever goes wrong is raised as the store's client raises it; what had arrived by then has been written. ``check`` is
     called now and then, and ends the reading by raising.
     """
-    if not root.startswith("s3://"):
+    if not is_s3(root):
         _fetch_with_streaming(file, root, name)
         return
     bucket, prefix = split_s3(root)
@@ -235,7 +255,7 @@ def read(root: str, name: str) -> bytes | None:
     if not is_remote(root):
         path = Path(root) / name
         return path.read_bytes() if path.is_file() else None
-    if root.startswith("s3://"):
+    if is_s3(root):
         bucket, prefix = split_s3(root)
         client = s3_client()
         with explained(f"{root}/{name}", "reading"):
@@ -254,7 +274,7 @@ def read(root: str, name: str) -> bytes | None:
 
 def upload(root: str, name: str, path: Path) -> None:
     """Copy a local file to ``root/name`` of an object store."""
-    if root.startswith("s3://"):
+    if is_s3(root):
         bucket, prefix = split_s3(root)
         with explained(f"{root}/{name}", "writing"):
             s3_client().upload_file(str(path), bucket, f"{prefix}{name}")
@@ -270,7 +290,7 @@ def upload(root: str, name: str, path: Path) -> None:
 
 def write(root: str, name: str, content: bytes) -> None:
     """Make ``content`` the small file ``root/name`` of an object store."""
-    if root.startswith("s3://"):
+    if is_s3(root):
         bucket, prefix = split_s3(root)
         with explained(f"{root}/{name}", "writing"):
             s3_client().put_object(Bucket=bucket, Key=f"{prefix}{name}", Body=content)
@@ -285,7 +305,7 @@ def delete(root: str, names: list[str]) -> None:
     if not is_remote(root):
         for name in names:
             (Path(root) / name).unlink(missing_ok=True)
-    elif root.startswith("s3://"):
+    elif is_s3(root):
         bucket, prefix = split_s3(root)
         with explained(root, "deleting below"):
             for name in names:
