@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from launcher import kustomization, objects
 from launcher.kustomization import Object
 from personmae import config
@@ -104,7 +102,7 @@ def check_namespace(name: str) -> None:
 
 def guess_overlay(path: Path) -> str:
     """The overlay that a configuration file is for: by its keys, and by its name where that begins with usl or uda."""
-    keys = _top_level(path)
+    keys = config.read(path).values
     if "data" in keys:
         return "pretrain"
     if "benchmark" in keys:
@@ -114,6 +112,8 @@ def guess_overlay(path: Path) -> str:
         name = stem if kind != "finetune" else f"finetune-{benchmark}"
         same_kind = [known for known in overlays() if known.startswith(f"{kind}-")]
         return name if name in same_kind else same_kind[0]  # a data set of one's own: they differ in places alone
+    if "stages" in keys:
+        raise config.OtherProgram(str(path), "suite")
     raise UserError(
         f"{path} does not tell its program by 'data' or 'benchmark'; give --overlay, one of {', '.join(overlays())}"
     )
@@ -287,19 +287,6 @@ def image_of(choice: Choice, given: dict[str, str]) -> dict[str, str]:
         raise UserError(f"--image must be NAME[:TAG]@sha256:64 hexadecimal digits, got {choice.image}")
     parts = {"newName": match["name"], "newTag": match["tag"], "digest": match["digest"]}
     return {"name": "personmae"} | {key: value for key, value in parts.items() if value}
-
-
-def _top_level(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Keys of a configuration and its bases; ``config.load`` does the real reading, with the real errors."""
-    try:
-        values = yaml.safe_load(path.read_text()) if path.is_file() else None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        values = None
-    if not isinstance(values, dict) or path.resolve() in seen:
-        config.load(config.Pretrain, path)  # says what is wrong with the file
-        raise UserError(f"{path} must hold 'key: value' lines")
-    base = values.pop("_base_", None)
-    return (_top_level(path.parent / base, (*seen, path.resolve())) if isinstance(base, str) else {}) | values
 
 
 def _listed(numbers: list[int]) -> str:

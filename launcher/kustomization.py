@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from personmae.errors import UserError
+from personmae.yaml_text import read_documents, read_file
 
 Object = dict[str, Any]
 FILE = "kustomization.yaml"
@@ -80,18 +79,18 @@ def read(directory: Path) -> Object:
     path = directory / FILE
     if not path.is_file():
         raise UserError(f"a folder with a {FILE} is required; {directory} has none")
-    return _documents(path.read_text())[0]
+    return _documents(read_file(path), str(path))[0]
 
 
-def _documents(text: str) -> list[Any]:
+def _documents(text: str, where: str) -> list[Any]:
     """The YAML documents of a text, the caller's own."""
-    return copy.deepcopy(_parsed(text))
+    return copy.deepcopy(_parsed(text, where))
 
 
 @functools.lru_cache(maxsize=512)
-def _parsed(text: str) -> list[Any]:
-    """Parsing takes nearly all the time of a rendering, and the parser written in C has ten times the pace of the other."""
-    return list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+def _parsed(text: str, where: str) -> list[Any]:
+    """Parsing takes nearly all the time of a rendering."""
+    return read_documents(text, where)
 
 
 def _accumulate(directory: Path, spec: Object, objects: list[Object]) -> list[Object]:
@@ -105,7 +104,8 @@ def _accumulate(directory: Path, spec: Object, objects: list[Object]) -> list[Ob
     for wanted in spec.get("configMapGenerator", []):
         _generate(directory, wanted, spec.get("generatorOptions", {}), objects)
     for patch in spec.get("patches", []):
-        (operations,) = _documents(patch["patch"] if "patch" in patch else (directory / patch["path"]).read_text())
+        where = directory / patch.get("path", FILE)
+        (operations,) = _documents(patch["patch"] if "patch" in patch else read_file(where), str(where))
         for item in objects:
             if _is_target(item, patch["target"]):
                 apply_patch(item, operations)
@@ -123,7 +123,7 @@ def _accumulate(directory: Path, spec: Object, objects: list[Object]) -> list[Ob
 def _load(path: Path) -> list[Object]:
     if not path.is_file():
         raise UserError(f"{path} is named by a kustomization and does not exist")
-    return [item for item in _documents(path.read_text()) if item]
+    return [item for item in _documents(read_file(path), str(path)) if item]
 
 
 def _is_target(item: Object, target: dict[str, str]) -> bool:
@@ -175,7 +175,7 @@ def _generate(directory: Path, wanted: Object, options: Object, objects: list[Ob
     pairs = (literal.split("=", 1) for literal in wanted.get("literals", []))
     data = {key: re.sub(r"(?s)^(['\"])(.*)\1$", r"\2", value) for key, value in pairs}  # as kustomize does
     for file in wanted.get("files", []):
-        data[Path(file).name] = (directory / file).read_text()
+        data[Path(file).name] = read_file(directory / file)
     labels = wanted.get("options", {}).get("labels")
     if not options.get("disableNameSuffixHash") and wanted.get("behavior") != "merge":
         raise UserError(f"{directory / FILE} must set generatorOptions.disableNameSuffixHash: names here have no digest")

@@ -29,6 +29,7 @@ from launcher.choice import (
 from launcher.kustomization import Object
 from personmae import config
 from personmae.errors import UserError
+from personmae.yaml_text import Dumper, read_file, represent_text
 
 _ORDER = (  # what a kind names comes before it
     *("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Service", "NetworkPolicy", "PodDisruptionBudget", "PodMonitor"),
@@ -118,14 +119,17 @@ def write(rendered: Rendered, directory: Path) -> None:
     (directory / kustomization.FILE).write_text(yaml.dump(spec, Dumper=_Dumper, sort_keys=False, width=120))
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(Dumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-_Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-)
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Texts of several lines stay readable; others are in quotes where another reader would take them for a number."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|") if "\n" in text else represent_text(dumper, text)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _variables(objects: list[Object]) -> dict[str, str]:
@@ -144,7 +148,7 @@ def _job(objects: list[Object]) -> tuple[str, Object]:
 def _inlined(overlay: Path, spec: Object) -> list[Object]:
     """The overlay's own patches without files beside them."""
     patches = spec.get("patches", [])
-    return [{"target": p["target"], "patch": p.get("patch") or (overlay / p["path"]).read_text()} for p in patches]
+    return [{"target": p["target"], "patch": p.get("patch") or read_file(overlay / p["path"])} for p in patches]
 
 
 def _size_patches(

@@ -19,7 +19,9 @@ from launcher.choice import Choice, check_name, guess_overlay, image_of, overlay
 from launcher.kustomization import Object
 from launcher.render import Rendered
 from personmae import config
+from personmae.config import Place
 from personmae.errors import EXIT_COMPLETE, UserError
+from personmae.locations import escape
 
 _SCORES = ("mAP", "rank1", "rank5", "rank10", "mINP")
 Program = Literal["pretrain", "finetune", "unsupervised"]
@@ -28,7 +30,7 @@ _PROGRAMS: dict[str, Program] = {"finetune": "finetune", "usl": "unsupervised", 
 
 class Stage(config.Section):
     name: str = Field(description="short: the suite's name comes before it")
-    config: str = Field(description="a YAML file, from the suite's folder")
+    config: Place = Field(description="a YAML file, from the suite's folder")
     after: str | None = Field(default=None, description="the stage whose weights this one starts from")
     set: tuple[str, ...] = Field(default=(), description="a.b=c; {name} stands for a place of the suite")
     overlay: str | None = Field(default=None, description="of k8s/overlays; default: the one for this kind of configuration")
@@ -40,9 +42,11 @@ class Suite(config.Section):
     """Stages in an order in which they can run."""
 
     name: str = Field(description="of the suite; stages are called NAME-STAGE")
-    results: str = Field(description="directory or s3://bucket/prefix: runs/STAGE below it, results.md and results.json")
+    results: Place = Field(
+        min_length=1, description="directory or s3://bucket/prefix: runs/STAGE below it, results.md and results.json"
+    )
     places: dict[str, str] = Field(default_factory=dict, description="where data lies, for {name} in a stage's 'set'")
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...] = Field(min_length=1, description="the runs, in an order in which they can run")
 
     @field_validator("stages")
     @classmethod
@@ -83,7 +87,9 @@ class Step:
 
 def is_suite(path: Path) -> bool:
     """Whether a configuration file is a suite."""
-    return path.is_file() and any(line.startswith("stages:") for line in path.read_text(errors="replace").splitlines())
+    return path.is_file() and any(
+        line.startswith("stages:") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+    )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> list[Step]:
@@ -103,8 +109,9 @@ def steps_of(suite: Suite, folder: Path) -> list[Step]:
         check_name(run)
         overlay = stage.overlay or guess_overlay(folder / stage.config)
         program = _PROGRAMS.get(overlay.partition("-")[0], "pretrain")
-        places = [f"checkpoint.store={run_dir}" if "://" in run_dir else f"run_dir={run_dir}"]
-        places += [f"init={steps[stage.after].run_dir}"] if stage.after else []
+        place = escape(run_dir)  # it is read once more, as an override
+        places = [f"checkpoint.store={place}" if "://" in run_dir else f"run_dir={place}"]
+        places += [f"init={escape(steps[stage.after].run_dir)}"] if stage.after else []
         overrides = [text.format(**suite.places) for text in stage.set] + places
         steps[stage.name] = Step(stage, program, folder / stage.config, overrides, run, run_dir, f"{run_dir}/result.json")
     return list(steps.values())

@@ -7,21 +7,29 @@ Here are the keys of ``pretrain``. ``config_downstream`` has those of fine-tunin
 ``config_file`` reads and writes the files.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
 from personmae.config_downstream import BenchmarkName, Finetune, Unsupervised, with_normalisation
-from personmae.config_file import config_hash, dump_yaml, flatten, load
+from personmae.config_errors import unknown_keys
+from personmae.config_file import Tree, config_hash, dump_yaml, flatten, override, read, validate
 from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Range, Section, Size, Triple
+from personmae.config_values import Place
+from personmae.errors import UserError
 
 __all__ = [
+    "PROGRAMS",
     "BenchmarkName",
     "Checkpoint",
     "Finetune",
     "Fraction",
     "Metrics",
     "Model",
+    "OtherProgram",
+    "Place",
     "Pretrain",
     "Range",
     "Section",
@@ -32,6 +40,7 @@ __all__ = [
     "dump_yaml",
     "flatten",
     "load",
+    "program_of",
     "with_normalisation",
 ]
 
@@ -60,7 +69,7 @@ class Regions(Section):
 
 
 class Mask(Section):
-    kind: Literal["block", "random"] = "block"
+    kind: Literal["block", "random"] = Field(default="block", description="how the hidden patches are drawn")
     ratio: float = Field(default=0.75, gt=0, lt=1, description="share of RegionA's patches that is hidden; r of Eq. (3)")
     min_block: int = Field(default=4, gt=0, description="smallest block, in patches")
 
@@ -81,9 +90,9 @@ class Teacher(Section):
 class Optim(Section):
     base_lr: float = Field(default=1.5e-4, gt=0, description="lr = base_lr * global_batch_size / 256")
     lr: float | None = Field(default=None, gt=0, description="peak learning rate; overrides base_lr")
-    min_lr: float = Field(default=1e-5, ge=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    min_lr: float = Field(default=1e-5, ge=0, description="where the cosine schedule ends")
+    weight_decay: float = Field(default=0.05, ge=0, description="of AdamW; biases and norms have none")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="of AdamW")
     warmup_fraction: Fraction = Field(default=0.2, description="share of the run with a linear warm-up")
     max_norm: float | None = Field(default=None, gt=0, description="gradient clipping; none in the paper's family")
 
@@ -91,7 +100,7 @@ class Optim(Section):
 class Train(Section):
     global_batch_size: int = Field(default=2048, gt=0, description="images per optimizer step over all ranks")
     max_micro_batch_size: int = Field(default=256, gt=0, description="most images per rank and forward pass")
-    epochs: float | None = Field(default=100, gt=0)
+    epochs: float | None = Field(default=100, gt=0, description="passes over the shards; parts of one are allowed")
     total_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = Field(default=True, description="torch.compile of student, teacher and region cutting")
@@ -115,8 +124,8 @@ class Train(Section):
 
 
 class Data(Section):
-    shards: str = Field(description="directory or s3://bucket/prefix of MDS shards")
-    cache_dir: str = Field(default="", description="where shards of an object store are kept; default RUN_DIR/shards")
+    shards: Place = Field(min_length=1, description="directory or s3://bucket/prefix of MDS shards")
+    cache_dir: Place = Field(default="", description="where shards of an object store are kept; default RUN_DIR/shards")
     cache_limit_gb: float | None = Field(
         default=None, gt=0, description="most that the shards of this data set may take there, on each host; default no limit"
     )
@@ -128,7 +137,7 @@ class Data(Section):
     num_threads: int = Field(
         default=0, ge=0, description="decoding threads per rank; 0 for the cores divided by the local ranks"
     )
-    prefetch_batches: int = Field(default=4, gt=0)
+    prefetch_batches: int = Field(default=4, gt=0, description="decoded batches kept ready, per rank")
     shuffle_block_size: int = Field(default=1 << 18, gt=0, description="samples that are shuffled among each other")
     max_bad_ratio: Fraction = Field(default=0.01, description="share of unreadable pictures above which the run stops")
 
@@ -147,7 +156,9 @@ class Fsdp(Section):
 
 
 class Engine(Section):
-    name: Literal["native", "deepspeed", "fsdp"] = "deepspeed"
+    name: Literal["native", "deepspeed", "fsdp"] = Field(
+        default="deepspeed", description="what splits the work over ranks; each resumes the others' checkpoints"
+    )
     deepspeed: Deepspeed = Deepspeed()
     fsdp: Fsdp = Fsdp()
 
@@ -155,8 +166,8 @@ class Engine(Section):
 class Pretrain(Section):
     """PersonMAE pre-training."""
 
-    run_dir: str = Field(description="logs, checkpoints and the resolved configuration")
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    run_dir: Place = Field(min_length=1, description="logs, checkpoints and the resolved configuration")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of weights, sample order, crops and masks")
     data: Data
     model: Model = Model()
     decoders: Decoders = Decoders()
@@ -220,3 +231,57 @@ class Pretrain(Section):
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
         values["train"] = {name: values["train"][name] for name in ("global_batch_size", "epochs", "total_steps", "precision")}
         return flatten(values)
+
+
+PROGRAMS: dict[str, type[Section]] = {"pretrain": Pretrain, "finetune": Finetune, "unsupervised": Unsupervised}
+_CALLED = {"pretrain": "pre-training", "finetune": "fine-tuning", "unsupervised": "unsupervised-training", "suite": "suite"}
+ConfigT = TypeVar("ConfigT", bound=Section)
+
+
+class OtherProgram(UserError):  # noqa: N818 - what it found, as in errors.py
+    """A configuration file that is for another program than the one that was given it."""
+
+    def __init__(self, path: str, program: str, command: str = ""):
+        verb = "submit --local" if program == "suite" else program
+        super().__init__(f"{path} is a {_CALLED[program]} file: {command or f'personmae {verb} {path}'}")
+        self.path, self.program = path, program
+
+
+def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read ``path`` and its bases, apply ``section.key=value`` overrides, and validate.
+
+    Raises:
+        OtherProgram: the file is one for another program.
+        UserError: the file is missing or not YAML, a key is unknown or a value is wrong; the key, its origin and the
+            nearest valid key are named.
+    """
+    tree = read(path)
+    try:
+        override(tree, kind, overrides)
+        return validate(kind, tree)
+    except UserError:
+        program = _program_of(read(path), kind)
+        if program and not (program == "suite" and "stages" in kind.model_fields):
+            raise OtherProgram(str(path), program) from None
+        raise
+
+
+def program_of(path: str | Path) -> str:
+    """The program that a file is for, by its keys, or ``suite``; empty where they do not tell.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _program_of(read(path), None)
+
+
+def _program_of(tree: Tree, wanted: type[Section] | None) -> str:
+    """The program that knows the most keys of a tree; the wanted one, or none, where others know as many."""
+    if "stages" in tree.values:
+        return "suite"
+    unknown = {name: len(unknown_keys(kind, tree.values)) for name, kind in PROGRAMS.items()}
+    fewest = min(unknown.values())
+    best = [name for name, number in unknown.items() if number == fewest]
+    if wanted is None:
+        return best[0] if len(best) == 1 else ""
+    return best[0] if fewest < len(unknown_keys(wanted, tree.values)) else ""

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from personmae.config_file import flatten
 from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Section
+from personmae.config_values import Place
 
 BenchmarkName = Literal[
     "market1501",
@@ -23,7 +24,7 @@ BenchmarkName = Literal[
 
 
 class Head(Section):
-    kind: Literal["mgn", "bnneck"] = "mgn"
+    kind: Literal["mgn", "bnneck"] = Field(default="mgn", description="MGN with eight embeddings, or one with BNNeck")
     embed_dim: int = Field(default=256, gt=0, description="width of each of MGN's eight embeddings")
     split: Literal["adaptive", "chunk"] = Field(default="adaptive", description="how MGN cuts rows that 3 does not divide")
     pool: Literal["cls", "mean", "cls_mean"] = Field(default="cls", description="token pooling of the bnneck head")
@@ -34,8 +35,8 @@ class Head(Section):
 
 class Augment(Section):
     pad: int = Field(default=10, ge=0, description="pixels of padding before the random crop")
-    flip_prob: Fraction = 0.5
-    erase_prob: Fraction = 0.5
+    flip_prob: Fraction = Field(default=0.5, description="chance of a horizontal flip")
+    erase_prob: Fraction = Field(default=0.5, description="chance that a rectangle is erased")
 
 
 class Batch(Section):
@@ -44,41 +45,45 @@ class Batch(Section):
 
 
 class FinetuneOptim(Section):
-    kind: Literal["adamw", "sgd"] = "adamw"
-    lr: float = Field(default=5e-3, gt=0)
-    min_lr: float = Field(default=0.0, ge=0)
-    weight_decay: float = Field(default=0.05, ge=0)
+    kind: Literal["adamw", "sgd"] = Field(default="adamw", description="the optimizer")
+    lr: float = Field(default=5e-3, gt=0, description="peak learning rate, of the head")
+    min_lr: float = Field(default=0.0, ge=0, description="where the cosine schedule ends")
+    weight_decay: float = Field(default=0.05, ge=0, description="biases and norms have none")
     betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
     momentum: Fraction = Field(default=0.9, description="of SGD")
-    layer_decay: float = Field(default=0.65, gt=0, le=1)
+    layer_decay: float = Field(
+        default=0.65, gt=0, le=1, description="each block's rate is so many times that of the block above it"
+    )
     warmup_fraction: Fraction = Field(default=1 / 6, description="share of the run with a linear warm-up")
-    max_norm: float | None = Field(default=None, gt=0)
+    max_norm: float | None = Field(default=None, gt=0, description="gradient clipping; default none")
 
 
 class FinetuneTrain(Section):
-    epochs: int = Field(default=60, gt=0)
+    epochs: int = Field(default=60, gt=0, description="passes over the training identities")
     precision: Literal["bf16", "fp32"] = "bf16"
-    compile: bool = False
-    label_smoothing: Fraction = 0.1
-    drop_path_rate: Fraction = 0.1
+    compile: bool = Field(default=False, description="torch.compile of the network")
+    label_smoothing: Fraction = Field(default=0.1, description="of the classification loss")
+    drop_path_rate: Fraction = Field(default=0.1, description="chance that an image skips the last block, less in those before")
     bn_group_size: int = Field(
         default=64, gt=1, description="images that batch normalisation takes together, whatever the number of ranks"
     )
     max_skipped_steps: int = Field(
         default=10, gt=0, description="steps in a row that may be skipped because a gradient is not finite"
     )
-    log_every: int = Field(default=50, gt=0)
+    log_every: int = Field(default=50, gt=0, description="steps between two log lines")
 
 
 class Finetune(Section):
     """Supervised person re-identification on one benchmark."""
 
-    run_dir: str
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
-    benchmark: BenchmarkName = "market1501"
-    root: str = Field(description="directory of the benchmark")
+    run_dir: Place = Field(min_length=1, description="logs, checkpoints, results and the resolved configuration")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of new weights, batches and augmentation")
+    benchmark: BenchmarkName = Field(
+        default="market1501", description="layout of the data set; folder and csv are for your own"
+    )
+    root: Place = Field(min_length=1, description="directory of the benchmark")
     train_on_val: bool = Field(default=True, description="MSMT17: whether list_val belongs to training")
-    init: str = Field(description="a pre-training run or checkpoint, or 'random'")
+    init: Place = Field(min_length=1, description="a pre-training run or checkpoint, or 'random'")
     model: Model = Model()
     head: Head = Head()
     batch: Batch = Batch()
@@ -114,7 +119,7 @@ class Memory(Section):
         default="mean", description="which pictures of a batch move a centroid: all in turn, or the least similar"
     )
     momentum: Fraction = Field(default=0.1, description="what a centroid keeps of itself at each move")
-    temperature: float = Field(default=0.05, gt=0)
+    temperature: float = Field(default=0.05, gt=0, description="by which similarities to centroids are divided")
 
 
 class UnsupervisedBatch(Section):
@@ -123,20 +128,20 @@ class UnsupervisedBatch(Section):
 
 
 class UnsupervisedOptim(Section):
-    kind: Literal["sgd"] = "sgd"
-    lr: float = Field(default=7e-3, gt=0)
-    momentum: Fraction = 0.9
-    weight_decay: float = Field(default=5e-4, ge=0)
-    decay_every_epochs: int = Field(default=20, gt=0)
+    kind: Literal["sgd"] = Field(default="sgd", description="the optimizer")
+    lr: float = Field(default=7e-3, gt=0, description="learning rate at the start")
+    momentum: Fraction = Field(default=0.9, description="of SGD")
+    weight_decay: float = Field(default=5e-4, ge=0, description="biases and norms have none")
+    decay_every_epochs: int = Field(default=20, gt=0, description="epochs between two cuts of the rate")
     decay: Fraction = Field(default=0.1, description="by which the rate is multiplied then")
-    max_norm: float | None = Field(default=None, gt=0)
+    max_norm: float | None = Field(default=None, gt=0, description="gradient clipping; default none")
 
 
 class UnsupervisedTrain(Section):
-    epochs: int = Field(default=50, gt=0)
+    epochs: int = Field(default=50, gt=0, description="clusterings, each followed by iters_per_epoch batches")
     iters_per_epoch: int = Field(default=200, gt=0, description="batches between two clusterings")
     precision: Literal["bf16", "fp32"] = "bf16"
-    drop_path_rate: Fraction = 0.3
+    drop_path_rate: Fraction = Field(default=0.3, description="chance that an image skips the last block, less in those before")
     bn_group_size: int = Field(
         default=64, gt=1, description="images that batch normalisation takes together, whatever the number of ranks"
     )
@@ -144,18 +149,20 @@ class UnsupervisedTrain(Section):
     max_skipped_steps: int = Field(
         default=10, gt=0, description="steps in a row that may be skipped because a gradient is not finite"
     )
-    log_every: int = Field(default=50, gt=0)
+    log_every: int = Field(default=50, gt=0, description="steps between two log lines")
 
 
 class Unsupervised(Section):
     """Person re-identification without labels (USL), or with those of another benchmark behind it (UDA)."""
 
-    run_dir: str
-    seed: int = Field(default=0, ge=0, lt=1 << 63)
-    benchmark: BenchmarkName = "market1501"
-    root: str = Field(description="directory of the benchmark")
+    run_dir: Place = Field(min_length=1, description="logs, checkpoints, results and the resolved configuration")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of new weights, batches and augmentation")
+    benchmark: BenchmarkName = Field(
+        default="market1501", description="layout of the data set; folder and csv are for your own"
+    )
+    root: Place = Field(min_length=1, description="directory of the benchmark")
     train_on_val: bool = Field(default=True, description="MSMT17: whether list_val belongs to training")
-    init: str = Field(description="a pre-training run (USL), a fine-tuned one (UDA), or a checkpoint of either")
+    init: Place = Field(min_length=1, description="a pre-training run (USL), a fine-tuned one (UDA), or a checkpoint of either")
     model: Model = Model()
     feature: Feature = Feature()
     cluster: Cluster = Cluster()

@@ -3,19 +3,32 @@
 Nothing here knows a key: the models of ``config.py`` do.
 """
 
-import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from personmae import config_errors, yaml_text
+from personmae.config_values import escape_places, kind_at, parse, settle
 from personmae.errors import UserError
+from personmae.locations import expand
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+_COMMAND_LINE = "the command line"
+
+
+@dataclass(slots=True)
+class Tree:
+    """What files and the command line say before a program's keys give it types, and where each key comes from."""
+
+    file: str
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
 
 
 def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
@@ -25,16 +38,37 @@ def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -
         UserError: the file is missing or not YAML, a key is unknown or a value is wrong; the key, its origin and the
             nearest valid key are named.
     """
-    values, origins = _read(Path(path), seen=())
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"an override must look like section.key=value; got '{override}'")
-        _merge(values, _nest(key.split("."), _parse_yaml(text, f"the value of {key}")), origins, "the command line")
+    tree = read(path)
+    override(tree, kind, overrides)
+    return validate(kind, tree)
+
+
+def read(path: str | Path) -> Tree:
+    """A file upon its bases. Raises a ``UserError`` for a file that cannot be read."""
+    return _read(Path(path), seen=())
+
+
+def override(tree: Tree, kind: type[BaseModel], overrides: Sequence[str]) -> None:
+    """Set keys of a tree; what ``a.b=`` is followed by is taken as the key's type wants it."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        keys = key.split(".")
+        if not equals or not all(keys):
+            raise UserError(f"an override must look like section.key=value; got '{text}'")
+        _merge(tree, _nest(keys, parse(kind_at(kind, keys), value, key)), _COMMAND_LINE)
+
+
+def validate(kind: type[ConfigT], tree: Tree) -> ConfigT:
+    """The model of a tree.
+
+    Raises:
+        UserError: a key is unknown, missing or has a wrong value.
+    """
+    values = settle(kind, tree.values, lambda keys: config_errors.origin_of(keys, tree.origins, tree.file))
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(kind, error, origins, str(path))) from None
+        raise UserError(config_errors.explain(kind, error, tree.origins, tree.file)) from None
 
 
 def config_hash(config: BaseModel) -> str:
@@ -43,11 +77,12 @@ def config_hash(config: BaseModel) -> str:
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML that ``load`` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    """The resolved configuration as YAML, in ASCII, that ``load`` reads back."""
+    values = escape_places(type(config), config.model_dump(mode="json"))
+    return yaml.dump(values, Dumper=yaml_text.Dumper, sort_keys=False)
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -55,72 +90,41 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
+def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path.resolve() in seen:
         raise UserError(f"_base_ must not lead back to the same file; {path} does")
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none there"
         found = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"a configuration file is required; {path} {found} (yaml files beside it: {known})")
-    try:
-        own = _parse_yaml(path.read_text(), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be a text file in UTF-8: {error}") from None
+    own = yaml_text.read_tree(yaml_text.read_file(path), str(path))
     if not isinstance(own, dict):
-        raise UserError(f"{path} must hold 'key: value' lines; it holds {type(own).__name__}")
+        what = {list: "a list", type(None): "nothing"}.get(type(own), "one value")
+        raise UserError(f"{path} must hold 'key: value' lines; it holds {what}")
     base = own.pop("_base_", None)
     if base is not None and not isinstance(base, str):
-        raise UserError(f"_base_ in {path} must name one file; it is {base!r}")
-    values, origins = _read(path.parent / base, (*seen, path.resolve())) if base else ({}, {})
-    _merge(values, own, origins, str(path))
-    return values, origins
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} must be YAML: {error}") from None
+        raise UserError(f"_base_ in {path} must name one file; it is {yaml_text.settle_untyped(base)!r}")
+    tree = _read(path.parent / expand(base), (*seen, path.resolve())) if base else Tree("")
+    tree.file = str(path)
+    _merge(tree, own, str(path))
+    return tree
 
 
 def _nest(keys: list[str], value: Any) -> dict[str, Any]:
     return {keys[0]: _nest(keys[1:], value) if len(keys) > 1 else value}
 
 
-def _merge(into: dict[str, Any], new: dict[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
+def _merge(tree: Tree, new: dict[str, Any], origin: str) -> None:
+    for into, key, value, path in _changes(tree.values, new, ""):
+        into[key] = value
+        tree.origins[path] = origin
+
+
+def _changes(into: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
+    """Which dict gets which key, and its dotted path; sections that are there already are entered."""
     for key, value in new.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value, origins, origin, f"{path}.")
+            yield from _changes(into[key], value, f"{path}.")
         else:
-            into[key] = value
-            origins[path] = origin
-
-
-def _explain(kind: type[BaseModel], error: ValidationError, origins: dict[str, str], file: str) -> str:
-    first = error.errors()[0]
-    keys = [str(part) for part in first["loc"]]
-    path = ".".join(keys)
-    origin = next((origins[".".join(keys[:n])] for n in range(len(keys), 0, -1) if ".".join(keys[:n]) in origins), file)
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, _paths(kind), n=1, cutoff=0.0)
-        return f"unknown key '{path}' in {origin}; the nearest known key is '{near[0]}'"
-    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
-        return f"'{'.'.join(keys[:-1])}' in {origin} needs more values; got {first['input']!r}"
-    if first["type"] == "missing":
-        return f"'{path}' is required and {file} does not set it; add it to the file or give {path}=VALUE"
-    return f"'{path}' in {origin}: {first['msg'].removeprefix('Value error, ')}; got {_shortened(first['input'])}"
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _paths(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    paths = []
-    for name, field in kind.model_fields.items():
-        paths.append(f"{prefix}{name}")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            paths += _paths(field.annotation, f"{prefix}{name}.")
-    return paths
+            yield into, key, value, path

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from personmae.config_values import Place
+
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # (height, width) in pixels
 Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -11,7 +13,7 @@ Triple = tuple[float, float, float]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Model(Section):
@@ -19,7 +21,7 @@ class Model(Section):
         default="base", description="encoder: micro, ViT-S, ViT-B or ViT-L"
     )
     img_size: Size = Field(default=(256, 128), description="(height, width) in pixels")
-    patch_size: int = Field(default=16, gt=0)
+    patch_size: int = Field(default=16, gt=0, description="side of a square patch, in pixels")
     mean: Triple = Field(default=(0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
     std: Triple = Field(default=(0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
 
@@ -37,7 +39,7 @@ class Checkpoint(Section):
     every_seconds: float | None = Field(default=None, gt=0, description="and so long after the last save, by rank 0's clock")
     keep_last: int = Field(default=2, gt=0, description="the newest ones, which are kept")
     keep_every: int | None = Field(default=None, gt=0, description="multiples of so many steps are saved and kept for good")
-    store: str | None = Field(default=None, description="s3://bucket/prefix of this run alone: a copy of each checkpoint")
+    store: Place | None = Field(default=None, description="s3://bucket/prefix of this run alone: a copy of each checkpoint")
     retry_seconds: float = Field(default=600, gt=0, description="how long the upload of a checkpoint is tried again")
     close_seconds: float = Field(default=120, gt=0, description="how long the end of a run waits for uploads")
     resume: Literal["auto", "none"] = Field(default="auto", description="auto: continue the newest valid checkpoint of run_dir")

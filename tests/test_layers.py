@@ -22,8 +22,10 @@ PROGRAMS = {
     f"personmae.{name}"
     for name in ("pretrain", "state", "downstream", "finetune", "unsupervised", "evaluate", "bench", "apply")
 }
-GROUND = {"personmae.errors", "personmae.heartbeat", "personmae.telemetry"}
-CONFIG = {f"personmae.{name}" for name in ("config", "config_file", "config_sections", "config_downstream")}
+GROUND = {f"personmae.{name}" for name in ("errors", "heartbeat", "telemetry", "locations", "yaml_text")}
+CONFIG = {"personmae.config"} | {
+    f"personmae.config_{name}" for name in ("file", "sections", "downstream", "values", "errors", "keys")
+}
 HEAVY = {"torch", "cv2", "numpy", "boto3", "streaming", "deepspeed", "timm", "matplotlib", "scipy", "sklearn"}
 
 
@@ -130,7 +132,8 @@ def test_the_model_needs_torch_and_nothing_that_computes_besides():
 
 def test_the_launcher_imports_the_command_line_configuration_heartbeats_numbers_and_errors_alone():
     allowed = {"launcher"} | {
-        f"personmae.{name}" for name in ("commands", "config", "errors", "heartbeat", "nvml", "telemetry")
+        f"personmae.{name}"
+        for name in ("commands", "config", "errors", "heartbeat", "nvml", "telemetry", "locations", "yaml_text")
     }
     assert trespasses({"launcher"}, allowed) == []
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from personmae import config, metrics
@@ -110,7 +109,7 @@ def read_run(directory: Path) -> Run:
 
 def read_settings(path: Path) -> config.Pretrain | config.Finetune | config.Unsupervised:
     """The configuration of a run; pre-training has no ``init``, and only unsupervised training has clusters."""
-    fields = yaml.safe_load(path.read_text())
+    fields = config.read(path).values
     kind = config.Unsupervised if "cluster" in fields else config.Finetune if "init" in fields else config.Pretrain
     return config.load(kind, path)
 

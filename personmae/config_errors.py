@@ -1,0 +1,128 @@
+"""One line for each mistake in a configuration: the key, where it stands, what was wanted, and the key that was meant."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+_MEANT = {  # words of other programs -> ours, the first that a program has
+    "amp": ("train.precision",),
+    "bf16": ("train.precision",),
+    "bs": ("train.global_batch_size", "batch.num_ids"),
+    "batch": ("train.global_batch_size", "batch.num_ids"),
+    "batch_size": ("train.global_batch_size", "batch.num_ids"),
+    "train_batch_size": ("train.global_batch_size", "batch.num_ids"),
+    "micro_batch_size": ("train.max_micro_batch_size",),
+    "checkpoint_dir": ("run_dir",),
+    "clip_grad": ("optim.max_norm",),
+    "crop_size": ("model.img_size",),
+    "data_dir": ("data.shards", "root"),
+    "data_path": ("data.shards", "root"),
+    "dataset": ("benchmark", "data.shards"),
+    "decoder_depth": ("decoders.depth",),
+    "dropout": ("train.drop_path_rate",),
+    "dtype": ("train.precision",),
+    "ema": ("teacher.momentum",),
+    "fp16": ("train.precision",),
+    "fp32": ("train.precision",),
+    "grad_clip": ("optim.max_norm",),
+    "image_size": ("model.img_size",),
+    "input_size": ("model.img_size",),
+    "iterations": ("train.total_steps", "train.iters_per_epoch"),
+    "iters": ("train.total_steps", "train.iters_per_epoch"),
+    "learning_rate": ("optim.lr",),
+    "logdir": ("run_dir",),
+    "mask_ratio": ("mask.ratio",),
+    "max_steps": ("train.total_steps", "train.iters_per_epoch"),
+    "num_steps": ("train.total_steps", "train.iters_per_epoch"),
+    "num_epochs": ("train.epochs",),
+    "num_workers": ("data.num_threads",),
+    "out": ("run_dir",),
+    "output": ("run_dir",),
+    "output_dir": ("run_dir",),
+    "patch": ("model.patch_size",),
+    "pretrained": ("init",),
+    "resume_from": ("checkpoint.resume",),
+    "save_every": ("checkpoint.every_steps",),
+    "save_freq": ("checkpoint.every_steps",),
+    "step": ("train.total_steps", "train.iters_per_epoch"),
+    "steps": ("train.total_steps", "train.iters_per_epoch"),
+    "warmup": ("optim.warmup_fraction",),
+    "warmup_epochs": ("optim.warmup_fraction",),
+    "wd": ("optim.weight_decay",),
+    "weights": ("init",),
+    "workers": ("data.num_threads",),
+    "world_size": ("engine.fsdp.shard_size",),
+    "zero": ("engine.deepspeed.zero_stage",),
+}
+
+
+def explain(kind: type[BaseModel], error: ValidationError, origins: Mapping[str, str], file: str) -> str:
+    """The first mistake as one line."""
+    first = error.errors()[0]
+    keys = [str(part) for part in first["loc"]]
+    path, origin = ".".join(keys), origin_of(keys, origins, file)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{path}' in {origin}; the nearest known key is '{nearest_key(kind, path)}'"
+    if first["type"] == "missing" and isinstance(first["loc"][-1], int):
+        return f"'{'.'.join(keys[:-1])}' in {origin} needs more values; got {first['input']!r}"
+    if first["type"] == "missing":
+        return f"'{path}' is required and {file} does not set it; add it to the file or give {path}=VALUE"
+    return f"'{path}' in {origin}: {first['msg'].removeprefix('Value error, ')}; got {_shortened(first['input'])}"
+
+
+def origin_of(keys: Sequence[str], origins: Mapping[str, str], file: str) -> str:
+    """The file or command line that has set a key or a section around it."""
+    prefixes = (".".join(keys[:n]) for n in range(len(keys), 0, -1))
+    return next((origins[prefix] for prefix in prefixes if prefix in origins), file)
+
+
+def nearest_key(kind: type[BaseModel], path: str) -> str:
+    """The known key that an unknown one most likely means.
+
+    Other programs' names come first. Else all words of what was typed should be in a key (``img_size`` is ``model.img_size``),
+    and its last part counts as much as the whole, so that a key without its section is found.
+    """
+    known, leaf = dotted_keys(kind), path.rpartition(".")[2]
+    meant = _MEANT.get(leaf.lower().replace("-", "_"), ()) if leaf not in {key.rpartition(".")[2] for key in known} else ()
+    for key in meant:
+        if key in known:
+            return key
+    return max(known, key=lambda key: _likeness(path, key))
+
+
+def unknown_keys(kind: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys of a tree that a model does not know."""
+    found = []
+    for key, value in values.items():
+        field = kind.model_fields.get(key)
+        if field is None:
+            found.append(f"{prefix}{key}")
+        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += unknown_keys(field.annotation, value, f"{prefix}{key}.")
+    return found
+
+
+def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys and sections of a model, in order."""
+    paths = []
+    for name, field in kind.model_fields.items():
+        paths.append(f"{prefix}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            paths += dotted_keys(field.annotation, f"{prefix}{name}.")
+    return paths
+
+
+def _likeness(typed: str, key: str) -> float:
+    """From 0 to 3: how like whole and last part are, and how many of the typed words the key has."""
+    whole = difflib.SequenceMatcher(None, typed, key).ratio()
+    last = difflib.SequenceMatcher(None, typed.rpartition(".")[2], key.rpartition(".")[2]).ratio()
+    words = set(re.split(r"[._-]", typed))
+    return whole + last + len(words & set(re.split(r"[._-]", key))) / len(words)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,63 @@
+"""Paths and locations as people write them: ``~`` is a home, ``$VAR`` or ``${VAR}`` a variable, ``$$`` a dollar."""
+
+import os
+import re
+from pathlib import Path
+
+from personmae.errors import UserError
+
+_VARIABLE = re.compile(
+    r"\$(?:(?P<dollar>\$)|(?P<bare>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[A-Za-z_][A-Za-z0-9_]*)\}|(?P<bad>\{))"
+)
+
+
+def expand(text: str) -> str:
+    """The text with the home directory and the environment's variables in it; other characters stay, a lone ``$`` too.
+
+    Raises:
+        UserError: a variable is not set or empty, or there is no such home.
+    """
+    return _VARIABLE.sub(lambda found: _value(text, found), _at_home(text))
+
+
+def escape(text: str) -> str:
+    """What ``expand`` turns into the text again. A text that begins with ``~`` cannot come out of ``expand``."""
+    return text.replace("$", "$$")
+
+
+def local_path(text: str) -> Path:
+    """A path of a command line. One that is there as it stands is taken so: names from the shell hold any character.
+
+    Raises:
+        UserError: as ``expand``.
+    """
+    return Path(text) if text and os.path.lexists(text) else Path(expand(text))
+
+
+def location(text: str) -> str:
+    """A directory or an object store of a command line, as ``local_path``."""
+    return text if text and os.path.lexists(text) else expand(text)
+
+
+def _at_home(text: str) -> str:
+    if not text.startswith("~"):
+        return text
+    full = os.path.expanduser(text)
+    if full.startswith("~"):
+        user = text.partition("/")[0]
+        raise UserError(
+            f"{user} must be a home directory and there is none; got {text}: write ./{text} for a folder of that name"
+        )
+    return full
+
+
+def _value(text: str, found: re.Match[str]) -> str:
+    if found["dollar"]:
+        return "$"
+    if found["bad"]:
+        raise UserError(f"a variable is written $NAME or ${{NAME}}, and $$ is a dollar; got {text}")
+    name = found["bare"] or found["braced"]
+    value = os.environ.get(name, "")
+    if not value:
+        raise UserError(f"the environment's variable {name} is not set or empty; got {text}: set it, or write $$ for a dollar")
+    return value
