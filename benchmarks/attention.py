@@ -116,7 +116,7 @@ def main() -> None:
             shape = (args.batch_size, HEADS[size], length, 64)
             record["milliseconds"][f"{size} {length}"] = measure(shape, world.device, args.repeats)
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     dist.stop()
     show(record["milliseconds"], args.batch_size)
 

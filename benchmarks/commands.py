@@ -40,7 +40,13 @@ def measure(name: str, clone: Path, environ: dict[str, str]) -> dict:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start, lines = time.monotonic(), []
     process = subprocess.Popen(
-        COMMANDS[name], cwd=clone, env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        COMMANDS[name],
+        cwd=clone,
+        env=os.environ | environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
     )
     for line in process.stdout or ():
         sys.stdout.write(line)
@@ -62,16 +68,16 @@ def ending(output: str, clone: Path) -> dict:
     if counts := re.findall(r"(?m)^=*\s*((?:\d+ (?:passed|failed|skipped|deselected|errors?)(?:, )?)+)", output):
         found["tests"] = counts
     for result in sorted((clone / "runs" / "quickstart").glob("*/result.json")):
-        found.setdefault("mAP", {})[result.parent.name] = round(json.loads(result.read_text())["mAP"], 2)
+        found.setdefault("mAP", {})[result.parent.name] = round(json.loads(result.read_text(encoding="utf-8"))["mAP"], 2)
     return found
 
 
 def add(rows: list[dict]) -> None:
     """Put rows into the record, in place of older ones of the same kind."""
     kinds = [{key: row[key] for key in ("command", "commit", "as")} for row in rows]
-    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
     kept = [row for row in kept if {key: row[key] for key in ("command", "commit", "as")} not in kinds]
-    RESULTS.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+    RESULTS.write_text(json.dumps([*kept, *rows], indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

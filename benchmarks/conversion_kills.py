@@ -39,7 +39,7 @@ def start(source: Path, out: Path, shard_mb: float) -> subprocess.Popen[bytes]:
 def finish(command: subprocess.Popen[bytes], out: Path) -> None:
     """Wait for an import that must succeed."""
     if command.wait():
-        log = out.with_name("log.txt").read_text()
+        log = out.with_name("log.txt").read_text(encoding="utf-8")
         raise SystemExit(f"an import that was not killed ended with code {command.returncode}:\n{log[-2000:]}")
 
 
@@ -111,8 +111,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="conversion-kills-") as temporary:
         result = measure((args.work or Path(temporary)).resolve(), args.images, args.shard_mb, args.seed)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    print(RESULTS.read_text(), end="")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(RESULTS.read_text(encoding="utf-8"), end="")
     if not result["identical"]:
         raise SystemExit("the bytes differ")
 

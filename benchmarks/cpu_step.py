@@ -107,13 +107,13 @@ def main() -> None:
     for _ in range(ROUNDS):
         for memory, values in found.items():
             command = [sys.executable, __file__, "--memory", memory]
-            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ, encoding="utf-8")
             for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                 values[name].append(value)
     medians = {memory: {n: round(statistics.median(v), 1) for n, v in values.items()} for memory, values in found.items()}
     entry = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware(), "milliseconds": medians}
-    record = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    RESULTS.write_text(json.dumps({**record, args.processor: entry}, indent=1) + "\n")
+    record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps({**record, args.processor: entry}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(entry, indent=1))
 
 

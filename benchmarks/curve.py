@@ -45,7 +45,7 @@ def losses(args: argparse.Namespace, run_dir: Path, *changes: str) -> list[float
         "optim.lr=null",
     ]
     command = [sys.executable, "-m", "personmae", "pretrain", str(ROOT / "configs/quickstart.yaml"), *settings, *changes]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8")
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
     return [record["loss"] for record in metrics.read_records(run_dir)]
@@ -86,7 +86,7 @@ def main() -> None:
             record["last_loss"][name] = curves[name][-1]
             if name != "plain":
                 distances[name] = apart(curves["plain"], curves[name])
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             far = f"{100 * distances[name]:.3f} % from the plain path over the second half; " if name in distances else ""
             print(f"{name}: {far}last loss {curves[name][-1]:.4f}", flush=True)
     if distances["fast"] > MOST_APART * distances["plain, another seed"]:

@@ -34,7 +34,7 @@ def in_store(shards: Path) -> Iterator[str | None]:
         yield None
         return
     with tempfile.TemporaryDirectory() as directory:
-        started = subprocess.run([GATEWAY, "start", directory], capture_output=True, text=True, check=True)
+        started = subprocess.run([GATEWAY, "start", directory], capture_output=True, text=True, check=True, encoding="utf-8")
         os.environ |= KEYS | {"S3_ENDPOINT_URL": started.stdout.split()[-1]}
         try:
             client = boto3.client("s3", endpoint_url=os.environ["S3_ENDPOINT_URL"])

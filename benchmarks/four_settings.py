@@ -34,7 +34,7 @@ def train(program: str, config: str, run_dir: Path, *overrides: str, ranks: int 
     else:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         subprocess.run([*launcher, f"launcher/{program}.py", "--config", *settings], cwd=ROOT, check=True)
-    return json.loads((run_dir / "result.json").read_text())
+    return json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
 
 
 def settings_of(seed: int, ranks: int) -> dict[str, dict]:
@@ -49,12 +49,12 @@ def settings_of(seed: int, ranks: int) -> dict[str, dict]:
         "supervised": train(
             "finetune", "quickstart_personmae", RUNS / f"supervised_{suffix}", at_target, started, f"seed={seed}", bn, **common
         ),
-        "supervised, occluded": json.loads((source / "result.json").read_text()),
+        "supervised, occluded": json.loads((source / "result.json").read_text(encoding="utf-8")),
         "UDA": train(
             "unsupervised", "quickstart_uda", RUNS / f"uda_{suffix}", at_target, f"init={source}", f"seed={seed}", **common
         ),
         "USL": train("unsupervised", "quickstart_usl", RUNS / f"usl_{suffix}", at_target, started, f"seed={seed}", **common),
-        "source alone": json.loads((RUNS / f"transfer_{suffix}" / "result.json").read_text()),
+        "source alone": json.loads((RUNS / f"transfer_{suffix}" / "result.json").read_text(encoding="utf-8")),
     }
     return {name: {score: record[score] for score in SCORES} for name, record in found.items()}
 
@@ -69,9 +69,9 @@ def main() -> None:
     personmae("shards", "write", RUNS / "data" / "pool", RUNS / "shards", "--shard-mb", "8", "--if-missing")
     personmae("pretrain", "configs/quickstart.yaml", f"run_dir={PRETRAINED}", f"data.shards={RUNS / 'shards'}")
     personmae("evaluate", PRETRAINED, "market1501", TARGET, "--pool", "mean", "--out", RUNS / "untrained")
-    untrained = json.loads((RUNS / "untrained" / "result.json").read_text())
+    untrained = json.loads((RUNS / "untrained" / "result.json").read_text(encoding="utf-8"))
     runs = {f"seed {s}, {r} ranks": settings_of(s, r) for r in args.ranks for s in args.seeds}
-    run = json.loads((PRETRAINED / "run.json").read_text())
+    run = json.loads((PRETRAINED / "run.json").read_text(encoding="utf-8"))
     record: dict = {name: run[name] for name in ("commit", "hardware", "versions")}
     record["no training"] = {score: untrained[score] for score in SCORES}
     for ranks in args.ranks:
@@ -81,8 +81,8 @@ def main() -> None:
             name: {"mean": statistics.mean(of), "min": min(of), "max": max(of)} for name, of in values.items()
         }
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record | {"runs": runs}, indent=1) + "\n")
-    print(RESULTS.read_text())
+    RESULTS.write_text(json.dumps(record | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    print(RESULTS.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def finetune(start: str, seed: int, lr: str) -> dict:
         f"seed={seed}",
         f"optim.lr={lr}",
     )
-    return json.loads((run_dir / "result.json").read_text())
+    return json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
 
 
 def main() -> None:
@@ -56,15 +56,15 @@ def main() -> None:
                     {"start": start, "seed": seed, "lr": lr} | {k: record[k] for k in ("mAP", "rank1", "rank5", "mINP")}
                 )
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(summarise(runs), indent=1) + "\n")
-    print(RESULTS.read_text())
+    RESULTS.write_text(json.dumps(summarise(runs), indent=1) + "\n", encoding="utf-8")
+    print(RESULTS.read_text(encoding="utf-8"))
 
 
 def summarise(runs: list[dict]) -> dict:
     """Mean and spread by start and learning rate, and the best rate of each start."""
-    run = json.loads((RUNS / "pretrain_seed0" / "run.json").read_text())
+    run = json.loads((RUNS / "pretrain_seed0" / "run.json").read_text(encoding="utf-8"))
     summary: dict = {"commit": run["commit"], "hardware": run["hardware"], "versions": run["versions"]}
-    summary["histogram"] = json.loads((RUNS / "histogram" / "result.json").read_text())["mAP"]
+    summary["histogram"] = json.loads((RUNS / "histogram" / "result.json").read_text(encoding="utf-8"))["mAP"]
     for start in ("random", "personmae"):
         by_lr = {lr: [r["mAP"] for r in runs if r["start"] == start and r["lr"] == lr] for lr in LEARNING_RATES}
         best = max(by_lr, key=lambda lr: statistics.mean(by_lr[lr]))

@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent / "results" / "rank.json"
 def main() -> None:
     """Measure one size after the other."""
     records = {name: run_rank(bench) for name, bench in PRESETS.items()}
-    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def main() -> None:
             record[case] = measure(view, share, dtype, tune=args.tune)
             print(case, json.dumps(record[case]), flush=True)
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(record, indent=1) + "\n")
+            args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

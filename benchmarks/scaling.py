@@ -83,7 +83,7 @@ def read_points(path: Path) -> tuple[dict[str, Any], list[Point]]:
     """
     if not path.exists():
         raise UserError(f"measured points are required; {path} is missing: python benchmarks/scaling.py measure")
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     return record, [Point.read(point) for point in record["points"]]
 
 
@@ -100,7 +100,7 @@ def measured_ceilings() -> dict[str, tuple[float, str]]:
     """What a GPU did at most by the last of the results that says so, and which GPU; nothing where none says so."""
     found: dict[str, tuple[float, str]] = {}
     for path in sorted(RESULTS.rglob("*.json")):
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(record, dict) and record.get("ceilings") and record.get("hardware", {}).get("gpus"):
             ceilings, which = record["ceilings"], f"{record['hardware']['gpus'][0]} ({path.name})"
             rates = dict.fromkeys(("bytes_per_second", "update_bytes_per_second"), ceilings["bandwidth"])
@@ -252,7 +252,7 @@ def run_predict(args: argparse.Namespace) -> None:
         "plan": asdict(plan) | {"size": list(SIZES), "num_images": [m * 1e6 for m in MILLIONS]},
         "predicted": tables,
     }
-    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     draw(tables, args.picture)
 
 
@@ -261,7 +261,7 @@ def run_measure(args: argparse.Namespace) -> None:
     record = measure(args.rounds)
     out = args.out or POINTS[record["settings"]["device"]]
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _setting(text: str) -> tuple[str, float]:

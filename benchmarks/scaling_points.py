@@ -198,7 +198,7 @@ def _two_ranks(rounds: int) -> list[Point]:
             process.join()
         if any(process.exitcode for process in ranks):
             raise RuntimeError("a rank failed; its error stands above")
-        return [Point.read(record) for record in json.loads((Path(directory) / "points.json").read_text())]
+        return [Point.read(record) for record in json.loads((Path(directory) / "points.json").read_text(encoding="utf-8"))]
 
 
 def _rank(rank: int, rounds: int, directory: str) -> None:
@@ -214,7 +214,7 @@ def _rank(rank: int, rounds: int, directory: str) -> None:
     points = _in_turn(sums, _all_reduce_seconds, rounds)
     points += _in_turn(steps, lambda case: _step_seconds(case, device), rounds)
     if rank == 0:
-        (Path(directory) / "points.json").write_text(json.dumps([asdict(point) for point in points]))
+        (Path(directory) / "points.json").write_text(json.dumps([asdict(point) for point in points]), encoding="utf-8")
     dist.barrier()
     dist.stop()
 

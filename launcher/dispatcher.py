@@ -36,7 +36,7 @@ class ApiJobs:
 
     def __init__(self, server: str = "https://kubernetes.default.svc", account: Path = _ACCOUNT) -> None:
         self._account = account
-        namespace = (account / "namespace").read_text().strip()
+        namespace = (account / "namespace").read_text(encoding="utf-8").strip()
         self._url = f"{server}/apis/batch/v1/namespaces/{namespace}/jobs"
         ca = account / "ca.crt"
         context = ssl.create_default_context(cafile=str(ca)) if ca.exists() else None
@@ -52,7 +52,7 @@ class ApiJobs:
         self._ask("POST", self._url, job, missing=409)  # the last pod has created it
 
     def _ask(self, method: str, url: str, body: Object | None, *, missing: int) -> Object | None:
-        token = (self._account / "token").read_text().strip()  # it is renewed now and then
+        token = (self._account / "token").read_text(encoding="utf-8").strip()  # it is renewed now and then
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "Accept": "application/json"}
         request = urllib.request.Request(url, json.dumps(body).encode() if body else None, headers, method=method)
         try:
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     """Dispatch the plan that the command line names; returns the exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_STOPPED))
     path = Path((sys.argv[1:] if argv is None else argv)[0])
-    return run_program(lambda: run(json.loads(path.read_text()), ApiJobs()))
+    return run_program(lambda: run(json.loads(path.read_text(encoding="utf-8")), ApiJobs()))
 
 
 def run(plan: dict[str, Any], jobs: Jobs, pause_seconds: float = PAUSE_SECONDS) -> None:

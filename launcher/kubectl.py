@@ -36,7 +36,9 @@ class Kubectl:
 
     def _call(self, *args: str, text: str | None = None, seconds: int | None = None) -> subprocess.CompletedProcess[str]:
         command = [*self.command, f"--request-timeout={seconds or _ANSWER_SECONDS}s", *args]
-        return subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            command, input=text, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace"
+        )
 
     def kinds(self) -> set[str]:
         """What the cluster knows; where a part of its API is down, kubectl names the rest and fails all the same."""

@@ -116,7 +116,7 @@ def write(rendered: Rendered, directory: Path) -> None:
     for name in (kustomization.FILE, "kustomization.yml", "Kustomization"):  # kustomize takes any, but only one of them
         if (directory / name).exists():
             raise UserError(f"--write needs a folder without a {name}; {directory} has one: name another")
-    (directory / kustomization.FILE).write_text(yaml.dump(spec, Dumper=_Dumper, sort_keys=False, width=120))
+    (directory / kustomization.FILE).write_text(yaml.dump(spec, Dumper=_Dumper, sort_keys=False, width=120), encoding="utf-8")
 
 
 class _Dumper(Dumper):

@@ -27,13 +27,13 @@ def read_stacks(pid: int, file: Path) -> str:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGUSR1)
     _wait_for_whole(file)
-    return f"state {state}\n{file.read_text(errors='replace') or 'no stacks: the rank does not answer'}"
+    return f"state {state}\n{file.read_text(encoding='utf-8', errors='replace') or 'no stacks: the rank does not answer'}"
 
 
 def process_state(pid: int) -> str:
     """As the kernel tells it: ``S (sleeping)``, ``T (stopped)``, ..."""
     with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("State:"):
                 return line.split(":", 1)[1].strip()
     return "unknown"
@@ -74,7 +74,9 @@ def _ask_py_spy(pid: int) -> str:
         return ""
     command = [program, "dump", "--nonblocking", "--pid", str(pid)]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PY_SPY_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_PY_SPY_SECONDS, check=False
+        )
         return done.stdout if done.returncode == 0 else ""
     return ""
 

@@ -170,7 +170,7 @@ def _take(run_dir: str | Path, store: str | None, offered: Path, digest: str) ->
         raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {offered}")
     directory = Path(run_dir) / "fetched"
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as held:
+    with (directory / ".lock").open("w", encoding="utf-8") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # one rank of a host fetches for all
         step = checkpoint.step_of(offered.name) or 0
         found = directory / checkpoint.name_of(step)

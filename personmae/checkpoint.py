@@ -50,7 +50,7 @@ def lock(run_dir: str | Path) -> IO[str]:
     """
     directory = Path(run_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    file = (directory / ".lock").open("w")
+    file = (directory / ".lock").open("w", encoding="utf-8")
     restarted = "TORCHELASTIC_RUN_ID" in os.environ  # set by our agent and torchrun: the holder may be a rank that is ending
     deadline = time.monotonic() + _LOCK_SECONDS * restarted
     while True:

@@ -1,6 +1,7 @@
 """How a program of this package ends: the exit codes and the one error that is the user's to mend."""
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -47,6 +48,7 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
 
     ``quiet`` keeps back what all ranks say alike: every rank but the first sets it, so that it is printed once.
     """
+    _print_any_name()
     try:
         program()
     except UserError as error:
@@ -58,6 +60,12 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
         advice = "make room there or choose another place" if error.errno in _FULL else "mend it or choose another place"
         message = f"error: {_OS_ERRORS[error.errno]}{where}; {advice}, then run this again"
         code, quiet = EXIT_USER_ERROR, False
+    except UnicodeEncodeError as error:
+        if error.encoding.lower().replace("-", "") == "utf8":
+            raise
+        lacking = error.object[error.start : error.start + 1]
+        message = f"error: the locale's coding, {error.encoding}, has no {lacking!r}, which stands in a name; "
+        message, code = message + "set PYTHONUTF8=1 and run this again", EXIT_USER_ERROR
     except Diverged as error:
         message, code = f"error: {error}", EXIT_FAILED
     except Stopped as stop:
@@ -69,6 +77,13 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
     if not quiet:
         print(" ".join(message.split()), file=sys.stderr, flush=True)
     return code
+
+
+def _print_any_name() -> None:
+    """Let a file's name be printed whatever the terminal's coding, and names that are no UTF-8: with escapes, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def leave(code: int) -> NoReturn:

@@ -362,7 +362,7 @@ def _version(package: str) -> str:
 def _process_age() -> float:
     """Seconds since this process was started; 0 where the kernel does not tell."""
     try:
-        ticks = float(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        ticks = float(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     except (OSError, IndexError):
         return 0.0
     return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

@@ -45,8 +45,8 @@ class RunLog:
         self._dir.mkdir(parents=True, exist_ok=True)
         path = self._dir / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step] if first_step else []
-        path.write_text("".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", buffering=1)
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", buffering=1, encoding="utf-8")
         self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=first_step or None)
         self._title, self._total_steps = title, total_steps
         self._last_time, self._last_step, self._start = time.monotonic(), first_step, time.monotonic()
@@ -115,7 +115,7 @@ def _print(text: str) -> None:
 
 def _lines(path: Path) -> list[str]:
     """Whole lines of a JSONL file; a line that a kill cut off is dropped."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
     return text[: text.rfind("\n") + 1].splitlines()
 
 
@@ -128,7 +128,7 @@ def record_run(run_dir: str | Path, *, config_yaml: str, config_hash: str, seed:
     """Write ``config.yaml`` and ``run.json``: what ran, on what, from which commit."""
     directory = Path(run_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(config_yaml)
+    (directory / "config.yaml").write_text(config_yaml, encoding="utf-8")
     run = {
         "command": sys.argv,
         "config_hash": config_hash,
@@ -137,7 +137,7 @@ def record_run(run_dir: str | Path, *, config_yaml: str, config_hash: str, seed:
         "versions": versions | {"python": platform.python_version()},
         "hardware": describe_hardware(),
     }
-    (directory / "run.json").write_text(json.dumps(run, indent=1))
+    (directory / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
 def git_commit() -> str | None:
@@ -145,7 +145,9 @@ def git_commit() -> str | None:
     where = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], cwd=where, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *args], cwd=where, capture_output=True, text=True, check=True, encoding="utf-8"
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
@@ -162,7 +164,7 @@ def describe_hardware() -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

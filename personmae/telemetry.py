@@ -119,7 +119,7 @@ class Continued(Collector):
     def _read(self) -> None:
         for file in self._directory.glob(f"*{_SUFFIX}"):
             try:
-                life, _, text = file.read_text().partition("\n")
+                life, _, text = file.read_text(encoding="utf-8").partition("\n")
             except FileNotFoundError:  # the agent has ended
                 continue
             self._ledgers.setdefault(file.stem, Ledger()).update(life, text_string_to_metric_families(text))

@@ -267,7 +267,7 @@ def main() -> None:
     def write(found: Times) -> None:
         record.update(milliseconds=found, ratios=ratios(found))
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+        arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
     try:
         with tempfile.TemporaryDirectory(prefix="personmae-peers-") as folder:

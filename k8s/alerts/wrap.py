@@ -20,4 +20,4 @@ def wrap(rules: str) -> str:
 
 
 if __name__ == "__main__":
-    (HERE / "prometheusrule.yaml").write_text(wrap((HERE / "rules.yaml").read_text()))
+    (HERE / "prometheusrule.yaml").write_text(wrap((HERE / "rules.yaml").read_text(encoding="utf-8")), encoding="utf-8")

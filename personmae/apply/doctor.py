@@ -171,7 +171,7 @@ def machine() -> dict[str, str]:
 def cpu_flags() -> list[str]:
     """The vector instructions that matter here, as far as the system tells."""
     try:
-        known = set(Path("/proc/cpuinfo").read_text().split())
+        known = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
         return []
     return [flag for flag in CPU_FLAGS if flag in known]
@@ -180,13 +180,13 @@ def cpu_flags() -> list[str]:
 def memory() -> str:
     """Total and available memory, and a container's limit where there is one."""
     try:
-        lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+        lines = [line.split() for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
     text = f"{_gib(kib['MemAvailable'] << 10)} available of {_gib(kib['MemTotal'] << 10)}"
     limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.is_file() else "max"
+    allowed = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     return text if allowed == "max" else f"{text}; this container may use {_gib(int(allowed))}"
 
 
@@ -262,7 +262,14 @@ def probe(code: str, timeout_seconds: float) -> Outcome:
     environ = os.environ | {"PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_seconds, env=environ, check=False
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            env=environ,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
         )
     except subprocess.TimeoutExpired:
         return Outcome(False, f"no answer within {timeout_seconds:g} s")

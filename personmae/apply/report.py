@@ -72,7 +72,8 @@ def run(run_dir: Path) -> Path:
             rank_lists=Section(embed_rows(rank_lists.content or {}), rank_lists.missing),
             runs=runs,
             data=[(what, attempt(count)) for what, count in data_counts(runs)],
-        )
+        ),
+        encoding="utf-8",
     )
     groups = next((s.content for _, s in regions if s.content), [])[:FIGURE_GROUPS]
     lists = {name: rows[:FIGURE_QUERIES] for name, rows in (rank_lists.content or {}).items()}

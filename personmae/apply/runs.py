@@ -115,7 +115,7 @@ def read_settings(path: Path) -> config.Pretrain | config.Finetune | config.Unsu
 
 
 def _text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)

@@ -50,7 +50,7 @@ def run_checkpoint(bench: CheckpointBench, out: Path | None = None) -> dict[str,
     )
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 

@@ -87,7 +87,7 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
     _print(bench, found, record)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
@@ -102,7 +102,7 @@ def measure(name: str, bench: ClusterBench) -> tuple[float, int, int, np.ndarray
     way = {OURS: pseudo_labels, USUAL: usual_way}[name]
     features, _ = draw(bench)
     way(features[:200], k1=K1, k2=K2, eps=EPS, min_samples=MIN_SAMPLES)  # loads libraries and starts the threads
-    Path("/proc/self/clear_refs").write_text(_FRESH_PEAK)
+    Path("/proc/self/clear_refs").write_text(_FRESH_PEAK, encoding="utf-8")
     before, start = _status("VmRSS"), time.perf_counter()
     labels = way(features, k1=K1, k2=K2, eps=EPS, min_samples=MIN_SAMPLES)
     seconds, peak = time.perf_counter() - start, _status("VmHWM")
@@ -163,7 +163,7 @@ def _reciprocal_sets(nearest: np.ndarray) -> list[np.ndarray]:
 
 def _status(name: str) -> int:
     """A number of bytes that Linux keeps of this process."""
-    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+    return 1024 * int(Path("/proc/self/status").read_text(encoding="utf-8").partition(f"{name}:")[2].split()[0])
 
 
 def _print(bench: ClusterBench, found: dict[str, Measured], record: dict[str, Any]) -> None:

@@ -155,7 +155,7 @@ def run_counts(bench: CountBench, ceilings: Ceilings | None = None, out: Path | 
         _print(bench, size, img_size, stages, rates)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 

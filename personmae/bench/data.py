@@ -90,7 +90,7 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
     _print(found, record)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 

@@ -249,7 +249,7 @@ def _synthetic_batch(cell: Cell, device: torch.device) -> CanvasBatch:
 def memory_bytes(name: str) -> int:
     """A number of bytes that Linux keeps of this process; 0 on other systems."""
     try:
-        return 1024 * int(Path("/proc/self/status").read_text().partition(f"{name}:")[2].split()[0])
+        return 1024 * int(Path("/proc/self/status").read_text(encoding="utf-8").partition(f"{name}:")[2].split()[0])
     except (OSError, IndexError):
         return 0
 

@@ -90,7 +90,7 @@ def run_rank(bench: RankBench, out: Path | None = None) -> dict[str, Any]:
     _print(bench, found, record)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return record
 
 
@@ -156,7 +156,7 @@ def usual_way(query: torch.Tensor, gallery: torch.Tensor, labels: Labels, *, vec
 
 def _peak_bytes() -> int:
     """Largest resident memory of this process since it was started; getrusage would count that of its parent too."""
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 

@@ -124,7 +124,7 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
         record["measured"] += _measure(bench, team, ceilings, record["hardware"]["gpus"], f"{number}/{len(teams)}")
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(record, indent=1) + "\n")
+            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     _print(record)
     return record
 

@@ -168,7 +168,7 @@ def _write_mds(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
         for sample in samples:
             writer.write(sample)
     index = task.folder / INDEX
-    (entry,) = json.loads(index.read_text())["shards"]
+    (entry,) = json.loads(index.read_text(encoding="utf-8"))["shards"]
     index.unlink()
     name = shard_name(task.number)
     (task.folder / entry["raw_data"]["basename"]).rename(task.folder / name)

@@ -67,7 +67,7 @@ def write_synthetic(
         _, sheet = cv2.imencode(".png", contact_sheet(settings, shots))
     (partial_out / "contact_sheet.png").write_bytes(sheet.tobytes())
     hidden = {Path(shot.path).name: shot.occlusion for shot in shots if shot.path.startswith("occluded_duke/query/")}
-    (partial_out / "occluded_duke" / "query_occlusion.json").write_text(json.dumps(hidden, indent=0) + "\n")
+    (partial_out / "occluded_duke" / "query_occlusion.json").write_text(json.dumps(hidden, indent=0) + "\n", encoding="utf-8")
     counts = _count(shots)
     record = {"format_version": FORMAT_VERSION, "settings": asdict(settings), "counts": counts}
     for benchmark in sorted({Path(folder).parent.name for folder in counts} - {""}):  # it may be copied alone
