@@ -22,7 +22,7 @@ PROGRAMS = {
     f"personmae.{name}"
     for name in ("pretrain", "state", "downstream", "finetune", "unsupervised", "evaluate", "bench", "apply")
 }
-GROUND = {f"personmae.{name}" for name in ("errors", "heartbeat", "telemetry", "locations", "yaml_text")}
+GROUND = {f"personmae.{name}" for name in ("errors", "heartbeat", "telemetry", "locations", "yaml_text", "images")}
 CONFIG = {"personmae.config"} | {
     f"personmae.config_{name}" for name in ("file", "sections", "downstream", "values", "errors", "keys")
 }
@@ -112,7 +112,7 @@ def test_an_engine_knows_no_model_and_no_data():
 
 
 def test_data_knows_no_model_and_no_engine():
-    assert trespasses({"personmae.data"}, {"personmae.data", "personmae.dist", "personmae.errors"}) == []
+    assert trespasses({"personmae.data"}, {"personmae.data", "personmae.dist", "personmae.errors", "personmae.images"}) == []
 
 
 def test_dist_nvml_and_the_configuration_stand_on_errors_alone():
@@ -139,7 +139,7 @@ def test_the_launcher_imports_the_command_line_configuration_heartbeats_numbers_
 
 
 def test_the_bottom_imports_nothing_of_ours():
-    assert OURS["personmae.errors"] == OURS["personmae.heartbeat"] == set()
+    assert OURS["personmae.errors"] == OURS["personmae.heartbeat"] == OURS["personmae.images"] == set()
     assert OURS["personmae.telemetry"] - {"personmae"} == {"personmae.errors", "personmae.heartbeat"}
 
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from personmae import checkpoint, config
+from personmae import checkpoint, config, images
 from personmae.data.decode import decode_onto
 from personmae.data.order import sample_keys
 from personmae.data.stream import ShardSet
@@ -134,11 +134,13 @@ def read_thumbnail(path: Path, size: tuple[int, int]) -> Picture:
     Raises:
         UserError: the file is missing or is not a picture.
     """
-    data = np.frombuffer(path.read_bytes(), np.uint8) if path.is_file() else np.empty(0, np.uint8)
-    image = cv2.imdecode(data, cv2.IMREAD_COLOR) if len(data) else None
-    if image is None:
-        raise UserError(f"a picture is required at {path} and there is none; put the benchmark back or evaluate again")
-    return cv2.resize(image[:, :, ::-1], size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+    try:
+        image = images.decode(path.read_bytes() if path.is_file() else b"").pixels
+    except images.BadImage as error:
+        raise UserError(
+            f"a picture is required at {path} and there is none; put the benchmark back or evaluate again"
+        ) from error
+    return cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
 
 def framed(picture: Picture, correct: bool | None, width: int = 3) -> Picture:

@@ -8,6 +8,9 @@ import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
+from personmae import images
+from personmae.images import BadImage
+
 Canvas = NDArray[np.uint8]  # (Hc, Wc, 3), RGB
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -15,12 +18,8 @@ _EIGHTHS = 8  # the decoder can shrink a picture to any number of eighths while 
 _scratch = threading.local()
 
 
-class BadImage(ValueError):  # noqa: N818 - names what it is
-    """Bytes that do not decode to a picture."""
-
-
 class Placed(NamedTuple):
-    """A picture's own size, and the size at which it stands in the upper left corner of its canvas."""
+    """A picture's own size, upright, and the size at which it stands in the upper left corner of its canvas."""
 
     native_size: Size
     size: Size
@@ -29,22 +28,45 @@ class Placed(NamedTuple):
 def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> Placed:
     """Decode a JPEG into the upper left corner of ``canvas``; the rest of the canvas is left as it was.
 
-    A picture that fits is not resized. A larger one is shrunk by the decoder to the most eighths of its size that fit.
+    The picture is turned as its EXIF orientation says. One that fits is not resized. A larger one is shrunk by the decoder
+    to the most eighths of its size that fit.
 
     Raises:
         BadImage: the bytes are not a readable picture, whole and without a complaint of the decoder.
     """
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(jpeg)[:2])
+        orientation = images.orientation(jpeg)
+        if orientation != images.AS_STORED:
+            return _decode_turned(jpeg, (height, width), orientation, canvas)
         size = fitted_size((height, width), canvas.shape[:2])
         pixels = simplejpeg.decode_jpeg(jpeg, "RGB", min_height=size[0], min_width=size[1], buffer=_buffer(size))
-    except (ValueError, IndexError) as error:  # an IndexError where there are no bytes at all
+    except (ValueError, LookupError) as error:  # an IndexError where there are no bytes, a KeyError for an odd subsampling
         raise BadImage(f"{len(jpeg)} bytes are not a whole JPEG: {error}") from error
-    if size[0] > canvas.shape[0] or size[1] > canvas.shape[1]:  # even an eighth is too large
-        size = min(size[0], canvas.shape[0]), min(size[1], canvas.shape[1])
-        pixels = cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA)
-    canvas[: size[0], : size[1]] = pixels
-    return Placed((height, width), size)
+    return Placed((height, width), _place(pixels, canvas))
+
+
+def _decode_turned(jpeg: bytes | memoryview, stored: Size, orientation: int, canvas: Canvas) -> Placed:
+    """As ``decode_onto``, for a picture of the size ``stored`` that is not stored upright.
+
+    Raises:
+        ValueError: the bytes are not a whole JPEG.
+    """
+    native_size = images.turned_size(stored, orientation)
+    height, width = images.turned_size(fitted_size(native_size, canvas.shape[:2]), orientation)  # as it is stored
+    pixels = simplejpeg.decode_jpeg(jpeg, "RGB", min_height=height, min_width=width, buffer=_buffer((height, width)))
+    return Placed(native_size, _place(images.turned(pixels, orientation), canvas))
+
+
+def _place(pixels: Canvas, canvas: Canvas) -> Size:
+    """Put pixels into the upper left corner of a canvas and return their size on it."""
+    height, width = pixels.shape[:2]
+    if height > canvas.shape[0] or width > canvas.shape[1]:  # even an eighth is too large
+        height, width = min(height, canvas.shape[0]), min(width, canvas.shape[1])
+        shrunk = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=cv2.INTER_AREA)
+        pixels = shrunk.astype(np.uint8, copy=False)
+    canvas[:height, :width] = pixels
+    return height, width
 
 
 def fitted_size(native_size: Size, canvas_size: tuple[int, ...]) -> Size:

@@ -1,7 +1,8 @@
 """MDS shards: writing one of them from checked pictures, verifying and describing a set of them.
 
-A sample is {jpeg: bytes as they were, key: its name in the source, height, width}. mosaicml-streaming writes the shards, so
-``streaming.StreamingDataset`` opens them too.
+A sample is {jpeg: a JPEG, key: its name in the source, height, width}. The sizes are those of the upright picture. A JPEG that
+the fast decoder takes is kept byte for byte. Everything else that ``images`` can read is encoded as JPEG.
+mosaicml-streaming writes the shards, so ``streaming.StreamingDataset`` opens them too.
 """
 
 import itertools
@@ -15,26 +16,23 @@ from typing import Any
 
 import cv2
 import numpy as np
-import simplejpeg
 
-from personmae import dist
+from personmae import dist, images
 from personmae.data.mds import INDEX
 from personmae.data.sources import Picture, Source
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
+from personmae.images import BadImage
 
 COLUMNS = {"jpeg": "bytes", "key": "str", "height": "uint16", "width": "uint16"}
 HASHES = ["xxh64"]
 SHARD_BYTES = 1 << 26
-_QUALITY = 95
-_LONGEST_SIDE = 65_500  # libjpeg's bound, and a uint16 holds it
-_MOST_PIXELS = 1 << 27  # a few bytes can claim to be a picture that fills the memory
 _NUM_READERS = 4  # threads of a process; they hide the latency of a slow file system
 _CHUNK = 32
 _LOST = (FileNotFoundError, PermissionError, IsADirectoryError)  # of one file, and for good
 _CACHE_BYTES = 1 << 28  # of a set that is read once, from end to end
 Progress = Callable[[int, int], None]
-Record = dict[str, Any]  # {"shard": its index entry or None, "rejects": [{"key", "reason"}]}
+Record = dict[str, Any]  # {"shard": its index entry or None, "rejects": [{"key", "reason", "kind"}]}
 
 
 def header_bytes(size_limit: int) -> int:
@@ -55,7 +53,12 @@ def header_bytes(size_limit: int) -> int:
 
 def sample_bytes(key: str, num_bytes: int) -> int:
     """Bytes of a sample: where it begins, the lengths of its two texts, its two sides, and the texts themselves."""
-    return 4 + 2 * 4 + 2 * 2 + len(key.encode("utf-8", "surrogateescape")) + num_bytes
+    return 4 + 2 * 4 + 2 * 2 + len(stored_key(key).encode()) + num_bytes
+
+
+def stored_key(key: str) -> str:
+    r"""A name as a shard has it: bytes that are no UTF-8 are written as ``\xNN``, since the format's texts are UTF-8."""
+    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def shard_name(number: int) -> str:
@@ -91,23 +94,20 @@ def write_shard(task: Task) -> Record:
 
 
 def _sample(task: Task, picture: Picture) -> dict[str, Any]:
-    """A sample, or {"key", "reason"} where the picture cannot be used."""
+    """A sample, or {"key", "reason", "kind"} where the picture cannot be used."""
     try:
-        picture.key.encode()
         jpeg, height, width = checked(_read(task.source, picture), picture.num_bytes, task.max_side)
     except UserError:  # which is a ValueError too
         raise
-    except UnicodeEncodeError:
-        reason = "its name is not UTF-8"
     except _LOST as error:
         if not task.source.path.exists():
             raise UserError(f"{task.source.path} has gone while it was read; bring it back and run this again") from error
-        reason = f"it cannot be read: {error.strerror or error}"
-    except ValueError as error:
-        reason = str(error)
+        reason, kind = f"it cannot be read: {error.strerror or error}", "cannot be read"
+    except BadImage as error:
+        reason, kind = str(error), error.kind
     else:
-        return {"jpeg": jpeg, "key": picture.key, "height": np.uint16(height), "width": np.uint16(width)}
-    return {"key": picture.key, "reason": reason}
+        return {"jpeg": jpeg, "key": stored_key(picture.key), "height": np.uint16(height), "width": np.uint16(width)}
+    return {"key": picture.key, "reason": reason, "kind": kind}
 
 
 def _read(source: Source, picture: Picture) -> bytes:
@@ -132,28 +132,26 @@ def _read(source: Source, picture: Picture) -> bytes:
     raise AssertionError
 
 
-def checked(jpeg: bytes, num_bytes: int, max_side: int | None = None) -> tuple[bytes, int, int]:
-    """A picture that was decoded to its end, with its height and width; shrunk where its longer side exceeds ``max_side``.
+def checked(data: bytes, num_bytes: int, max_side: int | None = None) -> tuple[bytes, int, int]:
+    """A picture that was decoded to its end, as JPEG, with its upright height and width.
+
+    A JPEG that the fast decoder takes is kept byte for byte, its EXIF orientation with it. Another picture is encoded as JPEG,
+    and so is one that is shrunk because its longer side exceeds ``max_side``.
 
     Raises:
-        ValueError: it does not have ``num_bytes``, is not a JPEG, is damaged or too large.
+        BadImage: it does not have ``num_bytes``, is not a picture, ends too early or is too large.
     """
-    if not jpeg:
-        raise ValueError("it is empty")
-    if jpeg[:2] != b"\xff\xd8":
-        raise ValueError(f"it begins with {jpeg[:8]!r}, which is not how a JPEG begins")
-    if len(jpeg) != num_bytes:
-        raise ValueError(f"it has {len(jpeg):,} bytes and had {num_bytes:,} when the source was listed")
-    height, width = map(int, simplejpeg.decode_jpeg_header(jpeg)[:2])
-    if max(height, width) > _LONGEST_SIDE or height * width > _MOST_PIXELS:
-        raise ValueError(f"it has {height:,} x {width:,} pixels; {_LONGEST_SIDE:,} a side and {_MOST_PIXELS:,} in all may be")
-    image = simplejpeg.decode_jpeg(jpeg, strict=True)
-    if max_side is None or max(height, width) <= max_side:
-        return jpeg, height, width
-    scale = max_side / max(height, width)
-    height, width = max(1, round(height * scale)), max(1, round(width * scale))
-    small = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(small), quality=_QUALITY), height, width
+    if len(data) != num_bytes and data:
+        told = f"it has {len(data):,} bytes and had {num_bytes:,} when the source was listed"
+        raise BadImage(told, "changed since the source was listed")
+    pixels, fast = images.decode(data)
+    height, width = pixels.shape[:2]
+    if max_side is not None and max(height, width) > max_side:
+        scale = max_side / max(height, width)
+        height, width = max(1, round(height * scale)), max(1, round(width * scale))
+        small = cv2.resize(np.ascontiguousarray(pixels), (width, height), interpolation=cv2.INTER_AREA)
+        return images.encode(small.astype(np.uint8, copy=False)), height, width
+    return (data if fast else images.encode(pixels)), height, width
 
 
 def _write_mds(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -204,11 +202,17 @@ def verify(root: str, *, cache_dir: Path, keep: bool = False, progress: Progress
 
 def _complaint(sample: dict[str, memoryview]) -> str | None:
     try:
-        _, *size = checked(bytes(sample["jpeg"]), len(sample["jpeg"]))
-    except ValueError as error:
+        decoded = images.decode(bytes(sample["jpeg"]))
+    except BadImage as error:
         return f"is not a whole JPEG: {error}"
-    recorded = [int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width") if side in sample]
-    return f"is {tuple(size)}, its record says {tuple(recorded)}" if recorded and size != recorded else None
+    if not decoded.fast:
+        return "is not a JPEG that the decoder of training takes without a complaint"
+    size = decoded.pixels.shape[:2]
+    recorded = tuple(int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width") if side in sample)
+    # Sets that were written before pictures were turned have the sizes as stored.
+    if not recorded or recorded == size or (recorded == size[::-1] and images.orientation(sample["jpeg"]) != images.AS_STORED):
+        return None
+    return f"is {size}, its record says {recorded}"
 
 
 @dataclass(slots=True)
@@ -235,6 +239,6 @@ def _heights(shards: ShardSet, progress: Progress) -> Iterator[int]:
     done = 0
     for index, shard in enumerate(shards.shards):
         opened = shards.open(index)
-        yield from (int(simplejpeg.decode_jpeg_header(opened.jpeg(position))[0]) for position in range(shard.samples))
+        yield from (images.upright_size(opened.jpeg(position))[0] for position in range(shard.samples))
         done += shard.samples
         progress(done, len(shards))

@@ -1,5 +1,6 @@
 """From image files to network input: decode and resize on threads, augment as batched tensor operations.
 
+How a file becomes upright RGB pixels is for ``personmae.images`` to say: pre-training reads by the same rule.
 Sizes are (H, W). Training and test resize alike (bicubic). Everything random comes from one explicit generator.
 """
 
@@ -17,16 +18,16 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from personmae.errors import RankError
+from personmae.images import BadImage, decode
 
 ERASE_AREA: Final = (0.02, 0.4)  # of the image
 ERASE_ASPECT: Final = (0.3, 3.3)  # height / width
 ERASE_ATTEMPTS: Final = 10
-_JPEG, _PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 CHUNK: Final = 256  # images decoded at a time while the cache is filled
 
 
 def decode_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
-    """Decode one file, as OpenCV does, to BGR.
+    """Decode one file to upright RGB.
 
     Raises:
         RankError: the file cannot be read, is not an image, or ends too early.
@@ -35,29 +36,10 @@ def decode_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise RankError(f"cannot read {path}: {error.strerror}; check the data set") from error
-    if is_cut_short(data):
-        raise RankError(f"{path} ends before its picture does; copy it anew, replace it or remove it")
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-    except cv2.error as error:  # a size that is beyond all bounds
-        raise RankError(f"{path} is not an image that can be decoded ({error.err}); replace it or remove it") from error
-    if image is None:
-        raise RankError(f"{path} is not an image that can be decoded; replace it or remove it")
-    return image
-
-
-def is_cut_short(data: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end; only some versions of OpenCV refuse one, the others fill it up with grey."""
-    if data.startswith(_PNG):
-        return b"IEND" not in data
-    if not data.startswith(_JPEG):
-        return False
-    place = 2
-    # Up to the start of the scan: a thumbnail, which has an end of its own, is passed over.
-    while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":
-        filled = data[place + 1 : place + 2] == b"\xff"
-        place += 1 if filled else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    return data.find(b"\xff\xd9", place) < 0
+        return decode(data).pixels
+    except BadImage as error:
+        raise RankError(f"{path} is not a whole image: {error}; copy it anew, replace it or remove it") from error
 
 
 def read_image(path: str, img_size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W"]:
@@ -69,8 +51,8 @@ def read_image(path: str, img_size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W
     image = decode_image(path)
     height, width = img_size
     if image.shape[:2] != img_size:
-        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.ascontiguousarray(image[:, :, ::-1].transpose(2, 0, 1))  # BGR to RGB, channels first
+        image = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.ascontiguousarray(image.transpose(2, 0, 1))  # channels first
 
 
 def load_images(paths: Sequence[str], img_size: tuple[int, int], pool: ThreadPoolExecutor) -> UInt8[Tensor, "B 3 H W"]:

@@ -100,14 +100,6 @@ def test_a_grey_jpeg_becomes_three_equal_channels():
     assert canvas.std() > 10
 
 
-def test_the_orientation_tag_is_ignored_as_recorded_sizes_ignore_it():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    file = io.BytesIO()
-    Image.fromarray(smooth(60, 30)).save(file, "JPEG", exif=exif)
-    assert decode_onto(file.getvalue(), canvas_of(64, 32)).native_size == (60, 30)
-
-
 @pytest.mark.parametrize("jpeg", [b"", b"\xff\xd8\xff", b"not a picture at all", bytes(1000), jpeg_of(smooth(99, 50))[:-300]])
 def test_bytes_that_are_no_whole_picture_are_a_bad_image(jpeg):
     with pytest.raises(BadImage):

@@ -116,16 +116,29 @@ def test_what_is_no_whole_jpeg_is_left_out_and_listed_with_its_reason(source, tm
     (source / "gone.jpg").symlink_to("nowhere")
     (source / "note.jpg").write_text("hello, I am a text")
     (source / "header.jpg").write_bytes(whole[:30])
-    os.link(source / "0.jpg", os.fsencode(source) + b"/caf\xe9.jpg")
     assert importer.write(source, str(tmp_path / "out")) == 4
     found = rejects(tmp_path / "out")
-    assert list(found) == ["caf\udce9.jpg", "cut.jpg", "empty.jpg", "gone.jpg", "header.jpg", "note.jpg"]
-    assert found["caf\udce9.jpg"] == "its name is not UTF-8"
-    assert found["cut.jpg"] == "Premature end of JPEG file"
+    assert list(found) == ["cut.jpg", "empty.jpg", "gone.jpg", "header.jpg", "note.jpg"]
+    assert found["cut.jpg"] == "it ends early: Premature end of JPEG file"
     assert found["empty.jpg"] == "it is empty"
     assert found["gone.jpg"] == "it cannot be read: No such file or directory"
     assert found["note.jpg"].startswith("it begins with b'hello, I'")
     assert shards.verify(str(tmp_path / "out"), cache_dir=tmp_path) == 4
+
+
+def test_a_name_that_is_no_utf_8_is_written_with_its_bytes_spelt_out(source, tmp_path):
+    os.rename(source / "0.jpg", os.fsencode(source) + b"/caf\xe9.jpg")
+    os.rename(source / "1.jpg", source / "käfer.jpg")
+    assert importer.write(source, str(tmp_path / "out")) == 4
+    samples = list(StreamingDataset(local=str(tmp_path / "out"), batch_size=1, shuffle=False))
+    assert [sample["key"] for sample in samples] == ["2.jpg", "3.jpg", r"caf\xe9.jpg", "käfer.jpg"]
+
+
+def test_a_shard_with_such_names_is_no_larger_than_asked_for(source, tmp_path):
+    for number in range(40):
+        os.link(source / "0.jpg", os.fsencode(source) + b"/" + b"\xe9" * 60 + f"{number}.jpg".encode())
+    importer.write(source, str(tmp_path / "out"), shard_bytes=10_000)
+    assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.mds")) <= 10_000
 
 
 def test_a_whole_source_leaves_no_list_of_rejects(source, tmp_path):
@@ -162,8 +175,8 @@ def test_rejects_from_an_lmdb_are_listed_too(source, tmp_path):
         transaction.put(b"other", pickle.dumps(["a"]))
         transaction.put(b"\xff\xfe", (source / "0.jpg").read_bytes())
         transaction.put(b"__len__", b"1")
-    assert importer.write(tmp_path / "lup", str(tmp_path / "out")) == 1
-    assert list(rejects(tmp_path / "out")) == ["other", "\udcff\udcfe"]
+    assert importer.write(tmp_path / "lup", str(tmp_path / "out")) == 2
+    assert list(rejects(tmp_path / "out")) == ["other"]
 
 
 # --- shrinking ---

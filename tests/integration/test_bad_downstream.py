@@ -101,7 +101,7 @@ def test_a_picture_that_is_cut_short_is_named_before_the_first_step(market, tmp_
     cut = min((root / "bounding_box_train").glob("*.jpg"))
     cut.write_bytes(cut.read_bytes()[:-40])
     line = one_line_error(personmae("finetune", *finetuning(root, tmp_path / "run")))
-    assert f"{cut} ends before its picture does" in line
+    assert f"{cut} is not a whole image: it ends early" in line
 
 
 def test_a_picture_that_the_second_rank_alone_reads_is_named(market, tmp_path):
@@ -111,7 +111,7 @@ def test_a_picture_that_the_second_rank_alone_reads_is_named(market, tmp_path):
     options = ["--standalone", "--nproc-per-node", "2", "launcher/finetune.py", "--config"]
     done = launch("torchrun", *options, *finetuning(root, tmp_path / "run", "train.bn_group_size=8"))
     assert done.returncode != 0
-    assert f"error: {bad} is not an image that can be decoded" in done.stderr
+    assert f"error: {bad} is not a whole image" in done.stderr
 
 
 def test_histogram_takes_no_pooling(market):
