@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from personmae import files
 from personmae.commands.arguments import Parser
 from personmae.errors import UserError, run_program
 
@@ -172,7 +173,7 @@ def fetch_encoder(url: str, target: Path) -> None:
         raise UserError(f"{url} has no checkpoint; train it first, or correct the name")
     name = latest.decode().strip()
     _copy(url, f"{name}/", _empty(target) / name)
-    (target / "LATEST").write_bytes(latest)
+    files.replace(target / "LATEST", latest)
 
 
 def _fetch(args: argparse.Namespace) -> None:

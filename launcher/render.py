@@ -27,7 +27,7 @@ from launcher.choice import (
     sizes_of,
 )
 from launcher.kustomization import Object
-from personmae import config
+from personmae import config, files
 from personmae.errors import UserError
 from personmae.yaml_text import Dumper, read_file, represent_text
 
@@ -116,7 +116,7 @@ def write(rendered: Rendered, directory: Path) -> None:
     for name in (kustomization.FILE, "kustomization.yml", "Kustomization"):  # kustomize takes any, but only one of them
         if (directory / name).exists():
             raise UserError(f"--write needs a folder without a {name}; {directory} has one: name another")
-    (directory / kustomization.FILE).write_text(yaml.dump(spec, Dumper=_Dumper, sort_keys=False, width=120), encoding="utf-8")
+    files.replace(directory / kustomization.FILE, yaml.dump(spec, Dumper=_Dumper, sort_keys=False, width=120))
 
 
 class _Dumper(Dumper):

@@ -14,7 +14,7 @@ from personmae.errors import UserError
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _PORT = 9400
 _LINE = re.compile(  # what RunLog prints; rank 0 may be on any index
-    r"(?P<program>\w+) (?P<step>\d+)/(?P<total>\d+)  (?P<values>.*?)  (?P<rate>[\d,]+) images/s  (?P<left>\S+) to go"
+    r"(?P<program>\w+) (?P<step>\d+)/(?P<total>\d+)  (?P<values>.*?)  (?P<rate>[\d,]+) images/s  (?P<left>(?:\d+ d )?\S+) to go"
 )
 
 

@@ -18,7 +18,7 @@ from launcher import kustomization, render
 from launcher.choice import Choice, check_name, guess_overlay, image_of, overlay_of
 from launcher.kustomization import Object
 from launcher.render import Rendered
-from personmae import config
+from personmae import config, files
 from personmae.config import Place
 from personmae.errors import EXIT_COMPLETE, UserError
 from personmae.locations import escape
@@ -209,14 +209,14 @@ def run_local(path: Path, overrides: Sequence[str] = ()) -> None:
             sys.exit(code)
     found = {s.stage.name: json.loads(Path(s.result).read_bytes()) for s in steps if s.program != "pretrain"}
     for name, content in result_files(found, {}).items():
-        (results / name).write_bytes(content)
+        files.replace(results / name, content)
     print(table(found, {}), end="")
 
 
 def result_files(found: dict[str, dict[str, Any]], failed: dict[str, str]) -> dict[str, bytes]:
     """``results.json`` and ``results.md`` from the records of the stages, by stage."""
     return {
-        "results.json": json.dumps({"results": found, "failed": failed}, indent=1).encode(),
+        "results.json": files.to_json({"results": found, "failed": failed}, indent=1).encode(),
         "results.md": table(found, failed).encode(),
     }
 

@@ -17,7 +17,7 @@ from launcher.cluster import INSTANCE
 from launcher.kubectl import Kubectl
 from launcher.kustomization import Object
 from launcher.render import Rendered
-from personmae import config
+from personmae import config, files
 from personmae.errors import EXIT_FAILED, UserError
 
 EXIT_TIMEOUT = 3  # of --wait
@@ -183,7 +183,7 @@ def show_status(args: argparse.Namespace) -> None:
     kubectl = _kubectl(args)
     while True:
         state = status.read(kubectl, args.run_name)
-        print(json.dumps(state, indent=1) if args.output == "json" else status.to_text(state), flush=True)
+        print(files.to_json(state, indent=1) if args.output == "json" else status.to_text(state), flush=True)
         if not args.watch or state["state"].startswith(("Complete", "Failed")):
             return
         time.sleep(_PAUSE_SECONDS)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from personmae.errors import RankError, UserError
+from personmae.files import to_json
 from personmae.snapshot import Fingerprint, Snapshot, Tensors, write_blocks
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
@@ -129,7 +130,7 @@ def commit(
             raise failure
         if rank == 0:
             files = _collect(partial, world_size)
-            files[STATE] = _write_synced(partial / STATE, json.dumps({"step": step} | state, indent=1))
+            files[STATE] = _write_synced(partial / STATE, to_json({"step": step} | state, indent=1))
             _write_synced(partial / MANIFEST, json.dumps(files, indent=1))
             _sync_folder(partial)
             put_in_place(partial, final)

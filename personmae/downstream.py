@@ -93,6 +93,7 @@ def record_run(state: Run) -> None:
         config_hash=config.config_hash(settings),
         seed=settings.seed,
         versions=checkpoint.versions(),
+        first_step=state.step,
     )
     described = datasets.describe(state.benchmark)
     print(described.table, described.note, sep="\n")

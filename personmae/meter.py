@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from personmae import dist, heartbeat
+from personmae import dist, files, heartbeat
 from personmae.data import storage
 from personmae.heartbeat import PHASES, Heartbeat, Phase
 from personmae.nvml import gpu_collectors
@@ -337,7 +337,7 @@ class _Allocator(Collector):
 def _leave(text: bytes, run_dir: str, store: str | None) -> None:
     def write() -> None:
         try:
-            (Path(run_dir) / RECORD).write_bytes(text)
+            files.replace(Path(run_dir) / RECORD, text)
             if store:
                 storage.write(store, RECORD, text)
         except Exception as error:  # each store's client has errors of its own

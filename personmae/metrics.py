@@ -14,16 +14,21 @@ from typing import Any, Final
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from personmae import files, sessions
 from personmae.meter import RunNumbers
+from personmae.progress import EVERY_SECONDS, Pace, duration, say
+
+METRICS: Final = "metrics.jsonl"
 
 
 class RunLog:
     """Rank 0's reports; on other ranks every method does nothing.
 
     ``metrics.jsonl`` has one object per logged step. A resumed run drops the lines at or beyond the step it resumes from,
-    so the file reads as if nothing had happened.
+    so the file reads as if nothing had happened; the lines before are not written again. People see more than is recorded:
+    the first step, and a line every ten seconds.
     """
 
     def __init__(
@@ -43,14 +48,13 @@ class RunLog:
 
         self._dir = Path(run_dir)
         self._dir.mkdir(parents=True, exist_ok=True)
-        path = self._dir / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= first_step] if first_step else []
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._file = path.open("a", buffering=1, encoding="utf-8")
+        path = self._dir / METRICS
+        files.cut_lines(path, lambda record: first_step > 0 and record["step"] <= first_step)
         self._board = SummaryWriter(str(self._dir / "tensorboard"), purge_step=first_step or None)
-        self._title, self._total_steps = title, total_steps
-        self._last_time, self._last_step, self._start = time.monotonic(), first_step, time.monotonic()
-        self._first_step = first_step
+        self._file = path.open("a", buffering=1, encoding="utf-8")
+        self._title, self._total_steps, self._first_step = title, total_steps, first_step
+        self._last_time, self._last_step, self._step = time.monotonic(), first_step, first_step
+        self._pace = Pace(first_step)
         self._bar = self._start_bar(first_step)
 
     def _start_bar(self, first_step: int) -> tuple[Progress, Any] | None:
@@ -63,81 +67,91 @@ class RunLog:
             MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        bar = Progress(*columns, TimeRemainingColumn(), console=console)
+        bar = Progress(*columns, console=console)
         bar.start()
         return bar, bar.add_task(self._title, total=self._total_steps, completed=first_step, note="")
 
     def advance(self, step: int) -> None:
         """Move the bar; cheap enough for every step."""
-        if self._is_first and self._bar:
-            self._bar[0].update(self._bar[1], completed=step)
+        if self._is_first:
+            self._step = step
+            if self._bar:
+                self._bar[0].update(self._bar[1], completed=step)
+
+    def is_due(self) -> bool:
+        """Whether people have seen nothing for ten seconds; rank 0's clock decides, and what is shown comes from all ranks."""
+        return self._is_first and self._pace.seconds_since_mark >= EVERY_SECONDS
 
     def log(self, step: int, values: dict[str, float], *, images_per_step: int) -> None:
-        """Write one record; adds images per second since the last one and the seconds still to go."""
+        """Write one record, with images per second since the last one, and show it."""
         if not self._is_first:
             return
         now = time.monotonic()
         rate = (step - self._last_step) * images_per_step / max(1e-9, now - self._last_time)
-        remaining = (self._total_steps - step) * (now - self._start) / max(1, step - self._first_step)
         self._last_time, self._last_step = now, step
         record = {"step": step, "time": time.time(), **values, "images_per_second": rate}
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(files.to_json(record) + "\n")
         if self._numbers:
             self._numbers.show(step, values, rate)
         for name, value in record.items():
             if name not in ("step", "time"):
                 self._board.add_scalar(name, value, step)
+        self.show(step, values, images_per_step=images_per_step)
+
+    def show(self, step: int, values: dict[str, float], *, images_per_step: int) -> None:
+        """Show a step with rate and time to go of the last minute; nothing is recorded."""
+        if not self._is_first:
+            return
+        waited = self._pace.seconds_since_mark
+        self._pace.mark(step)
+        left = self._pace.left(self._total_steps)
+        if step == self._first_step + 1:  # it sets up and compiles, so it says nothing of the others
+            pace = f"the first step took {waited:.1f} s"
+        else:
+            pace = f"{self._pace.rate * images_per_step:,.0f} images/s  {'?' if left is None else duration(left)} to go"
         if self._bar:  # a terminal is narrow: the rest is in the files
-            note = f"loss {values['loss']:.4g}  {rate:,.0f} images/s"
-            self._bar[0].update(self._bar[1], completed=step, note=note)
+            self._bar[0].update(self._bar[1], completed=step, note=f"loss {values['loss']:.4g}  {pace}")
         else:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            left = time.strftime("%H:%M:%S", time.gmtime(remaining))
-            self.say(f"{self._title} {step}/{self._total_steps}  {shown}  {rate:,.0f} images/s  {left} to go")
+            self.say(f"{self._title} {step}/{self._total_steps}  {shown}  {pace}")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._is_first:
-            (self._bar[0].console.print if self._bar else _print)(text)
+            (self._bar[0].console.print if self._bar else say)(text)
 
     def close(self) -> None:
-        """End the bar and flush the files."""
+        """End the bar, flush the files, and write into ``run.json`` how it ended, by the exception on its way."""
         if self._is_first:
             if self._bar:
                 self._bar[0].stop()
             self._file.close()
             self._board.close()
-
-
-def _print(text: str) -> None:
-    print(text, flush=True)
-
-
-def _lines(path: Path) -> list[str]:
-    """Whole lines of a JSONL file; a line that a kill cut off is dropped."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return text[: text.rfind("\n") + 1].splitlines()
+            sessions.end(self._dir, last_step=self._step, failure=sys.exception())
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, float]]:
-    """All records of a run's ``metrics.jsonl``."""
-    return [json.loads(line) for line in _lines(Path(run_dir) / "metrics.jsonl")]
+    """All records of a run's ``metrics.jsonl``; null there is a number that was not finite."""
+    lines = files.whole_lines(Path(run_dir) / METRICS)
+    records: list[dict[str, float | None]] = [json.loads(line) for line in lines]
+    return [{name: float("nan") if value is None else value for name, value in record.items()} for record in records]
 
 
-def record_run(run_dir: str | Path, *, config_yaml: str, config_hash: str, seed: int, versions: dict[str, str]) -> None:
-    """Write ``config.yaml`` and ``run.json``: what ran, on what, from which commit."""
+def record_run(
+    run_dir: str | Path, *, config_yaml: str, config_hash: str, seed: int, versions: dict[str, str], first_step: int
+) -> None:
+    """Write ``config.yaml`` and ``run.json``: what ran, on what, from which commit, and when."""
     directory = Path(run_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(config_yaml, encoding="utf-8")
+    files.replace(directory / "config.yaml", config_yaml)
     run = {
-        "command": sys.argv,
         "config_hash": config_hash,
         "seed": seed,
         "commit": git_commit(),
         "versions": versions | {"python": platform.python_version()},
         "hardware": describe_hardware(),
     }
-    (directory / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
+    sessions.begin(directory, run, first_step=first_step)
 
 
 def git_commit() -> str | None:

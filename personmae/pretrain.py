@@ -345,6 +345,7 @@ def announce(state: Run) -> None:
         config_hash=config.config_hash(settings),
         seed=settings.seed,
         versions=checkpoint.versions(),
+        first_step=state.step,
     )
     if settings.data.shards.startswith("s3://"):
         print(f"pretrain: {settings.data.shards} with {storage.s3_identity()}")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personmae import archive, checkpoint, config, dist, metrics, optim
+from personmae import archive, checkpoint, config, dist, files, metrics, optim
 from personmae.downstream import augmented, evaluate, identity, is_complete, record_run
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
@@ -267,7 +267,7 @@ def find_clusters(state: Run, images: ImageSet, epoch: int, log: metrics.RunLog,
     log.say(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
     if state.world.is_first:
         with (Path(settings.run_dir) / "clusters.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"epoch": epoch, "step": state.step, **shown}) + "\n")
+            file.write(files.to_json({"epoch": epoch, "step": state.step, **shown}) + "\n")
     if quality.num_clusters < settings.batch.num_ids:
         change = "raise" if 2 * quality.num_outliers > len(labels) else "lower"  # few clusters of all are too large ones
         raise UserError(
@@ -282,10 +282,7 @@ def find_clusters(state: Run, images: ImageSet, epoch: int, log: metrics.RunLog,
 
 def trim_clusters(run_dir: Path, step: int) -> None:
     """Leave those lines of ``clusters.jsonl`` that a run which goes on at ``step`` will not write again."""
-    path = run_dir / "clusters.jsonl"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()  # a kill may have cut the last one off
-    path.write_text("".join(f"{line}\n" for line in whole if json.loads(line)["step"] < step), encoding="utf-8")
+    files.cut_lines(run_dir / "clusters.jsonl", lambda record: record["step"] < step)
 
 
 def build(settings: config.Unsupervised) -> tuple[ClusterContrast, dict[str, Any]]:

@@ -22,7 +22,13 @@ PROGRAMS = {
     f"personmae.{name}"
     for name in ("pretrain", "state", "downstream", "finetune", "unsupervised", "evaluate", "bench", "apply")
 }
-GROUND = {f"personmae.{name}" for name in ("errors", "heartbeat", "telemetry", "locations", "yaml_text", "images")}
+GROUND = {
+    f"personmae.{name}"
+    for name in (
+        *("errors", "files", "heartbeat", "images", "locations", "progress", "sessions", "signals", "telemetry", "yaml_text"),
+        "endpoint",
+    )
+}
 CONFIG = {"personmae.config"} | {
     f"personmae.config_{name}" for name in ("file", "sections", "downstream", "values", "errors", "keys")
 }
@@ -133,7 +139,7 @@ def test_the_model_needs_torch_and_nothing_that_computes_besides():
 def test_the_launcher_imports_the_command_line_configuration_heartbeats_numbers_and_errors_alone():
     allowed = {"launcher"} | {
         f"personmae.{name}"
-        for name in ("commands", "config", "errors", "heartbeat", "nvml", "telemetry", "locations", "yaml_text")
+        for name in ("commands", "config", "errors", "files", "heartbeat", "nvml", "telemetry", "locations", "yaml_text")
     }
     assert trespasses({"launcher"}, allowed) == []
 

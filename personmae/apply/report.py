@@ -12,7 +12,7 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
-from personmae import config
+from personmae import config, files
 from personmae.apply import pictures
 from personmae.apply.runs import RANDOM, RankList, Result, Run, find_runs
 from personmae.data.decode import BadImage
@@ -59,7 +59,8 @@ def run(run_dir: Path) -> Path:
     rank_lists = attempt(lambda: draw_rank_lists(runs))
     summary = summarise(runs)
     page = run_dir / "report.html"
-    page.write_text(
+    files.replace(
+        page,
         render(
             title=f"PersonMAE: {run_dir.resolve().name}",
             summary=summary,
@@ -73,7 +74,6 @@ def run(run_dir: Path) -> Path:
             runs=runs,
             data=[(what, attempt(count)) for what, count in data_counts(runs)],
         ),
-        encoding="utf-8",
     )
     groups = next((s.content for _, s in regions if s.content), [])[:FIGURE_GROUPS]
     lists = {name: rows[:FIGURE_QUERIES] for name, rows in (rank_lists.content or {}).items()}

@@ -1,7 +1,6 @@
 """``personmae bench checkpoint``: how long a save of the whole state holds up training, and when it is committed."""
 
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from personmae import checkpoint, dist, metrics
+from personmae import checkpoint, dist, files, metrics
 from personmae.keeper import Writer
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
@@ -50,7 +49,7 @@ def run_checkpoint(bench: CheckpointBench, out: Path | None = None) -> dict[str,
     )
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        files.replace(out, files.to_json(record, indent=1) + "\n")
     return record
 
 

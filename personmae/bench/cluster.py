@@ -1,6 +1,5 @@
 """``personmae bench cluster``: what pseudo-labels cost in time and memory, beside the usual dense way to the same labels."""
 
-import json
 import multiprocessing
 import statistics
 import time
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, metrics
+from personmae import checkpoint, files, metrics
 from personmae.errors import UserError
 from personmae.reid.cluster import ClusterQuality, pseudo_labels, quality
 
@@ -87,7 +86,7 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
     _print(bench, found, record)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        files.replace(out, files.to_json(record, indent=1) + "\n")
     return record
 
 

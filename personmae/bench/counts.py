@@ -8,7 +8,6 @@ fp32, operands of products and their gradients are of the compute type, as in ``
 out. Weights are moved once a step, however large the batch.
 """
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from personmae import metrics
+from personmae import files, metrics
 from personmae.bench.ceilings import Ceilings
 from personmae.model.personmae import View
 from personmae.model.vit import SIZES
@@ -155,7 +154,7 @@ def run_counts(bench: CountBench, ceilings: Ceilings | None = None, out: Path | 
         _print(bench, size, img_size, stages, rates)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        files.replace(out, files.to_json(record, indent=1) + "\n")
     return record
 
 

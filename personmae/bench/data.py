@@ -1,6 +1,5 @@
 """``personmae bench data``: what a data set's shards can be read and decoded at, beside the usual way of doing the same."""
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -20,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, dist, metrics
+from personmae import checkpoint, dist, files, metrics
 from personmae.data.stream import BatchReader, JpegReader, ShardSet
 from personmae.errors import UserError
 from personmae.model.personmae import View, prepare_batch
@@ -90,7 +89,7 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
     _print(found, record)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        files.replace(out, files.to_json(record, indent=1) + "\n")
     return record
 
 

@@ -7,7 +7,6 @@ have to share, one comes after the other.
 
 import contextlib
 import itertools
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any, TypeVar, get_args
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, dist, metrics
+from personmae import checkpoint, dist, files, metrics
 from personmae.bench.ceilings import DTYPES, Ceilings, measure_alone
 from personmae.bench.counts import Work
 from personmae.bench.loop import (
@@ -124,7 +123,7 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
         record["measured"] += _measure(bench, team, ceilings, record["hardware"]["gpus"], f"{number}/{len(teams)}")
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            files.replace(out, files.to_json(record, indent=1) + "\n")
     _print(record)
     return record
 

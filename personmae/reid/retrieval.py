@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from personmae import dist
+from personmae import dist, files
 from personmae.errors import Stopped, UserError
 from personmae.reid import datasets, ranking
 from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
@@ -144,9 +144,7 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
     queries = {"benchmark_digest": record.get("benchmark_digest"), "ap": record["query_ap"]}
     result = {name: value for name, value in record.items() if name not in ("rank_lists", "query_ap")}
     for name, content in (("rank_lists.json", lists), ("queries.json", queries), ("result.json", result)):
-        partial = out / f".partial-{name}"
-        partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        partial.replace(out / name)
+        files.replace(out / name, files.to_json(content, indent=1))
 
 
 def read_record(run_dir: str | Path) -> dict[str, Any] | None:

@@ -132,6 +132,9 @@ def test_the_progress_line_is_the_one_that_a_run_prints(tmp_path: Path, capsys: 
     match = status._LINE.search(capsys.readouterr().out)
     assert match
     assert (match["program"], match["step"], match["total"], match["values"]) == ("pretrain", "10", "100", "loss 0.5  lr 0.001")
+    match = status._LINE.search("03:14:07 pretrain 10/100  loss 0.5  12 images/s  3 d 04:10:00 to go")
+    assert match
+    assert match["left"] == "3 d 04:10:00"
 
 
 def test_the_age_of_the_last_checkpoint_comes_from_the_bucket(s3_server: Any) -> None:

@@ -1,0 +1,66 @@
+"""What people see of work under way: time stamps, durations, and the time to go by the recent rate."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+
+EVERY_SECONDS = 10.0  # a line at least so often
+_WINDOW_SECONDS = 60.0  # what counts as recent
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, and days before them: ``00:12:34``, ``3 d 04:10:00``."""
+    days, rest = divmod(max(0, round(seconds)), 86400)
+    return (f"{days} d " if days else "") + f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
+
+
+def stamped(text: str) -> str:
+    """Lines with the time of day before the first one, for logs."""
+    return f"{time.strftime('%H:%M:%S')} {text}"
+
+
+def say(text: str) -> None:
+    """Print what begins or has ended, with the time of day unless a person watches."""
+    print(text if sys.stdout.isatty() else stamped(text), flush=True)
+
+
+def ending(program: str, seconds: float, result: str, following: str) -> str:
+    """The last line of a program: where its result is, how long it took, and the command that comes next."""
+    return f"{program}: done in {duration(seconds)}; {result}\nnext: {following}"
+
+
+class Pace:
+    """How fast a work went lately: over the last minute, or since the last mark but one where marks are rarer.
+
+    The time until the first mark is left out as soon as there is a second one: setting up and compiling fall into it.
+    """
+
+    def __init__(self, done: int, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock = clock or time.monotonic
+        self._marks: deque[tuple[float, int]] = deque([(clock(), done)])
+        self._is_warm = False
+
+    def mark(self, done: int) -> None:
+        """So much is done by now."""
+        now = self._clock()
+        if len(self._marks) == 2 and not self._is_warm:
+            self._marks.popleft()
+            self._is_warm = True
+        self._marks.append((now, done))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - _WINDOW_SECONDS:
+            self._marks.popleft()
+
+    @property
+    def seconds_since_mark(self) -> float:
+        return self._clock() - self._marks[-1][0]
+
+    @property
+    def rate(self) -> float:
+        """Pieces a second; 0 before anything is done."""
+        (start, before), (now, done) = self._marks[0], self._marks[-1]
+        return max(0, done - before) / max(1e-9, now - start)
+
+    def left(self, total: int) -> float | None:
+        """Seconds to go; None while there is no rate to tell it from."""
+        return (total - self._marks[-1][1]) / self.rate if self.rate else None

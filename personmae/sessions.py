@@ -1,0 +1,108 @@
+"""``run.json``: what ran, from which commit, on which machine, when, and the command that starts it again.
+
+A run that goes on is one more entry of ``sessions``. Beside that list stand the facts of the newest one.
+"""
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from personmae import files
+
+FILE = "run.json"
+_OF_A_SESSION = ("command", "commit", "versions", "hardware")
+_MOST_PARENTS = 8  # between a rank and the command that was typed
+
+
+def begin(run_dir: str | Path, record: dict[str, Any], *, first_step: int) -> None:
+    """Add a session to the run's record, whose other entries become ``record``.
+
+    Raises:
+        OSError: it cannot be written; the old record is whole.
+    """
+    path = Path(run_dir) / FILE
+    session = {
+        "started": _now(),
+        "ended": None,
+        "seconds": None,
+        "outcome": None,
+        "first_step": first_step,
+        "last_step": None,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "cwd": os.getcwd(),
+        "command": command(),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        **{name: record[name] for name in _OF_A_SESSION if name in record},
+    }
+    _write(path, record | {"command": session["command"], "sessions": [*_sessions(path), session]})
+
+
+def end(run_dir: str | Path, *, last_step: int, failure: BaseException | None) -> None:
+    """Say in the newest session, if this process began it, when and how it ended; a full disk is no reason to fail now."""
+    path = Path(run_dir) / FILE
+    try:
+        record = json.loads(path.read_bytes())
+        session = record["sessions"][-1]
+        if (session["pid"], session["host"]) != (os.getpid(), socket.gethostname()):
+            return
+        started = datetime.fromisoformat(session["started"])
+        session["ended"], session["seconds"] = _now(), round(time.time() - started.timestamp(), 1)
+        session["outcome"] = _outcome(failure)
+        session["last_step"] = last_step
+        _write(path, record)
+    except (OSError, ValueError, LookupError, TypeError):  # the record was removed or changed by hand meanwhile
+        return
+
+
+def command() -> str:
+    """What was typed to start this process, as a shell takes it: that of the launcher where there is one."""
+    ours = [argument for argument in sys.argv[1:] if not argument.startswith("--local")]  # deepspeed adds --local_rank
+    typed, pid = sys.orig_argv, os.getppid()
+    for _ in range(_MOST_PARENTS if ours and "RANK" in os.environ else 0):
+        argv, pid = _parent(pid)
+        if argv[-len(ours) :] == ours:
+            typed = argv
+    return shlex.join(typed)
+
+
+def _parent(pid: int) -> tuple[list[str], int]:
+    """The arguments of a process and the number of its parent; nothing where the system does not tell."""
+    try:
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="surrogateescape").split("\0")
+        return argv, int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return [], 0
+
+
+def _outcome(failure: BaseException | None) -> str:
+    if failure is None:
+        return "complete"
+    return "stopped" if type(failure).__name__ == "Stopped" else f"failed: {type(failure).__name__}"
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    """Those before this one; a record of before there were sessions is one."""
+    try:
+        old = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return []
+    if not isinstance(old, dict):
+        return []
+    if isinstance(found := old.get("sessions"), list):
+        return found
+    return [{name: old[name] for name in _OF_A_SESSION if name in old}]
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    files.replace(path, files.to_json(record, indent=1))
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
