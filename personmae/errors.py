@@ -25,6 +25,10 @@ class Diverged(Exception):  # noqa: N818 - a way to end
     """The loss is no longer a finite number."""
 
 
+class TooManyRejects(Exception):  # noqa: N818 - a way to end
+    """More of a source was left out than was allowed; what could be used is written and the result is not yet complete."""
+
+
 class Stopped(Exception):  # noqa: N818 - a way to end, not an error
     """The run was asked to stop, has saved its state, and can be continued."""
 
@@ -66,7 +70,7 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
         lacking = error.object[error.start : error.start + 1]
         message = f"error: the locale's coding, {error.encoding}, has no {lacking!r}, which stands in a name; "
         message, code = message + "set PYTHONUTF8=1 and run this again", EXIT_USER_ERROR
-    except Diverged as error:
+    except (Diverged, TooManyRejects) as error:
         message, code = f"error: {error}", EXIT_FAILED
     except Stopped as stop:
         message, code = f"stopped: {stop}", EXIT_STOPPED

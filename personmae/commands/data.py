@@ -12,7 +12,9 @@ SRC is one of
   an LMDB          name -> JPEG bytes, as LUPerson is kept: a directory with data.mdb, or a .mdb or .lmdb file
   tars             an uncompressed .tar, or a directory of them (WebDataset); a name is TAR/MEMBER
 
-Pictures are kept byte for byte. Those that cannot be decoded are left out and listed in DEST/rejects.jsonl.
+JPEGs are kept byte for byte. Other images are encoded as JPEG: quality 95, 4:4:4, alpha left out, 8 bits of 16.
+Those that cannot be decoded are left out and listed in DEST/rejects.jsonl. If they are more than --max-rejects,
+the index is not written and the exit code is 1; with a larger share the same command then ends at once.
 Interrupted or killed at any moment, the same command goes on where it was and ends with the same bytes.
 """
 
@@ -70,6 +72,13 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
     write.add_argument("--shard-mb", type=positive, default=64, metavar="N", help="largest size of a shard in MiB (default 64)")
     write.add_argument("--max-side", type=int, metavar="N", help="shrink pictures whose longer side exceeds N pixels")
     write.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: one a CPU core)")
+    write.add_argument(
+        "--max-rejects",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share that may be left out as unreadable (default 0.05); above it the exit code is 1",
+    )
     write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
     which = write.add_argument_group("which pictures (default: all)")
     which.add_argument("--list", type=Path, metavar="FILE", help="only those named in FILE: text, one name a line")
@@ -83,7 +92,7 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
 
 
 def _shards_write(args: argparse.Namespace) -> None:
-    from personmae.data import importer, storage
+    from personmae.data import importer, rejects
     from personmae.data.sources import Selection
 
     if args.if_missing and importer.INDEX in (files := _files_at(args.destination)) and importer.PLAN not in files:
@@ -99,12 +108,13 @@ def _shards_write(args: argparse.Namespace) -> None:
             shard_bytes=int(args.shard_mb * 2**20),
             max_side=args.max_side,
             selection=selection,
+            max_rejects=args.max_rejects,
             num_processes=args.processes,
             progress=progress,
         )
-    num_rejects = (storage.read(args.destination, importer.REJECTS) or b"").count(b"\n")
-    where = f"{args.destination.rstrip('/')}/{importer.REJECTS}"
-    rejected = f"; {num_rejects:,} could not be read and are listed in {where}" if num_rejects else ""
+    where = f"{args.destination.rstrip('/')}/{rejects.REJECTS}"
+    left_out = rejects.read(args.destination)
+    rejected = f"; {len(left_out):,} left out, listed in {where}: {rejects.summary(left_out)}" if left_out else ""
     print(f"{count:,} pictures written to {args.destination}{rejected}")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from typing import Any
 import cv2
 import xxhash
 
-from personmae.data import storage
+from personmae.data import rejects, storage
 from personmae.data.mds import INDEX
+from personmae.data.rejects import REJECTS
 from personmae.data.shards import SHARD_BYTES, Progress, Record, Task, header_bytes, sample_bytes, shard_name, write_shard
 from personmae.data.sources import Picture, Selection, Source, open_source
 from personmae.errors import Stopped, UserError
 
-REJECTS = "rejects.jsonl"  # {"key", "reason"} of each picture that was left out
 PLAN = "import.json"  # there from the first moment of an import to its last
 _FORMAT_VERSION = 1
 _STAGING = "staging-"
@@ -46,6 +46,7 @@ def write(
     shard_bytes: int = SHARD_BYTES,
     max_side: int | None = None,
     selection: Selection | None = None,
+    max_rejects: float = 1.0,
     num_processes: int = 1,
     progress: Progress | None = None,
 ) -> int:
@@ -55,12 +56,16 @@ def write(
     pixels is shrunk to it and encoded again; all others are kept byte for byte. No file exceeds ``shard_bytes``, unless a
     single picture does or encoding again has made pictures larger. ``progress(done, total)`` counts pictures.
 
+    Where more than the share ``max_rejects`` is left out, the index is not written, and the same call with a larger share
+    has nothing else left to do.
+
     A directory is built as ``DEST.partial`` and renamed. The same call after an interruption goes on where it was.
 
     Raises:
         UserError: an option is out of range, the source holds no readable picture, the destination is taken, holds an
             unfinished import with other options, or cannot be written.
         Stopped: Ctrl-C, SIGTERM or the loss of a process ended it; what is finished stays.
+        TooManyRejects: more than ``max_rejects`` was left out; what is finished stays.
     """
     if not 0 < shard_bytes < 2**32:
         raise UserError(f"a shard must have from 1 byte to below 4096 MiB, the format's bound; got {shard_bytes:,} bytes")
@@ -68,11 +73,13 @@ def write(
         raise UserError(f"--processes must be at least 1, got {num_processes}; use 1 to work in this process")
     if max_side is not None and max_side < 1:
         raise UserError(f"--max-side must be at least 1 pixel, got {max_side}")
+    rejects.check_share(max_rejects)
     destination = destination.rstrip("/") if storage.is_remote(destination) else _resolved(destination)
     try:
         with _sigterm_as_interrupt():
             _standing(destination)  # listing a source may take minutes
             plan = make_plan(open_source(source), selection or Selection(), shard_bytes, max_side)
+            plan = replace(plan, max_rejects=max_rejects)
             return _import(plan, destination, num_processes, progress or (lambda done, total: None))
     except KeyboardInterrupt:
         raise Stopped("interrupted; what is finished is kept: run the same command again to go on from there") from None
@@ -116,6 +123,7 @@ class Plan:
     starts: list[int]  # place of each shard's first picture
     shard_bytes: int
     max_side: int | None
+    max_rejects: float = 1.0  # share that may be left out; not part of what is compared, as it decides of the end alone
 
     def of_shard(self, number: int) -> list[Picture]:
         """The pictures of a shard."""
@@ -303,15 +311,16 @@ def _fill(plan: Plan, records: dict[int, Record], root: str, staging: Path, num_
 def _write_index(plan: Plan, records: list[Record], root: str, staging: Path) -> None:
     """Write the list of rejects and, after it, the index. A shard without a readable picture is not in it."""
     shards = [record["shard"] for record in records if record["shard"]]
-    rejects = [reject for record in records for reject in record["rejects"]]
+    left_out = [reject for record in records for reject in record["rejects"]]
     if not shards:
         storage.delete(root, [*(_record_name(number) for number in range(len(plan.starts))), PLAN])
-        first = f"{rejects[0]['key']}: {rejects[0]['reason']}"
         raise UserError(
-            f"pictures that can be decoded are required; all {len(rejects):,} of {plan.source.path} were rejected: {first}"
+            f"pictures that can be decoded are required; all {len(left_out):,} of {plan.source.path} were rejected: "
+            f"{rejects.summary(left_out)}"
         )
-    if rejects:
-        _put_text(root, REJECTS, "".join(f"{json.dumps(reject)}\n" for reject in rejects), staging)
+    if left_out:
+        _put_text(root, REJECTS, "".join(f"{json.dumps(reject)}\n" for reject in left_out), staging)
+        rejects.check(left_out, len(plan.pictures), plan.max_rejects, root)
     _put_text(root, INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True), staging)
 
 

@@ -165,7 +165,7 @@ def test_a_source_without_a_single_readable_picture_is_refused_and_leaves_nothin
     for path in source.iterdir():
         path.write_text("hello")
     message = refused(source, tmp_path / "out", shard_bytes=50)
-    assert f"all 4 of {source} were rejected: 0.jpg: it begins with b'hello'" in message
+    assert f"all 4 of {source} were rejected: 4 no image that can be decoded (first: 0.jpg: it begins with" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

@@ -44,8 +44,8 @@ def test_an_empty_folder_is_refused_and_a_text_file_named_jpg_is_left_out_and_li
     written = personmae("shards", "write", mixed, tmp_path / "out")
     assert written.returncode == 0, written.stderr
     place = f"{tmp_path}/out/rejects.jsonl"
-    expected = f"50 pictures written to {tmp_path}/out; 1 could not be read and are listed in {place}"
-    assert written.stdout.splitlines()[-1] == expected
+    expected = f"50 pictures written to {tmp_path}/out; 1 left out, listed in {place}: 1 no image that can be decoded (first: "
+    assert written.stdout.splitlines()[-1].startswith(expected)
     assert '"key": "0500.jpg"' in Path(place).read_text()
 
 
