@@ -1,10 +1,11 @@
 """The console script: verbs, one line of help each. Nothing heavy is imported before a verb is chosen."""
 
 import os
+import sys
 
-from personmae.commands import data, looking, training
+from personmae.commands import about, data, looking, training
 from personmae.commands.arguments import Parser
-from personmae.errors import leave, run_program
+from personmae.errors import EXIT_COMPLETE, leave, run_program
 
 VERBS = (
     *(data.add_synth, data.add_shards),
@@ -15,15 +16,28 @@ VERBS = (
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run the verb; returns the exit code."""
+    parser = build_parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return EXIT_COMPLETE
+    args = parser.parse_args(argv)
+    return run_program(lambda: args.run(args), quiet=os.environ.get("RANK", "0") != "0")
+
+
+def build_parser() -> Parser:
+    """The parser of all verbs."""
     parser = Parser(prog="personmae", description="Person re-identification pre-training, from a bucket of crops to a table.")
+    about.add_version(parser)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for add in VERBS:
         add(verbs)
     from launcher.submit import add_verbs
 
     add_verbs(verbs)
-    args = parser.parse_args(argv)
-    return run_program(lambda: args.run(args), quiet=os.environ.get("RANK", "0") != "0")
+    for add_of in (about.add_keys, about.add_help, about.add_completion):
+        add_of(verbs, parser)
+    about.describe(parser)
+    return parser
 
 
 if __name__ == "__main__":

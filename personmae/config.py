@@ -18,7 +18,7 @@ from personmae.config_errors import unknown_keys
 from personmae.config_file import Tree, config_hash, dump_yaml, flatten, override, read, validate
 from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Range, Section, Size, Triple
 from personmae.config_values import Place
-from personmae.errors import UserError
+from personmae.errors import OtherProgram, UserError
 
 __all__ = [
     "PROGRAMS",
@@ -102,7 +102,9 @@ class Train(Section):
     max_micro_batch_size: int = Field(default=256, gt=0, description="most images per rank and forward pass")
     epochs: float | None = Field(default=100, gt=0, description="passes over the shards; parts of one are allowed")
     total_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="arithmetic of forward and backward; weights and moments stay fp32"
+    )
     compile: bool = Field(default=True, description="torch.compile of student, teacher and region cutting")
     cuda_graphs: bool = Field(
         default=False, description="replay all of that as CUDA graphs: for small batches on many GPUs; needs the native engine"
@@ -234,17 +236,7 @@ class Pretrain(Section):
 
 
 PROGRAMS: dict[str, type[Section]] = {"pretrain": Pretrain, "finetune": Finetune, "unsupervised": Unsupervised}
-_CALLED = {"pretrain": "pre-training", "finetune": "fine-tuning", "unsupervised": "unsupervised-training", "suite": "suite"}
 ConfigT = TypeVar("ConfigT", bound=Section)
-
-
-class OtherProgram(UserError):  # noqa: N818 - what it found, as in errors.py
-    """A configuration file that is for another program than the one that was given it."""
-
-    def __init__(self, path: str, program: str, command: str = ""):
-        verb = "submit --local" if program == "suite" else program
-        super().__init__(f"{path} is a {_CALLED[program]} file: {command or f'personmae {verb} {path}'}")
-        self.path, self.program = path, program
 
 
 def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:

@@ -66,7 +66,13 @@ def _named(kind: Any, limits: list[Any]) -> str:
 def _limits(limits: list[Any]) -> str:
     """``> 0, < 1`` from what pydantic keeps of a field's bounds."""
     found = {name: getattr(item, name, None) for item in _flattened(limits) for name in _SIGNS if hasattr(item, name)}
-    return ", ".join(_SIGNS[name].format(value) for name, value in found.items() if value is not None)
+    return ", ".join(_SIGNS[name].format(_short(value)) for name, value in found.items() if value is not None)
+
+
+def _short(value: float) -> str:
+    """``2^63`` for large powers of two."""
+    is_large_power = isinstance(value, int) and value >= 1 << 20 and not value & (value - 1)
+    return f"2^{value.bit_length() - 1}" if is_large_power else str(value)
 
 
 def _flattened(limits: list[Any]) -> list[Any]:

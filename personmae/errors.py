@@ -12,6 +12,8 @@ EXIT_FAILED = 1  # counts against a restart budget
 EXIT_STOPPED = 75  # stopped early with its state saved: run it again
 EXIT_USER_ERROR = 78  # wrong configuration or data: running it again cannot help
 
+_CALLED = {"pretrain": "pre-training", "finetune": "fine-tuning", "unsupervised": "unsupervised-training", "suite": "suite"}
+
 
 class UserError(ValueError):
     """Wrong configuration or data. The message says what was required, what came and what to do, in one line."""
@@ -19,6 +21,15 @@ class UserError(ValueError):
 
 class RankError(UserError):
     """A user error that one rank alone has seen, so that rank tells it."""
+
+
+class OtherProgram(UserError):  # noqa: N818 - what was found
+    """A configuration file that is for another program than the one that was given it."""
+
+    def __init__(self, path: str, program: str, command: str = ""):
+        verb = "submit --local" if program == "suite" else program
+        super().__init__(f"{path} is a {_CALLED[program]} file: {command or f'personmae {verb} {path}'}")
+        self.path, self.program = path, program
 
 
 class Diverged(Exception):  # noqa: N818 - a way to end

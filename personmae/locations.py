@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 
 from personmae.errors import UserError
 
@@ -25,17 +24,12 @@ def escape(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def local_path(text: str) -> Path:
-    """A path of a command line. One that is there as it stands is taken so: names from the shell hold any character.
+def location(text: str) -> str:
+    """A path or an object store of a command line. What is there as it stands is taken so: shells hand on any name.
 
     Raises:
         UserError: as ``expand``.
     """
-    return Path(text) if text and os.path.lexists(text) else Path(expand(text))
-
-
-def location(text: str) -> str:
-    """A directory or an object store of a command line, as ``local_path``."""
     return text if text and os.path.lexists(text) else expand(text)
 
 

@@ -2,27 +2,75 @@
 
 import argparse
 import contextlib
+import difflib
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+from personmae import locations
+from personmae.commands.examples import closing
+from personmae.errors import UserError
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser that points at ``--help`` and exits with the code of a user error."""
+    """A parser that names the nearest verb and option, expands paths, points at ``--help``, and exits as a user error does.
+
+    Its help ends with an example, and with the main keys where the verb has a configuration.
+    """
+
+    def __init__(self, *args, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, local_path)
+
+    def format_help(self) -> str:
+        self.epilog = self.epilog or closing(self.prog)
+        return super().format_help()
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """As argparse, with the nearest verb instead of a list of all."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            near = difflib.get_close_matches(str(value), list(action.choices), n=1)
+            meant = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(action.choices)}"
+            raise argparse.ArgumentError(None, f"unknown verb '{value}'; {meant}")
+        super()._check_value(action, value)
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        print(f"error: {message}; see '{self.prog} --help'", file=sys.stderr)
+        pointer = f" See '{self.prog} --help'" if message.endswith("?") else f"; see '{self.prog} --help'"
+        print(f"error: {message}{pointer}", file=sys.stderr)
         sys.exit(78)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         """As argparse, but ``a.b=c`` may stand behind options too."""
         found, rest = super().parse_known_args(args, namespace)
+        self._refuse_unknown_options(rest)
         late = [text for text in rest if "=" in text and not text.startswith("-")] if hasattr(found, "overrides") else []
         if late:
             found.overrides = [*found.overrides, *late]
         return found, [text for text in rest if text not in late]
+
+    def _refuse_unknown_options(self, rest: list[str]) -> None:
+        """End here, where the options are known that an unknown one may mean, rather than in the parser above."""
+        for text in rest:
+            name = text.partition("=")[0]
+            if name.startswith("--") and len(name) > 2:
+                near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
+                self.error(f"unknown option '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+def local_path(text: str) -> Path:
+    """A path with ``~`` and ``$VAR`` expanded. The type ``Path`` of any argument means this."""
+    return Path(place(text))
+
+
+def place(text: str) -> str:
+    """A directory or a location in an object store, with ``~`` and ``$VAR`` expanded."""
+    try:
+        return locations.location(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def positive(text: str) -> float:
@@ -42,7 +90,7 @@ def counting(text: str) -> int:
 def named(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
-    return Path(text)
+    return local_path(text)
 
 
 class Progress:

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from personmae.commands.arguments import Progress, named, positive
+from personmae.commands.arguments import Progress, named, place, positive
 
 _SHARDS_WRITE = """\
 SRC is one of
@@ -54,7 +54,7 @@ def add_shards(verbs: argparse._SubParsersAction) -> None:
     _shards_write_arguments(actions)
     for action, help_text in (("verify", "read every sample back and check it"), ("stats", "counts, bytes, sizes")):
         verb = actions.add_parser(action, help=help_text)
-        verb.add_argument("root", metavar="SHARDS", help="directory or s3://bucket/prefix")
+        verb.add_argument("root", type=place, metavar="SHARDS", help="directory or s3://bucket/prefix")
         verb.add_argument("--cache-dir", type=Path, help="where remote shards are kept (default: a temporary directory)")
         verb.set_defaults(run=_shards_verify if action == "verify" else _shards_stats)
 
@@ -68,7 +68,9 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     write.add_argument("source", type=named, metavar="SRC", help="where the pictures are")
-    write.add_argument("destination", metavar="DEST", help="directory or s3://bucket/prefix; must be empty or unfinished")
+    write.add_argument(
+        "destination", type=place, metavar="DEST", help="directory or s3://bucket/prefix; must be empty or unfinished"
+    )
     write.add_argument("--shard-mb", type=positive, default=64, metavar="N", help="largest size of a shard in MiB (default 64)")
     write.add_argument("--max-side", type=int, metavar="N", help="shrink pictures whose longer side exceeds N pixels")
     write.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: one a CPU core)")

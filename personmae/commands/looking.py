@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from personmae.commands.arguments import counting, named, positive
+from personmae.commands.arguments import counting, named, place, positive
 from personmae.errors import UserError
 
 
@@ -96,7 +96,7 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
     step.add_argument("--checkpointing", type=names, default=("none",), help="of none, selective, full (default none)")
     step.add_argument("--cutters", type=names, default=("torch",), help="of regions: torch, triton (default torch)")
     step.add_argument("--img-size", type=size, default=(256, 128), metavar="HxW", help="pixels (default 256x128)")
-    step.add_argument("--shards", metavar="DIR", help="also measure the whole pipeline, with these shards")
+    step.add_argument("--shards", type=place, metavar="DIR", help="also measure the whole pipeline, with these shards")
     step.add_argument("--steps", type=counting, default=20, help="steps of each cell a round (default 20)")
     step.add_argument("--rounds", type=counting, default=3, help="times each cell is measured; the median counts (default 3)")
     step.add_argument("--out", type=Path, help="write the record as JSON")
@@ -163,8 +163,10 @@ def _bench_checkpoint(actions: argparse._SubParsersAction) -> None:
 
 def _bench_data(actions: argparse._SubParsersAction) -> None:
     data = actions.add_parser("data", help="reading and decoding shards, beside StreamingDataset + PIL + DataLoader")
-    data.add_argument("shards", metavar="SHARDS", help="a directory of shards")
-    data.add_argument("--remote", metavar="URL", help="the same shards in an object store, read with an empty and a full cache")
+    data.add_argument("shards", type=place, metavar="SHARDS", help="a directory of shards")
+    data.add_argument(
+        "--remote", type=place, metavar="URL", help="the same shards in an object store, read with an empty and a full cache"
+    )
     data.add_argument("--images", type=counting, default=10_000, help="pictures per measurement (default 10000)")
     data.add_argument(
         "--rounds", type=counting, default=3, help="times each way is measured, in turn; the median counts (default 3)"
@@ -189,7 +191,7 @@ def _bench_data(actions: argparse._SubParsersAction) -> None:
 def add_doctor(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("doctor", help="what this machine has, and which commands would fail and why")
     what = verb.add_mutually_exclusive_group()
-    what.add_argument("--shards", help="also try to read shards at a directory or s3://bucket/prefix")
+    what.add_argument("--shards", type=place, help="also try to read shards at a directory or s3://bucket/prefix")
     what.add_argument("--data", metavar="PATH", type=named, help="instead: count the benchmarks in a folder, open their files")
 
     def run(args: argparse.Namespace) -> None:

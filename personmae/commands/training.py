@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from personmae.commands.arguments import counting
+from personmae.commands.arguments import counting, place
 from personmae.errors import UserError
 
 
@@ -21,7 +21,7 @@ def add_unsupervised(verbs: argparse._SubParsersAction) -> None:
 
 def _program(verbs: argparse._SubParsersAction, name: str, help_text: str) -> None:
     verb = verbs.add_parser(name, help=help_text)
-    verb.add_argument("config", metavar="CONFIG", help="a YAML file; see configs/")
+    verb.add_argument("config", type=place, metavar="CONFIG", help="a YAML file; see configs/")
     add_program_arguments(verb, dry_run=name == "pretrain")
     verb.set_defaults(run=lambda args: run_config(name, args.config, args))
 
@@ -45,12 +45,7 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
     """Load the configuration of the program ``name`` and run it, or print it."""
     from personmae import config
 
-    kinds: dict[str, type[config.Section]] = {
-        "pretrain": config.Pretrain,
-        "finetune": config.Finetune,
-        "unsupervised": config.Unsupervised,
-    }
-    settings = config.load(kinds[name], path, args.overrides)
+    settings = config.load(config.PROGRAMS[name], path, args.overrides)
     if args.print_config:
         print(config.dump_yaml(settings), end="")
         return
@@ -70,11 +65,12 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("evaluate", help="a trained model (or 'histogram') on a benchmark -> mAP, CMC, mINP")
     verb.add_argument(
         "checkpoint",
+        type=place,
         metavar="CHECKPOINT",
         help="a run of finetune or unsupervised, one of pretrain with --pool, a checkpoint of these, or 'histogram'",
     )
     verb.add_argument("benchmark", metavar="BENCHMARK", help="its name, e.g. market1501 or folder; see configs/README.md")
-    verb.add_argument("root", metavar="ROOT", help="directory of the benchmark")
+    verb.add_argument("root", type=place, metavar="ROOT", help="directory of the benchmark")
     verb.add_argument("--out", type=Path, metavar="DIR", help="write result.json and rank_lists.json there")
     verb.add_argument(
         "--pool", choices=["mean", "cls", "cls_mean"], help="take a pre-trained encoder as it is, its tokens pooled so"
