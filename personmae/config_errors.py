@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from personmae.config_values import is_model, items_of
+
 _MEANT = {  # words of other programs -> ours, the first that a program has
     "amp": ("train.precision",),
     "bf16": ("train.precision",),
@@ -65,7 +67,7 @@ def explain(kind: type[BaseModel], error: ValidationError, origins: Mapping[str,
     keys = [str(part) for part in first["loc"]]
     path, origin = ".".join(keys), origin_of(keys, origins, file)
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{path}' in {origin}; the nearest known key is '{nearest_key(kind, path)}'"
+        return f"unknown key '{path}' in {origin}; the nearest known key is '{nearest_key(kind, _unnumbered(keys))}'"
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
         return f"'{'.'.join(keys[:-1])}' in {origin} needs more values; got {first['input']!r}"
     if first["type"] == "missing":
@@ -100,19 +102,23 @@ def unknown_keys(kind: type[BaseModel], values: Mapping[str, Any], prefix: str =
         field = kind.model_fields.get(key)
         if field is None:
             found.append(f"{prefix}{key}")
-        elif isinstance(value, dict) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        elif isinstance(value, dict) and is_model(field.annotation):
             found += unknown_keys(field.annotation, value, f"{prefix}{key}.")
     return found
 
 
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """All keys and sections of a model, in order."""
+    """All keys and sections of a model, in order; those of a list's sections without their number."""
     paths = []
     for name, field in kind.model_fields.items():
         paths.append(f"{prefix}{name}")
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            paths += dotted_keys(field.annotation, f"{prefix}{name}.")
+        for section in (field.annotation, *items_of(field.annotation)):
+            paths += dotted_keys(section, f"{prefix}{name}.") if is_model(section) else []
     return paths
+
+
+def _unnumbered(keys: Sequence[str]) -> str:
+    return ".".join(key for key in keys if not key.isdecimal()) or keys[0]
 
 
 def _likeness(typed: str, key: str) -> float:

@@ -69,10 +69,11 @@ def _limits(limits: list[Any]) -> str:
     return ", ".join(_SIGNS[name].format(_short(value)) for name, value in found.items() if value is not None)
 
 
-def _short(value: float) -> str:
+def _short(value: int | float) -> str:
     """``2^63`` for large powers of two."""
-    is_large_power = isinstance(value, int) and value >= 1 << 20 and not value & (value - 1)
-    return f"2^{value.bit_length() - 1}" if is_large_power else str(value)
+    if isinstance(value, int) and value >= 1 << 20 and not value & (value - 1):
+        return f"2^{value.bit_length() - 1}"
+    return str(value)
 
 
 def _flattened(limits: list[Any]) -> list[Any]:

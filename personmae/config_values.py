@@ -7,7 +7,7 @@ number for ``seed``. Fields marked with ``PLACE`` have ``~`` and ``$VAR`` in the
 import re
 import types
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -64,7 +64,7 @@ def escape_places(model: type[BaseModel], values: dict[str, Any]) -> dict[str, A
     found = dict(values)
     for name, field in model.model_fields.items():
         kind, value = kind_of(field), values.get(name)
-        if isinstance(value, dict) and _is_model(kind):
+        if isinstance(value, dict) and is_model(kind):
             found[name] = escape_places(kind, value)
         elif isinstance(value, str) and _is_place(kind):
             found[name] = locations.escape(value)
@@ -74,7 +74,7 @@ def escape_places(model: type[BaseModel], values: dict[str, Any]) -> dict[str, A
 def _settle(kind: Any, value: Any, keys: tuple[str, ...], origin_of: OriginOf) -> Any:
     if isinstance(value, dict):
         return _settled_section(kind, value, keys, origin_of)
-    items = _items(kind)
+    items = items_of(kind)
     if items and isinstance(value, str):
         value = _split(value, items)
     if isinstance(value, list):
@@ -89,7 +89,7 @@ def _settle(kind: Any, value: Any, keys: tuple[str, ...], origin_of: OriginOf) -
 
 
 def _settled_section(kind: Any, values: dict[str, Any], keys: tuple[str, ...], origin_of: OriginOf) -> dict[str, Any]:
-    if _is_model(kind):
+    if is_model(kind):
         kinds = {name: kind_of(field) for name, field in kind.model_fields.items()}
         return {str(key): _settle(kinds.get(key, Any), value, (*keys, str(key)), origin_of) for key, value in values.items()}
     of_all = get_args(kind)[1] if get_origin(kind) is dict else Any
@@ -143,7 +143,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
     return (kind,)
 
 
-def _items(kind: Any) -> tuple[Any, ...]:
+def items_of(kind: Any) -> tuple[Any, ...]:
     """The types of a tuple's items; none for what is no tuple."""
     for member in _members(kind):
         if get_origin(member) in (tuple, list):
@@ -167,5 +167,5 @@ def _is_place(kind: Any) -> bool:
     return get_origin(kind) in (Union, types.UnionType) and any(_is_place(part) for part in get_args(kind))
 
 
-def _is_model(kind: Any) -> bool:
+def is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -189,6 +189,12 @@ def test_an_unknown_key_names_the_one_that_was_meant(program, typed, meant):
     assert str(caught.value) == f"unknown key '{typed}' in the command line; the nearest known key is '{meant}'"
 
 
+def test_an_unknown_key_of_a_suites_stage_names_the_one_that_was_meant(tmp_path):
+    (tmp_path / "s.yaml").write_text("name: s\nresults: o\nstages:\n- {name: a, config: b.yaml, ovrlay: x}\n")
+    with pytest.raises(UserError, match=r"unknown key 'stages\.0\.ovrlay' in .*; the nearest known key is 'stages\.overlay'"):
+        config.load(Suite, tmp_path / "s.yaml")
+
+
 # --- a file for another program ---
 
 FILES = {

@@ -83,7 +83,7 @@ def created(recorder: Recorder) -> list[str]:
         (["--set", "train.global_batch_siz=1"], "unknown key 'train.global_batch_siz'"),
         (["--wait", "-1"], "argument --wait: must be seconds, 0 or more; got '-1'"),
         (["--dry-run", "maybe"], "argument --dry-run: invalid choice: 'maybe'"),
-        (["--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["--frobnicate"], "unknown option '--frobnicate'"),
         (["--local"], "--local is for a suite"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
@@ -107,6 +107,7 @@ def test_a_wrong_choice_is_one_line_and_asks_nothing_of_the_cluster(
         (b"name: s\nresults: s3://b/s\nstages:\n- {name: a, config: gone.yaml}\n", "a configuration file is required"),
         (b"name: s\nresults: s3://b/s\nstages:\n- {name: a, config: x.yaml, after: pre}\n", "stage a is after pre"),
         (b"name: s\nresults: s3://b/s\nstages:\n- {name: a, confg: x.yaml}\n", "'stages.0.config' is required"),
+        (b"name: s\nresults: s3://b/s\nstages:\n- {name: a, name: b, config: x.yaml}\n", "'name' is given twice, in line 4"),
         (b"name: s\nresults: s3://b/s\nstages:\n- {name: a, config: x, set: ['root={m.x}']}\n", "stage a sets root={m.x}"),
         (b"name: s\nresults: s3://b/s\nstages: []\n", "stages"),
     ],
@@ -194,8 +195,7 @@ def test_a_run_that_does_not_exist_or_cannot_is_one_line_and_nothing_is_changed(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "the following arguments are required: VERB"),
-        (["renderr"], "invalid choice: 'renderr'"),
+        (["renderr"], "unknown verb 'renderr'; did you mean 'render'?"),
         (["render"], "the following arguments are required: CONFIG"),
         (["render", CONFIG, "-o", "xml"], "argument -o/--output: invalid choice: 'xml'"),
         (["status"], "the following arguments are required: RUN"),
