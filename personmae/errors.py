@@ -40,6 +40,10 @@ class TooManyRejects(Exception):  # noqa: N818 - a way to end
     """More of a source was left out than was allowed; what could be used is written and the result is not yet complete."""
 
 
+class Incomplete(Exception):  # noqa: N818 - a way to end
+    """What could be done is done, and a part of what was asked for is missing. The message is one line."""
+
+
 class Stopped(Exception):  # noqa: N818 - a way to end, not an error
     """The run was asked to stop, has saved its state, and can be continued."""
 
@@ -83,6 +87,8 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
         message, code = message + "set PYTHONUTF8=1 and run this again", EXIT_USER_ERROR
     except (Diverged, TooManyRejects) as error:
         message, code = f"error: {error}", EXIT_FAILED
+    except Incomplete as part:
+        message, code = f"incomplete: {part}", EXIT_FAILED
     except Stopped as stop:
         message, code = f"stopped: {stop}", EXIT_STOPPED
     except KeyboardInterrupt:

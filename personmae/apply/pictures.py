@@ -4,14 +4,12 @@ Pictures are uint8 RGB arrays (H, W, 3). ``report.py`` says which runs are drawn
 """
 
 import base64
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -34,13 +32,23 @@ Row = Sequence[tuple[Picture, bool | None]]  # a query (None), then gallery pict
 
 GREY: Final = 160  # the pixels of a hidden patch
 GREEN, RED, DARK = (22, 148, 72), (208, 40, 40), (70, 76, 84)
-COLOURS: Final = ("#1f6feb", "#d1480f", "#2e8b57", "#8250df", "#57606a")
 FIGURE_WIDTH: Final = 1200  # pixels
 CAPTIONS: Final = ("RegionA", "visible", "RegionB", "prediction ¹", "prediction ²")
+REGION_WORDS: Final = (
+    "RegionA",
+    "RegionA, hidden patches grey",
+    "RegionB, the target",
+    "prediction with the target's own patch statistics",
+    "prediction with RegionA's statistics",
+)
 FOOTNOTE: Final = (
     "Target of the prediction: RegionB.  ¹ drawn with the target's own mean and std of each patch, which gives away its "
     "colours.  ² drawn with one mean and one std per picture, of RegionA's visible patches: nothing of the target is used."
 )
+
+
+class NotYet(UserError):  # noqa: N818 - not an error
+    """What a run has not come to yet; nothing is wrong."""
 
 
 class Reconstruction(NamedTuple):
@@ -63,7 +71,7 @@ def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> R
     """
     path = checkpoint.newest(directory)
     if not path:
-        raise UserError(f"{directory} has no checkpoint yet, so there is nothing to predict with")
+        raise UserError(f"{directory} has no checkpoint that can be read, so there is nothing to predict with")
     model, view = PersonMAE(**settings.model_arguments()), View(**settings.view_arguments())
     checkpoint.load_strictly(model, checkpoint.read(path).tensors["student"], path)
     with open_shards(settings, directory) as shards:
@@ -166,26 +174,6 @@ def data_uri(picture: Picture, suffix: str = ".png") -> str:
     _, encoded = cv2.imencode(suffix, picture[:, :, ::-1], options)
     kind = {".png": "png", ".jpg": "jpeg"}[suffix]
     return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"
-
-
-def draw_chart(title: str, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, from_zero: bool = False) -> str:
-    """Curves by name, (steps, values) each, as an SVG inside a ``data:`` address."""
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "report"}):
-        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
-        axes = figure.subplots()
-        for (name, (steps, values)), colour in zip(curves.items(), COLOURS * (1 + len(curves) // 5), strict=False):
-            dot = "." if len(steps) == 1 else ""
-            axes.plot(steps, values, label=name, color=colour, linewidth=1.4, marker=dot)
-        axes.set_title(title, loc="left", fontweight="bold")
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        if from_zero:
-            axes.set_ylim(bottom=0)
-        if len(curves) > 1:
-            axes.legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def write_figure(

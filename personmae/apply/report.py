@@ -1,25 +1,30 @@
 """``personmae report RUN``: one self-contained HTML page of what a directory of runs holds, and a figure for a README.
 
-What is not there yet is left out of the page, with a sentence that says why.
+What is not there yet is left out of the page, with a sentence that says why. What a run names and cannot be found any more
+is told on the terminal too, and the program ends with code 1.
 """
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jinja2
+from markupsafe import Markup
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from personmae import config, files
-from personmae.apply import pictures
-from personmae.apply.runs import RANDOM, RankList, Result, Run, find_runs
+from personmae import checkpoint, config, files
+from personmae.apply import charts, pictures, sections
+from personmae.apply.comparison import SCORES, Group, compare_settings, data_notes, find_pairs, group_results, summarise
+from personmae.apply.places import Lost, Place, printable
+from personmae.apply.runs import RankList, Result, Run, find_runs
 from personmae.data.decode import BadImage
-from personmae.errors import UserError
-from personmae.reid.datasets import describe, load_benchmark
+from personmae.errors import Incomplete, UserError
+from personmae.reid.datasets import SYNTHETIC_MARK, describe, load_benchmark
 
-SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 LOSSES = {"loss", "pixel_loss", "feature_loss"}
 CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by the words for them
     (config.Pretrain, "pre-training: loss, total and pixel", {"loss": "total", "pixel_loss": "pixel"}),
@@ -29,191 +34,166 @@ CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by
     (config.Finetune, "fine-tuning: accuracy on its batches", {"accuracy": ""}),
     (config.Unsupervised, "without labels: loss", {"loss": ""}),
 )
-NUM_GROUPS = 8  # pictures of Figure 3
+NUM_GROUPS = 8  # images of Figure 3
 NUM_QUERIES = 6  # rank lists on the page
 FIGURE_GROUPS, FIGURE_QUERIES = 4, 3  # of these in figure.png
-THUMBNAIL = (128, 64)  # (height, width) of a picture in a rank list
+THUMBNAIL = (128, 64)  # (height, width) of an image in a rank list
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page, or why it is not there."""
+    """A part of the page, or why it is not there; ``lost`` says that it could be, were everything where the runs say."""
 
     content: Any = None
     missing: str = ""
+    lost: bool = False
 
 
 def run(run_dir: Path) -> Path:
-    """Write ``report.html`` and ``figure.png`` into ``run_dir``, print the table; returns the page's path.
+    """Write ``report.html`` and ``figure.png`` into ``run_dir``, print the tables; returns the page's path.
 
     Raises:
         UserError: the directory holds nothing of ours, or a file in it is damaged.
+        Incomplete: both are written, and a part is left out because something that a run names is gone.
     """
     runs = find_runs(run_dir)
-    results = [run.result for run in runs if run.result]
-    if results:
-        print_table(results)
-    pretrainings = [run for run in runs if isinstance(run.settings, config.Pretrain)]
-    regions = [(run.name, attempt(lambda run=run: predict(run))) for run in pretrainings]
-    rank_lists = attempt(lambda: draw_rank_lists(runs))
-    summary = summarise(runs)
+    groups = group_results(runs)
+    summary = summarise(runs, groups)
+    print_tables(groups)
+    regions = [(r, attempt(lambda r=r: predict(r))) for r in runs if isinstance(r.settings, config.Pretrain)]
+    title, rank_lists = find_rank_lists(runs, groups)
+    data = [(printable(what), attempt(count)) for what, count in data_counts(runs)]
+    steps = sections.next_steps(runs, groups)
     page = run_dir / "report.html"
-    files.replace(
-        page,
-        render(
-            title=f"PersonMAE: {run_dir.resolve().name}",
-            summary=summary,
-            table=table_rows(results),
-            scores=SCORES,
-            comparison=compare_settings(runs),
-            charts=draw_charts(runs),
-            footnote=pictures.FOOTNOTE,
-            regions=[(name, Section(embed_groups(s.content), s.missing)) for name, s in regions],
-            rank_lists=Section(embed_rows(rank_lists.content or {}), rank_lists.missing),
-            runs=runs,
-            data=[(what, attempt(count)) for what, count in data_counts(runs)],
-        ),
+    text = render(
+        title=printable(f"PersonMAE: {run_dir.resolve().name}"),
+        light=charts.LIGHT,
+        dark=charts.DARK,
+        tags=sections.tags(runs, groups),
+        summary=summary,
+        facts=sections.facts(groups),
+        notes=data_notes(groups),
+        tables=[sections.table_of(group) for group in groups],
+        scores=SCORES,
+        comparison=compare_settings(groups),
+        cmc=draw_cmc(groups),
+        charts=draw_charts(runs),
+        stages=sections.stages(runs),
+        totals=sections.totals(runs),
+        regions=[region_of(r, section) for r, section in regions],
+        region_words=pictures.REGION_WORDS,
+        rank_lists={
+            "title": title,
+            "content": embed_rows(rank_lists.content or {}),
+            "missing": rank_lists.missing,
+        },
+        settings=[sections.settings_of(r) for r in runs],
+        data=data,
+        next_steps=steps,
     )
-    groups = next((s.content for _, s in regions if s.content), [])[:FIGURE_GROUPS]
+    files.replace(page, text)
+    shown = next((s.content for _, s in regions if s.content), [])[:FIGURE_GROUPS]
     lists = {name: rows[:FIGURE_QUERIES] for name, rows in (rank_lists.content or {}).items()}
-    if groups or lists:
-        pictures.write_figure(run_dir / "figure.png", groups, lists, title=summary)
-        print(run_dir / "figure.png")
-    print(page)
+    if shown or lists:
+        pictures.write_figure(run_dir / "figure.png", shown, lists, title=summary)
+        print(printable(run_dir / "figure.png"))
+    print(printable(page))
+    for why, command in steps:
+        print(f"next: {why} {command}")
+    complain([section for _, section in (*regions, ("", rank_lists), *data)])
     return page
+
+
+def complain(parts: Sequence[Section]) -> None:
+    """Tell on the terminal what the page had to leave out.
+
+    Raises:
+        Incomplete: something was lost.
+    """
+    lost = list(dict.fromkeys(section.missing for section in parts if section.lost))
+    for reason in lost:
+        print(printable(f"left out: {reason}"), file=sys.stderr, flush=True)
+    if lost:
+        raise Incomplete(f"the page is written without {len(lost)} of its parts, because what the runs name cannot be read")
 
 
 def attempt(build: Callable[[], T]) -> Section:
     """What ``build`` returns, or the sentence of the error that a missing piece gives."""
     try:
         return Section(build())
+    except pictures.NotYet as early:
+        return Section(missing=printable(early))
     except (UserError, BadImage, OSError) as error:
-        return Section(missing=str(error))
+        return Section(missing=printable(error), lost=True)
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def table_rows(results: list[Result]) -> list[dict[str, Any]]:
-    """Results as text in per cent; ``best`` names a row's scores that no other row of its benchmark beats."""
-    rows = []
-    for result in results:
-        rivals = [other for other in results if other.benchmark == result.benchmark]
-        best = [s for s in SCORES if len(rivals) > 1 and getattr(result, s) == max(getattr(r, s) for r in rivals)]
-        scores = {score: f"{100 * getattr(result, score):.1f}" for score in SCORES}
-        rows.append({"result": result, "scores": scores, "best": best, "started": started_from(result)})
-    return rows
-
-
-def started_from(result: Result) -> str:
-    """What a row started from, in words."""
-    return "random weights" if result.init == RANDOM else result.init
-
-
-def print_table(results: list[Result]) -> None:
-    """The table on the terminal, the best of each benchmark bold."""
-    table = Table("result", "started from", "benchmark", *(f"{label} %" for label in SCORES.values()), "queries")
-    for row in table_rows(results):
-        scores = [f"[bold]{text}[/]" if name in row["best"] else text for name, text in row["scores"].items()]
-        result: Result = row["result"]
-        table.add_row(result.name, row["started"], result.benchmark, *scores, f"{result.num_valid:,}")
+def print_tables(groups: Sequence[Group]) -> None:
+    """A table for each data set on the terminal, the best of each bold."""
     console = Console()
-    (console if console.is_terminal else Console(width=150)).print(table)
+    console = console if console.is_terminal else Console(width=160)
+    for note in data_notes(groups):
+        console.print(note, markup=False)
+    for group in groups:
+        shown = sections.table_of(group)
+        labels = (f"{label} %" for label in SCORES.values())
+        table = Table("result", "started from", *labels, "queries", title=escape(group.title), title_justify="left")
+        for row in shown["rows"]:
+            table.add_row(*_cells(row))
+        console.print(table)
+        for queries in shown["queries"]:
+            console.print(f"{queries.ours.name} beside {queries.theirs.name}: {queries}", markup=False, highlight=False)
 
 
-def find_pairs(runs: list[Run]) -> list[tuple[Run, Run]]:
-    """(pre-trained, random) fine-tuning runs of each benchmark; the best mAP of each kind where there are several."""
-    pairs = []
-    done = [(run, run.result) for run in runs if isinstance(run.settings, config.Finetune) and run.result]
-    for benchmark in dict.fromkeys(result.benchmark for _, result in done):
-        best: dict[bool, tuple[Run, Result]] = {}
-        for run, result in done:
-            kind = run.from_random
-            if result.benchmark == benchmark and (kind not in best or result.mAP > best[kind][1].mAP):
-                best[kind] = run, result
-        if len(best) == 2:
-            pairs.append((best[False][0], best[True][0]))
-    return pairs
+def _cells(row: dict[str, Any]) -> list[str]:
+    scores = []
+    for score in row["scores"]:
+        text = f"{score['text']} ({score['spread']})" if score["spread"] else score["text"]
+        scores.append(f"[bold]{text}[/]" if score["best"] else text)
+    name = row["name"] + (f" (unfinished: {row['unfinished']})" if row["unfinished"] else "")
+    return [escape(name), escape(row["started"]), *scores, row["queries"]]
 
 
-def summarise(runs: list[Run]) -> str:
-    """The headline: pre-trained against random in mAP points, or how far things are."""
-    sentences = []
-    for pretrained, random in find_pairs(runs):
-        ours, theirs = pretrained.result, random.result
-        assert ours is not None
-        assert theirs is not None
-        sentences.append(
-            f"On {ours.benchmark}, fine-tuning from PersonMAE pre-training reaches {100 * ours.mAP:.1f} % mAP, from random "
-            f"weights {100 * theirs.mAP:.1f} %: {_difference(ours.mAP, theirs.mAP)}."
-        )
-        rivals = [run.result for run in runs if run.result and run.result.benchmark == ours.benchmark]
-        best = max(rivals, key=lambda result: result.mAP)
-        if best.mAP > max(ours.mAP, theirs.mAP):
-            sentences.append(f"More than both: {best.name}, {100 * best.mAP:.1f} %.")
-    if sentences:
-        return " ".join(sentences)
-    if measured := [run.result for run in runs if run.result]:
-        best = max(measured, key=lambda result: result.mAP)
-        return f"Best so far: {best.name}, {100 * best.mAP:.1f} % mAP on {best.benchmark}; there is no pair to compare yet."
-    if trained := [run for run in runs if run.records]:
-        last = trained[0].records[-1]
-        return f"{trained[0].name} is at step {last['step']:.0f} with a loss of {last['loss']:.3f}; nothing is evaluated yet."
-    return "Nothing is trained or evaluated yet."
-
-
-def _difference(ours: float, theirs: float) -> str:
-    points = round(100 * ours, 1) - round(100 * theirs, 1)
-    if abs(points) < 0.05:
-        return "no difference"
-    return f"{abs(points):.1f} points {'more' if points > 0 else 'less'}"
-
-
-def compare_settings(runs: list[Run]) -> list[str]:
-    """For each pair of the headline, every setting in which the two runs differ."""
-    sentences = []
-    for pretrained, random in find_pairs(runs):
-        ours, theirs = (config.flatten(run.settings.model_dump()) if run.settings else {} for run in (pretrained, random))
-        differing = [
-            f"{key} ({ours[key]} / {theirs[key]})" for key in ours if key != "run_dir" and ours[key] != theirs.get(key)
-        ]
-        sentences.append(f"Settings in which {pretrained.name} and {random.name} differ: {', '.join(differing)}.")
-    return sentences
-
-
-def data_counts(runs: list[Run]) -> list[tuple[str, Callable[[], str]]]:
+def data_counts(runs: Sequence[Run]) -> list[tuple[str, Callable[[], str]]]:
     """Each data set that the runs name, once, and how to count it."""
     counts: dict[str, Callable[[], str]] = {}
     for run in runs:
         if isinstance(run.settings, config.Pretrain):
             counts[f"pre-training: {run.settings.data.shards}"] = lambda run=run: count_shards(run)
         if result := run.result:
-            what = f"{result.benchmark}: {result.root}"
-            counts[what] = lambda result=result: count_benchmark(result.benchmark, result.root)
+            what = f"{result.benchmark_title or result.benchmark}: {result.root}"
+            counts[what] = lambda run=run, result=result: count_benchmark(result, run.place)
     return list(counts.items())
 
 
 def count_shards(run: Run) -> str:
     """Samples, shards and bytes of a pre-training run's data."""
-    assert isinstance(run.settings, config.Pretrain)
-    with pictures.open_shards(run.settings, run.directory) as shards:
+    with pictures.open_shards(_pretraining(run), run.directory) as shards:
         num_bytes = sum(shard.num_bytes for shard in shards.shards)
-        return f"{len(shards):,} pictures in {len(shards.shards)} shards, {num_bytes / 2**20:,.1f} MiB"
+        return f"{len(shards):,} images in {len(shards.shards)} shards, {num_bytes / 2**20:,.1f} MiB"
 
 
-def count_benchmark(name: str, root: str) -> str:
-    """Pictures, identities and cameras of each split, and whether these are the published numbers."""
-    description = describe(load_benchmark(name, root))
+def count_benchmark(result: Result, place: Place) -> str:
+    """Images, identities and cameras of each split, and whether these are the published numbers; else what was recorded."""
+    try:
+        description = describe(load_benchmark(result.benchmark, place.find(result.root)))
+    except UserError:
+        if not result.counts:
+            raise
+        recorded = [f"{split:<8} {images:>7,} images {ids:>6,} ids" for split, (images, ids) in result.counts.items()]
+        return "\n".join([*recorded, f"as they were when it was evaluated; {result.root} cannot be read now"])
     return f"{description.table}\n{description.note}"
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- curves ---------------------------------------------------------------------------------------------------------
 
 
-def draw_charts(runs: list[Run]) -> list[tuple[str, str]]:
-    """(title, image address) of every chart there is data for; runs of a kind share a chart."""
-    charts = []
+def draw_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+    """(title, drawing) of every chart there is data for; runs of a kind share a chart."""
+    drawn = []
     for kind, title, fields in CHARTS:
         chosen = [run for run in runs if isinstance(run.settings, kind)]
         curves = {}
@@ -224,55 +204,121 @@ def draw_charts(runs: list[Run]) -> list[tuple[str, str]]:
                     name = f"{run.name} {label}" if len(chosen) > 1 else label
                     curves[name.strip() or run.name] = tuple(zip(*points, strict=True))
         if curves:
-            charts.append((title, pictures.draw_chart(title, curves, from_zero=not fields.keys() & LOSSES)))
-    return charts
+            drawn.append((title, Markup(charts.draw_chart(title, curves, from_zero=not fields.keys() & LOSSES))))
+    return drawn
+
+
+def draw_cmc(groups: Sequence[Group]) -> list[tuple[str, Markup]]:
+    """(title, drawing) of the CMC curves of each table whose records have them."""
+    drawn = []
+    for group in groups:
+        curves = {row.name: (range(1, len(cmc) + 1), cmc) for row in group.rows if (cmc := row.cmc())}
+        if curves:
+            title = f"CMC, queries with a match among the first k: {group.title}"
+            drawn.append((title, Markup(charts.draw_chart(title, curves, x_label="k", from_zero=True, percent=True))))
+    return drawn
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
 
 
 def predict(run: Run) -> list[list[pictures.Picture]]:
     """Groups of Figure 3 from the newest checkpoint of a pre-training run."""
-    assert isinstance(run.settings, config.Pretrain)
-    drawn = pictures.reconstruct_run(run.settings, run.directory, NUM_GROUPS)
+    if not any(checkpoint.folder(run.directory).glob("step-*")):
+        raise pictures.NotYet(f"{run.directory} has no checkpoint yet, so there is nothing to predict with")
+    drawn = pictures.reconstruct_run(_pretraining(run), run.directory, NUM_GROUPS)
     return [[images[i].numpy() for images in drawn] for i in range(len(drawn.region_a))]
 
 
-def draw_rank_lists(runs: list[Run]) -> dict[str, list[pictures.Row]]:
-    """Rows of pictures by name: the pre-trained and the random run for the same queries, or whatever has rank lists.
+def _pretraining(run: Run) -> config.Pretrain:
+    """Its settings, with the data where it is now."""
+    settings = run.settings
+    assert isinstance(settings, config.Pretrain)
+    data = settings.data.model_copy(update={"shards": run.place.find(settings.data.shards), "cache_dir": _cache_dir(run)})
+    return settings.model_copy(update={"data": data})
+
+
+def _cache_dir(run: Run) -> str | None:
+    assert isinstance(run.settings, config.Pretrain)
+    try:
+        return run.place.find(run.settings.data.cache_dir) if run.settings.data.cache_dir else None
+    except Lost:
+        return None
+
+
+def region_of(run: Run, section: Section) -> dict[str, Any]:
+    """Figure 3 of a run for the template."""
+    return {
+        "name": printable(run.name),
+        "unfinished": run.unfinished,
+        "missing": section.missing,
+        "groups": embed_groups(section.content),
+        "synthetic": bool(section.content) and (Path(_pretraining(run).data.shards) / SYNTHETIC_MARK).is_file(),
+    }
+
+
+def find_rank_lists(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[str, Section]:
+    """Which data they are of, and rows of images by name: the pre-trained and the random run for the same queries, or
+    whatever has rank lists."""
+    for group in groups:
+        for ours, theirs in find_pairs(group):
+            pair = [next((run for run in row.runs if run.rank_lists), None) for row in (ours, theirs)]
+            if pair[0] and pair[1]:
+                chosen = [pair[0], pair[1]]
+                return group.title, attempt(lambda chosen=chosen: draw_rank_lists(chosen))
+    chosen = [run for run in runs if run.rank_lists][-1:]
+    title = next((group.title for group in groups for row in group.rows if chosen and chosen[0] in row.runs), "")
+    return title, attempt(lambda: draw_rank_lists(chosen))
+
+
+def draw_rank_lists(chosen: Sequence[Run]) -> dict[str, list[pictures.Row]]:
+    """Rows of images by the runs' names, for queries that all of them have.
 
     Raises:
-        UserError: no run has rank lists, or their pictures are gone.
+        UserError: no run has rank lists, or their images are gone.
     """
-    pairs = [pair for pair in find_pairs(runs) if all(run.rank_lists for run in pair)]
-    chosen = list(pairs[0]) if pairs else [run for run in runs if run.rank_lists][-1:]
     if not chosen:
-        raise UserError("no run has a rank_lists.json yet; fine-tuning and 'personmae evaluate --out' write one")
-    by_query = [{e.query: e for e in run.rank_lists.entries} for run in chosen if run.rank_lists]
+        raise pictures.NotYet("no run has a rank_lists.json yet; fine-tuning and 'personmae evaluate --out' write one")
+    by_query = [{_below_root(run, e.query): e for e in run.rank_lists.entries} for run in chosen if run.rank_lists]
     queries = [query for query in by_query[0] if all(query in entries for entries in by_query)][:NUM_QUERIES]
-    roots = [Path(run.rank_lists.root) for run in chosen if run.rank_lists]
     return {
-        _label(run): [_row(root, entries[query]) for query in queries]
-        for run, root, entries in zip(chosen, roots, by_query, strict=True)
+        _label(run): [_draw_row(run, entries[query]) for query in queries]
+        for run, entries in zip(chosen, by_query, strict=True)
     }
 
 
 def _label(run: Run) -> str:
-    return run.result.name if run.result else run.name
+    name = run.result.name if run.result else run.name
+    return printable(f"{name} (unfinished)" if run.unfinished else name)
 
 
-def _row(root: Path, entry: RankList) -> pictures.Row:
-    query, *found = (pictures.read_thumbnail(_find(root, path), THUMBNAIL) for path in (entry.query, *entry.gallery))
+def _below_root(run: Run, path: str) -> str:
+    """A path as it is below the benchmark's root, for two runs may have named that differently."""
+    root = run.rank_lists.root if run.rank_lists else ""
+    return path.removeprefix(root).lstrip("/")
+
+
+def _draw_row(run: Run, entry: RankList) -> pictures.Row:
+    query, *found = (pictures.read_thumbnail(_find(run, path), THUMBNAIL) for path in (entry.query, *entry.gallery))
     return [(query, None), *zip(found, entry.correct, strict=True)]
 
 
-def _find(root: Path, path: str) -> Path:
-    """A path as it stands, or below ``root`` where it is relative to that."""
-    return Path(path) if Path(path).is_file() else root / path
+def _find(run: Run, path: str) -> Path:
+    """An image below the benchmark's root, wherever that is now, or by its own path."""
+    assert run.rank_lists
+    root, below = run.rank_lists.root, _below_root(run, path)
+    try:
+        found = Path(run.place.find(root)) / below
+        return found if found.is_file() else Path(run.place.find(path))
+    except Lost:
+        return Path(run.place.find(path))
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
 def embed_groups(groups: list[list[pictures.Picture]] | None) -> list[list[str]]:
-    """Image addresses for groups of pictures."""
+    """Image addresses for groups of images."""
     return [[pictures.data_uri(picture) for picture in group] for group in groups or []]
 
 
@@ -288,7 +334,7 @@ def embed_rows(rank_lists: dict[str, list[pictures.Row]]) -> list[list[tuple[str
 def render(**context: Any) -> str:
     """Fill the template."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

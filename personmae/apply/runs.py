@@ -1,29 +1,44 @@
 """What a directory of runs holds, known by its files.
 
-``config.yaml``, ``run.json``, ``metrics.jsonl`` and checkpoints come from a program, ``result.json`` and ``rank_lists.json``
-from an evaluation.
+``config.yaml``, ``run.json``, ``metrics.jsonl`` and checkpoints come from a program. ``result.json``, ``rank_lists.json`` and
+``queries.json`` come from an evaluation.
 """
 
+import itertools
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, PlainValidator, ValidationError
 
-from personmae import config, metrics
+from personmae import checkpoint, config, metrics
+from personmae.apply.places import Place
 from personmae.errors import UserError
 
 RANDOM = "random"
+Settings = config.Pretrain | config.Finetune | config.Unsupervised
+
+
+def _as_text(value: Any) -> str:
+    """A string as it is: pydantic's own check refuses file names that are no UTF-8."""
+    if not isinstance(value, str):
+        raise ValueError("Input should be a valid string")
+    return value
+
+
+Text = Annotated[str, PlainValidator(_as_text)]
 
 
 class Result(BaseModel):
-    """What ``finetune`` and ``evaluate`` measured; scores in [0, 1]."""
+    """What ``finetune`` and ``evaluate`` measured; scores in [0, 1]. What older records lack is None or empty."""
 
-    name: str
-    init: str
+    name: Text
+    init: Text
     benchmark: str
-    root: str
+    root: Text
     mAP: float  # noqa: N815 - the field's name for it
     rank1: float
     rank5: float
@@ -34,19 +49,49 @@ class Result(BaseModel):
     num_gallery: int
     seconds: float
     commit: str | None = None
+    rerank: str = "none"
+    cmc: list[float] = []
+    benchmark_digest: str | None = None
+    benchmark_title: Text | None = None
+    synthetic: bool | None = None
+    counts: dict[str, tuple[int, int]] = {}
+    checkpoint: Text | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    identity: dict[str, Any] = {}
 
 
 class RankList(BaseModel):
-    """One query and its nearest gallery pictures; paths as they stand, or relative to ``RankLists.root``."""
+    """One query and its nearest gallery images; paths as they stand, or relative to ``RankLists.root``."""
 
-    query: str
-    gallery: list[str]
+    query: Text
+    gallery: list[Text]
     correct: list[bool]
 
 
 class RankLists(BaseModel):
-    root: str
+    root: Text
     entries: list[RankList]
+
+
+class Queries(BaseModel):
+    """AP of every query in their order, None where a query has no match."""
+
+    benchmark_digest: str | None = None
+    ap: list[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a training is; ``total`` is None where nothing tells."""
+
+    step: int
+    total: int | None
+    finished: bool
+
+    def __str__(self) -> str:
+        """In words, such as "step 30 of 60"."""
+        return f"step {self.step:,} of {self.total:,}" if self.total else f"step {self.step:,}, of how many is unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +100,68 @@ class Run:
 
     name: str
     directory: Path
-    settings: config.Pretrain | config.Finetune | config.Unsupervised | None
+    settings: Settings | None
     config_yaml: str
     info: dict[str, Any]
     records: list[dict[str, float]]
     result: Result | None
     rank_lists: RankLists | None
+    queries: Queries | None
+    progress: Progress | None
 
     @property
     def from_random(self) -> bool:
         """Whether it is a fine-tuning from random weights."""
         return isinstance(self.settings, config.Finetune) and self.settings.init == RANDOM
+
+    @property
+    def unfinished(self) -> str:
+        """How far it is, in words, where it is not at its end; else nothing."""
+        return "" if self.progress is None or self.progress.finished else str(self.progress)
+
+    @property
+    def place(self) -> Place:
+        """What leads from recorded paths to where they are now."""
+        run_dir = self.settings.run_dir if self.settings else ""
+        return Place(self.directory, run_dir, str((self.sessions or [{}])[-1].get("cwd") or self.info.get("cwd") or ""))
+
+    @property
+    def sessions(self) -> list[dict[str, Any]]:
+        """Each start of the run, the newest last."""
+        return self.info.get("sessions") or []
+
+    @property
+    def kind(self) -> str:
+        """What was done, in a word."""
+        kinds = {config.Pretrain: "pre-training", config.Finetune: "fine-tuning", config.Unsupervised: "without labels"}
+        return kinds.get(type(self.settings), "evaluation")  # pyright: ignore[reportArgumentType] - None has no kind
+
+    @property
+    def train_seconds(self) -> float | None:
+        """How long its steps took, by their rates: what was stopped for in between does not count."""
+        batch = images_per_step(self.settings)
+        rates = [(r["step"], r.get("images_per_second", math.nan)) for r in self.records]
+        steps = itertools.pairwise([0.0, *(step for step, _ in rates)])
+        parts = [(b - a) * batch / rate for (a, b), (_, rate) in zip(steps, rates, strict=True) if rate > 0]
+        return math.fsum(parts) if parts else None
+
+    @property
+    def seconds(self) -> float | None:
+        """All of its sessions where they are recorded, else training and evaluation."""
+        known = [session.get("seconds") for session in self.sessions]
+        if known and None not in known:
+            return math.fsum(s for s in known if s is not None)
+        parts = [s for s in (self.train_seconds, self.result.seconds if self.result else None) if s is not None]
+        return math.fsum(parts) if parts else None
+
+
+def images_per_step(settings: Settings | None) -> int:
+    """The global batch; 0 where nothing is trained."""
+    if settings is None:
+        return 0
+    if isinstance(settings, config.Pretrain):
+        return settings.train.global_batch_size
+    return settings.batch.num_ids * settings.batch.num_instances
 
 
 def find_runs(run_dir: Path) -> list[Run]:
@@ -92,30 +188,85 @@ def read_run(directory: Path) -> Run:
     """Everything a report needs of one directory."""
     path = directory / "config.yaml"
     try:
-        info, records = json.loads(_text(directory / "run.json") or "{}"), metrics.read_records(directory)
+        info = json.loads(_text(directory / "run.json") or "{}")
+        records = [_with_nan(record) for record in metrics.read_records(directory)]
     except ValueError as error:
         raise UserError(f"run.json and metrics.jsonl of {directory} must be JSON; {error}; repair or remove them") from error
+    settings, result = read_settings(path) if path.is_file() else None, _parse(Result, directory / "result.json")
     return Run(
         name=directory.resolve().name,
         directory=directory,
-        settings=read_settings(path) if path.is_file() else None,
+        settings=settings,
         config_yaml=_text(path),
         info=info,
         records=records,
-        result=_parse(Result, directory / "result.json"),
+        result=result,
         rank_lists=_parse(RankLists, directory / "rank_lists.json"),
+        queries=_parse(Queries, directory / "queries.json"),
+        progress=_trained(directory, settings, records, info, result) if settings else _evaluated(result),
     )
 
 
-def read_settings(path: Path) -> config.Pretrain | config.Finetune | config.Unsupervised:
+def _with_nan(record: Mapping[str, Any]) -> dict[str, float]:
+    """JSON has no NaN, so a number that is not finite is written as null."""
+    return {name: math.nan if value is None else value for name, value in record.items()}
+
+
+def read_settings(path: Path) -> Settings:
     """The configuration of a run; pre-training has no ``init``, and only unsupervised training has clusters."""
     fields = config.read(path).values
     kind = config.Unsupervised if "cluster" in fields else config.Finetune if "init" in fields else config.Pretrain
     return config.load(kind, path)
 
 
+def _trained(
+    directory: Path, settings: Settings, records: list[dict[str, float]], info: dict[str, Any], result: Result | None
+) -> Progress:
+    """By the newest checkpoint, the last record, and what the newest session says of its end."""
+    saved, total = _last_saved(directory)
+    step = max(saved, int(records[-1]["step"]) if records else 0)
+    total = total or _planned_steps(settings)
+    if total is not None:
+        return Progress(step, total, step >= total)
+    ended = (info.get("sessions") or [{}])[-1].get("outcome") == "complete"
+    return Progress(step, None, ended or result is not None)
+
+
+def _evaluated(result: Result | None) -> Progress | None:
+    """Of what was evaluated elsewhere; None where its training is not known."""
+    if result is None or result.step is None:
+        return None
+    total = result.total_steps
+    if total is None and result.checkpoint:
+        total = _state(Path(result.checkpoint)).get("total_steps")
+    return Progress(result.step, total, result.step >= total) if total else None
+
+
+def _last_saved(directory: Path) -> tuple[int, int | None]:
+    """Step of the newest checkpoint and the steps of its run, (0, None) where there is none."""
+    folder = checkpoint.folder(directory)
+    names = [entry.name for entry in folder.iterdir() if entry.name.startswith("step-")] if folder.is_dir() else []
+    newest = max(names, key=lambda name: checkpoint.step_of(name) or 0, default=None)
+    return (checkpoint.step_of(newest) or 0, _state(folder / newest).get("total_steps")) if newest else (0, None)
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads((path / checkpoint.STATE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+
+
+def _planned_steps(settings: Settings) -> int | None:
+    """Steps that the configuration alone tells."""
+    if isinstance(settings, config.Pretrain):
+        return settings.train.total_steps
+    return settings.train.epochs * settings.train.iters_per_epoch if isinstance(settings, config.Unsupervised) else None
+
+
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    """A file of ours, which is UTF-8 in every locale; names of files in it may be no UTF-8."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
 
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
@@ -123,10 +274,10 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 def _parse(kind: type[ModelT], path: Path) -> ModelT | None:
     try:
-        return kind.model_validate_json(path.read_bytes()) if path.is_file() else None
+        return kind.model_validate(json.loads(path.read_bytes())) if path.is_file() else None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(
-            f"{path} must be what 'personmae evaluate --out' writes; {where}: {first['msg']}; evaluate again"
-        ) from error
+        where, what = ".".join(map(str, first["loc"])) or "the file", first["msg"]
+    except ValueError as error:
+        where, what = "the file", f"Invalid JSON: {error}"
+    raise UserError(f"{path} must be what 'personmae evaluate --out' writes; {where}: {what}; evaluate again")

@@ -1,6 +1,7 @@
 """Search on a benchmark: features of query and gallery to the record that tables and rank lists are made from."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -138,13 +139,28 @@ def histogram_features(images: ImageSet, camids: np.ndarray) -> Tensor:
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:
-    """Write ``rank_lists.json``, ``queries.json`` (AP by query) and then ``result.json``, each whole or not at all."""
+    """Write ``rank_lists.json``, ``queries.json`` (AP by query) and then ``result.json``, each whole or not at all.
+
+    The root is written as an absolute path, and images below it relative to it: a report may be made in another folder.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    lists = {"root": record["root"], "entries": record["rank_lists"]}
+    root = os.path.abspath(record["root"])
+    lists = {"root": root, "entries": [_below(root, entry) for entry in record["rank_lists"]]}
+    record = record | {"root": root}
     queries = {"benchmark_digest": record.get("benchmark_digest"), "ap": record["query_ap"]}
     result = {name: value for name, value in record.items() if name not in ("rank_lists", "query_ap")}
     for name, content in (("rank_lists.json", lists), ("queries.json", queries), ("result.json", result)):
         files.replace(out / name, files.to_json(content, indent=1))
+
+
+def _below(root: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """A rank list with paths relative to the root, or absolute where an image lies elsewhere."""
+
+    def below(path: str) -> str:
+        path = os.path.abspath(path)
+        return os.path.relpath(path, root) if os.path.commonpath([path, root]) == root else path
+
+    return entry | {"query": below(entry["query"]), "gallery": [below(path) for path in entry["gallery"]]}
 
 
 def read_record(run_dir: str | Path) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The report on a tiny real pre-training run with hand-made results beside it."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,8 +11,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from made_runs import DRAWN
 
 from personmae import checkpoint, config, pretrain
+from personmae.__main__ import main
 from personmae.apply import pictures, report
 from personmae.data import importer
 from personmae.data.order import sample_keys
@@ -19,7 +22,7 @@ from personmae.errors import UserError
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.vit import patchify
 
-SCORES = {"mAP": 0.4321, "rank1": 0.5, "rank5": 0.7, "rank10": 0.8, "mINP": 0.1}
+SCORES = {"mAP": 0.4321, "rank1": 0.5, "rank5": 0.7, "rank10": 0.8, "mINP": 0.1, "cmc": [0.5, 0.7, 0.8]}
 COUNTS = {"num_queries": 4, "num_valid": 4, "num_gallery": 20, "seconds": 1.5, "commit": None}
 
 
@@ -72,7 +75,7 @@ def _write_pictures(folder: Path, count: int) -> None:
 
 def _write_result(folder: Path, root: Path, **fields: object) -> None:
     folder.mkdir()
-    result = SCORES | COUNTS | {"name": folder.name, "benchmark": "market1501", "root": str(root / "gone")} | fields
+    result = SCORES | COUNTS | DRAWN | {"name": folder.name, "benchmark": "market1501", "root": str(root / "gone")} | fields
     (folder / "result.json").write_text(json.dumps(result))
     entries = [
         {"query": f"{q:02}.jpg", "gallery": [f"{g:02}.jpg" for g in range(2, 12)], "correct": [g == q + 2 for g in range(10)]}
@@ -94,10 +97,11 @@ def _write_finetuning(folder: Path, init: str) -> None:
 def test_the_page_holds_everything_and_links_to_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = report.run(runs)
     text = page.read_text()
-    addresses = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(addresses) == 5 + 8 * 5 + 4 * 2 * 11  # charts, groups, rank lists
+    addresses = re.findall(r'(?:src|href)="([^#"]*)"', text)
+    assert len(addresses) == 8 * 5 + 4 * 2 * 11  # groups, rank lists
     assert all(address.startswith("data:image/") for address in addresses)
-    assert "url(" not in text
+    assert text.count("<svg") == 5 + 1  # curves of training, and CMC
+    assert re.findall(r"url\((?!#)", text) == []
     assert "@import" not in text
     for expected in (
         "43.2",
@@ -110,11 +114,13 @@ def test_the_page_holds_everything_and_links_to_nothing(runs: Path, capsys: pyte
         assert expected in text
     assert "<strong>43.2</strong>" in text
     assert "differ: init (pretrain / random)" in text
-    assert "12 pictures in 1 shards" in text
+    assert "12 images in 1 shards" in text
+    assert "as they were when it was evaluated" in text
     for setting in ("max_shift: 16", "GPU-9000", "a &lt;processor&gt;", "c0ffee", "torch 9.9"):
         assert setting in text
     printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == str(page)
+    assert str(page) in printed.splitlines()
+    assert printed.splitlines()[-1].startswith("next: ")
     assert "43.2" in printed
 
 
@@ -137,14 +143,16 @@ def test_a_run_without_labels_has_its_row_and_its_curve(runs: Path, trained: Pat
     folder = runs / "usl"
     _write_result(folder, trained, init=str(runs / "pretrain"), mAP=0.1234)
     _write_finetuning(folder, "pretrain")
-    settings = config.Unsupervised.model_validate({"run_dir": str(folder), "root": "somewhere", "init": "pretrain"})
+    settings = config.Unsupervised.model_validate(
+        {"run_dir": str(folder), "root": "somewhere", "init": "pretrain", "train": {"epochs": 1, "iters_per_epoch": 2}}
+    )
     (folder / "config.yaml").write_text(config.dump_yaml(settings))
     text = report.run(runs).read_text()
     assert "12.3" in text
     assert "without labels: loss" in text
 
 
-def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path) -> None:
+def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(runs / "pretrain" / "checkpoints")
     (runs / "pretrain" / "config.yaml").write_text(
         (runs / "pretrain" / "config.yaml").read_text().replace(str(trained / "shards"), "nowhere")
@@ -152,11 +160,57 @@ def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path) ->
     (runs / "finetune_random" / "result.json").unlink()
     lists = runs / "finetune_personmae" / "rank_lists.json"
     lists.write_text(lists.read_text().replace(str(trained / "pictures"), "moved"))
-    text = report.run(runs).read_text()
+    assert main(["report", str(runs)]) == 1
+    text = (runs / "report.html").read_text(encoding="utf-8")
     assert "has no checkpoint yet" in text
-    assert "Not counted: a directory or s3://bucket/prefix is required; nowhere does not exist" in text
-    assert "moved/00.jpg" in text
-    assert "there is no pair to compare yet" in text
+    assert re.search("Not counted: nowhere is needed by .*pretrain and is not there", text)
+    assert re.search("left out: 00.jpg is needed by .*finetune_personmae and is not there", text)
+    assert "There is no pair to compare yet" in text
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" is ")[0] for line in told] == ["left out: 00.jpg", "left out: nowhere", "incomplete: the page"]
+
+
+def test_what_is_not_there_yet_is_no_failure(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(runs / "pretrain" / "checkpoints")
+    for path in runs.glob("*/rank_lists.json"):
+        path.unlink()
+    assert main(["report", str(runs)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_report_from_another_folder_has_all_figures(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every path in the runs is relative to the folder they were started in."""
+    work = tmp_path / "work"
+    shutil.copytree(trained, work)
+    _write_result(work / "runs" / "finetune_random", Path(), init="random")
+    for path in (work / "runs").glob("*/*.*"):
+        path.write_bytes(path.read_bytes().replace(f"{trained}/".encode(), b""))
+    lists = work / "runs" / "finetune_random" / "rank_lists.json"
+    assert json.loads(lists.read_bytes())["root"] == "pictures"
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert main(["report", "../work/runs"]) == 0
+    text = (work / "runs" / "report.html").read_text(encoding="utf-8")
+    assert text.count("<img ") == 8 * 5 + 4 * 11
+    assert "12 images in 1 shards" in text
+    assert "left out" not in text + "".join(capsys.readouterr())
+
+
+def test_names_that_are_no_utf8_survive(runs: Path, trained: Path, tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    copied = tmp_path / odd
+    shutil.copytree(trained / "pictures", copied)
+    for name in ("rank_lists.json", "result.json"):
+        path = runs / "finetune_personmae" / name
+        record = json.loads(path.read_bytes())
+        path.write_text(json.dumps(record | ({"root": str(copied)} if "entries" in record else {"name": odd})))
+    (runs / "histogram").rename(runs / f"{odd}_histogram")
+    assert main(["report", str(runs)]) == 0
+    text = (runs / "report.html").read_text(encoding="utf-8")
+    assert '<th scope="row">caf\ufffd' in text
+    assert text.count("<img ") == 8 * 5 + 4 * 2 * 11
 
 
 def test_a_baseline_alone_makes_a_page(runs: Path) -> None:

@@ -125,6 +125,18 @@ def test_a_record_is_whole_or_absent(samples: list[Sample], tmp_path: Path):
     assert retrieval.read_record(tmp_path / "nowhere") is None
 
 
+def test_a_record_leads_to_its_images_from_any_folder(samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    root = Path(samples[0].path).parent
+    monkeypatch.chdir(root.parent)
+    here = [replace(s, path=f"{root.name}/{Path(s.path).name}") for s in samples]
+    retrieval.write_record(tmp_path, measure(replace(split(here), root=root.name)))
+    lists, result = (json.loads((tmp_path / name).read_bytes()) for name in ("rank_lists.json", "result.json"))
+    assert lists["root"] == result["root"] == str(root)
+    entry = lists["entries"][0]
+    assert all((Path(lists["root"]) / path).is_file() for path in (entry["query"], *entry["gallery"]))
+    assert entry["query"] == Path(samples[0].path).name
+
+
 def test_an_interrupted_writing_leaves_the_earlier_record(samples: list[Sample], tmp_path: Path):
     record = measure(split(samples))
     retrieval.write_record(tmp_path, record)

@@ -1,0 +1,321 @@
+"""What may stand in one table, and what a report says of it.
+
+Results belong together when they are of the same data, which its digest tells and not the name of its layout. Runs that
+differ by nothing but their seed are one row. A run that is not finished is shown and never compared.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from personmae import config
+from personmae.apply.places import Lost, printable
+from personmae.apply.runs import RANDOM, Result, Run, read_settings
+from personmae.errors import UserError
+
+SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
+_NOT_THE_RECIPE = ("seed", "run_dir", "root", "init", "checkpoint.", "metrics.", "data.cache_dir", "train.log_every")
+_EQUAL = 1e-6  # APs are recorded with six digits
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Runs with results on the same data that differ by nothing but their seed; mostly one."""
+
+    runs: tuple[Run, ...]
+
+    @property
+    def results(self) -> list[Result]:
+        return [run.result for run in self.runs if run.result]
+
+    @property
+    def first(self) -> Result:
+        return self.results[0]
+
+    @property
+    def name(self) -> str:
+        """The run's name, or what the names have in common."""
+        names = [result.name for result in self.results]
+        if len(names) == 1:
+            return printable(names[0])
+        same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+        common = re.sub(r"[-_. ]*(seed|s)?[-_. \d]*$", "", "".join(letters[0] for letters in same))
+        return printable(common or f"{names[0]} and {len(names) - 1} more")
+
+    @property
+    def seeds(self) -> list[int]:
+        """One for each run; empty where nothing was trained here."""
+        return [run.settings.seed for run in self.runs if run.settings]
+
+    @property
+    def seeds_in_words(self) -> str:
+        seeds = self.seeds
+        if not seeds:
+            return ""
+        if len(seeds) == 1:
+            return "one seed"
+        distinct = len(set(seeds))
+        return f"{distinct} seeds" if distinct == len(seeds) else f"{len(seeds)} runs of {distinct} seeds"
+
+    @property
+    def started(self) -> str:
+        """What it started from, in words."""
+        starts = {result.init for result in self.results}
+        if starts == {RANDOM}:
+            return "random weights"
+        return printable(self.first.init) if len(starts) == 1 else f"{len(starts)} encoders of one recipe"
+
+    @property
+    def unfinished(self) -> str:
+        """How far those are that are not finished, in words."""
+        if len(self.runs) == 1:
+            return self.runs[0].unfinished
+        return "; ".join(f"{run.name} at {run.unfinished}" for run in self.runs if run.unfinished)
+
+    @property
+    def from_random(self) -> bool:
+        return self.runs[0].from_random
+
+    @property
+    def is_finetuning(self) -> bool:
+        return isinstance(self.runs[0].settings, config.Finetune)
+
+    def mean(self, score: str) -> float:
+        return sum(getattr(result, score) for result in self.results) / len(self.results)
+
+    def spread(self, score: str) -> str:
+        """Lowest and highest in per cent where there are several runs: "20.4-22.4"."""
+        values = sorted(100 * getattr(result, score) for result in self.results)
+        return f"{values[0]:.1f}-{values[-1]:.1f}" if len(values) > 1 else ""
+
+    def in_words(self, score: str) -> str:
+        """Such as "21.5 (20.4-22.4, 3 seeds)" or "21.5 (one seed)", in per cent."""
+        told = ", ".join(part for part in (self.spread(score), self.seeds_in_words) if part)
+        return f"{100 * self.mean(score):.1f}" + (f" ({told})" if told else "")
+
+    def cmc(self) -> list[float]:
+        """Share of queries with a match among the first k, the mean over the runs; empty where a record lacks it."""
+        curves = [result.cmc for result in self.results]
+        return np.mean(curves, axis=0).tolist() if len({len(curve) for curve in curves}) == 1 and curves[0] else []
+
+    def query_ap(self) -> list[float | None] | None:
+        """AP of each query, the mean over the runs; None where a run has none that belongs to its result."""
+        found = [_own_ap(run) for run in self.runs]
+        if not found or any(ap is None for ap in found) or len({len(ap) for ap in found if ap is not None}) > 1:
+            return None
+        return [_mean(values) for values in zip(*(ap for ap in found if ap is not None), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rows of the same data; ``digest`` is None where the records do not tell which data they are of."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def digest(self) -> str | None:
+        return self.rows[0].first.benchmark_digest
+
+    @property
+    def synthetic(self) -> bool | None:
+        return self.rows[0].first.synthetic
+
+    @property
+    def title(self) -> str:
+        """Which people, and how many where it is not the published set; by the record that saw most of the data."""
+        results = [result for row in self.rows for result in row.results]
+        fullest = max(results, key=lambda result: len(result.counts))
+        return printable(fullest.benchmark_title or f"{fullest.benchmark} layout, data unknown")
+
+    def is_best(self, row: Row, score: str) -> bool:
+        """Whether no other row that can be compared with it has more, and there is one."""
+        rivals = [other for other in self.rows if comparable(row, other)]
+        return len(rivals) > 1 and row in rivals and row.mean(score) == max(other.mean(score) for other in rivals)
+
+
+@dataclass(frozen=True, slots=True)
+class Queries:
+    """How two rows of one table differ query by query: in how many the first has the higher AP, the lower, the same."""
+
+    ours: Row
+    theirs: Row
+    total: int
+    better: int
+    worse: int
+
+    def __str__(self) -> str:
+        same = self.total - self.better - self.worse
+        return f"of {self.total:,} queries, better in {self.better:,}, worse in {self.worse:,}, the same in {same:,}"
+
+
+def comparable(one: Row, other: Row) -> bool:
+    """Whether both are finished and ranked alike; a row is comparable with itself."""
+    return not one.unfinished and not other.unfinished and one.first.rerank == other.first.rerank
+
+
+def group_results(runs: Sequence[Run]) -> list[Group]:
+    """Tables by data: one for each digest; without one, for each layout and folder."""
+    groups: dict[tuple[str, str], dict[Any, list[Run]]] = {}
+    for run in runs:
+        if result := run.result:
+            data = ("", result.benchmark_digest) if result.benchmark_digest else (result.benchmark, result.root)
+            groups.setdefault(data, {}).setdefault(_recipe(run, runs), []).append(run)
+    return [Group(tuple(Row(tuple(same)) for same in recipes.values())) for recipes in groups.values()]
+
+
+def find_pairs(group: Group) -> list[tuple[Row, Row]]:
+    """The (pre-trained, random) fine-tuning of one table, the best mAP of each kind; empty where one is missing."""
+    rows = [row for row in group.rows if row.is_finetuning and not row.unfinished and row.first.rerank == "none"]
+    kinds = [[row for row in rows if row.from_random is random] for random in (False, True)]
+    return [(max(kinds[0], key=_by_map), max(kinds[1], key=_by_map))] if all(kinds) else []
+
+
+def compare_queries(group: Group) -> list[Queries]:
+    """Each trained row beside the random start of its table, and beside the best row that is not trained here."""
+    references = [pair[1] for pair in find_pairs(group)]
+    baselines = [row for row in group.rows if row.runs[0].settings is None and not row.unfinished]
+    references += [max(baselines, key=_by_map)] if baselines else []
+    pairs = itertools.product([row for row in group.rows if row.runs[0].settings], references)
+    found = [_compare(ours, theirs) for ours, theirs in pairs if ours != theirs and comparable(ours, theirs)]
+    return [queries for queries in found if queries]
+
+
+def summarise(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+    """The headline: pre-trained against random in mAP points, by data; or how far things are."""
+    sentences = [sentence for group in groups for sentence in _summarise_pair(group)]
+    if not sentences and (ready := [group for group in groups if any(not row.unfinished for row in group.rows)]):
+        for group in ready:
+            best = max((row for row in group.rows if not row.unfinished), key=_by_map)
+            sentences.append(f"{_on(group)}, best so far is {best.name} with {_percent(best)} mAP.")
+        sentences.append("There is no pair to compare yet.")
+    unfinished = [f"{run.name} ({run.unfinished})" for run in runs if run.unfinished and (run.records or run.result)]
+    if unfinished:
+        sentences.append(f"Not finished: {printable(', '.join(unfinished))}.")
+    if not sentences and (trained := [run for run in runs if run.records]):
+        last = trained[0].records[-1]
+        sentences.append(
+            f"{printable(trained[0].name)} is at step {last['step']:.0f} with a loss of {last.get('loss', float('nan')):.3f}. "
+            "Nothing is evaluated yet."
+        )
+    return " ".join(sentences) or "Nothing is trained or evaluated yet."
+
+
+def compare_settings(groups: Sequence[Group]) -> list[str]:
+    """For each pair of the headline, every setting in which the two rows differ."""
+    sentences = []
+    for ours, theirs in (pair for group in groups for pair in find_pairs(group)):
+        one, other = (_flat(row.runs[0]) for row in (ours, theirs))
+        several = len(ours.runs) > 1 or len(theirs.runs) > 1
+        keys = one.keys() - ({"run_dir", "seed"} if several else {"run_dir"})
+        differing = [f"{key} ({one[key]} / {other.get(key)})" for key in one if key in keys and one[key] != other.get(key)]
+        sentences.append(printable(f"Settings in which {ours.name} and {theirs.name} differ: {', '.join(differing)}."))
+    return sentences
+
+
+def data_notes(groups: Sequence[Group]) -> list[str]:
+    """What must be said of the tables before they are read side by side."""
+    notes = []
+    for group in groups:
+        if group.digest is None:
+            notes.append(
+                f"{group.title}: these results are from before data had a digest, so whether their rows are of the same "
+                "images is unknown, and whether the people are drawn too. Evaluate again to know."
+            )
+    layouts = [group.rows[0].first.benchmark for group in groups]
+    for layout in dict.fromkeys(layouts):
+        if layouts.count(layout) > 1:
+            notes.append(
+                f"{layouts.count(layout)} tables here are in the layout {layout}. Their data are not known to be the same, so "
+                "no number of one is compared with a number of another."
+            )
+    return notes
+
+
+def _recipe(run: Run, runs: Sequence[Run]) -> Any:
+    """What runs of different seeds have in common; a run's own folder where nothing can be compared."""
+    if run.settings is None or run.result is None:
+        return str(run.directory)
+    flat = {key: value for key, value in _flat(run).items() if not key.startswith(_NOT_THE_RECIPE)}
+    data = run.result.identity.get("data.digest") or printable(run.result.root)
+    return type(run.settings).__name__, repr(sorted(flat.items())), data, _start(run, runs), bool(run.unfinished)
+
+
+def _start(run: Run, runs: Sequence[Run]) -> str:
+    """The recipe of what a run started from where that can be read, for each seed may have an encoder of its own."""
+    init = getattr(run.settings, "init", "")
+    if init == RANDOM:
+        return init
+    try:
+        directory = Path(run.place.find(init)).resolve()
+        known = {other.directory.resolve(): other.settings for other in runs if other.settings}
+        settings = known.get(directory) or read_settings(directory / "config.yaml")
+    except (Lost, OSError, UserError):
+        return init
+    flat = config.flatten(settings.model_dump(mode="json"))
+    return repr(sorted((key, value) for key, value in flat.items() if not key.startswith(_NOT_THE_RECIPE)))
+
+
+def _flat(run: Run) -> dict[str, Any]:
+    return config.flatten(run.settings.model_dump(mode="json")) if run.settings else {}
+
+
+def _by_map(row: Row) -> float:
+    return row.mean("mAP")
+
+
+def _on(group: Group) -> str:
+    return f"On {group.title}"
+
+
+def _percent(row: Row) -> str:
+    text = row.in_words("mAP")
+    number, _, rest = text.partition(" ")
+    return f"{number} %" + (f" {rest}" if rest else "")
+
+
+def _summarise_pair(group: Group) -> list[str]:
+    sentences = []
+    for ours, theirs in find_pairs(group):
+        sentences.append(
+            f"{_on(group)}, fine-tuning from PersonMAE pre-training reaches {_percent(ours)} mAP, from random "
+            f"weights {_percent(theirs)}: {difference(ours, theirs)}."
+        )
+        best = max((row for row in group.rows if comparable(row, ours)), key=_by_map)
+        if best.mean("mAP") > max(ours.mean("mAP"), theirs.mean("mAP")):
+            sentences.append(f"More than both: {best.name}, {_percent(best)}.")
+    return sentences
+
+
+def difference(ours: Row, theirs: Row) -> str:
+    """Of two mAPs, in points."""
+    points = round(100 * ours.mean("mAP"), 1) - round(100 * theirs.mean("mAP"), 1)
+    if abs(points) < 0.05:
+        return "no difference"
+    return f"{abs(points):.1f} points {'more' if points > 0 else 'less'}"
+
+
+def _own_ap(run: Run) -> list[float | None] | None:
+    """APs that belong to the run's result: of the same data, with the same mean."""
+    if run.result is None or run.queries is None or run.queries.benchmark_digest != run.result.benchmark_digest:
+        return None
+    valid = [ap for ap in run.queries.ap if ap is not None]
+    belongs = len(valid) == run.result.num_valid and valid and abs(float(np.mean(valid)) - run.result.mAP) < 1e-4
+    return run.queries.ap if belongs else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
+def _compare(ours: Row, theirs: Row) -> Queries | None:
+    one, other = ours.query_ap(), theirs.query_ap()
+    if one is None or other is None or len(one) != len(other):
+        return None
+    gains = np.array([a - b for a, b in zip(one, other, strict=True) if a is not None and b is not None])
+    return Queries(ours, theirs, len(gains), int((gains > _EQUAL).sum()), int((gains < -_EQUAL).sum()))
