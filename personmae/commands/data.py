@@ -2,26 +2,33 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from personmae.commands.arguments import Progress, named, place, positive
 
 _SHARDS_WRITE = """\
-SRC is one of
-  a folder         every .jpg and .jpeg below it, at any depth; a picture's name is its path below SRC
-  an LMDB          name -> JPEG bytes, as LUPerson is kept: a directory with data.mdb, or a .mdb or .lmdb file
-  tars             an uncompressed .tar, or a directory of them (WebDataset); a name is TAR/MEMBER
+SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. Everything below it that holds images is taken:
+  image files      .jpg .jpeg .png .webp .bmp at any depth; an image's name is its path below SRC
+  tars             uncompressed ones, WebDataset's too; a name is TAR/MEMBER
+  an LMDB          name -> image, as LUPerson is kept: data.mdb, or a .mdb or .lmdb file (not in a bucket)
+  MDS shards       that others wrote, compressed too; a name is SHARD/ROW
+  parquet files    as Hugging Face publishes images; a name is FILE/ROW
 
+What is passed over is counted by kind. In names, bytes that are no UTF-8 are written as \\xNN.
 JPEGs are kept byte for byte. Other images are encoded as JPEG: quality 95, 4:4:4, alpha left out, 8 bits of 16.
 Those that cannot be decoded are left out and listed in DEST/rejects.jsonl. If they are more than --max-rejects,
 the index is not written and the exit code is 1; with a larger share the same command then ends at once.
 Interrupted or killed at any moment, the same command goes on where it was and ends with the same bytes.
+On a complete import it says so and ends with 0.
 """
 
 
 _SHARDS_WRITE_EXAMPLES = """\
 examples:
   personmae shards write CROPS/ s3://bucket/crops
+  personmae shards write s3://bucket/crops SHARDS
+  personmae shards write s3://bucket/crops s3://bucket/shards --part 2/8     the second of eight hosts
   personmae shards write lmdb/ s3://bucket/luperson --max-side 384
   personmae shards write lmdb/ SHARDS --list CFS_list.pkl --trust-pickle-list --first 0.5
   personmae shards write lmdb/ SHARDS --fraction 0.25 --seed 0
@@ -62,17 +69,17 @@ def add_shards(verbs: argparse._SubParsersAction) -> None:
 def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
     write = actions.add_parser(
         "write",
-        help="a folder of .jpg files, an LMDB or tars -> shards",
+        help="a folder, bucket, LMDB, tars, parquet or MDS -> shards",
         description=_SHARDS_WRITE,
         epilog=_SHARDS_WRITE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    write.add_argument("source", type=named, metavar="SRC", help="where the pictures are")
+    write.add_argument("source", type=_named, metavar="SRC", help="where the images are: a path or s3://bucket/prefix")
     write.add_argument(
         "destination", type=place, metavar="DEST", help="directory or s3://bucket/prefix; must be empty or unfinished"
     )
     write.add_argument("--shard-mb", type=positive, default=64, metavar="N", help="largest size of a shard in MiB (default 64)")
-    write.add_argument("--max-side", type=int, metavar="N", help="shrink pictures whose longer side exceeds N pixels")
+    write.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side exceeds N pixels")
     write.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: one a CPU core)")
     write.add_argument(
         "--max-rejects",
@@ -82,7 +89,11 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
         help="share that may be left out as unreadable (default 0.05); above it the exit code is 1",
     )
     write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
-    which = write.add_argument_group("which pictures (default: all)")
+    write.add_argument("--column", metavar="NAME", help="the column of images in MDS shards and parquet files")
+    write.add_argument(
+        "--part", type=_part, metavar="I/N", help="write the I-th of N parts; hosts share one DEST, the last writes the index"
+    )
+    which = write.add_argument_group("which images (default: all)")
     which.add_argument("--list", type=Path, metavar="FILE", help="only those named in FILE: text, one name a line")
     which.add_argument(
         "--trust-pickle-list", action="store_true", help="let FILE be a pickled list of names; no code in it is run"
@@ -95,7 +106,7 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
 
 def _shards_write(args: argparse.Namespace) -> None:
     from personmae.data import importer, rejects
-    from personmae.data.sources import Selection
+    from personmae.data.selection import Selection
 
     if args.if_missing and importer.INDEX in (files := _files_at(args.destination)) and importer.PLAN not in files:
         print(f"{args.destination} already holds a data set")
@@ -103,21 +114,44 @@ def _shards_write(args: argparse.Namespace) -> None:
     selection = Selection(
         list_file=args.list, trust_pickle=args.trust_pickle_list, first=args.first, fraction=args.fraction, seed=args.seed
     )
-    with Progress("shards write", "pictures") as progress:
-        count = importer.write(
+    part = importer.Part(*args.part) if args.part else importer.WHOLE
+    with Progress("shards write", "images") as progress:
+        outcome = importer.carry_out(
             args.source,
             args.destination,
             shard_bytes=int(args.shard_mb * 2**20),
             max_side=args.max_side,
+            column=args.column,
             selection=selection,
             max_rejects=args.max_rejects,
+            part=part,
             num_processes=args.processes,
             progress=progress,
+            announce=lambda line: print(f"shards write: {line}", file=sys.stderr, flush=True),
         )
+    passed_over = f"; passed over: {outcome.passed_over}" if outcome.passed_over else ""
+    if not outcome.finished:
+        others = f"{outcome.num_missing:,} shards of other parts are missing" if outcome.num_missing else "another part ends it"
+        print(f"part {part}: {outcome.num_pictures:,} images written to {args.destination}; {others}{passed_over}")
+        return
     where = f"{args.destination.rstrip('/')}/{rejects.REJECTS}"
     left_out = rejects.read(args.destination)
     rejected = f"; {len(left_out):,} left out, listed in {where}: {rejects.summary(left_out)}" if left_out else ""
-    print(f"{count:,} pictures written to {args.destination}{rejected}")
+    what = "already complete: {} images in" if outcome.was_complete else "{} images written to"
+    print(f"{what.format(f'{outcome.num_pictures:,}')} {args.destination}{rejected}{passed_over}")
+
+
+def _named(text: str) -> str:
+    """A place that is not empty, as text: a path would lose one of two slashes."""
+    named(text)
+    return place(text)
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise argparse.ArgumentTypeError(f"must be I/N with I from 1 to N, got {text!r}")
 
 
 def _files_at(destination: str) -> dict[str, int]:

@@ -3,18 +3,23 @@
 An import is planned from names and sizes alone: which pictures make which shard. Each shard is then written on its own by some
 process, put in place, and only then recorded (``import-00007.json``), so that whenever the import is killed the same command
 finds what is finished and ends with the same bytes. ``index.json`` is written last and marks the data set as complete.
+
+Several hosts can share an import: each makes the same plan and writes a part of its shards. Whichever finds all of them
+recorded writes the index. Two that do so at once write the same bytes.
 """
 
 import fcntl
+import functools
 import json
 import multiprocessing
 import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -27,39 +32,81 @@ import cv2
 import xxhash
 
 from personmae.data import rejects, storage
+from personmae.data.containers import Picture
 from personmae.data.mds import INDEX
 from personmae.data.rejects import REJECTS
+from personmae.data.selection import Selection
 from personmae.data.shards import SHARD_BYTES, Progress, Record, Task, header_bytes, sample_bytes, shard_name, write_shard
-from personmae.data.sources import Picture, Selection, Source, open_source
+from personmae.data.sources import Source, open_source, told
 from personmae.errors import Stopped, UserError
 
 PLAN = "import.json"  # there from the first moment of an import to its last
+DONE = "imported.json"  # the plan of a complete import, by which the same command knows that nothing is left to do
 _FORMAT_VERSION = 1
 _STAGING = "staging-"
 _NUM_KEEPERS = 4  # shards on their way to the destination, besides those that are being written
 
 
-def write(
-    source: Path,
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which of ``count`` hosts this is that share an import; ``number`` counts from 1. Its shards lie side by side."""
+
+    number: int = 1
+    count: int = 1
+
+    def of(self, num_shards: int) -> range:
+        """The numbers of its shards."""
+        return range(num_shards * (self.number - 1) // self.count, num_shards * self.number // self.count)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an import ended."""
+
+    num_pictures: int  # in the data set, or in the shards of this part
+    passed_over: str = ""  # what the source holds besides images, in words
+    num_missing: int = 0  # shards that other parts have still to write
+    finished: bool = True  # False where another part writes the index
+    was_complete: bool = False  # there was nothing left to do
+
+
+def write(source: str | Path, destination: str, **options: Any) -> int:
+    """As ``carry_out``; returns how many pictures were written."""
+    return carry_out(source, destination, **options).num_pictures
+
+
+def carry_out(
+    source: str | Path,
     destination: str,
     *,
     shard_bytes: int = SHARD_BYTES,
     max_side: int | None = None,
+    column: str | None = None,
     selection: Selection | None = None,
     max_rejects: float = 1.0,
+    part: Part = WHOLE,
     num_processes: int = 1,
     progress: Progress | None = None,
-) -> int:
-    """Write a source's pictures as shards to a directory or ``s3://bucket/prefix``; returns how many were written.
+    announce: Callable[[str], None] | None = None,
+) -> Outcome:
+    """Write a source's pictures as shards to a directory or ``s3://bucket/prefix``.
 
     A picture that cannot be decoded is left out and listed in ``rejects.jsonl``. One whose longer side exceeds ``max_side``
     pixels is shrunk to it and encoded again; all others are kept byte for byte. No file exceeds ``shard_bytes``, unless a
-    single picture does or encoding again has made pictures larger. ``progress(done, total)`` counts pictures.
+    single picture does or encoding again has made pictures larger. ``progress(done, total)`` counts pictures, ``announce``
+    gets a line about the plan. ``column`` is the one to read of tables.
 
     Where more than the share ``max_rejects`` is left out, the index is not written, and the same call with a larger share
     has nothing else left to do.
 
     A directory is built as ``DEST.partial`` and renamed. The same call after an interruption goes on where it was.
+    With a ``part`` only its shards are written, and the index by the one that finds all of them there.
 
     Raises:
         UserError: an option is out of range, the source holds no readable picture, the destination is taken, holds an
@@ -74,13 +121,17 @@ def write(
     if max_side is not None and max_side < 1:
         raise UserError(f"--max-side must be at least 1 pixel, got {max_side}")
     rejects.check_share(max_rejects)
+    if not 1 <= part.number <= part.count:
+        raise UserError(f"--part takes I/N with I from 1 to N, got {part}")
     destination = destination.rstrip("/") if storage.is_remote(destination) else _resolved(destination)
     try:
         with _sigterm_as_interrupt():
             _standing(destination)  # listing a source may take minutes
-            plan = make_plan(open_source(source), selection or Selection(), shard_bytes, max_side)
+            plan = make_plan(open_source(source, column), selection or Selection(), shard_bytes, max_side)
             plan = replace(plan, max_rejects=max_rejects)
-            return _import(plan, destination, num_processes, progress or (lambda done, total: None))
+            (announce or (lambda line: None))(str(plan))
+            outcome = _import(plan, destination, part, num_processes, progress or (lambda done, total: None))
+            return replace(outcome, passed_over=told(plan.source.passed_over))
     except KeyboardInterrupt:
         raise Stopped("interrupted; what is finished is kept: run the same command again to go on from there") from None
     except BrokenProcessPool as error:
@@ -114,7 +165,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 # --- the plan ---
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """Which pictures make which shard, and all else that decides what the result is."""
 
@@ -130,11 +181,17 @@ class Plan:
         end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.pictures)
         return self.pictures[self.starts[number] : end]
 
+    def __str__(self) -> str:
+        others = told(self.source.passed_over)
+        line = f"{self.source.location}: {len(self.pictures):,} images for {len(self.starts):,} shards"
+        return f"{line}; passed over: {others}" if others else line
+
+    @functools.cached_property
     def record(self) -> dict[str, Any]:
         """What is compared before an unfinished import goes on."""
         digest = xxhash.xxh3_128()
         for picture in self.pictures:
-            digest.update(f"{picture.key}\0{picture.num_bytes}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{picture.key}\0{picture.num_bytes}\n".encode())
         return {
             "format_version": _FORMAT_VERSION,
             "shard_bytes": self.shard_bytes,
@@ -143,6 +200,11 @@ class Plan:
             "num_shards": len(self.starts),
             "pictures": digest.hexdigest(),
         }
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A number for the record, which each shard's record has too."""
+        return xxhash.xxh64_hexdigest(json.dumps(self.record))
 
 
 def make_plan(source: Source, selection: Selection, shard_bytes: int, max_side: int | None) -> Plan:
@@ -162,23 +224,60 @@ def make_plan(source: Source, selection: Selection, shard_bytes: int, max_side: 
 # --- the import ---
 
 
-def _import(plan: Plan, destination: str, num_processes: int, progress: Progress) -> int:
-    """Carry out a plan, or the rest of it; returns the number of pictures written."""
-    home = _home(destination)
-    with _locked(home, destination):
+def _import(plan: Plan, destination: str, part: Part, num_processes: int, progress: Progress) -> Outcome:
+    """Carry out a plan, or a part or the rest of it."""
+    if complete := _already_complete(plan, destination):
+        return complete
+    with _locked(destination, part) as lock:
         root, names = _standing(destination)
         try:
-            with _staging(home) as staging:
+            with _staging(lock.home, part) as staging:
                 _begin(plan, root, PLAN in names, staging)
                 if INDEX not in names:
                     records = _records(plan, root) if PLAN in names else {}
-                    _fill(plan, records, root, staging, num_processes, progress)
+                    _fill(plan, part, records, root, staging, num_processes, progress)
+                    records = _records(plan, root) if part != WHOLE else records
+                    missing = len(plan.starts) - len(records)
+                    if missing or not lock.take_alone():
+                        return _already_complete(plan, destination) or _unfinished(plan, part, records, missing)
                     _write_index(plan, [records[number] for number in sorted(records)], root, staging)
-            return _conclude(plan, root, destination)
-        except BaseException:
-            if root != destination and not any(Path(root).glob("import-*.json")) and not (Path(root) / INDEX).exists():
-                shutil.rmtree(root, ignore_errors=True)  # nothing in it is finished
+            return Outcome(_conclude(plan, root, destination))
+        except BaseException as error:
+            if isinstance(error, FileNotFoundError) and (complete := _already_complete(plan, destination)):
+                return complete  # another host has finished it in this moment
+            finished = any(Path(root).glob("import-*.json")) or (Path(root) / INDEX).exists()
+            if root != destination and part == WHOLE and not finished:
+                shutil.rmtree(root, ignore_errors=True)
             raise
+
+
+def _already_complete(plan: Plan, destination: str) -> Outcome | None:
+    """The outcome where this very import has been finished before; None where something is left to do.
+
+    Raises:
+        UserError: another import has been finished there.
+    """
+    root, names = _standing(destination)
+    if PLAN in names or INDEX not in names:
+        return None
+    done = json.loads(storage.read(root, DONE) or b"{}")
+    if differing := [name for name, value in plan.record.items() if done.get(name) != value]:
+        what = "other images" if differing == ["pictures"] else " and ".join(name for name in differing if name != "pictures")
+        raise UserError(
+            f"an empty destination is required; {destination} already holds a complete import with other {what}: delete it or "
+            "choose another"
+        )
+    return Outcome(_num_samples(root), was_complete=True)
+
+
+def _num_samples(root: str) -> int:
+    return sum(shard["samples"] for shard in json.loads(storage.read(root, INDEX) or b"")["shards"])
+
+
+def _unfinished(plan: Plan, part: Part, records: dict[int, Record], missing: int) -> Outcome:
+    own = [records[number]["shard"] for number in part.of(len(plan.starts)) if number in records]
+    written = sum(shard["samples"] for shard in own if shard)
+    return Outcome(written, num_missing=missing, finished=False)
 
 
 def _standing(destination: str) -> tuple[str, set[str]]:
@@ -191,13 +290,13 @@ def _standing(destination: str) -> tuple[str, set[str]]:
         listed = storage.list_sizes(destination)
         root, names = destination, set(listed or ())
         if listed is None:
-            names = {name for name in (PLAN, INDEX) if storage.read(destination, name) is not None}
+            names = {name for name in (PLAN, INDEX, DONE) if storage.read(destination, name) is not None}
     else:
         root, names = destination, set(_entries(destination))
         if not names:
             root = f"{Path(destination)}.partial"
             names = {name for name in _entries(root) if not name.startswith(_STAGING)}
-    if names and PLAN not in names:
+    if names and PLAN not in names and not {INDEX, DONE} <= names:
         name = min(names)
         raise UserError(f"an empty destination is required; {root} already holds {name}: delete it or choose another")
     return root, names
@@ -218,45 +317,88 @@ def _home(destination: str) -> Path:
     return home
 
 
+@dataclass(slots=True)
+class _Lock:
+    """A held lock on an import's directory: alone for a whole import, shared by its parts."""
+
+    home: Path
+    descriptor: int
+    alone: bool
+
+    def take_alone(self) -> bool:
+        """Hold it alone from now on; False where another part is at work, which will come here too."""
+        self.alone = self.alone or _flock(self.descriptor, fcntl.LOCK_EX)
+        return self.alone
+
+
 @contextmanager
-def _locked(home: Path, destination: str) -> Iterator[None]:
-    """One import at a time; the lock goes with the process."""
-    descriptor = os.open(home, os.O_RDONLY)
+def _locked(destination: str, part: Part) -> Iterator[_Lock]:
+    """One import at a time, and each part once on a host; the locks go with the process."""
+    whole, taken = part == WHOLE, f"another process is writing {destination}; wait until it has ended, or stop it"
+    while True:
+        home = _home(destination)
+        descriptor = os.open(home, os.O_RDONLY)
+        if not _flock(descriptor, fcntl.LOCK_EX if whole else fcntl.LOCK_SH):
+            os.close(descriptor)
+            raise UserError(taken)
+        if home.exists() and os.path.samestat(os.fstat(descriptor), home.stat()):
+            break
+        os.close(descriptor)  # it was finished or removed meanwhile
+    lock, own = _Lock(home, descriptor, whole), -1
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is writing {destination}; wait until it has ended, or stop it") from error
-        except OSError:  # some network file systems have no locks for directories
-            pass
-        yield
+        if not whole:
+            own = os.open(_own_staging(home, part), os.O_RDONLY)
+            if not _flock(own, fcntl.LOCK_EX):
+                raise UserError(f"part {part}: {taken}")
+        yield lock
     finally:
+        if own >= 0:
+            os.close(own)
+        if storage.is_remote(destination) and lock.take_alone():
+            shutil.rmtree(home, ignore_errors=True)
         os.close(descriptor)
-        if storage.is_remote(destination):
-            with suppress(OSError):
-                home.rmdir()
+
+
+def _flock(descriptor: int, kind: int) -> bool:
+    """Whether a lock could be had at once; where a network file system has none for directories it always can."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _own_staging(home: Path, part: Part) -> Path:
+    """The directory for what a part of this host has not put in place yet."""
+    folder = home / f"{_STAGING}{socket.gethostname()}-{part.number}-of-{part.count}"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @contextmanager
-def _staging(home: Path) -> Iterator[Path]:
+def _staging(home: Path, part: Part) -> Iterator[Path]:
     """A new directory for what is not in place yet; what a kill left of an earlier one is removed."""
-    for left in home.glob(f"{_STAGING}*"):
-        shutil.rmtree(left)
-    folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=home))
+    within = home if part == WHOLE else _own_staging(home, part)
+    for left in within.glob(f"{_STAGING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=within))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if within != home:
+            with suppress(OSError):
+                within.rmdir()
 
 
 def _begin(plan: Plan, root: str, begun: bool, staging: Path) -> None:
     """Record the plan, or compare it with the one that was begun."""
-    record = plan.record()
     if not begun:
-        _put_text(root, PLAN, json.dumps(record), staging)
-        return
-    there = json.loads(storage.read(root, PLAN) or b"{}")
-    for name, value in record.items():
+        _put_text(root, PLAN, json.dumps(plan.record), staging)
+    there = json.loads(storage.read(root, PLAN) or b"{}")  # other parts may have begun at the same time
+    for name, value in plan.record.items():
         if there.get(name) != value:
             what = "other pictures" if name == "pictures" else f"{name}={there.get(name)} instead of {value}"
             raise UserError(
@@ -274,6 +416,8 @@ def _records(plan: Plan, root: str) -> dict[int, Record]:
             return None
         content = storage.read(root, _record_name(number))
         found = json.loads(content) if content else None
+        if found and found.get("plan", plan.digest) != plan.digest:
+            return None
         if found and found["shard"] and sizes is not None:
             raw = found["shard"]["raw_data"]
             return found if sizes.get(raw["basename"]) == raw["bytes"] else None  # a power cut may lose the older of two files
@@ -284,18 +428,27 @@ def _records(plan: Plan, root: str) -> dict[int, Record]:
         return {number: one for number, one in enumerate(found) if one is not None}
 
 
-def _fill(plan: Plan, records: dict[int, Record], root: str, staging: Path, num_processes: int, progress: Progress) -> None:
-    """Write all shards that have no record yet and add theirs."""
-    missing = [number for number in range(len(plan.starts)) if number not in records]
-    done = sum(len(plan.of_shard(number)) for number in records)
-    progress(done, len(plan.pictures))
+def _fill(
+    plan: Plan,
+    part: Part,
+    records: dict[int, Record],
+    root: str,
+    staging: Path,
+    num_processes: int,
+    progress: Progress,
+) -> None:
+    """Write all shards of a part that have no record yet and add theirs."""
+    sizes = {number: len(plan.of_shard(number)) for number in part.of(len(plan.starts))}
+    missing = [number for number in sizes if number not in records]
+    done, total = sum(size for number, size in sizes.items() if number in records), sum(sizes.values())
+    progress(done, total)
     num_processes = min(num_processes, max(1, len(missing)))
     keepers = ThreadPoolExecutor(num_processes + _NUM_KEEPERS, initializer=_leave_interrupts_to_main)
     with keepers, _workers(num_processes) as workers:
 
         def make(number: int) -> tuple[int, Record]:
             task = Task(number, plan.source, plan.of_shard(number), plan.shard_bytes, plan.max_side, staging)
-            record = workers.submit(write_shard, task).result()
+            record = {**workers.submit(write_shard, task).result(), "plan": plan.digest}
             if record["shard"]:
                 _put(root, shard_name(number), task.folder / shard_name(number))
                 task.folder.rmdir()
@@ -304,8 +457,8 @@ def _fill(plan: Plan, records: dict[int, Record], root: str, staging: Path, num_
 
         for future in as_completed([keepers.submit(make, number) for number in missing]):
             number, records[number] = future.result()
-            done += len(plan.of_shard(number))
-            progress(done, len(plan.pictures))
+            done += sizes[number]
+            progress(done, total)
 
 
 def _write_index(plan: Plan, records: list[Record], root: str, staging: Path) -> None:
@@ -315,23 +468,27 @@ def _write_index(plan: Plan, records: list[Record], root: str, staging: Path) ->
     if not shards:
         storage.delete(root, [*(_record_name(number) for number in range(len(plan.starts))), PLAN])
         raise UserError(
-            f"pictures that can be decoded are required; all {len(left_out):,} of {plan.source.path} were rejected: "
+            f"pictures that can be decoded are required; all {len(left_out):,} of {plan.source.location} were rejected: "
             f"{rejects.summary(left_out)}"
         )
     if left_out:
         _put_text(root, REJECTS, "".join(f"{json.dumps(reject)}\n" for reject in left_out), staging)
         rejects.check(left_out, len(plan.pictures), plan.max_rejects, root)
+    _put_text(root, DONE, json.dumps(plan.record), staging)
     _put_text(root, INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True), staging)
 
 
 def _conclude(plan: Plan, root: str, destination: str) -> int:
     """Remove the records of a complete import and give it its name; the plan goes last, for a kill may come between."""
-    index = json.loads(storage.read(root, INDEX) or b"")
+    num_samples = _num_samples(root)
     storage.delete(root, [_record_name(number) for number in range(len(plan.starts))])
+    if not storage.is_remote(root):
+        for left in Path(root).glob(f"{_STAGING}*"):  # of other hosts, which have nothing left to put in place
+            shutil.rmtree(left, ignore_errors=True)
     if root != destination:
         Path(root).rename(destination)
     storage.delete(destination, [PLAN])  # stores that cannot delete keep it and the records, to no harm
-    return sum(shard["samples"] for shard in index["shards"])
+    return num_samples
 
 
 def _record_name(number: int) -> str:

@@ -38,14 +38,33 @@ def parse_index(content: bytes, location: str) -> list[Shard]:
         UserError: it is not the index of uncompressed MDS shards with a column ``jpeg``.
     """
     try:
-        return [_shard(entry) for entry in json.loads(content)["shards"]]
+        entries = json.loads(content)["shards"]
+        foreign = next(filter(None, map(_foreign, entries)), None)
+        shards = [] if foreign else [_shard(entry) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{location} must be an MDS index with a jpeg column; reading it gave: {error}") from error
+    if foreign:
+        root = location.removesuffix(INDEX).rstrip("/")
+        raise UserError(
+            f"{location} must be the index of uncompressed MDS shards with a column 'jpeg' of bytes; these have {foreign}: "
+            f"import them with 'personmae shards write {root} OUT', and read OUT"
+        )
+    return shards
+
+
+def _foreign(entry: dict) -> str | None:
+    """How a shard that others wrote differs from ours; None where it does not."""
+    if entry["format"] != "mds":
+        raise ValueError("shards of the format 'mds' are required")
+    if entry.get("compression"):
+        return f"the compression {entry['compression']}"
+    columns = dict(zip(entry["column_names"], entry.get("column_encodings", ()), strict=False))
+    if "jpeg" not in entry["column_names"] or columns.get("jpeg", "bytes") not in ("bytes", "jpeg"):
+        return f"the columns {', '.join(f'{name} ({columns.get(name)})' for name in entry['column_names'])}"
+    return None
 
 
 def _shard(entry: dict) -> Shard:
-    if entry["format"] != "mds" or entry.get("compression") or "jpeg" not in entry["column_names"]:
-        raise ValueError("uncompressed MDS shards with a column 'jpeg' are required")
     raw = entry["raw_data"]
     if unknown := set(raw["hashes"]) - xxhash.algorithms_available - hashlib.algorithms_available:
         raise ValueError(f"the hash {min(unknown)} is not known here")
@@ -91,7 +110,7 @@ class MappedShard:
         self._view = memoryview(mapped)
         # A file is its number of samples, where each begins, and where the last one ends; then the samples.
         offsets = np.frombuffer(mapped, np.uint32, shard.samples + 1, 4).astype(np.int64)
-        self._bounds = _column_bounds(mapped, offsets[:-1], shard)
+        self._bounds = column_bounds(mapped, offsets[:-1], shard)
         self._columns, self._jpeg = shard.columns, shard.columns.index("jpeg")
 
     def jpeg(self, position: int) -> memoryview:
@@ -104,7 +123,7 @@ class MappedShard:
         return {name: self._view[start:stop] for name, start, stop in zip(self._columns, bounds[:-1], bounds[1:], strict=True)}
 
 
-def _column_bounds(mapped: mmap.mmap, starts: NDArray[np.int64], shard: Shard) -> NDArray[np.int64]:
+def column_bounds(mapped: mmap.mmap | bytes, starts: NDArray[np.int64], shard: Shard) -> NDArray[np.int64]:
     """(samples, columns + 1): where each column of each sample begins, and where the last one ends.
 
     A sample is the sizes of those of its columns that have no fixed one, as 32-bit numbers, and then the columns.

@@ -7,7 +7,6 @@ mosaicml-streaming writes the shards, so ``streaming.StreamingDataset`` opens th
 
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,8 +17,10 @@ import cv2
 import numpy as np
 
 from personmae import dist, images
+from personmae.data.containers import Picture
+from personmae.data.files import LOST, patiently
 from personmae.data.mds import INDEX
-from personmae.data.sources import Picture, Source
+from personmae.data.sources import Source
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 from personmae.images import BadImage
@@ -29,7 +30,6 @@ HASHES = ["xxh64"]
 SHARD_BYTES = 1 << 26
 _NUM_READERS = 4  # threads of a process; they hide the latency of a slow file system
 _CHUNK = 32
-_LOST = (FileNotFoundError, PermissionError, IsADirectoryError)  # of one file, and for good
 _CACHE_BYTES = 1 << 28  # of a set that is read once, from end to end
 Progress = Callable[[int, int], None]
 Record = dict[str, Any]  # {"shard": its index entry or None, "rejects": [{"key", "reason", "kind"}]}
@@ -53,12 +53,7 @@ def header_bytes(size_limit: int) -> int:
 
 def sample_bytes(key: str, num_bytes: int) -> int:
     """Bytes of a sample: where it begins, the lengths of its two texts, its two sides, and the texts themselves."""
-    return 4 + 2 * 4 + 2 * 2 + len(stored_key(key).encode()) + num_bytes
-
-
-def stored_key(key: str) -> str:
-    r"""A name as a shard has it: bytes that are no UTF-8 are written as ``\xNN``, since the format's texts are UTF-8."""
-    return key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return 4 + 2 * 4 + 2 * 2 + len(key.encode()) + num_bytes
 
 
 def shard_name(number: int) -> str:
@@ -96,17 +91,19 @@ def write_shard(task: Task) -> Record:
 def _sample(task: Task, picture: Picture) -> dict[str, Any]:
     """A sample, or {"key", "reason", "kind"} where the picture cannot be used."""
     try:
-        jpeg, height, width = checked(_read(task.source, picture), picture.num_bytes, task.max_side)
+        content = _read(task.source, picture)
+        num_bytes = picture.num_bytes if picture.exact else len(content)
+        jpeg, height, width = checked(content, num_bytes, task.max_side)
     except UserError:  # which is a ValueError too
         raise
-    except _LOST as error:
-        if not task.source.path.exists():
-            raise UserError(f"{task.source.path} has gone while it was read; bring it back and run this again") from error
+    except LOST as error:
+        if not task.source.exists():
+            raise UserError(f"{task.source.location} has gone while it was read; bring it back and run this again") from error
         reason, kind = f"it cannot be read: {error.strerror or error}", "cannot be read"
     except BadImage as error:
         reason, kind = str(error), error.kind
     else:
-        return {"jpeg": jpeg, "key": stored_key(picture.key), "height": np.uint16(height), "width": np.uint16(width)}
+        return {"jpeg": jpeg, "key": picture.key, "height": np.uint16(height), "width": np.uint16(width)}
     return {"key": picture.key, "reason": reason, "kind": kind}
 
 
@@ -114,22 +111,18 @@ def _read(source: Source, picture: Picture) -> bytes:
     """The bytes of a picture; a disk or a network that fails is asked again before the import stops.
 
     Raises:
-        OSError: one of ``_LOST``: this picture is not to be had.
+        OSError: one of ``LOST``: this picture is not to be had.
         UserError: reading fails in another way, so that leaving the picture out would be wrong.
     """
-    for pause in (0.1, 1.0, 5.0, None):
-        try:
-            return source.read(picture)
-        except _LOST:
-            raise
-        except OSError as error:
-            if pause is None:
-                what = error.strerror or error
-                raise UserError(
-                    f"{picture.key} of {source.path} cannot be read: {what}; mend that and run the same command to go on"
-                ) from error
-            time.sleep(pause)
-    raise AssertionError
+    try:
+        return patiently(lambda: source.read(picture))
+    except LOST:
+        raise
+    except OSError as error:
+        what = error.strerror or error
+        raise UserError(
+            f"{picture.key} of {source.location} cannot be read: {what}; mend that and run the same command to go on"
+        ) from error
 
 
 def checked(data: bytes, num_bytes: int, max_side: int | None = None) -> tuple[bytes, int, int]:

@@ -14,8 +14,9 @@ import pytest
 import simplejpeg
 from streaming import MDSWriter, StreamingDataset
 
-from personmae.data import importer, shards
-from personmae.data.sources import FolderSource, Selection, open_source
+from personmae.data import files, importer, shards
+from personmae.data.selection import Selection
+from personmae.data.sources import Source, open_source
 from personmae.errors import Stopped, UserError
 
 NUM_PICTURES = 50
@@ -61,7 +62,7 @@ def test_shards_are_those_of_streamings_own_writer(pictures, shard_dir, tmp_path
             height, width = np.asarray(cv2.imread(str(path))).shape[:2]
             key = path.relative_to(pictures).as_posix()
             writer.write({"jpeg": path.read_bytes(), "key": key, "height": np.uint16(height), "width": np.uint16(width)})
-    assert tree(tmp_path / "own") == tree(shard_dir)
+    assert tree(tmp_path / "own") == {name: content for name, content in tree(shard_dir).items() if name != importer.DONE}
 
 
 def test_streaming_opens_what_was_written_even_where_a_whole_shard_was_rejected(source, tmp_path):
@@ -82,8 +83,8 @@ def test_a_missing_source_is_named(tmp_path):
 
 def test_a_source_without_pictures_says_what_is_wanted(tmp_path):
     (tmp_path / "source").mkdir()
-    (tmp_path / "source" / "a.png").touch()
-    assert "holds none (other formats must be converted first)" in refused(tmp_path / "source", tmp_path / "out")
+    (tmp_path / "source" / "a.gif").touch()
+    assert "holds none beside 1 .gif" in refused(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -116,14 +117,15 @@ def test_what_is_no_whole_jpeg_is_left_out_and_listed_with_its_reason(source, tm
     (source / "gone.jpg").symlink_to("nowhere")
     (source / "note.jpg").write_text("hello, I am a text")
     (source / "header.jpg").write_bytes(whole[:30])
-    assert importer.write(source, str(tmp_path / "out")) == 4
+    os.link(source / "0.jpg", os.fsencode(source) + b"/caf\xe9.jpg")
+    assert importer.write(source, str(tmp_path / "out")) == 5
     found = rejects(tmp_path / "out")
     assert list(found) == ["cut.jpg", "empty.jpg", "gone.jpg", "header.jpg", "note.jpg"]
     assert found["cut.jpg"] == "it ends early: Premature end of JPEG file"
     assert found["empty.jpg"] == "it is empty"
     assert found["gone.jpg"] == "it cannot be read: No such file or directory"
     assert found["note.jpg"].startswith("it begins with b'hello, I'")
-    assert shards.verify(str(tmp_path / "out"), cache_dir=tmp_path) == 4
+    assert shards.verify(str(tmp_path / "out"), cache_dir=tmp_path) == 5
 
 
 def test_a_name_that_is_no_utf_8_is_written_with_its_bytes_spelt_out(source, tmp_path):
@@ -143,7 +145,7 @@ def test_a_shard_with_such_names_is_no_larger_than_asked_for(source, tmp_path):
 
 def test_a_whole_source_leaves_no_list_of_rejects(source, tmp_path):
     importer.write(source, str(tmp_path / "out"))
-    assert sorted(tree(tmp_path / "out")) == ["index.json", "shard.00000.mds"]
+    assert sorted(tree(tmp_path / "out")) == ["imported.json", "index.json", "shard.00000.mds"]
 
 
 def test_a_picture_that_claims_to_be_enormous_is_not_decoded(source):
@@ -172,7 +174,7 @@ def test_a_source_without_a_single_readable_picture_is_refused_and_leaves_nothin
 def test_rejects_from_an_lmdb_are_listed_too(source, tmp_path):
     with lmdb.open(str(tmp_path / "lup"), map_size=1 << 24) as opened, opened.begin(write=True) as transaction:
         transaction.put(b"01_02_0003_00000004", (source / "0.jpg").read_bytes())
-        transaction.put(b"other", pickle.dumps(["a"]))
+        transaction.put(b"other", pickle.dumps(["a"] * 300))
         transaction.put(b"\xff\xfe", (source / "0.jpg").read_bytes())
         transaction.put(b"__len__", b"1")
     assert importer.write(tmp_path / "lup", str(tmp_path / "out")) == 2
@@ -304,7 +306,7 @@ def test_a_kill_between_the_new_name_and_the_last_record_is_mended_by_the_same_c
     importer.write(source, str(tmp_path / "out"), shard_bytes=1500)
     whole = tree(tmp_path / "out")
     plan = importer.make_plan(open_source(source), Selection(), 1500, None)
-    (tmp_path / "out" / importer.PLAN).write_text(json.dumps(plan.record()))
+    (tmp_path / "out" / importer.PLAN).write_text(json.dumps(plan.record))
     assert "holds an unfinished import" in refused(source, tmp_path / "out", shard_bytes=2000)
     assert importer.write(source, str(tmp_path / "out"), shard_bytes=1500) == 4
     assert tree(tmp_path / "out") == whole
@@ -328,7 +330,7 @@ def test_progress_counts_to_the_end(source, tmp_path):
 
 def failing_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """The first ``times`` reads of 2.jpg fail as on a network that is away; nobody waits for it."""
-    left, read = [times], FolderSource.read
+    left, read = [times], Source.read
 
     def fail(self, picture):
         if picture.key == "2.jpg" and left[0]:
@@ -336,8 +338,8 @@ def failing_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
             raise OSError(errno.EIO, "Input/output error")
         return read(self, picture)
 
-    monkeypatch.setattr(FolderSource, "read", fail)
-    monkeypatch.setattr(shards.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(Source, "read", fail)
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
 
 
 def test_a_read_that_fails_for_a_while_changes_nothing(source, tmp_path, monkeypatch):

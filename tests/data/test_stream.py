@@ -145,10 +145,16 @@ def test_an_index_that_is_not_one_is_named(own_shards, tmp_path, content):
 
 def test_compressed_shards_and_shards_without_a_jpeg_column_are_refused(own_shards, tmp_path):
     index = json.loads((own_shards / "index.json").read_text())
-    for change in ({"compression": "zstd"}, {"column_names": ["image", "key", "height", "width"]}, {"format": "json"}):
+    way_on = f"import them with 'personmae shards write {own_shards} OUT'"
+    for change, expected in (
+        ({"compression": "zstd"}, f"these have the compression zstd: {way_on}"),
+        ({"column_names": ["image", "key", "height", "width"]}, "these have the columns image ("),
+        ({"column_encodings": ["uint16", "pil", "str", "uint16"]}, way_on),
+        ({"format": "json"}, "shards of the format 'mds' are required"),
+    ):
         changed = {"shards": [entry | change for entry in index["shards"]]}
         (own_shards / "index.json").write_text(json.dumps(changed))
-        assert "uncompressed MDS shards with a column 'jpeg' are required" in opening(own_shards, tmp_path)
+        assert expected in opening(own_shards, tmp_path)
 
 
 def test_a_truncated_shard_is_named_with_both_sizes(own_shards, tmp_path):

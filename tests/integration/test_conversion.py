@@ -224,8 +224,8 @@ def test_the_command_line_selects_shrinks_and_says_what_it_did(many, tmp_path):
     (tmp_path / "list.txt").write_text("".join(f"{copy}/p{i:02}\n" for copy in range(6) for i in range(50) if i % 5))
     options = ["--list", tmp_path / "list.txt", "--first", "0.5", "--fraction", "0.25", "--seed", "3", "--max-side", "64"]
     written = personmae("shards", "write", many, tmp_path / "out", *options)
-    assert written.stdout.strip() == f"30 pictures written to {tmp_path}/out", written.stderr
-    assert "shards write: 30 of 30 pictures, " in written.stderr
+    assert written.stdout.strip() == f"30 images written to {tmp_path}/out", written.stderr
+    assert "shards write: 30 of 30 images, " in written.stderr
     (entry,) = json.loads((tmp_path / "out" / "index.json").read_text())["shards"]
     assert entry["samples"] == 30
     again = personmae("shards", "write", many, tmp_path / "out", "--if-missing")

@@ -1,0 +1,339 @@
+"""Tables with a column of images: MDS shards that others wrote, compressed too, and parquet as Hugging Face publishes it.
+
+A table is listed from its index alone: how many images each block has and how large they are on average. An image's name is
+its place, since its row would have to be read for another. Blocks (a shard, a row group) are read whole, and a few are kept.
+"""
+
+import bisect
+import functools
+import hashlib
+import io
+import itertools
+import json
+import threading
+from abc import abstractmethod
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from typing import Any, BinaryIO, NamedTuple, final
+
+import numpy as np
+import xxhash
+
+from personmae.data import mds
+from personmae.data.containers import Container, Picture
+from personmae.data.files import Files, key_of, patiently
+from personmae.errors import UserError
+
+_PREFERRED = ("image", "jpeg", "jpg", "img", "png", "webp", "picture")
+_MDS_ENCODINGS = ("bytes", "jpeg", "png", "pil")
+_MOST_BLOCKS = 3  # of a process
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+Images = Sequence[bytes | None]
+
+
+class Block(NamedTuple):
+    """A part of a table that is read whole."""
+
+    prefix: str  # of its images' names
+    first: int  # the row of the table with which it begins
+    num_rows: int
+    num_bytes: int  # of an image, on average
+    named_from: int  # the number in the name of its first image
+
+
+class Table(Container):
+    """A container whose images are rows."""
+
+    def __init__(self, files: Files, name: str, prefix: str, column: str | None):
+        super().__init__(files, name, prefix)
+        self._wanted = column
+
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        """As ``find_blocks``, once."""
+        return self.find_blocks()
+
+    @abstractmethod
+    def find_blocks(self) -> list[Block]:
+        """All blocks in order; none where the table has no images.
+
+        Raises:
+            UserError: it is damaged, or has several columns of images and none was chosen.
+        """
+
+    @abstractmethod
+    def identity(self, number: int) -> Hashable:
+        """What changes where a block's content does."""
+
+    @abstractmethod
+    def load(self, number: int) -> Images:
+        """The images of a block; None for a row that has none."""
+
+    def pictures(self, passed_over: Counter[str]) -> list[Picture]:
+        blocks = self.blocks
+        self.close()
+        if not blocks:
+            passed_over[f"{self.name.rpartition('.')[2]} files without a column of images (name it with --column)"] += 1
+        return [
+            Picture(f"{block.prefix}{block.named_from + row:08}", block.num_bytes, block.first + row, self.name, exact=False)
+            for block in blocks
+            for row in range(block.num_rows)
+        ]
+
+    def read(self, picture: Picture) -> bytes:
+        number = bisect.bisect_right(self.blocks, picture.offset, key=lambda block: block.first) - 1
+        identity = (self.location, self._wanted, number, self.identity(number))
+        images = _recent.get(identity, lambda: self.load(number))
+        image = images[picture.offset - self.blocks[number].first]
+        if image is None:
+            raise FileNotFoundError("its row has no bytes")
+        return image
+
+    def choose(self, columns: list[str]) -> str | None:
+        """The column to read, of those that may hold images; None where there is none.
+
+        Raises:
+            UserError: several may, and none is named as images usually are.
+        """
+        if self._wanted is not None:
+            return self._wanted if self._wanted in columns else None
+        named = [name for name in _PREFERRED if name in columns]
+        if len(columns) > 1 and not named:
+            raise UserError(f"{self.location} may have images in {', '.join(columns)}; choose one with --column")
+        return next(iter(named or columns), None)
+
+
+class _Recent:
+    """The blocks that this process has read last; threads that want the same one wait for the first of them."""
+
+    def __init__(self, most: int):
+        self._most, self._lock = most, threading.Lock()
+        self._blocks: OrderedDict[Hashable, Future[Images]] = OrderedDict()
+
+    def get(self, identity: Hashable, load: Callable[[], Images]) -> Images:
+        with self._lock:
+            is_new = identity not in self._blocks
+            block = self._blocks.setdefault(identity, Future())
+            self._blocks.move_to_end(identity)
+            while len(self._blocks) > self._most:
+                self._blocks.popitem(last=False)
+        if is_new:
+            try:
+                block.set_result(load())
+            except BaseException as error:
+                with self._lock:
+                    self._blocks.pop(identity, None)  # the next one tries again
+                block.set_exception(error)
+        return block.result()
+
+
+_recent = _Recent(_MOST_BLOCKS)
+
+
+# --- MDS ---
+
+
+@final
+class Mds(Table):
+    """The shards of an MDS index. A name is ``SHARD/ROW``."""
+
+    @functools.cached_property
+    def entries(self) -> list[dict[str, Any]]:
+        """The shards of the index; none where the file is no MDS index."""
+        try:
+            entries = json.loads(patiently(lambda: self.files.read(self.name)))["shards"]
+            return entries if all(entry["format"] == "mds" for entry in entries) else []
+        except (ValueError, KeyError, TypeError):
+            return []
+        except OSError as error:
+            raise UserError(f"{self.location} cannot be read: {error.strerror or error}; repair that and try again") from error
+
+    @property
+    def members(self) -> list[set[str]]:
+        """For each shard the files that it may be in."""
+        return [{self._name(data["basename"]) for data in _data_of(entry)} for entry in self.entries]
+
+    def _name(self, basename: str) -> str:
+        return f"{self.name[: -len(mds.INDEX)]}{basename}"
+
+    def find_blocks(self) -> list[Block]:
+        try:
+            if not self.entries or self._column is None:
+                return []
+            rows = [0, *itertools.accumulate(entry["samples"] for entry in self.entries)]
+            return [
+                Block(
+                    key_of(f"{self.prefix}{entry['raw_data']['basename'].removesuffix('.mds')}/"),
+                    first,
+                    entry["samples"],
+                    max(1, entry["raw_data"]["bytes"] // max(1, entry["samples"]) - 8),
+                    named_from=0,
+                )
+                for entry, first in zip(self.entries, rows, strict=False)
+            ]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"a whole MDS index is required; {self.location} is not one: {error!r}; write it again") from error
+
+    @functools.cached_property
+    def _column(self) -> str | None:
+        first = self.entries[0]
+        encodings = dict(zip(first["column_names"], first["column_encodings"], strict=True))
+        return self.choose([name for name, encoding in encodings.items() if encoding in _MDS_ENCODINGS])
+
+    def identity(self, number: int) -> Hashable:
+        return json.dumps(self.entries[number], sort_keys=True)
+
+    def load(self, number: int) -> Images:
+        entry = self.entries[number]
+        raw = entry["raw_data"]
+        shard = mds.Shard(
+            name=raw["basename"],
+            samples=entry["samples"],
+            num_bytes=raw["bytes"],
+            hashes=raw["hashes"],
+            columns=tuple(entry["column_names"]),
+            column_sizes=tuple(entry["column_sizes"]),
+        )
+        column = shard.columns.index(str(self._column))
+        content = self._content(entry)
+        offsets = np.frombuffer(content, np.uint32, shard.samples + 1, 4).astype(np.int64)
+        bounds = mds.column_bounds(content, offsets[:-1], shard)[:, column : column + 2].tolist()
+        decode = _png if entry["column_encodings"][column] == "pil" else bytes
+        return [decode(content[start:end]) for start, end in bounds]
+
+    def _content(self, entry: dict[str, Any]) -> bytes:
+        """A shard's bytes, decompressed.
+
+        Raises:
+            OSError: it cannot be read, or does not have the size and hashes of the index.
+        """
+        for data in _data_of(entry):
+            name = self._name(data["basename"])
+            try:
+                content = self.files.read(name)
+            except FileNotFoundError:
+                continue
+            if len(content) != data["bytes"] or not _has_hashes(content, data["hashes"]):
+                raise OSError(f"{name} does not have the size and hash that {self.location} gives")
+            if data is entry["raw_data"]:
+                return content
+            from streaming.base.compression import decompress
+
+            return decompress(entry["compression"], content)
+        raise FileNotFoundError(f"{entry['raw_data']['basename']} is no longer there")
+
+
+def _data_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an index says of a shard's files: the compressed one if there is one, and the other."""
+    return [data for data in (entry.get("zip_data"), entry["raw_data"]) if data]
+
+
+def _has_hashes(content: bytes, hashes: dict[str, str]) -> bool:
+    known = {name: getattr(xxhash, name) for name in hashes if name in xxhash.algorithms_available}
+    known |= {name: functools.partial(hashlib.new, name) for name in hashes if name in hashlib.algorithms_available}
+    return all(make(content).hexdigest() == hashes[name] for name, make in known.items())
+
+
+def _png(content: bytes) -> bytes:
+    """The PNG of an image that was stored as its pixels."""
+    from streaming.base.format.mds.encodings import mds_decode
+
+    image = mds_decode("pil", content)
+    encoded = io.BytesIO()
+    (image if image.mode in _PNG_MODES else image.convert("RGB")).save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+# --- parquet ---
+
+
+@final
+class Parquet(Table):
+    """A parquet file with a column of ``struct<bytes, path>`` or of binary values. A name is ``FILE/ROW``."""
+
+    def __init__(self, files: Files, name: str, prefix: str, column: str | None):
+        super().__init__(files, name, prefix, column)
+        self._opening = threading.RLock()
+        self._handle: BinaryIO | None = None
+        self._file: Any = None
+
+    def _opened(self) -> Any:
+        """The open file; its methods are called under the lock."""
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+
+        if self._file is None:
+            self._handle = self.files.open(self.name)
+            try:
+                self._file = ParquetFile(self._handle)
+            except pa.ArrowInvalid as error:
+                self.close()
+                raise UserError(f"a whole parquet file is required; {self.location} is not one: {error}") from error
+        return self._file
+
+    def find_blocks(self) -> list[Block]:
+        with self._opening:
+            metadata = patiently(self._opened).metadata
+            if self._column is None:
+                return []
+            blocks, first = [], 0
+            for number in range(metadata.num_row_groups):
+                group = metadata.row_group(number)
+                leaves = [group.column(i) for i in range(group.num_columns)]
+                own = (self._column, f"{self._column}.bytes")
+                size = sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema in own)
+                mean = max(1, size // max(1, group.num_rows))
+                blocks.append(Block(key_of(self.prefix), first, group.num_rows, mean, named_from=first))
+                first += group.num_rows
+            return blocks
+
+    @functools.cached_property
+    def _column(self) -> str | None:
+        import pyarrow.types as types
+
+        def is_binary(kind: Any) -> bool:
+            return types.is_binary(kind) or types.is_large_binary(kind)
+
+        def holds_images(kind: Any) -> bool:
+            return is_binary(kind) or (types.is_struct(kind) and any(f.name == "bytes" and is_binary(f.type) for f in kind))
+
+        schema = self._opened().schema_arrow
+        return self.choose([field.name for field in schema if holds_images(field.type)])
+
+    def identity(self, number: int) -> Hashable:
+        with self._opening:
+            return str(self._opened().metadata.row_group(number).to_dict())
+
+    def load(self, number: int) -> Images:
+        import pyarrow as pa
+        import pyarrow.types as types
+
+        try:
+            with self._opening:
+                table = self._opened().read_row_group(number, columns=[str(self._column)], use_threads=False)
+        except pa.ArrowException as error:
+            raise OSError(f"row group {number} of {self.location} is damaged: {error}") from error
+        values = table.column(0).combine_chunks()
+        if types.is_struct(values.type):
+            values = values.field("bytes")
+        return _Values(values)
+
+    def close(self) -> None:
+        with self._opening:
+            if self._handle is not None:
+                self._handle.close()
+            self._handle = self._file = None
+
+
+class _Values(Sequence[bytes | None]):
+    """The values of an arrow array, each copied when it is asked for."""
+
+    def __init__(self, array: Any):
+        self._array = array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._array[row].as_py()

@@ -1,0 +1,215 @@
+"""MDS shards that others wrote and parquet files, as sources: whole images out of them, with little read at once."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from streaming import MDSWriter
+
+from personmae.__main__ import main
+from personmae.data import importer, tables
+from personmae.data.sources import open_source
+from personmae.data.stream import ShardSet
+from personmae.errors import Stopped, UserError
+
+
+@pytest.fixture(scope="module")
+def jpegs(pictures: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(pictures.rglob("*.jp*g"))[:30]]
+
+
+def foreign(out: Path, jpegs: list[bytes], column: str = "image", encoding: str = "bytes", **options) -> Path:
+    columns = {column: encoding, "label": "int", "name": "str"}
+    with MDSWriter(out=str(out), columns=columns, size_limit=30_000, **options) as writer:
+        for number, jpeg in enumerate(jpegs):
+            value: Any = Image.open(io.BytesIO(jpeg)) if encoding != "bytes" else jpeg
+            writer.write({column: value, "label": number, "name": f"n{number}"})
+    return out
+
+
+def contents(location: Path | str, column: str | None = None) -> dict[str, bytes]:
+    source = open_source(location, column)
+    with source:
+        return {picture.key: source.read(picture) for picture in source.pictures()}
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+# --- MDS ---
+
+
+@pytest.mark.parametrize("compression", [None, "zstd:7", "gz"])
+def test_shards_that_others_wrote_give_their_images_in_order(jpegs, tmp_path, compression):
+    foreign(tmp_path / "set", jpegs, compression=compression, hashes=["sha1", "xxh64"])
+    found = contents(tmp_path / "set")
+    assert list(found.values()) == jpegs
+    names = list(found)
+    assert names[0] == "shard.00000/00000000"
+    assert any(name.startswith("shard.00001/00000000") for name in names)
+    assert len({name.partition("/")[0] for name in names}) > 1
+
+
+def test_a_column_of_pixels_is_read_too(jpegs, tmp_path):
+    found = contents(foreign(tmp_path / "set", jpegs[:5], encoding="pil"))
+    assert [pixels(content).tolist() for content in found.values()] == [pixels(jpeg).tolist() for jpeg in jpegs[:5]]
+
+
+def test_an_import_of_compressed_shards_is_resumed_and_trained_from(jpegs, tmp_path, capsys):
+    source = foreign(tmp_path / "set", jpegs, compression="zstd")
+    with pytest.raises(UserError, match=f"these have the compression zstd:7?.*personmae shards write {source} OUT"):
+        ShardSet(str(source), tmp_path)
+
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped):
+        importer.write(source, str(tmp_path / "out"), shard_bytes=20_000, progress=stop)
+    assert importer.write(source, str(tmp_path / "out"), shard_bytes=20_000) == 30
+    with ShardSet(str(tmp_path / "out"), tmp_path) as shards:
+        assert [bytes(shards.jpeg(number)) for number in range(30)] == jpegs
+    assert importer.write(source, str(tmp_path / "twice"), shard_bytes=20_000) == 30
+    assert [(tmp_path / "twice" / path.name).read_bytes() for path in sorted((tmp_path / "out").iterdir())] == [
+        path.read_bytes() for path in sorted((tmp_path / "out").iterdir())
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # merge_index's
+def test_an_index_over_indices_counts_once_and_others_beside_it_too(jpegs, tmp_path):
+    from streaming.base.util import merge_index
+
+    for number in range(2):
+        foreign(tmp_path / "set" / str(number), jpegs[number * 10 : number * 10 + 10])
+    assert list(contents(tmp_path / "set").values()) == jpegs[:20]
+    apart = list(contents(tmp_path / "set"))
+    merge_index(str(tmp_path / "set"))
+    assert list(contents(tmp_path / "set").values()) == jpegs[:20]
+    assert apart == list(contents(tmp_path / "set"))
+    (tmp_path / "set" / "index.json").write_text('{"something": "else"}')
+    source = open_source(tmp_path / "set")
+    assert len(source.pictures()) == 20
+    assert +source.passed_over == {".json": 1}
+
+
+def test_our_own_shards_are_a_source_too(shard_dir, pictures, tmp_path):
+    source = open_source(shard_dir)
+    assert len(source.pictures()) == 50
+    assert +source.passed_over == {".json": 1}  # imported.json
+
+
+def test_a_damaged_or_missing_shard_stops_the_import_and_names_it(jpegs, tmp_path, monkeypatch):
+    monkeypatch.setattr("personmae.data.files.time.sleep", lambda seconds: None)
+    source = foreign(tmp_path / "set", jpegs, hashes=["sha1"])
+    shard = source / "shard.00001.mds"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"shard\.00001\.mds does not have the size and hash"):
+        importer.write(source, str(tmp_path / "out"))
+    shard.unlink()
+    with pytest.raises(UserError, match=r"all shards of .*index\.json are required; shard\.00001\.mds is not there"):
+        open_source(source).pictures()
+
+
+def test_a_column_is_chosen_where_it_is_not_plain(jpegs, tmp_path, capsys):
+    with MDSWriter(out=str(tmp_path / "set"), columns={"front": "bytes", "back": "jpeg", "id": "int"}) as writer:
+        for jpeg in jpegs[:4]:
+            writer.write({"front": jpeg, "back": Image.open(io.BytesIO(jpegs[-1])), "id": 1})
+    command = ["shards", "write", str(tmp_path / "set"), str(tmp_path / "out"), "--processes", "1"]
+    assert main(command) == 78
+    assert "may have images in back, front; choose one with --column" in capsys.readouterr().err
+    assert list(contents(tmp_path / "set", "front").values()) == jpegs[:4]
+    assert main([*command, "--column", "id"]) == 78
+    assert "holds none beside 1 json files without a column of images (name it with --column)" in capsys.readouterr().err
+    assert main([*command, "--column", "front"]) == 0
+
+
+# --- parquet ---
+
+
+def table(path: Path, jpegs: list[bytes | None], kind: str = "struct", column: str = "image", rows: int = 7) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "struct":
+        values = pa.array([{"bytes": jpeg, "path": f"{i}.jpg"} for i, jpeg in enumerate(jpegs)])
+    else:
+        values = pa.array(jpegs, pa.large_binary() if kind == "large" else pa.binary())
+    pq.write_table(pa.table({"label": list(range(len(jpegs))), column: values}), path, row_group_size=rows, compression="zstd")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary", "large"])
+def test_a_data_set_as_hugging_face_publishes_it_gives_its_images_in_order(jpegs, tmp_path, kind):
+    for number in range(2):
+        table(tmp_path / "set" / "data" / f"train-{number:05}-of-00002.parquet", jpegs[number * 15 : number * 15 + 15], kind)
+    (tmp_path / "set" / "README.md").write_text("a card")
+    found = contents(tmp_path / "set")
+    assert list(found.values()) == jpegs
+    assert list(found)[15] == "data/train-00001-of-00002/00000000"
+    assert importer.write(tmp_path / "set", str(tmp_path / "out"), shard_bytes=20_000) == 30
+    with ShardSet(str(tmp_path / "out"), tmp_path) as shards:
+        assert [bytes(shards.jpeg(number)) for number in range(30)] == jpegs
+    assert list(contents(tmp_path / "set" / "data" / "train-00000-of-00002.parquet").values()) == jpegs[:15]
+
+
+def test_parquet_in_a_bucket_is_read_a_row_group_at_a_time(jpegs, s3_server, tmp_path, monkeypatch):
+    monkeypatch.setattr("personmae.data.files._AHEAD", 1000)
+    name = s3_server.bucket("parquet")
+    path = table(tmp_path / "a.parquet", [*jpegs], rows=5)
+    s3_server.client.upload_file(str(path), name, "set/a.parquet")
+    loaded, load = [], tables.Parquet.load
+    monkeypatch.setattr(tables.Parquet, "load", lambda self, number: loaded.append(number) or load(self, number))
+    source = open_source(f"s3://{name}/set")
+    listed = source.pictures()
+    assert (len(listed), loaded) == (30, [])
+    assert [source.read(picture) for picture in listed] == jpegs
+    assert loaded == list(range(6))
+
+
+def test_mds_in_a_bucket_gives_the_same_set_as_in_a_folder(jpegs, s3_server, tmp_path):
+    name = s3_server.bucket("mds")
+    for path in foreign(tmp_path / "set", jpegs, compression="zstd").iterdir():
+        s3_server.client.upload_file(str(path), name, f"set/{path.name}")
+    assert list(contents(f"s3://{name}/set").values()) == jpegs
+    assert contents(f"s3://{name}/set") == contents(tmp_path / "set")
+
+
+def test_a_row_without_bytes_is_rejected_and_a_table_without_images_is_told(jpegs, tmp_path):
+    table(tmp_path / "set" / "a.parquet", [jpegs[0], None, jpegs[1]])
+    pq.write_table(pa.table({"id": [1, 2]}), tmp_path / "set" / "labels.parquet")
+    (tmp_path / "set" / "b.jpg").write_bytes(jpegs[2])
+    outcome = importer.carry_out(tmp_path / "set", str(tmp_path / "out"))
+    assert outcome.num_pictures == 3
+    assert outcome.passed_over == "1 parquet files without a column of images (name it with --column)"
+    assert (
+        '"key": "a/00000001", "reason": "it cannot be read: its row has no bytes"'
+        in (tmp_path / "out" / importer.REJECTS).read_text()
+    )
+
+
+def test_a_parquet_file_that_is_cut_off_is_refused(jpegs, tmp_path):
+    path = table(tmp_path / "a.parquet", [*jpegs])
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"a whole parquet file is required; .*a\.parquet is not one"):
+        open_source(path).pictures()
+
+
+def test_threads_that_want_one_block_read_it_once_and_a_fault_is_tried_again():
+    recent, calls = tables._Recent(2), []
+
+    def load(value: int) -> Any:
+        calls.append(value)
+        if calls == [7]:
+            raise OSError("away")
+        return [bytes([value])]
+
+    with pytest.raises(OSError, match="away"):
+        recent.get("a", lambda: load(7))
+    for value in (7, 8, 7, 9, 8, 7):
+        assert recent.get(value, lambda value=value: load(value)) == [bytes([value])]
+    assert calls == [7, 7, 8, 9, 8, 7]
