@@ -86,10 +86,8 @@ class Step:
 
 
 def is_suite(path: Path) -> bool:
-    """Whether a configuration file is a suite."""
-    return path.is_file() and any(
-        line.startswith("stages:") for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-    )
+    """Whether a configuration file, with its bases, is a suite. Raises a ``UserError`` for one that cannot be read."""
+    return path.is_file() and config.program_of(path) == "suite"
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> list[Step]:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from launcher import kustomization, render
-from launcher.suite import Suite
+from launcher.suite import Suite, is_suite
 from personmae import config
 from personmae.config_values import Place
 from personmae.errors import UserError
@@ -298,6 +298,16 @@ def test_a_suite_hands_its_places_on_as_they_are(tmp_path, monkeypatch):
     (step,) = suite.load(tmp_path / "suite.yaml")
     assert step.run_dir == f"{tmp_path}/a$b/runs/a"
     assert load(step.config, *step.overrides).run_dir == step.run_dir
+
+
+@pytest.mark.parametrize("text", [SUITE, SUITE.replace("stages:", "'stages' :"), "_base_: suite.yaml\nname: t\n"])
+def test_a_suite_is_known_however_it_is_written(tmp_path, text):
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    (tmp_path / "x.yaml").write_text(text)
+    assert is_suite(tmp_path / "x.yaml")
+    assert not is_suite(tmp_path / "gone.yaml")
+    (tmp_path / "x.yaml").write_text(MINIMAL + "# stages: none\n")
+    assert not is_suite(tmp_path / "x.yaml")
 
 
 def test_every_key_that_says_where_something_lies_is_a_place():

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import yaml
 
+from personmae.yaml_text import read_documents
+
 HERE = Path(__file__).parent
 HEAD = "# Made from rules.yaml by wrap.py.\n"
 
@@ -14,7 +16,7 @@ def wrap(rules: str) -> str:
         "apiVersion": "monitoring.coreos.com/v1",
         "kind": "PrometheusRule",
         "metadata": {"name": "personmae", "labels": {"app.kubernetes.io/name": "personmae"}},
-        "spec": yaml.safe_load(rules),
+        "spec": read_documents(rules, "rules.yaml")[0],
     }
     return HEAD + yaml.safe_dump(rule, sort_keys=False, width=120)
 
