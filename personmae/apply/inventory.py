@@ -11,8 +11,9 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 from personmae.errors import UserError
+from personmae.images import SUFFIXES
 from personmae.reid.datasets import FOLDERS, LAYOUTS, RELAID, VERSIONS, Benchmark, describe, load_benchmark
-from personmae.reid.samples import SPLITS
+from personmae.reid.samples import SPLITS, match_name
 from personmae.reid.transforms import decode_image
 
 DEPTH = 2  # folders below the given one that are looked into
@@ -98,8 +99,10 @@ def _candidates(folder: Path) -> list[str]:
     boxes = [folder / name for name in FOLDERS.values() if name.startswith("bounding_box") and (folder / name).is_dir()]
     if boxes:
         layouts = LAYOUTS | {"msmt17": RELAID}
-        first = min((name for box in boxes for name in os.listdir(box) if name.endswith((".jpg", ".png"))), default="")
-        return [name for name, layout in layouts.items() if layout.pattern.fullmatch(first)] or ["market1501"]
+        first = min((name for box in boxes for name in os.listdir(box) if name.lower().endswith(SUFFIXES)), default="")
+        exact = [name for name, layout in layouts.items() if layout.pattern.fullmatch(first)]
+        alike = [name for name, layout in layouts.items() if match_name(first, layout.pattern, layout.example)]
+        return exact or alike or ["market1501"]
     lists = any((folder / f"list_{part}.txt").is_file() for part in ("train", "query", "gallery"))
     if lists or any((folder / train).is_dir() and (folder / test).is_dir() for _, train, test in VERSIONS.values()):
         return ["msmt17"]

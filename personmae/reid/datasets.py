@@ -20,7 +20,19 @@ import numpy as np
 from jaxtyping import Int
 
 from personmae.errors import UserError
-from personmae.reid.samples import SPLITS, UNKNOWN_CAMID, Sample, read_folders, read_lists, read_names, read_tables
+from personmae.reid.samples import (
+    SPLITS,
+    UNKNOWN_CAMID,
+    PassedOver,
+    Sample,
+    count_unlisted,
+    find_images,
+    read_folders,
+    read_lists,
+    read_names,
+    read_tables,
+    told,
+)
 
 JUNK_PID: Final = -1  # a bad detection: neither a match nor a mistake
 DISTRACTOR_PID: Final = 0  # people without an identity, in Market-1501: wrong answers for every query
@@ -248,7 +260,7 @@ def describe(benchmark: Benchmark) -> Description:
         found = ["a data set of your own, with no published counts"]
     else:
         found = [title(benchmark), *differences] if differences else ["the counts are the published ones"]
-    note = "; ".join([*found, *([benchmark.remark] if benchmark.remark else [])])
+    note = _joined(*found, benchmark.remark)
     is_published = bool(published) and not differences and not benchmark.synthetic
     return Description("\n".join([*rows, *_oddities(benchmark)]), is_published, f"{benchmark.name}: {note}")
 
@@ -261,6 +273,10 @@ def _differences(benchmark: Benchmark) -> list[str]:
         if found[0] and found != wanted:
             lines.append("{} has {:,} images of {:,} ids, published {:,} images of {:,} ids".format(split, *found, *wanted))
     return lines
+
+
+def _joined(*remarks: str) -> str:
+    return "; ".join(filter(None, remarks))
 
 
 def _oddities(benchmark: Benchmark) -> list[str]:
@@ -277,7 +293,8 @@ def _oddities(benchmark: Benchmark) -> list[str]:
 
 
 def _in_market_folders(name: str, folder: Path, layout: Layout, splits: Sequence[str]) -> Benchmark:
-    files = {split: read_names(folder / FOLDERS[split], layout.pattern, layout.example) for split in splits}
+    passed_over = PassedOver()
+    files = {split: read_names(folder / FOLDERS[split], layout.pattern, layout.example, passed_over) for split in splits}
     kept = {split: tuple(s for s in files.get(split, ()) if s.pid != JUNK_PID) for split in SPLITS}
     if "train" in files and not kept["train"]:
         raise UserError(f"{folder / FOLDERS['train']} has no identity to train on; every file has pid -1")
@@ -290,6 +307,7 @@ def _in_market_folders(name: str, folder: Path, layout: Layout, splits: Sequence
         num_junk=len(files["gallery"]) - len(kept["gallery"]),
         distractors=layout.distractors,
         published=PUBLISHED[name],
+        remark=told(passed_over),
     )
 
 
@@ -329,14 +347,24 @@ def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) ->
     _, train, test = VERSIONS[version]
     lists = {part: folder / f"list_{part}.txt" for part in ("train", "val", "query", "gallery")}
     trained = [lists["train"], *([lists["val"]] if train_on_val else [])]
+    samples, passed_over = {split: list[Sample]() for split in SPLITS}, PassedOver()
+    if "train" in splits:
+        present = find_images(folder / train, passed_over)
+        samples["train"] = read_lists(trained, folder / train, present)
+        known = [lists[part] for part in ("train", "val") if lists[part].is_file()]  # list_val is not always needed
+        count_unlisted(known, present, passed_over)
+    present = find_images(folder / test, passed_over)
+    for split in ("query", "gallery"):
+        samples[split] = read_lists([lists[split]], folder / test, present)
+    count_unlisted([lists["query"], lists["gallery"]], present, passed_over)
     return Benchmark(
         name=version,
         root=str(folder),
-        train=tuple(read_lists(trained, folder / train)) if "train" in splits else (),
-        query=tuple(read_lists([lists["query"]], folder / test)),
-        gallery=tuple(read_lists([lists["gallery"]], folder / test)),
+        train=tuple(samples["train"]),
+        query=tuple(samples["query"]),
+        gallery=tuple(samples["gallery"]),
         published=PUBLISHED[version] if train_on_val else WITHOUT_VAL,
-        remark="" if train_on_val else "list_val is left out of training",
+        remark=_joined("" if train_on_val else "list_val is left out of training", told(passed_over)),
     )
 
 
@@ -353,7 +381,8 @@ def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val:
     if not train_on_val:
         raise UserError(f"train_on_val=false needs list_train.txt and list_val.txt, which {relaid} does not have")
     remark = "this layout does not tell V1 from V2, whose results cannot be compared"
-    return replace(_in_market_folders(name, relaid, RELAID, splits), remark=remark)
+    found = _in_market_folders(name, relaid, RELAID, splits)
+    return replace(found, remark=_joined(remark, found.remark))
 
 
 def _matched_queries(benchmark: Benchmark) -> list[Sample]:

@@ -1,26 +1,30 @@
 """Pictures with identities, as file names, lists, folders and tables give them.
 
-No picture is decoded here, and no benchmark's rules are known. What does not fit is named, never skipped in silence.
+No picture is decoded here, and no benchmark's rules are known. What does not fit is named, and what is passed over is counted
+by kind. Never is anything skipped in silence.
 """
 
 import csv
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from personmae.errors import UserError
+from personmae.images import SUFFIXES
 
 UNKNOWN_CAMID: Final = -1
 SPLITS: Final = ("train", "query", "gallery")
-PICTURES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 LITTER: Final = ("Thumbs.db", "desktop.ini")  # the first lies in the official Market-1501 folders
 CAMERA: Final = re.compile(r"_c(\d+)")
 LISTED: Final = re.compile(r"\d+/\d+_\d+_(?P<camid>\d+)_\w+\.jpg")  # of MSMT17
+LISTED_EXAMPLE: Final = "0000/0000_000_01_0303morning_0008_0.jpg"
 Row = tuple[str, str, int]  # path, identity as the user writes it, camid
+PassedOver = Counter[str]  # how many entries of each kind a reader has left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +36,21 @@ class Sample:
     camid: int
 
 
-def read_names(folder: Path, pattern: re.Pattern[str], example: str) -> list[Sample]:
+def told(passed_over: PassedOver) -> str:
+    """What was passed over, in words; empty where nothing was."""
+    return f"passed over: {', '.join(f'{count:,} {kind}' for kind, count in passed_over.items())}" if passed_over else ""
+
+
+def match_name(name: str, pattern: re.Pattern[str], example: str) -> re.Match[str] | None:
+    """The match of a name with a pattern that is for names like ``example``, whichever suffix of a picture it has."""
+    stem, suffix = os.path.splitext(name)
+    return pattern.fullmatch(stem + os.path.splitext(example)[1] if suffix.lower() in SUFFIXES else name)
+
+
+def read_names(folder: Path, pattern: re.Pattern[str], example: str, passed_over: PassedOver) -> list[Sample]:
     """The pictures of one folder in file name order; the groups ``pid`` and ``camid`` of ``pattern`` label them.
+
+    A benchmark that was converted to another format has the same names with another suffix.
 
     Raises:
         UserError: the folder is missing or empty, or a file is not named by the pattern.
@@ -41,8 +58,8 @@ def read_names(folder: Path, pattern: re.Pattern[str], example: str) -> list[Sam
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; expected a folder of images named like {example}")
     samples = []
-    for name in _names(folder):
-        match = pattern.fullmatch(name)
+    for name in _names(folder, passed_over):
+        match = match_name(name, pattern, example)
         if match is None:
             raise UserError(f"{folder / name} is not named like {example}; remove it or rename it")
         samples.append(Sample(path=str(folder / name), pid=int(match["pid"]), camid=int(match["camid"])))
@@ -51,23 +68,44 @@ def read_names(folder: Path, pattern: re.Pattern[str], example: str) -> list[Sam
     return samples
 
 
-def read_lists(files: Sequence[Path], folder: Path) -> list[Sample]:
-    """The pictures below ``folder`` that MSMT17's lists name, in their order; a line is "PID/PID_INDEX_CAMERA_... PID".
+def find_images(folder: Path, passed_over: PassedOver) -> set[str]:
+    """IDENTITY/NAME of all pictures below a folder.
 
     Raises:
-        UserError: a list or the folder is missing, a line does not fit, or a picture is absent or named twice.
+        UserError: there is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; it comes with the archive that the lists beside it are from")
-    present = {f"{entry.name}/{name}" for entry in os.scandir(folder) if entry.is_dir() for name in os.listdir(entry)}
+    found = {
+        f"{pid}/{name}"
+        for pid in _names(folder, passed_over)
+        if (folder / pid).is_dir()
+        for name in _names(folder / pid, passed_over)
+    }
+    others = {name for name in found if not name.lower().endswith(SUFFIXES)}
+    _count(passed_over, "files of another kind", len(others))
+    return found - others
+
+
+def count_unlisted(files: Sequence[Path], present: set[str], passed_over: PassedOver) -> None:
+    """Count the pictures that none of the lists names."""
+    listed = {name for file in files for _, name, _ in _listed(file)}
+    _count(passed_over, "images on no list", len(present - listed))
+
+
+def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[Sample]:
+    """The pictures below ``folder`` that MSMT17's lists name, in their order; a line is "PID/PID_INDEX_CAMERA_... PID".
+
+    Raises:
+        UserError: a list is missing, a line does not fit, or a picture is not ``present`` or is named twice.
+    """
     samples: dict[str, Sample] = {}
     absent = []
     for file in files:
         for number, name, pid in _listed(file):
-            match = LISTED.fullmatch(name)
+            match = match_name(name, LISTED, LISTED_EXAMPLE)
             if match is None or not pid.isdecimal():
-                wanted = "0000/0000_000_01_0303morning_0008_0.jpg 0"
-                raise UserError(f"{file}, line {number}, must look like '{wanted}'; got '{name} {pid}'")
+                raise UserError(f"{file}, line {number}, must look like '{LISTED_EXAMPLE} 0'; got '{name} {pid}'")
             if name in samples:
                 raise UserError(f"{file}, line {number}, names {name} a second time; take the lists of MSMT17's archive")
             samples[name] = Sample(path=str(folder / name), pid=int(pid), camid=int(match["camid"]))
@@ -89,17 +127,22 @@ def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, 
         UserError: a split is missing or empty, or something else than identity folders of images lies there.
     """
     rows: dict[str, list[Row]] = {}
+    passed_over = PassedOver()
+    for name in _names(root, passed_over):
+        if name not in SPLITS and ((root / name).is_dir() or name.lower().endswith(SUFFIXES)):
+            _count(passed_over, f"folders or images beside {', '.join(SPLITS)}")
     without = None  # a file name without a camera
     for split in splits:
         rows[split] = []
-        for path in _pictures_of(root, split):
+        for path in _pictures_of(root, split, passed_over):
             match = CAMERA.search(path.stem)
             without = without or (None if match else path)
             rows[split].append((str(path), path.parent.name, int(match[1]) if match else UNKNOWN_CAMID))
     if not without:
-        return _numbered(rows), ""
+        return _numbered(rows), told(passed_over)
     rows = {split: [(path, pid, UNKNOWN_CAMID) for path, pid, _ in found] for split, found in rows.items()}
-    return _numbered(rows), f"no camera is known, as {without} has no _cN in its name"
+    remark = f"no camera is known, as {without} has no _cN in its name"
+    return _numbered(rows), "; ".join([remark, *([told(passed_over)] if passed_over else [])])
 
 
 def read_tables(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[Sample]], str]:
@@ -116,8 +159,18 @@ def read_tables(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, l
     return _numbered(rows), "" if cameras["query"] else "no camera is known, as query.csv has no column camid"
 
 
-def _names(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if name not in LITTER and not name.startswith("."))
+def _names(folder: Path, passed_over: PassedOver) -> list[str]:
+    """Names in a folder, sorted, without hidden ones and the litter of file managers, which are counted."""
+    names = os.listdir(folder)
+    hidden, litter = (sum(name.startswith(".") for name in names), sum(name in LITTER for name in names))
+    _count(passed_over, "hidden files", hidden)
+    _count(passed_over, " or ".join(LITTER), litter)
+    return sorted(name for name in names if name not in LITTER and not name.startswith("."))
+
+
+def _count(passed_over: PassedOver, kind: str, number: int = 1) -> None:
+    if number:
+        passed_over[kind] += number
 
 
 def _listed(file: Path) -> Iterator[tuple[int, str, str]]:
@@ -131,18 +184,18 @@ def _listed(file: Path) -> Iterator[tuple[int, str, str]]:
     yield from ((number, " ".join(words[:-1]), words[-1]) for number, words in lines)
 
 
-def _pictures_of(root: Path, split: str) -> Iterator[Path]:
+def _pictures_of(root: Path, split: str, passed_over: PassedOver) -> Iterator[Path]:
     wanted = f"{root / split}/IDENTITY/*.jpg"
     if not (root / split).is_dir():
         raise UserError(f"{root / split} is missing; expected {wanted} for each of {', '.join(SPLITS)}")
     empty = True
-    for pid in _names(root / split):
+    for pid in _names(root / split, passed_over):
         folder = root / split / pid
         if not folder.is_dir():
             raise UserError(f"{folder} is not the folder of an identity; expected {wanted}")
-        for name in _names(folder):
-            if not name.lower().endswith(PICTURES) or (folder / name).is_dir():
-                raise UserError(f"{folder / name} is not one of {', '.join(PICTURES)}; remove it")
+        for name in _names(folder, passed_over):
+            if not name.lower().endswith(SUFFIXES) or (folder / name).is_dir():
+                raise UserError(f"{folder / name} is not one of {', '.join(SUFFIXES)}; remove it")
             empty = False
             yield folder / name
     if empty:

@@ -104,11 +104,27 @@ def test_the_folder_of_the_official_archive_may_be_left_out(tmp_path, name):
     assert load_benchmark(name, tmp_path) == load_benchmark(name, tmp_path / folder)
 
 
-def test_windows_litter_and_hidden_files_are_ignored(tmp_path):
+def test_windows_litter_and_hidden_files_are_passed_over_and_counted(tmp_path):
     build(tmp_path, MARKET)
-    (tmp_path / TRAIN / "Thumbs.db").touch()
-    (tmp_path / QUERY / ".DS_Store").touch()
-    assert len(load_benchmark("market1501", tmp_path).train) == 3
+    assert load_benchmark("market1501", tmp_path).remark == ""
+    for name in (f"{TRAIN}/Thumbs.db", f"{QUERY}/.DS_Store", f"{QUERY}/._0003_c1s1_000001_00.jpg"):
+        (tmp_path / name).touch()
+    benchmark = load_benchmark("market1501", tmp_path)
+    assert len(benchmark.train) == 3
+    assert describe(benchmark).note.endswith("; passed over: 1 Thumbs.db or desktop.ini, 2 hidden files")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".JPG", ".jpeg"])
+@pytest.mark.parametrize("name", TREES)
+def test_a_benchmark_that_was_converted_to_another_format_is_read_alike(tmp_path, name, suffix):
+    _, tree = TREES[name]
+    build(tmp_path / "original", tree)
+    build(tmp_path / "converted", {folder: [f"{Path(file).stem}{suffix}" for file in names] for folder, names in tree.items()})
+    original, converted = (load_benchmark(name, tmp_path / folder) for folder in ("original", "converted"))
+    assert datasets.count(converted) == datasets.count(original)
+    for split in ("train", "query", "gallery"):
+        assert [(s.pid, s.camid) for s in getattr(converted, split)] == [(s.pid, s.camid) for s in getattr(original, split)]
+        assert all(Path(sample.path).is_file() for sample in getattr(converted, split))
 
 
 def test_labels_count_from_zero_in_the_order_of_pids():
@@ -225,7 +241,7 @@ def test_an_empty_split_is_named(tmp_path):
         load_benchmark("market1501", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["0002_c1s1_000451_03.png", "0001_c2_f0046182.jpg", "person.jpg", "notes.txt"])
+@pytest.mark.parametrize("name", ["0002_c1s1_000451_03.gif", "0001_c2_f0046182.jpg", "person.jpg", "notes.txt"])
 def test_a_file_with_another_name_is_named(tmp_path, name):
     build(tmp_path, MARKET)
     (tmp_path / TRAIN / name).touch()

@@ -169,3 +169,25 @@ def test_the_layout_of_market_is_taken_as_msmt17_of_an_unknown_version(tmp_path,
     assert "does not tell V1 from V2" in describe(benchmark).note
     assert "does not tell its version: set benchmark=msmt17" in refused("msmt17_v1", tmp_path)
     assert "needs list_train.txt and list_val.txt" in refused("msmt17", tmp_path, train_on_val=False)
+
+
+def test_images_on_no_list_and_other_files_are_counted(tmp_path):
+    build(tmp_path, V1)
+    assert load_benchmark("msmt17", tmp_path).remark == ""
+    for name in (
+        "train/0000/0000_009_01_0303morning_0008_0.jpg",
+        "test/0000/0000_009_01_0303morning_0008_0.jpg",
+        "test/0000/a.txt",
+    ):
+        (tmp_path / name).touch()
+    expected = "passed over: 2 images on no list, 1 files of another kind"
+    assert load_benchmark("msmt17", tmp_path).remark == expected
+    assert load_benchmark("msmt17", tmp_path, train_on_val=False).remark == f"list_val is left out of training; {expected}"
+    searched = load_benchmark("msmt17", tmp_path, splits=("query", "gallery"))
+    assert searched.remark == "passed over: 1 files of another kind, 1 images on no list"
+
+
+def test_lists_may_name_images_of_another_format(tmp_path):
+    lists = {part: [line.replace(".jpg", ".png") for line in lines] for part, lines in LISTS.items()}
+    benchmark = load_benchmark("msmt17", build(tmp_path, V2, lists))
+    assert [(s.pid, s.camid) for s in benchmark.gallery] == [(0, 14), (7, 15)]

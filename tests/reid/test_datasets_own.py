@@ -62,6 +62,15 @@ def test_identity_folders_become_pids_in_the_order_of_their_names_in_all_splits_
     assert all(Path(s.path).is_file() for s in benchmark.train + benchmark.query + benchmark.gallery)
 
 
+def test_what_lies_beside_the_splits_is_counted(tmp_path):
+    build_folders(tmp_path, FOLDERS | {"val": ["bert/1_c1.jpg"]})
+    (tmp_path / "stray.png").touch()
+    (tmp_path / "README.md").touch()
+    (tmp_path / "query" / ".DS_Store").touch()
+    note = describe(load_benchmark("folder", tmp_path)).note
+    assert note.endswith("; passed over: 2 folders or images beside train, query, gallery, 1 hidden files")
+
+
 def test_a_name_without_a_camera_makes_all_cameras_unknown_and_is_told(tmp_path):
     build_folders(tmp_path, FOLDERS | {"query": ["carl/1_c1.jpg", "bert/1.jpg"]})
     benchmark = load_benchmark("folder", tmp_path)
