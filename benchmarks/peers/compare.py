@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, metrics, pretrain
+from personmae import checkpoint, config, dist, metrics, precision, pretrain
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.errors import UserError
 from personmae.guard import Guard
@@ -55,7 +55,8 @@ class Ours:
 
     def __init__(self, settings: config.Pretrain, world: dist.World, shards: ShardSet):
         torch.manual_seed(settings.seed)
-        model, view = pretrain.build_model(settings).to(world.device), View(**settings.view_arguments())
+        chosen = precision.choose(settings.train.precision, str(world.device))
+        model, view = pretrain.build_model(settings, chosen).to(world.device), View(**settings.view_arguments())
         teacher = self.teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device)
         self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         train = settings.train
@@ -64,7 +65,7 @@ class Ours:
             pretrain.compile_parts(model, teacher, train.cuda_graphs)
         plan = dist.plan_batch(settings.train.global_batch_size, 1, settings.train.global_batch_size)
         self.engine = pretrain.build_engine(settings, model, plan)
-        self.state = Run(settings, world, plan, view, shards, self.engine, teacher, TOTAL_STEPS)
+        self.state = Run(settings, world, plan, view, shards, self.engine, teacher, TOTAL_STEPS, chosen)
         self.guard = Guard(world.device, max_skipped_steps=train.max_skipped_steps)
         self.copies = torch.cuda.Stream() if world.device.type == "cuda" else None
 
