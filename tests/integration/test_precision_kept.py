@@ -136,8 +136,6 @@ def test_an_encoder_of_another_picture_size_is_told_and_of_another_architecture_
             assert line in capsys.readouterr().err
         code = main([program, *arguments, *common, "model.img_size=[256,128]"])
         told = capsys.readouterr()
-        start = next(
-            text for text in told.out.splitlines() if text.startswith(f"{program}: ") and "the head starts new" in text
-        )
+        (start,) = (line for line in told.out.splitlines() if f"{program}: " in line and "the head starts new" in line)
         assert "it was trained at 128x64 and now sees 256x128" in start
         assert code == 0 or "clusters a batch are required" in told.err  # random weights may find too few
