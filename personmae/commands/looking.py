@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from personmae.commands.arguments import counting, named, place, positive
+from personmae.commands.arguments import counting, place, positive
 from personmae.errors import UserError
 
 
@@ -205,7 +205,7 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("doctor", help="what this machine has, and which commands would fail and why")
     what = verb.add_mutually_exclusive_group()
     what.add_argument("--shards", type=place, help="also try to read shards at a directory or s3://bucket/prefix")
-    what.add_argument("--data", metavar="PATH", type=named, help="instead: count the benchmarks in a folder, open their files")
+    what.add_argument("--data", metavar="PATH", type=Path, help="instead: count the benchmarks in a folder, open their files")
 
     def run(args: argparse.Namespace) -> None:
         if args.data:
