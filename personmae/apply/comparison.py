@@ -191,7 +191,7 @@ def summarise(runs: Sequence[Run], groups: Sequence[Group]) -> str:
     if not sentences and (ready := [group for group in groups if any(not row.unfinished for row in group.rows)]):
         for group in ready:
             best = max((row for row in group.rows if not row.unfinished), key=_by_map)
-            sentences.append(f"{_on(group)}, best so far is {best.name} with {_percent(best)} mAP.")
+            sentences.append(f"{_on(group)}, best so far is {best.name} with {_percent(best)}.")
         sentences.append("There is no pair to compare yet.")
     unfinished = [f"{run.name} ({run.unfinished})" for run in runs if run.unfinished and (run.records or run.result)]
     if unfinished:
@@ -273,17 +273,20 @@ def _on(group: Group) -> str:
 
 
 def _percent(row: Row) -> str:
-    text = row.in_words("mAP")
-    number, _, rest = text.partition(" ")
-    return f"{number} %" + (f" {rest}" if rest else "")
+    """Such as "21.5 % mAP (20.4-22.4, 3 seeds)"."""
+    number, space, rest = row.in_words("mAP").partition(" ")
+    return f"{number} % mAP{space}{rest}"
 
 
 def _summarise_pair(group: Group) -> list[str]:
     sentences = []
     for ours, theirs in find_pairs(group):
+        one, other, each = _percent(ours), _percent(theirs), ""
+        if (ours.seeds_in_words, theirs.seeds_in_words) == ("one seed", "one seed"):
+            one, other, each = (*(text.removesuffix(" (one seed)") for text in (one, other)), ", one seed each")
         sentences.append(
-            f"{_on(group)}, fine-tuning from PersonMAE pre-training reaches {_percent(ours)} mAP, from random "
-            f"weights {_percent(theirs)}: {difference(ours, theirs)}."
+            f"{_on(group)}, fine-tuning from PersonMAE pre-training reaches {one}, from random "
+            f"weights {other}{each}: {difference(ours, theirs)}."
         )
         best = max((row for row in group.rows if comparable(row, ours)), key=_by_map)
         if best.mean("mAP") > max(ours.mean("mAP"), theirs.mean("mAP")):

@@ -21,6 +21,7 @@ from personmae.apply import charts, pictures, sections
 from personmae.apply.comparison import SCORES, Group, compare_settings, data_notes, find_pairs, group_results, summarise
 from personmae.apply.places import Lost, Place, printable
 from personmae.apply.runs import RankList, Result, Run, find_runs
+from personmae.data import storage
 from personmae.data.decode import BadImage
 from personmae.errors import Incomplete, UserError
 from personmae.reid.datasets import SYNTHETIC_MARK, describe, load_benchmark
@@ -253,7 +254,7 @@ def region_of(run: Run, section: Section) -> dict[str, Any]:
         "unfinished": run.unfinished,
         "missing": section.missing,
         "groups": embed_groups(section.content),
-        "synthetic": bool(section.content) and (Path(_pretraining(run).data.shards) / SYNTHETIC_MARK).is_file(),
+        "synthetic": bool(section.content) and storage.read(_pretraining(run).data.shards, SYNTHETIC_MARK) is not None,
     }
 
 

@@ -57,7 +57,7 @@ class Result(BaseModel):
     counts: dict[str, tuple[int, int]] = {}
     checkpoint: Text | None = None
     step: int | None = None
-    total_steps: int | None = None
+    unfinished: str | None = None  # how far an evaluated run had come, such as "step 3 of 4"
     identity: dict[str, Any] = {}
 
 
@@ -117,7 +117,9 @@ class Run:
     @property
     def unfinished(self) -> str:
         """How far it is, in words, where it is not at its end; else nothing."""
-        return "" if self.progress is None or self.progress.finished else str(self.progress)
+        if self.progress:
+            return "" if self.progress.finished else str(self.progress)
+        return (self.result.unfinished or "") if self.result else ""
 
     @property
     def place(self) -> Place:
@@ -233,12 +235,10 @@ def _trained(
 
 
 def _evaluated(result: Result | None) -> Progress | None:
-    """Of what was evaluated elsewhere; None where its training is not known."""
-    if result is None or result.step is None:
+    """Of what was evaluated elsewhere and does not tell itself; None where its training is not known."""
+    if result is None or result.unfinished or result.step is None or result.checkpoint is None:
         return None
-    total = result.total_steps
-    if total is None and result.checkpoint:
-        total = _state(Path(result.checkpoint)).get("total_steps")
+    total = _state(Path(result.checkpoint)).get("total_steps")
     return Progress(result.step, total, result.step >= total) if total else None
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from personmae.commands.arguments import counting, place, positive
+from personmae.commands.arguments import counting, named, place, positive
 from personmae.errors import UserError
 
 
@@ -21,8 +21,24 @@ def size(text: str) -> tuple[int, int]:
     return counting(height), counting(width)
 
 
+_REPORT = """\
+Writes RUN/report.html and RUN/figure.png of all runs and results directly in RUN.
+Results are in one table where their data are the same, by digest. Runs that differ by their seed are one row.
+The page says what is not finished, which people are synthetic, and what to run next.
+Data is found from any folder. Where something that a run names is gone, the exit code is 1.
+
+example:
+  personmae report runs/quickstart
+"""
+
+
 def add_report(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("report", help="one self-contained HTML page of a run: curves, pictures, rank lists, the table")
+    verb = verbs.add_parser(
+        "report",
+        help="one self-contained HTML page of runs: tables, curves, images, rank lists, durations",
+        description=_REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verb.add_argument("run_dir", type=Path, metavar="RUN", help="directory that holds the runs, e.g. runs/quickstart")
 
     def run(args: argparse.Namespace) -> None:
@@ -92,12 +108,7 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
         help="of native, 'deepspeed 0' to 'deepspeed 3', fsdp, and plain, which is a loop written out (default native)",
     )
     step.add_argument("--compile", type=names, default=("off",), help="of off, on, and graph, with CUDA graphs (default off)")
-    step.add_argument(
-        "--precision",
-        type=names,
-        default=("auto",),
-        help="of bf16, fp32, auto (default auto: the one it is made for)",
-    )
+    step.add_argument("--precision", type=names, default=("bf16",), help="of bf16, fp32 (default bf16)")
     step.add_argument("--checkpointing", type=names, default=("none",), help="of none, selective, full (default none)")
     step.add_argument("--cutters", type=names, default=("torch",), help="of regions: torch, triton (default torch)")
     step.add_argument("--img-size", type=size, default=(256, 128), metavar="HxW", help="pixels (default 256x128)")
@@ -130,30 +141,22 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
 def _bench_counts(actions: argparse._SubParsersAction) -> None:
     verb = actions.add_parser("counts", help="operations and bytes of each stage of a step, and their time at the least")
     verb.add_argument("--batch", type=counting, default=256, help="images a step (default 256)")
-    verb.add_argument(
-        "--precision",
-        choices=["bf16", "fp32"],
-        help="of the matrix products (default bf16; with --measure the one that this machine is made for)",
-    )
+    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the matrix products (default bf16)")
     verb.add_argument("--rate", type=positive, metavar="TFLOPS", help="10^12 operations a second that a machine does")
     verb.add_argument("--bandwidth", type=positive, metavar="GB/S", help="10^9 bytes a second that it moves")
     verb.add_argument("--measure", action="store_true", help="take both from this machine")
     verb.add_argument("--out", type=Path, help="write the record as JSON")
 
     def run(args: argparse.Namespace) -> None:
-        from personmae import dist
-        from personmae.bench.ceilings import Ceilings, measure_alone, require_native
+        from personmae.bench.ceilings import Ceilings, measure_alone
         from personmae.bench.counts import CountBench, run_counts
 
         if (args.rate is None) != (args.bandwidth is None) or (args.rate and args.measure):
             raise UserError("--rate and --bandwidth belong together, and in the place of --measure")
-        precision, ceilings = args.precision or "bf16", None
-        if args.measure:
-            (precision,) = require_native([args.precision or "auto"], dist.read_world().device)
-            ceilings = measure_alone([precision])
+        ceilings = measure_alone() if args.measure else None
         if args.rate:
-            ceilings = Ceilings({precision: 1e12 * args.rate}, 1e9 * args.bandwidth)
-        run_counts(CountBench(batch_size=args.batch, precision=precision), ceilings, args.out)
+            ceilings = Ceilings({args.precision: 1e12 * args.rate}, 1e9 * args.bandwidth)
+        run_counts(CountBench(batch_size=args.batch, precision=args.precision), ceilings, args.out)
 
     verb.set_defaults(run=run)
 
@@ -205,7 +208,7 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("doctor", help="what this machine has, and which commands would fail and why")
     what = verb.add_mutually_exclusive_group()
     what.add_argument("--shards", type=place, help="also try to read shards at a directory or s3://bucket/prefix")
-    what.add_argument("--data", metavar="PATH", type=Path, help="instead: count the benchmarks in a folder, open their files")
+    what.add_argument("--data", metavar="PATH", type=named, help="instead: count the benchmarks in a folder, open their files")
 
     def run(args: argparse.Namespace) -> None:
         if args.data:

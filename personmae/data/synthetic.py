@@ -20,6 +20,7 @@ from typing import Any
 
 import cv2
 
+from personmae.data import storage
 from personmae.data.pedestrians.contact_sheet import contact_sheet
 from personmae.data.pedestrians.picture import draw_shot
 from personmae.data.pedestrians.plan import Shot, SynthSettings, plan
@@ -79,6 +80,32 @@ def write_synthetic(
 
 def _write_mark(folder: Path, record: dict[str, Any]) -> None:
     (folder / COMPLETION_MARK).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def pass_mark_on(source: str, destination: str) -> bool:
+    """Put the mark of drawn people into shards that were made of them, by which a report knows; whether there is one.
+
+    Both are directories or locations in an object store. A mark beside the source counts where it names the source.
+    """
+    mark = _find_mark(source if storage.is_remote(source) else str(Path(source).resolve()))
+    if mark is None:
+        return False
+    if storage.is_remote(destination):
+        storage.write(destination, COMPLETION_MARK, mark)
+    else:
+        (Path(destination) / COMPLETION_MARK).write_bytes(mark)
+    return True
+
+
+def _find_mark(source: str) -> bytes | None:
+    parent, _, name = source.rstrip("/").rpartition("/")
+    own = storage.read(source, COMPLETION_MARK)
+    beside = storage.read(parent, COMPLETION_MARK) if own is None and not parent.endswith("/") else None
+    try:
+        named = beside and any(folder.split("/")[0] == name for folder in json.loads(beside)["counts"])
+    except (ValueError, KeyError, TypeError):
+        named = False
+    return beside if named else own
 
 
 def finished_counts(out: Path, settings: SynthSettings) -> dict[str, int] | None:

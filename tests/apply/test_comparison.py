@@ -39,7 +39,7 @@ def test_drawn_people_and_the_number_of_seeds_stand_in_the_headline(make_run: Ma
     make_run("finetune_personmae", init="pretrain", mAP=0.215)
     assert headline(tmp_path) == (
         "On synthetic people, Market-1501 layout, 300 identities, fine-tuning from PersonMAE pre-training reaches "
-        "21.5 % (one seed) mAP, from random weights 11.1 % (one seed): 10.4 points more."
+        "21.5 % mAP, from random weights 11.1 % mAP, one seed each: 10.4 points more."
     )
     assert ("one seed", True) in sections.tags(*read(tmp_path))
     assert ("synthetic people, Market-1501 layout, 300 identities", True) in sections.tags(*read(tmp_path))
@@ -63,6 +63,16 @@ def test_runs_that_differ_by_their_seed_are_one_row(make_run: MakeRun, tmp_path:
     (folded,) = [row for row in shown if row["name"] == "finetune_personmae"]
     assert folded["scores"][0] == {"text": "21.5", "spread": "20.4-22.4, 3 seeds", "best": False}
     assert folded["details"] == "seeds 0, 1, 2"
+
+
+def test_several_seeds_stand_in_the_headline(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("finetune_random", mAP=0.1)
+    for seed, score in enumerate((0.2, 0.3)):
+        make_run(f"finetune_personmae_s{seed}", init="pretrain", mAP=score, overrides={"seed": seed})
+    assert "reaches 25.0 % mAP (20.0-30.0, 2 seeds), from random weights 10.0 % mAP (one seed): 15.0 points more" in headline(
+        tmp_path
+    )
+    assert ("one seed", True) in sections.tags(*read(tmp_path))  # of one side
 
 
 def test_the_same_seed_twice_is_not_called_two_seeds(make_run: MakeRun, tmp_path: Path) -> None:
@@ -150,6 +160,13 @@ def test_an_evaluation_of_an_unfinished_checkpoint_says_so(make_run: MakeRun, tm
     )
     runs, _ = read(tmp_path)
     assert {run.name: run.unfinished for run in runs} == {"evaluated": "step 30 of 40", "finetune": "step 30 of 40"}
+    make_run("told", init=None, unfinished="step 3 of 4")
+    make_run("histogram", init=None)
+    assert {run.name: run.unfinished for run in read(tmp_path)[0][:3]} == {
+        "evaluated": "step 30 of 40",
+        "histogram": "",
+        "told": "step 3 of 4",
+    }
 
 
 def test_queries_are_counted_one_by_one(make_run: MakeRun, tmp_path: Path) -> None:

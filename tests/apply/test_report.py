@@ -187,6 +187,7 @@ def test_a_report_from_another_folder_has_all_figures(
     _write_result(work / "runs" / "finetune_random", Path(), init="random")
     for path in (work / "runs").glob("*/*.*"):
         path.write_bytes(path.read_bytes().replace(f"{trained}/".encode(), b""))
+    (work / "shards" / "synthetic.json").write_text("{}")
     lists = work / "runs" / "finetune_random" / "rank_lists.json"
     assert json.loads(lists.read_bytes())["root"] == "pictures"
     (tmp_path / "other").mkdir()
@@ -194,6 +195,7 @@ def test_a_report_from_another_folder_has_all_figures(
     assert main(["report", "../work/runs"]) == 0
     text = (work / "runs" / "report.html").read_text(encoding="utf-8")
     assert text.count("<img ") == 8 * 5 + 4 * 11
+    assert "The people are synthetic." in text
     assert "12 images in 1 shards" in text
     assert "left out" not in text + "".join(capsys.readouterr())
 

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
+from personmae.__main__ import main
 from personmae.data import synthetic
 from personmae.data.pedestrians.body import BACK, FRONT, LEFT, VIEWS
 from personmae.data.pedestrians.canvas import ACCENT, BAG, Canvas, Image
@@ -85,6 +86,26 @@ def test_readers_know_that_the_people_are_drawn_also_where_a_benchmark_was_copie
     earlier = Path(shutil.copytree(written, tmp_path / "earlier"))  # as sets were written before each had its own mark
     (earlier / "market1501" / "synthetic.json").unlink()
     assert load_benchmark("market1501", earlier / "market1501").synthetic
+
+
+def test_shards_of_drawn_people_carry_the_mark_and_others_do_not(
+    written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = ["shards", "write", str(written / "pool"), str(tmp_path / "drawn"), "--processes", "1"]
+    assert main(drawn) == 0
+    assert "; the people are synthetic" in capsys.readouterr().out
+    mark = tmp_path / "drawn" / "synthetic.json"
+    assert mark.read_bytes() == (written / "synthetic.json").read_bytes()
+    mark.unlink()  # as earlier shards were written
+    assert main([*drawn, "--if-missing"]) == 0
+    assert mark.is_file()
+    assert main(["shards", "verify", str(tmp_path / "drawn")]) == 0
+
+    real = tmp_path / "beside" / "real"  # next to drawn ones
+    shutil.copytree(written / "pool", real)
+    shutil.copy(written / "synthetic.json", real.parent)
+    assert main(["shards", "write", str(real), str(tmp_path / "others"), "--processes", "1"]) == 0
+    assert not (tmp_path / "others" / "synthetic.json").exists()
 
 
 def test_another_seed_draws_other_pictures() -> None:
