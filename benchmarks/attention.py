@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from personmae import checkpoint, dist, metrics
+from personmae.bench.ceilings import require_native
+from personmae.errors import run_program
 from personmae.model.vit import plain_attention
 
 RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
@@ -108,6 +110,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*(attention|cuDNN|Flash|efficient).*")
     world = dist.read_world()
+    require_native(["bf16"], world.device)
     dist.start(world)
     record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
     record |= {"versions": checkpoint.versions(), "batch_size": args.batch_size, "milliseconds": {}}
@@ -136,4 +139,4 @@ def show(found: dict[str, dict[str, dict[str, float]]], batch_size: int) -> None
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_program(main))

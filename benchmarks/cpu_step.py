@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from commands import AS
 
 from personmae import dist, metrics
+from personmae.bench.ceilings import DTYPES, require_native
 from personmae.model import regions, vit
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher
@@ -32,8 +33,6 @@ from personmae.model.teacher import Teacher
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_step.json"
 ROUNDS, REPEATS, WARM_UP = 3, 12, 3
 FORMS = {"plain": vit.plain_attention, "sdpa": F.scaled_dot_product_attention}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BF16_TOO = "ONEDNN_MAX_CPU_ISA" not in os.environ
 VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 
 
@@ -44,7 +43,7 @@ def parts() -> dict[str, Callable[[], object]]:
     keys, native = torch.arange(128), torch.tensor([[150, 70]] * 128)
     draws = draw_batch(keys, native, VIEW)
     batch = cut_batch(canvas, native, draws, VIEW) | {"target": torch.randn(128, 32, 128)}
-    kinds = {dtype: kind for dtype, kind in DTYPES.items() if dtype == "fp32" or BF16_TOO}
+    kinds = {name: DTYPES[name] for name in require_native(["fp32", "bf16"], torch.device("cpu"))}
     models = {dtype: PersonMAE(size="micro", compute_dtype=kind) for dtype, kind in kinds.items()}
     teachers = {dtype: Teacher(model.encoder, VIEW.grid, kinds[dtype]) for dtype, model in models.items()}
 

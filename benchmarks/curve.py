@@ -19,7 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from personmae import checkpoint, metrics
+from personmae import checkpoint, dist, metrics
+from personmae.bench.ceilings import require_native
+from personmae.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "curve.json"
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended before all runs were done"))  # and with it the run under way
+    require_native(["bf16"], dist.read_world().device)
     args.shards = args.shards.resolve()
     fast = [f"train.compile={str(not args.eager).lower()}", f"train.cuda_graphs={str(args.graphs).lower()}"]
     ways = {"plain": PLAIN, "fast": ["train.precision=bf16", *fast], "plain, another seed": [*PLAIN, "seed=1"]}
@@ -94,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(run_program(main))

@@ -26,6 +26,7 @@ from scaling_model import Point
 from scaling_work import DTYPES, view_of
 
 from personmae import checkpoint, dist, metrics, optim
+from personmae.bench.ceilings import require_native
 from personmae.bench.data import BATCH_SIZE, VIEW
 from personmae.data.stream import BatchReader, ShardSet
 from personmae.engine.native import NativeEngine
@@ -62,6 +63,7 @@ SAVED = (("small", False), ("base", True))
 def measure(rounds: int) -> dict[str, Any]:
     """All points, each the median of ``rounds`` turns, with what it was measured on."""
     world = dist.read_world()
+    require_native([PRECISION], world.device)
     dist.start(world)
     torch.set_num_threads(1)
     kind = world.device.type

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from personmae.config_downstream import BenchmarkName, Finetune, Unsupervised, with_normalisation
 from personmae.config_errors import unknown_keys
 from personmae.config_file import Tree, config_hash, dump_yaml, flatten, override, read, validate
-from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Range, Section, Size, Triple
+from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Precision, Range, Section, Size, Triple
 from personmae.config_values import Place
 from personmae.errors import OtherProgram, UserError
 
@@ -102,9 +102,7 @@ class Train(Section):
     max_micro_batch_size: int = Field(default=256, gt=0, description="most images per rank and forward pass")
     epochs: float | None = Field(default=100, gt=0, description="passes over the shards; parts of one are allowed")
     total_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="arithmetic of forward and backward; weights and moments stay fp32"
-    )
+    precision: Precision = "auto"
     compile: bool = Field(default=True, description="torch.compile of student, teacher and region cutting")
     cuda_graphs: bool = Field(
         default=False, description="replay all of that as CUDA graphs: for small batches on many GPUs; needs the native engine"

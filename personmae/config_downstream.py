@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from personmae.config_file import flatten
-from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Section
+from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Precision, Section
 from personmae.config_values import Place
 
 BenchmarkName = Literal[
@@ -60,9 +60,7 @@ class FinetuneOptim(Section):
 
 class FinetuneTrain(Section):
     epochs: int = Field(default=60, gt=0, description="passes over the training identities")
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="arithmetic of forward and backward; weights and moments stay fp32"
-    )
+    precision: Precision = "auto"
     compile: bool = Field(default=False, description="torch.compile of the network")
     label_smoothing: Fraction = Field(default=0.1, description="of the classification loss")
     drop_path_rate: Fraction = Field(default=0.1, description="chance that an image skips the last block, less in those before")
@@ -142,9 +140,7 @@ class UnsupervisedOptim(Section):
 class UnsupervisedTrain(Section):
     epochs: int = Field(default=50, gt=0, description="clusterings, each followed by iters_per_epoch batches")
     iters_per_epoch: int = Field(default=200, gt=0, description="batches between two clusterings")
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="arithmetic of forward and backward; weights and moments stay fp32"
-    )
+    precision: Precision = "auto"
     drop_path_rate: Fraction = Field(default=0.3, description="chance that an image skips the last block, less in those before")
     bn_group_size: int = Field(
         default=64, gt=1, description="images that batch normalisation takes together, whatever the number of ranks"

@@ -10,6 +10,10 @@ Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # (heigh
 Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
+Precision = Annotated[
+    Literal["auto", "bf16", "fp32"],
+    Field(description="arithmetic of forward and backward; auto: bf16 where the device has instructions for it, else fp32"),
+]
 
 
 class Section(BaseModel):

@@ -153,8 +153,8 @@ def is_first() -> bool:
     return not tdist.is_initialized() or tdist.get_rank() == 0
 
 
-def from_first_rank(value: str) -> str:
-    """Rank 0's string, on all ranks."""
+def from_first_rank(value: T) -> T:
+    """Rank 0's value, on all ranks; one that can be pickled."""
     if not tdist.is_initialized():
         return value
     box = [value]

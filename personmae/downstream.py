@@ -9,6 +9,7 @@ from torch import Tensor
 from personmae import checkpoint, config, dist, metrics
 from personmae.errors import Stopped
 from personmae.meter import Meter
+from personmae.precision import AUTO, Precision
 from personmae.reid import datasets, retrieval
 from personmae.reid.datasets import Benchmark
 from personmae.reid.heads import ReIDModel
@@ -22,6 +23,7 @@ class Trained(Protocol):
     """A module with a ReID model in it."""
 
     model: ReIDModel
+    compute_dtype: torch.dtype
 
 
 class Run(Protocol):
@@ -30,6 +32,7 @@ class Run(Protocol):
     step: int
     model_settings: dict[str, Any]
     identity: dict[str, Any]
+    precision: Precision
 
     @property
     def settings(self) -> Settings: ...
@@ -57,8 +60,8 @@ def augmented(state: Run, pictures: Tensor, batch_size: int, ours: slice) -> Ten
     )
 
 
-def identity(settings: Settings, benchmark: Benchmark, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What must agree before a run is resumed: settings, the weights it starts from, and its training pictures.
+def identity(settings: Settings, benchmark: Benchmark, precision: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What must agree before a run is resumed: settings, what ``auto`` came to, the first weights, the training pictures.
 
     Where the weights are gone, they are taken to be those of the ``known`` identity.
     """
@@ -66,7 +69,14 @@ def identity(settings: Settings, benchmark: Benchmark, known: dict[str, Any] | N
     if init != RANDOM:
         gone = known and not Path(init).exists()
         init = known.get("init") if known and gone else checkpoint.digest(checkpoint.locate(init))
-    return settings.identity() | {"init": init} | datasets.identity(benchmark)
+    return settings.identity() | {"train.precision": precision, "init": init} | datasets.identity(benchmark)
+
+
+def keep_precision(state: Run, saved: dict[str, Any]) -> None:
+    """Go on in the precision of the ``saved`` identity, unless one is given by hand; the module reads it at each call."""
+    state.precision = state.precision.resumed(saved.get("train.precision"))
+    state.module.compute_dtype = state.precision.dtype
+    state.identity["train.precision"] = state.precision.name
 
 
 def is_complete(settings: Settings, benchmark: Benchmark) -> bool:
@@ -79,7 +89,10 @@ def is_complete(settings: Settings, benchmark: Benchmark) -> bool:
     if record is None:
         return False
     known = record.get("identity", {})
-    retrieval.require_same(Path(settings.run_dir) / "result.json", identity(settings, benchmark, known), known)
+    wanted = settings.train.precision
+    precision = known.get("train.precision", AUTO) if wanted == AUTO else wanted  # a result stays one on every machine
+    where = Path(settings.run_dir) / "result.json"
+    retrieval.require_same(where, identity(settings, benchmark, precision, known), known)
     return True
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personmae import archive, checkpoint, config, dist, metrics, optim
-from personmae.downstream import RANDOM, augmented, evaluate, identity, is_complete, record_run
+from personmae import archive, checkpoint, config, dist, metrics, optim, precision
+from personmae.downstream import RANDOM, augmented, evaluate, identity, is_complete, keep_precision, record_run
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
@@ -23,6 +23,7 @@ from personmae.guard import Guard
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
+from personmae.precision import Precision
 from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids, train_labels
 from personmae.reid.features import told
@@ -52,6 +53,7 @@ class Run:
     engine: Engine
     order: np.ndarray  # (total_steps, P * K): the pictures of every global batch
     identity: dict[str, Any]  # what must agree before the run is resumed
+    precision: Precision
     step: int = 0
 
     @property
@@ -87,11 +89,13 @@ def run(settings: config.Finetune) -> None:
     dist.start(world)
     order = np.concatenate(plan_batches(settings, benchmark))
 
+    chosen = precision.choose(settings.train.precision, str(world.device), share=dist.from_first_rank)
     torch.manual_seed(settings.seed)
-    module, model_settings = build(settings, num_classes=int(train_labels(benchmark.train).max()) + 1)
+    module, model_settings = build(settings, int(train_labels(benchmark.train).max()) + 1, chosen)
     module.to(world.device).train()
     engine = build_engine(settings, module)
-    state = Run(settings, world, benchmark, module, model_settings, engine, order, identity(settings, benchmark))
+    known = identity(settings, benchmark, chosen.name)
+    state = Run(settings, world, benchmark, module, model_settings, engine, order, known, chosen)
     held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
         with meter.restoring():
@@ -204,7 +208,7 @@ class SupervisedReID(nn.Module):
         return reid_loss(outputs, batch["labels"], everyone, smoothing=self.label_smoothing, classifier=self.classifier)
 
 
-def build(settings: config.Finetune, num_classes: int) -> tuple[SupervisedReID, dict[str, Any]]:
+def build(settings: config.Finetune, num_classes: int, chosen: Precision) -> tuple[SupervisedReID, dict[str, Any]]:
     """The module, from random or pre-trained weights, and the preprocessing that belongs to those weights."""
     model_settings = settings.model.model_dump(mode="json")
     encoder = VisionTransformer(
@@ -223,11 +227,10 @@ def build(settings: config.Finetune, num_classes: int) -> tuple[SupervisedReID, 
         model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
         checkpoint.load_strictly(encoder, weights, settings.init)
     head = build_head(encoder, num_classes, **settings.head.model_dump(), bn_group_size=settings.train.bn_group_size)
-    dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
     module = SupervisedReID(
         ReIDModel(encoder, head, trained_size=trained_size(model_settings)),
         label_smoothing=settings.train.label_smoothing,
-        compute_dtype=dtype,
+        compute_dtype=chosen.dtype,
         classifier=settings.head.classifier,
     )
     if settings.train.compile:
@@ -300,6 +303,7 @@ def save(state: Run, writer: Writer | None) -> None:
         "benchmark": state.benchmark.name,
         "root": str(Path(state.benchmark.root).resolve()),
         "identity": state.identity,
+        **state.precision.record(),
         "versions": checkpoint.versions(),
     }
     writer.save(checkpoint.Checkpoint(state.step, {"model": saved.params, **saved.moments}, record))
@@ -316,6 +320,7 @@ def resume(state: Run) -> Path | None:
     if not found:
         return None
     saved = checkpoint.read(found)
+    keep_precision(state, saved.state.get("identity", {}))
     retrieval.require_same(found, state.identity, saved.state.get("identity", {}))
     tensors = dict(saved.tensors)
     state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
@@ -327,8 +332,9 @@ def announce(state: Run) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     settings, total_steps = state.settings, state.total_steps
     record_run(state)
+    print(f"finetune: {state.precision}")
     if settings.init != RANDOM and not state.step:
-        print(f"finetune: {describe_start(state.module.model, settings.init)}")
+        print(f"finetune: {describe_start(state.module.model, settings.init, settings.model.img_size)}")
     millions = sum(p.numel() for p in state.module.parameters()) / 1e6
     going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"
     print(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, keeper, metrics, optim
+from personmae import checkpoint, config, dist, keeper, metrics, optim, precision
 from personmae.data import storage
 from personmae.data.stream import BatchReader, ShardSet, to_device
 from personmae.engine.base import Engine
@@ -26,10 +26,10 @@ from personmae.model.personmae import Batch, PersonMAE, View, choose_prepare, co
 from personmae.model.teacher import Teacher
 from personmae.model.vit import SIZES
 from personmae.plan import show_plan
+from personmae.precision import Precision
 from personmae.state import Run, Spiked, last_step_counted, open_writer, resume, roll_back, save
 
 PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,048
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def run(settings: config.Pretrain) -> None:
@@ -48,8 +48,9 @@ def run(settings: config.Pretrain) -> None:
     shards = open_shards(settings, world)
     meter.read("stream", shards.counters.registry)
 
+    chosen = precision.choose(settings.train.precision, str(world.device), share=dist.from_first_rank)
     torch.manual_seed(settings.seed)
-    model = build_model(settings).to(world.device)
+    model = build_model(settings, chosen).to(world.device)
     view = View(**settings.view_arguments())
     teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device) if settings.loss.feature_weight else None
     prepare = choose_prepare(model, **settings.prepare_arguments())
@@ -57,7 +58,7 @@ def run(settings: config.Pretrain) -> None:
         compile_parts(model, teacher, settings.train.cuda_graphs)
     engine = build_engine(settings, model, plan)
 
-    state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)))
+    state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)), chosen)
     held = None
     try:
         held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
@@ -193,14 +194,17 @@ def dry_run(settings: config.Pretrain, world_size: int) -> None:
     with tempfile.TemporaryDirectory() as cache, ShardSet(settings.data.shards, cache) as shards:
         num_samples, total_steps = len(shards), count_steps(settings, len(shards))
     images = total_steps * settings.train.global_batch_size
+    chosen = precision.choose(settings.train.precision, str(dist.read_world().device))
+    other = "" if chosen.by_hand else ". Elsewhere auto may choose the other: give train.precision to plan for that machine"
     facts = {
         "size": f"{settings.model.size} at {settings.model.img_size[0]}x{settings.model.img_size[1]}",
         "data": f"{num_samples:,} samples at {settings.data.shards}",
         "run": f"{total_steps:,} steps, {images:,} images, {images / num_samples:.1f} epochs, in {settings.run_dir}",
         "engine": settings.engine.name,
+        "precision": str(chosen).removeprefix("precision ") + other,
     }
     show_plan(
-        build_model(settings),
+        build_model(settings, chosen),
         View(**settings.view_arguments()),
         global_batch_size=settings.train.global_batch_size,
         max_micro_batch_size=settings.train.max_micro_batch_size,
@@ -209,9 +213,9 @@ def dry_run(settings: config.Pretrain, world_size: int) -> None:
     )
 
 
-def build_model(settings: config.Pretrain) -> PersonMAE:
+def build_model(settings: config.Pretrain, chosen: Precision) -> PersonMAE:
     """Student and decoders, freshly initialised."""
-    model = PersonMAE(**settings.model_arguments(), compute_dtype=_DTYPES[settings.train.precision])
+    model = PersonMAE(**settings.model_arguments(), compute_dtype=chosen.dtype)
     model.encoder.activation_checkpointing = settings.train.activation_checkpointing
     return model
 
@@ -352,6 +356,7 @@ def announce(state: Run) -> None:
     millions = sum(p.numel() for p in state.engine.module.parameters()) / 1e6
     print(f"pretrain: {settings.model.size} ({millions:.1f} M parameters with decoders), {len(state.shards):,} samples")
     print(f"pretrain: {state.plan}")
+    print(f"pretrain: {state.precision}")
     going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"
     print(
         f"pretrain: {going}, peak lr {peak_lr(settings):.3g}, engine {settings.engine.name}, run {settings.run_dir}",
@@ -368,7 +373,7 @@ def tell_plan(state: Run, meter: Meter, writer: Writer | None, steps_per_epoch: 
         return
     peak = settings.metrics.peak_tflops and 1e12 * settings.metrics.peak_tflops
     if not peak and world.device.type == "cuda":
-        peak = metrics.peak_flops(torch.cuda.get_device_name(world.device), settings.train.precision)
+        peak = metrics.peak_flops(torch.cuda.get_device_name(world.device), state.precision.name)
     meter.run.plan(
         first_step=state.step,
         total_steps=state.total_steps,

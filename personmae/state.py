@@ -13,6 +13,7 @@ from personmae.guard import Guard
 from personmae.keeper import Writer
 from personmae.model.personmae import View
 from personmae.model.teacher import Teacher
+from personmae.precision import Precision
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Run:
     engine: Engine
     teacher: Teacher | None
     total_steps: int
+    precision: Precision
     step: int = 0  # updates done
     cursor: int = 0  # global batches of the sample order that are behind; more than ``step`` after a rollback
     usual_loss: float | None = None  # what the guard against jumps compares with
@@ -60,7 +62,8 @@ def portable(state: Run, *, spread: bool = False) -> checkpoint.Checkpoint | Non
         "cursor": state.cursor,
         "usual_loss": state.usual_loss,
         "num_updates": engine_state.num_updates,
-        "identity": identity(settings, state.shards),
+        "identity": identity(settings, state.shards, state.precision),
+        **state.precision.record(),
         "model": model_record(settings.model),
         "config_hash": config.config_hash(settings),
         "versions": checkpoint.versions(),
@@ -74,7 +77,9 @@ def resume(state: Run) -> Path | None:
     if not found:
         return None
     saved = checkpoint.read(found)
-    ours, theirs = identity(state.settings, state.shards), saved.state.get("identity", {})
+    theirs = saved.state.get("identity", {})
+    keep_precision(state, theirs.get("train.precision"))
+    ours = identity(state.settings, state.shards, state.precision)
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
         told = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
         raise UserError(
@@ -91,9 +96,18 @@ def resume(state: Run) -> Path | None:
     return found
 
 
-def identity(settings: config.Pretrain, shards: ShardSet) -> dict[str, Any]:
-    """What must agree before a run is resumed: settings, and the data set, since sample numbers follow from its shards."""
-    return settings.identity() | {"data.num_samples": len(shards), "data.index": shards.digest}
+def keep_precision(state: Run, saved: str | None) -> None:
+    """Go on in the precision of a checkpoint, unless one is given by hand; model and teacher read it at each call."""
+    state.precision = state.precision.resumed(saved)
+    for module in (state.engine.module, state.teacher):
+        if module is not None:
+            module.compute_dtype = state.precision.dtype
+
+
+def identity(settings: config.Pretrain, shards: ShardSet, precision: Precision) -> dict[str, Any]:
+    """What must agree before a run is resumed: settings, what ``auto`` came to, and the data set with its shards."""
+    data = {"data.num_samples": len(shards), "data.index": shards.digest}
+    return settings.identity() | {"train.precision": precision.name} | data
 
 
 def last_step_counted(guard: Guard, state: Run) -> bool:

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personmae import archive, checkpoint, config, dist, files, metrics, optim
-from personmae.downstream import augmented, evaluate, identity, is_complete, record_run
+from personmae import archive, checkpoint, config, dist, files, metrics, optim, precision
+from personmae.downstream import augmented, evaluate, identity, is_complete, keep_precision, record_run
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
@@ -26,6 +26,7 @@ from personmae.guard import Guard
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
+from personmae.precision import Precision
 from personmae.reid import cluster, retrieval
 from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids
 from personmae.reid.features import extract, require_finite, standardise_per_camera, told
@@ -46,6 +47,7 @@ class Run:
     model_settings: dict[str, Any]  # architecture and preprocessing, which travel with the weights
     engine: Engine
     identity: dict[str, Any]  # what must agree before the run is resumed
+    precision: Precision
     step: int = 0
     labels: np.ndarray | None = None
 
@@ -77,11 +79,13 @@ def run(settings: config.Unsupervised) -> None:
     stop = dist.StopSignal()
     dist.start(world)
 
+    chosen = precision.choose(settings.train.precision, str(world.device), share=dist.from_first_rank)
     torch.manual_seed(settings.seed)
-    module, model_settings = build(settings)
+    module, model_settings = build(settings, chosen)
     module.to(world.device).train()
     engine = build_engine(settings, module)
-    state = Run(settings, world, benchmark, module, model_settings, engine, identity(settings, benchmark))
+    known = identity(settings, benchmark, chosen.name)
+    state = Run(settings, world, benchmark, module, model_settings, engine, known, chosen)
     held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
         with meter.restoring():
@@ -285,7 +289,7 @@ def trim_clusters(run_dir: Path, step: int) -> None:
     files.cut_lines(run_dir / "clusters.jsonl", lambda record: record["step"] < step)
 
 
-def build(settings: config.Unsupervised) -> tuple[ClusterContrast, dict[str, Any]]:
+def build(settings: config.Unsupervised, chosen: Precision) -> tuple[ClusterContrast, dict[str, Any]]:
     """The module, and the preprocessing that belongs to its weights."""
     model_settings = settings.model.model_dump(mode="json")
     encoder = VisionTransformer(
@@ -297,8 +301,8 @@ def build(settings: config.Unsupervised) -> tuple[ClusterContrast, dict[str, Any
     model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
     checkpoint.load_strictly(encoder, weights, settings.init)
     head = Neck(encoder, pool=settings.feature.pool, bn_group_size=settings.train.bn_group_size)
-    dtype = torch.bfloat16 if settings.train.precision == "bf16" else torch.float32
-    module = ClusterContrast(ReIDModel(encoder, head, trained_size=trained_size(model_settings)), compute_dtype=dtype)
+    model = ReIDModel(encoder, head, trained_size=trained_size(model_settings))
+    module = ClusterContrast(model, compute_dtype=chosen.dtype)
     return module, model_settings
 
 
@@ -362,6 +366,7 @@ def save(state: Run, writer: Writer | None) -> None:
         "benchmark": state.benchmark.name,
         "root": str(Path(state.benchmark.root).resolve()),
         "identity": state.identity,
+        **state.precision.record(),
         "versions": checkpoint.versions(),
     }
     tensors = {"model": saved.params, **saved.moments, "clusters": clusters}
@@ -374,6 +379,7 @@ def resume(state: Run) -> Path | None:
     if not found:
         return None
     saved = checkpoint.read(found)
+    keep_precision(state, saved.state.get("identity", {}))
     retrieval.require_same(found, state.identity, saved.state.get("identity", {}))
     tensors = dict(saved.tensors)
     clusters = tensors.pop("clusters")
@@ -387,9 +393,10 @@ def announce(state: Run) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     settings, total_steps = state.settings, state.total_steps
     record_run(state)
+    print(f"unsupervised: {state.precision}")
     warn_of_same_data(settings, state.benchmark)
     if not state.step:
-        print(f"unsupervised: {describe_start(state.module.model, settings.init)}")
+        print(f"unsupervised: {describe_start(state.module.model, settings.init, settings.model.img_size)}")
     millions = sum(p.numel() for p in state.module.parameters()) / 1e6
     going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"
     print(

@@ -16,7 +16,7 @@ from launcher import elastic, submit
 from launcher.suite import Suite
 from personmae import __main__, config
 from personmae.commands import about
-from personmae.commands.arguments import named, place
+from personmae.commands.arguments import place
 from personmae.commands.examples import EXAMPLES, MAIN_KEYS, closing
 from personmae.config_keys import keys_of
 from personmae.errors import EXIT_COMPLETE, EXIT_USER_ERROR, UserError
@@ -314,6 +314,8 @@ def test_a_name_that_is_there_is_taken_as_it_stands_and_a_variable_that_is_not_s
     (tmp_path / "a$NO_SUCH").mkdir()
     assert place("~") == "~"
     assert place("a$NO_SUCH") == "a$NO_SUCH"
+    assert "must not be empty" in refusal(capsys, "report", "")
+    assert "must not be empty" in refusal(capsys, "shards", "write", "", "x")
     assert "the environment's variable NO_SUCH is not set" in refusal(capsys, "report", "$NO_SUCH/x")
 
 
@@ -324,7 +326,7 @@ def test_every_argument_that_is_a_path_is_expanded():
     found = {(leaf.prog, a.dest): a.type for leaf in LEAVES.values() for a in leaf._actions if a.dest in words}
     found = {key: kind for key, kind in found.items() if key != ("personmae help", "words")}
     assert len(found) > 15
-    assert [key for key, kind in found.items() if kind not in (Path, named, place)] == []
+    assert [key for key, kind in found.items() if kind not in (Path, place)] == []
 
 
 def test_nothing_heavy_is_needed_for_the_help():

@@ -26,7 +26,7 @@ GROUND = {
     f"personmae.{name}"
     for name in (
         *("errors", "files", "heartbeat", "images", "locations", "progress", "sessions", "signals", "telemetry", "yaml_text"),
-        "endpoint",
+        *("endpoint", "precision"),
     )
 }
 CONFIG = {"personmae.config"} | {

@@ -27,12 +27,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, metrics, pretrain
+from personmae import checkpoint, config, dist, metrics, precision, pretrain
+from personmae.bench.ceilings import require_native
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.errors import UserError
 from personmae.guard import Guard
 from personmae.model.personmae import View
 from personmae.model.teacher import Teacher
+from personmae.precision import AUTO, NAMES
 from personmae.state import Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers.json"
@@ -55,7 +57,8 @@ class Ours:
 
     def __init__(self, settings: config.Pretrain, world: dist.World, shards: ShardSet):
         torch.manual_seed(settings.seed)
-        model, view = pretrain.build_model(settings).to(world.device), View(**settings.view_arguments())
+        chosen = precision.choose(settings.train.precision, str(world.device))
+        model, view = pretrain.build_model(settings, chosen).to(world.device), View(**settings.view_arguments())
         teacher = self.teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device)
         self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         train = settings.train
@@ -64,7 +67,7 @@ class Ours:
             pretrain.compile_parts(model, teacher, train.cuda_graphs)
         plan = dist.plan_batch(settings.train.global_batch_size, 1, settings.train.global_batch_size)
         self.engine = pretrain.build_engine(settings, model, plan)
-        self.state = Run(settings, world, plan, view, shards, self.engine, teacher, TOTAL_STEPS)
+        self.state = Run(settings, world, plan, view, shards, self.engine, teacher, TOTAL_STEPS, chosen)
         self.guard = Guard(world.device, max_skipped_steps=train.max_skipped_steps)
         self.copies = torch.cuda.Stream() if world.device.type == "cuda" else None
 
@@ -166,10 +169,11 @@ def read_settings(arguments: argparse.Namespace) -> config.Pretrain:
 def compare(arguments: argparse.Namespace, world: dist.World, folder: Path, tell: Callable[[Times], object]) -> None:
     """Tell the milliseconds of a step, after each part in each round all that there are."""
     settings, num_workers = read_settings(arguments), dist.usable_cores()
-    variants = {"usual, bf16": (torch.bfloat16, False)}
+    has_bf16 = "bf16" in require_native(["bf16", "fp32"], world.device)
+    variants = {"usual, bf16": (torch.bfloat16, False)} if has_bf16 else {}
     if not arguments.no_fp32:
         variants["usual, fp32"] = torch.float32, False
-    if arguments.compile_usual:
+    if arguments.compile_usual and has_bf16:
         variants["usual, bf16, torch.compile"] = torch.bfloat16, True
     num_ahead = 2 * num_workers  # what the workers of a DataLoader have ready
     num_batches = 1 + num_ahead + len(variants) * (1 + arguments.rounds * (num_ahead + arguments.steps))
@@ -232,7 +236,7 @@ def show(record: dict[str, Any]) -> None:
                 table.add_row(part, name, f"{median:.1f}", f"{1000 * settings['batch_size'] / median:,.0f}", *times)
     console = Console()
     console.print(table)
-    least = record["ratios"]["cut and step"]["usual, bf16"]["median"]
+    least = next(iter(record["ratios"]["cut and step"].values()))["median"]
     console.print(f"with the cut inside its step, ours takes {1 / least:.2f} of the usual one, which is given its regions")
 
 
@@ -243,7 +247,7 @@ def main() -> None:
     parser.add_argument("--size", default="micro")
     parser.add_argument("--img-size", type=int, nargs=2, default=[128, 64], metavar=("H", "W"))
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--precision", default="bf16", choices=["bf16", "fp32"], help="of ours")
+    parser.add_argument("--precision", default=AUTO, choices=[AUTO, *NAMES], help="of ours (default auto)")
     parser.add_argument("--compile", action="store_true", help="torch.compile ours")
     parser.add_argument("--cuda-graphs", action="store_true", help="torch.compile ours, and replay it as CUDA graphs")
     parser.add_argument("--no-fp32", action="store_true", help="leave out the usual way in fp32")
@@ -255,6 +259,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     world = dist.read_world()
+    (arguments.precision,) = require_native([arguments.precision], world.device)
     dist.start(world)
     settings = vars(arguments) | {"shards": Path(arguments.shards).name, "out": arguments.out.name}
     record: dict[str, Any] = {

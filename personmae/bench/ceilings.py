@@ -6,13 +6,15 @@ nor the neighbours.
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
 
 from personmae import dist
+from personmae.errors import UserError
+from personmae.precision import AUTO, choose
 
 Product = tuple[int, int, int]  # (M, K, N): of a matrix (M, K) and one (K, N)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -36,27 +38,46 @@ class Ceilings:
     products: dict[str, dict[str, float]] = field(default_factory=dict)  # operations a second, by precision and "M x K x N"
 
 
-def measure_alone() -> Ceilings:
+def require_native(precisions: Sequence[str], device: torch.device) -> tuple[str, ...]:
+    """Those of the wanted precisions that a device computes natively, ``auto`` resolved; what is left out is said.
+
+    A bf16 product by emulation takes a hundred times as long as an fp32 one, and says nothing about the machine.
+
+    Raises:
+        UserError: none is left.
+    """
+    native = (choose(AUTO, str(device))).native
+    wanted = dict.fromkeys(native.best if name == AUTO else name for name in precisions)
+    left = tuple(name for name in wanted if name == "fp32" or native.bf16)
+    if not left:
+        raise UserError(f"bf16 cannot be measured here, since {native.why}; give fp32")
+    if len(left) < len(wanted):
+        print(f"bf16 is left out: {native.why}", flush=True)
+    return left
+
+
+def measure_alone(precisions: Sequence[str]) -> Ceilings:
     """The ceilings of the device that a program would take, from a process that leaves nothing behind."""
+    print(f"measuring what this machine can do at most, in {' and '.join(precisions)} ...", flush=True)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_measure_here).result()
+        return pool.submit(_measure_here, tuple(precisions)).result()
 
 
-def _measure_here() -> Ceilings:
+def _measure_here(precisions: tuple[str, ...]) -> Ceilings:
     world = dist.read_world()
     dist.start(world)
     try:
-        return measure_ceilings(world.device)
+        return measure_ceilings(world.device, precisions)
     finally:
         dist.stop()
 
 
-def measure_ceilings(device: torch.device) -> Ceilings:
+def measure_ceilings(device: torch.device, precisions: Sequence[str]) -> Ceilings:
     """Both ceilings of a device, within ten seconds on two cores; each number is the best of many short blocks of calls."""
     shapes = _ON_CUDA if device.type == "cuda" else _ON_CPU
     products = {
-        precision: {" x ".join(map(str, shape)): _product_rate(shape, dtype, device) for shape in shapes}
-        for precision, dtype in DTYPES.items()
+        precision: {" x ".join(map(str, shape)): _product_rate(shape, DTYPES[precision], device) for shape in shapes}
+        for precision in precisions
     }
     return Ceilings({precision: max(rates.values()) for precision, rates in products.items()}, _bandwidth(device), products)
 

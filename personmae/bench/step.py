@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from personmae import checkpoint, dist, files, metrics
-from personmae.bench.ceilings import DTYPES, Ceilings, measure_alone
+from personmae.bench.ceilings import DTYPES, Ceilings, measure_alone, require_native
 from personmae.bench.counts import Work
 from personmae.bench.loop import (
     ENGINES,
@@ -41,6 +41,7 @@ from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 from personmae.model.personmae import Cutter, require_kernel
 from personmae.model.vit import SIZES, ActivationCheckpointing
+from personmae.precision import AUTO
 
 T = TypeVar("T")
 # In the order they are told.
@@ -55,7 +56,7 @@ class StepBench:
     batches: tuple[int, ...] = (32,)
     engines: tuple[str, ...] = ("native",)
     compile: tuple[str, ...] = ("off",)
-    precisions: tuple[str, ...] = ("bf16",)
+    precisions: tuple[str, ...] = (AUTO,)
     checkpointing: tuple[str, ...] = ("none",)
     cutters: tuple[str, ...] = ("torch",)
     img_size: tuple[int, int] = (256, 128)
@@ -73,7 +74,7 @@ class StepBench:
             ("sizes", self.sizes, tuple(SIZES)),
             ("engines", self.engines, ENGINES),
             ("compile", self.compile, get_args(Compiled)),
-            ("precision", self.precisions, tuple(DTYPES)),
+            ("precision", self.precisions, (AUTO, *DTYPES)),
             ("checkpointing", self.checkpointing, get_args(ActivationCheckpointing)),
             ("cutters", self.cutters, get_args(Cutter)),
         ):
@@ -95,12 +96,15 @@ class StepBench:
 def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | None = None) -> dict[str, Any]:
     """Measure, print tables, and write the record to ``out``, what there is of it after each cell.
 
-    ``ceilings`` are measured too unless they are given.
+    ``ceilings`` are measured too unless they are given. A precision that the device has not is left out, with a line.
 
     Raises:
         UserError: the grid is not possible here, or the shards cannot be read or hold too little.
     """
-    groups, device = bench.groups(), dist.read_world().device
+    bench.groups()  # names that are wrong are told first
+    device = dist.read_world().device
+    bench = replace(bench, precisions=require_native(bench.precisions, device))
+    groups = bench.groups()
     if "graph" in bench.compile and device.type == "cpu":
         raise UserError("--compile graph needs a GPU and there is none; leave it out")
     if "triton" in bench.cutters:
@@ -108,7 +112,7 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
     if bench.shards:
         _require_samples(bench.shards, max(bench.batches))
     teams = groups if device.type == "cpu" else [[cell] for group in groups for cell in group]
-    ceilings = ceilings or measure_alone()
+    ceilings = ceilings or measure_alone(bench.precisions)
     print(f"bench step: this machine does {_described(ceilings)}", flush=True)
     shards = Path(bench.shards).name if bench.shards else None
     record: dict[str, Any] = {

@@ -5,7 +5,7 @@ import difflib
 from pathlib import Path
 from typing import cast
 
-from personmae.commands.arguments import Parser, named, place
+from personmae.commands.arguments import Parser, place
 from personmae.errors import UserError
 
 
@@ -111,5 +111,5 @@ def _mark_files(parser: argparse.ArgumentParser) -> None:
         for each in action.choices.values():
             _mark_files(each)
     for action in parser._actions:
-        if action.type in (Path, named, place):
+        if action.type in (Path, place):
             action.complete = shtab.FILE  # type: ignore[attr-defined]

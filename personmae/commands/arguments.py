@@ -67,6 +67,8 @@ def local_path(text: str) -> Path:
 
 def place(text: str) -> str:
     """A directory or a location in an object store, with ``~`` and ``$VAR`` expanded."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
     try:
         return locations.location(text)
     except UserError as error:
@@ -85,12 +87,6 @@ def counting(text: str) -> int:
         if int(text) > 0:
             return int(text)
     raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
-
-
-def named(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("must not be empty")
-    return local_path(text)
 
 
 class Progress:

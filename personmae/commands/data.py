@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from personmae.commands.arguments import Progress, named, place, positive
+from personmae.commands.arguments import Progress, place, positive
 
 _SHARDS_WRITE = """\
 SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. Everything below it that holds images is taken:
@@ -74,7 +74,7 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
         epilog=_SHARDS_WRITE_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    write.add_argument("source", type=_named, metavar="SRC", help="where the images are: a path or s3://bucket/prefix")
+    write.add_argument("source", type=place, metavar="SRC", help="where the images are: a path or s3://bucket/prefix")
     write.add_argument(
         "destination", type=place, metavar="DEST", help="directory or s3://bucket/prefix; must be empty or unfinished"
     )
@@ -143,12 +143,6 @@ def _shards_write(args: argparse.Namespace) -> None:
         passed_over += "; the people are synthetic"
     what = "already complete: {} images in" if outcome.was_complete else "{} images written to"
     print(f"{what.format(f'{outcome.num_pictures:,}')} {args.destination}{rejected}{passed_over}")
-
-
-def _named(text: str) -> str:
-    """A place that is not empty, as text: a path would lose one of two slashes."""
-    named(text)
-    return place(text)
 
 
 def _part(text: str) -> tuple[int, int]:

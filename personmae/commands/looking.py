@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from personmae.commands.arguments import counting, named, place, positive
+from personmae.commands.arguments import counting, place, positive
 from personmae.errors import UserError
 
 
@@ -108,7 +108,12 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
         help="of native, 'deepspeed 0' to 'deepspeed 3', fsdp, and plain, which is a loop written out (default native)",
     )
     step.add_argument("--compile", type=names, default=("off",), help="of off, on, and graph, with CUDA graphs (default off)")
-    step.add_argument("--precision", type=names, default=("bf16",), help="of bf16, fp32 (default bf16)")
+    step.add_argument(
+        "--precision",
+        type=names,
+        default=("auto",),
+        help="of bf16, fp32, auto (default auto: the one it is made for)",
+    )
     step.add_argument("--checkpointing", type=names, default=("none",), help="of none, selective, full (default none)")
     step.add_argument("--cutters", type=names, default=("torch",), help="of regions: torch, triton (default torch)")
     step.add_argument("--img-size", type=size, default=(256, 128), metavar="HxW", help="pixels (default 256x128)")
@@ -141,22 +146,30 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
 def _bench_counts(actions: argparse._SubParsersAction) -> None:
     verb = actions.add_parser("counts", help="operations and bytes of each stage of a step, and their time at the least")
     verb.add_argument("--batch", type=counting, default=256, help="images a step (default 256)")
-    verb.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of the matrix products (default bf16)")
+    verb.add_argument(
+        "--precision",
+        choices=["bf16", "fp32"],
+        help="of the matrix products (default bf16; with --measure the one that this machine is made for)",
+    )
     verb.add_argument("--rate", type=positive, metavar="TFLOPS", help="10^12 operations a second that a machine does")
     verb.add_argument("--bandwidth", type=positive, metavar="GB/S", help="10^9 bytes a second that it moves")
     verb.add_argument("--measure", action="store_true", help="take both from this machine")
     verb.add_argument("--out", type=Path, help="write the record as JSON")
 
     def run(args: argparse.Namespace) -> None:
-        from personmae.bench.ceilings import Ceilings, measure_alone
+        from personmae import dist
+        from personmae.bench.ceilings import Ceilings, measure_alone, require_native
         from personmae.bench.counts import CountBench, run_counts
 
         if (args.rate is None) != (args.bandwidth is None) or (args.rate and args.measure):
             raise UserError("--rate and --bandwidth belong together, and in the place of --measure")
-        ceilings = measure_alone() if args.measure else None
+        precision, ceilings = args.precision or "bf16", None
+        if args.measure:
+            (precision,) = require_native([args.precision or "auto"], dist.read_world().device)
+            ceilings = measure_alone([precision])
         if args.rate:
-            ceilings = Ceilings({args.precision: 1e12 * args.rate}, 1e9 * args.bandwidth)
-        run_counts(CountBench(batch_size=args.batch, precision=args.precision), ceilings, args.out)
+            ceilings = Ceilings({precision: 1e12 * args.rate}, 1e9 * args.bandwidth)
+        run_counts(CountBench(batch_size=args.batch, precision=precision), ceilings, args.out)
 
     verb.set_defaults(run=run)
 
@@ -208,7 +221,7 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("doctor", help="what this machine has, and which commands would fail and why")
     what = verb.add_mutually_exclusive_group()
     what.add_argument("--shards", type=place, help="also try to read shards at a directory or s3://bucket/prefix")
-    what.add_argument("--data", metavar="PATH", type=named, help="instead: count the benchmarks in a folder, open their files")
+    what.add_argument("--data", metavar="PATH", type=Path, help="instead: count the benchmarks in a folder, open their files")
 
     def run(args: argparse.Namespace) -> None:
         if args.data:

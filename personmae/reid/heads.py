@@ -333,11 +333,22 @@ def trained_size(model_settings: dict[str, Any]) -> tuple[int, int]:
     return height, width
 
 
-def describe_start(model: ReIDModel, init: str) -> str:
-    """Which of a new model's tensors come from the weights ``init``, and which are new."""
+def describe_start(model: ReIDModel, init: str, img_size: tuple[int, int]) -> str:
+    """Which of a new model's tensors come from the weights ``init``, which are new, and what another picture size means.
+
+    ``img_size`` is the (H, W) in pixels that the model will see.
+    """
     given = len(encoder_weights(dict(model.state_dict())))
     new = [name for name in model.head.state_dict() if not name.startswith("branches.")]
-    return f"{given} of {given} tensors of {init} match; the head starts new: {len(new)} tensors"
+    start = f"{given} of {given} tensors of {init} match; the head starts new: {len(new)} tensors"
+    if model.trained_size in (None, img_size):
+        return start
+    height, width = model.trained_size
+    steps = " x ".join(f"{trained / own:.3g}" for trained, own in zip(model.trained_size, img_size, strict=True))
+    return (
+        f"{start}; it was trained at {height}x{width} and now sees {img_size[0]}x{img_size[1]}: positions are interpolated "
+        f"into the {height}x{width} that it knows, so that neighbouring patches are {steps} of its steps apart"
+    )
 
 
 def settings_from(init: str, record: dict[str, Any], own: dict[str, Any], given: Collection[str]) -> dict[str, Any]:

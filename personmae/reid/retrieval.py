@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,8 @@ def _rank_list(query: Sample, found: list[Sample]) -> dict[str, Any]:
 def model_features(
     model: ReIDModel,
     *,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
+    mean: Sequence[float],
+    std: Sequence[float],
     device: torch.device,
     batch_size: int = 256,
     stopped: Callable[[], bool] = lambda: False,

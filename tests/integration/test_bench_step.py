@@ -152,6 +152,22 @@ def test_what_is_not_known_or_not_possible_is_refused_before_anything_is_measure
             run_step(replace(BENCH, **wrong), ceilings=CEILINGS)  # type: ignore[arg-type]
 
 
+def test_a_machine_without_bf16_is_not_measured_in_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A ceiling in bf16 would take minutes there, whatever precision the step is asked in."""
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with pytest.raises(UserError, match=r"bf16 cannot be measured here, since .*; give fp32"):
+        run_step(replace(BENCH, precisions=("bf16",)))
+    small = replace(BENCH, batches=(1,), num_steps=1)
+    record = run_step(replace(small, precisions=("bf16", "fp32")), tmp_path / "step.json")
+    assert list(record["ceilings"]["matrix_rate"]) == ["fp32"]
+    assert [(row["precision"], row["failed"]) for row in record["measured"]] == [("fp32", None)]
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("bf16 is left out: ")
+    assert second == "measuring what this machine can do at most, in fp32 ..."
+
+
 def test_graphs_without_a_gpu_are_refused_in_one_line() -> None:
     line = one_line_error(personmae("bench", "step", "--compile", "off,graph", "--img-size", "128x64", "--batches", "4,8"))
     assert "--compile graph needs a GPU and there is none" in line

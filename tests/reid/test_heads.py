@@ -344,10 +344,20 @@ def test_the_start_is_told_in_tensors_that_match_and_that_are_new():
     given = len(base.state_dict())
     plain = ReIDModel(base, BNNeck(base, NUM_CLASSES))
     expected = f"{given} of {given} tensors of some/run match; the head starts new: {{}} tensors"
-    assert describe_start(plain, "some/run") == expected.format(len(plain.head.state_dict()))
+    assert describe_start(plain, "some/run", (64, 32)) == expected.format(len(plain.head.state_dict()))
     parted = ReIDModel(base, MGN(base, NUM_CLASSES))
     copied = 3 * len(Branch(base).state_dict())
-    assert describe_start(parted, "some/run") == expected.format(len(parted.head.state_dict()) - copied)
+    assert describe_start(parted, "some/run", (64, 32)) == expected.format(len(parted.head.state_dict()) - copied)
+
+
+def test_a_start_of_another_picture_size_is_told_with_what_happens_to_positions():
+    base = encoder()
+    model = ReIDModel(base, BNNeck(base, NUM_CLASSES), trained_size=(128, 64))
+    assert "positions" not in describe_start(model, "some/run", (128, 64))
+    told = describe_start(model, "some/run", (256, 96))
+    assert "it was trained at 128x64 and now sees 256x96" in told
+    assert "0.5 x 0.667 of its steps apart" in told
+    assert "\n" not in told
 
 
 def test_settings_come_from_the_weights_and_a_normalisation_given_besides_is_refused():

@@ -1,0 +1,141 @@
+"""A run that is resumed where ``auto`` would choose the other precision keeps its own, and says so."""
+
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import ROOT
+
+from personmae import checkpoint
+from personmae.__main__ import main
+from personmae.data.synthetic import SynthSettings, write_synthetic
+
+pytestmark = pytest.mark.integration
+NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # read by us at each start, by oneDNN once a process
+OLD_KEYS = ("precision", "precision_by_hand")
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the checkout, on the CPU; handlers of signals are given back."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *NO_BF16):
+        monkeypatch.delenv(name, raising=False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark of 4 identities to train and to test on."""
+    out = tmp_path_factory.mktemp("synth") / "data"
+    few = {f"{name}_{split}_ids": 4 for name in ("market", "occluded_duke") for split in ("train", "test")}
+    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=2, market_junk=1, **few)
+    write_synthetic(out, settings, num_processes=1)
+    return out / "market1501"
+
+
+def pretraining(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
+    small = ["train.global_batch_size=4", "train.total_steps=2", "train.log_every=1", "checkpoint.every_steps=1"]
+    where = [f"data.shards={shards}", f"run_dir={run_dir}", "data.num_threads=1", "data.shuffle_block_size=32"]
+    return ["pretrain", "configs/quickstart.yaml", "engine.name=native", *where, *small, *overrides]
+
+
+def finetuning(root: Path, run_dir: Path, *overrides: str) -> list[str]:
+    small = ["batch.num_ids=2", "batch.num_instances=2", "train.bn_group_size=4", "train.epochs=1", "checkpoint.every_steps=1"]
+    return ["finetune", "configs/quickstart_random.yaml", f"root={root}", f"run_dir={run_dir}", *small, *overrides]
+
+
+def last_state(run_dir: Path) -> dict[str, Any]:
+    newest = checkpoint.newest(run_dir)
+    assert newest is not None
+    return checkpoint.read(newest).state
+
+
+def cut_short(run_dir: Path, *, drop: tuple[str, ...] = ()) -> None:
+    """Take a finished run's end away; without the states ``drop`` it is one of a version that did not know them."""
+    (run_dir / "result.json").unlink(missing_ok=True)
+    *_, before, last = sorted((run_dir / "checkpoints").glob("step-*"))
+    shutil.rmtree(last)
+    if drop:
+        saved = checkpoint.read(before)
+        shutil.rmtree(before)
+        state = {name: value for name, value in saved.state.items() if name not in drop}
+        checkpoint.write(run_dir, checkpoint.Checkpoint(saved.step, saved.tensors, state), keep_last=1)
+
+
+@pytest.mark.parametrize("drop", [(), OLD_KEYS], ids=["of now", "of before"])
+@pytest.mark.parametrize("program", ["pretrain", "finetune"])
+def test_a_run_in_bf16_goes_on_in_it_where_auto_would_not_choose_it(
+    program: str,
+    drop: tuple[str, ...],
+    shard_dir: Path,
+    market: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = pretraining(shard_dir, tmp_path) if program == "pretrain" else finetuning(market, tmp_path)
+    assert main([*command, "train.precision=bf16"]) == 0
+    assert f"{program}: precision bf16 (as set" in capsys.readouterr().out
+    state = last_state(tmp_path)
+    assert (state["precision"], state["precision_by_hand"], state["identity"]["train.precision"]) == ("bf16", True, "bf16")
+    cut_short(tmp_path, drop=drop)
+    for name, value in NO_BF16.items():
+        monkeypatch.setenv(name, value)
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert "resuming at step" in told
+    assert f"{program}: precision bf16 (kept from the checkpoint" in told
+    assert "checkpoint.resume=none train.precision=fp32 starts anew" in told
+    state = last_state(tmp_path)
+    assert (state["precision"], state["precision_by_hand"]) == ("bf16", False)
+    assert main(command) == 0  # complete, whatever this machine would choose
+    assert "complete" in capsys.readouterr().out
+    assert main([*command, "train.precision=fp32"]) == 78
+    assert "train.precision=bf16 (now fp32)" in capsys.readouterr().err
+
+
+def test_auto_records_what_it_came_to_and_says_why(
+    shard_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in NO_BF16.items():
+        monkeypatch.setenv(name, value)
+    assert main(pretraining(shard_dir, tmp_path)) == 0
+    assert "pretrain: precision fp32 (auto: " in capsys.readouterr().out
+    state = last_state(tmp_path)
+    assert (state["precision"], state["precision_by_hand"], state["identity"]["train.precision"]) == ("fp32", False, "fp32")
+    cut_short(tmp_path)
+    assert main(pretraining(shard_dir, tmp_path, "train.precision=fp32")) == 0  # what auto came to, now by hand
+    assert "precision fp32 (as set)" in capsys.readouterr().out
+
+
+def test_an_encoder_of_another_picture_size_is_told_and_of_another_architecture_refused(
+    shard_dir: Path, market: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(pretraining(shard_dir, tmp_path / "start", "train.precision=fp32")) == 0
+    usl = ["batch.num_ids=2", "batch.num_instances=2", "train.bn_group_size=4", "train.epochs=1", "train.iters_per_epoch=1"]
+    usl += ["cluster.k1=8", "cluster.k2=3", "cluster.eps=0.99", "cluster.min_samples=2", "cluster.per_camera=false"]
+    programs = {
+        "finetune": ["configs/quickstart_random.yaml", *finetuning(market, tmp_path / "tuned")[4:]],
+        "unsupervised": ["configs/quickstart_usl.yaml", *usl],
+    }
+    for program, arguments in programs.items():
+        for wrong, line in (
+            ("model.size=small", "model.size=small must be that of"),
+            ("model.patch_size=32", "model.patch_size=32 must be that of"),
+        ):
+            common = [f"root={market}", f"run_dir={tmp_path / program}", f"init={tmp_path / 'start'}", "train.precision=fp32"]
+            assert main([program, *arguments, *common, wrong]) == 78
+            assert line in capsys.readouterr().err
+        code = main([program, *arguments, *common, "model.img_size=[256,128]"])
+        told = capsys.readouterr()
+        (start,) = (line for line in told.out.splitlines() if f"{program}: " in line and "the head starts new" in line)
+        assert "it was trained at 128x64 and now sees 256x128" in start
+        assert code == 0 or "clusters a batch are required" in told.err  # random weights may find too few
