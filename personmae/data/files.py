@@ -125,11 +125,11 @@ class LocalFiles(Files):
 
     def files(self, passed_over: Counter[str]) -> list[File]:
         if self.only is not None:
-            return [File(self.only, self._num_bytes(self.only))]
-        return [File(name, self._num_bytes(name)) for name in sorted(self._below(b"", frozenset(), passed_over))]
+            return [File(self.only, self.path(self.only).stat().st_size)]
+        return sorted(self._below(b"", frozenset(), passed_over))
 
-    def _below(self, below: bytes, around: frozenset[bytes], passed_over: Counter[str]) -> Iterator[str]:
-        """Paths of the files below a folder; ``around`` are the folders in which this one is being walked."""
+    def _below(self, below: bytes, around: frozenset[bytes], passed_over: Counter[str]) -> Iterator[File]:
+        """The files below a folder; ``around`` are the folders in which this one is being walked."""
         folder = os.path.join(os.fsencode(self._root), below)
         real = os.path.realpath(folder)
         if real in around:
@@ -147,16 +147,12 @@ class LocalFiles(Files):
                 passed_over["hidden folders" if entry.is_dir() else "hidden files"] += 1
             elif entry.is_dir():
                 yield from self._below(path, around | {real}, passed_over)
-            elif entry.is_file() or not os.path.exists(entry.path):
-                yield text_of(path)
+            elif entry.is_file():
+                yield File(text_of(path), entry.stat().st_size)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                yield File(text_of(path), -1)
             else:
                 passed_over["devices, pipes and sockets"] += 1
-
-    def _num_bytes(self, name: str) -> int:
-        try:
-            return os.stat(self.path(name)).st_size
-        except OSError:
-            return -1
 
     def exists(self) -> bool:
         return self.path(self.only or "").exists()
@@ -205,7 +201,7 @@ class BucketFiles(Files):
     def _listed(self) -> Iterator[File]:
         prefix = self._prefix + (self.only or "")
         with storage.explained(self.location, "listing"):
-            pages = storage.s3_client().get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
+            pages = storage.shared_client().get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=prefix)
             for page in pages:
                 for item in page.get("Contents", []):
                     if not item["Key"].endswith("/"):  # what some clients write for a folder
@@ -216,11 +212,11 @@ class BucketFiles(Files):
         if num_bytes == 0:
             return b""
         with self._failing_as_a_disk(name):
-            return storage.s3_client().get_object(Bucket=self._bucket, Key=self._prefix + name, **asked)["Body"].read()
+            return storage.shared_client().get_object(Bucket=self._bucket, Key=self._prefix + name, **asked)["Body"].read()
 
     def open(self, name: str) -> BinaryIO:
         with self._failing_as_a_disk(name):
-            size = storage.s3_client().head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"]
+            size = storage.shared_client().head_object(Bucket=self._bucket, Key=self._prefix + name)["ContentLength"]
         return _OpenObject(self, name, size)  # type: ignore[return-value]
 
     @contextmanager

@@ -70,6 +70,12 @@ def _shard(entry: dict) -> Shard:
         raise ValueError(f"the hash {min(unknown)} is not known here")
     if raw["bytes"] < 4 * (entry["samples"] + 2):
         raise ValueError(f"{raw['basename']} of {raw['bytes']} bytes cannot hold {entry['samples']} samples")
+    return shard_of(entry)
+
+
+def shard_of(entry: dict) -> Shard:
+    """An entry of an index, whoever wrote it."""
+    raw = entry["raw_data"]
     return Shard(
         name=raw["basename"],
         samples=entry["samples"],

@@ -99,7 +99,7 @@ class Source:
             UserError: a shard of an index is not there.
         """
         names, owned = {file.name for file in files}, set[str]()
-        indices = [name for name in names if os.path.basename(name) == mds.INDEX]
+        indices = [name for name in names if name.endswith(mds.INDEX) and os.path.basename(name) == mds.INDEX]
         for name in sorted(indices, key=lambda name: (name.count("/"), name)):
             index = Mds(self._files, name, _folder(name), self._column)
             if all(shard & owned for shard in index.members):  # no index of shards, or one below another
@@ -117,19 +117,19 @@ class Source:
 
     def _container(self, name: str) -> Container | None:
         """The container that a file is, or None; which of several indices count has been seen to before."""
-        lower, base = name.lower(), os.path.basename(name)
         if name in self._containers:
             return self._containers[name]
+        lower = name.lower()
+        if not lower.endswith(_SINGLE) or os.path.basename(lower) == "lock.mdb":
+            return None
         prefix = f"{os.path.splitext(name)[0]}/"
         if lower.endswith(".tar"):
             made: Container = Tar(self._files, name, prefix)
         elif lower.endswith(_PARQUET_SUFFIXES):
             made = Parquet(self._files, name, prefix, self._column)
-        elif lower.endswith(_LMDB_SUFFIXES) and base != "lock.mdb":
-            whole = base == "data.mdb" or name == self._files.only
-            made = Lmdb(self._files, name, _folder(name) if whole else prefix)
         else:
-            return None
+            whole = os.path.basename(name) == "data.mdb" or name == self._files.only
+            made = Lmdb(self._files, name, _folder(name) if whole else prefix)
         return self._containers.setdefault(name, made)
 
     def _merged(

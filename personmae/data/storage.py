@@ -110,6 +110,12 @@ def s3_client(max_attempts: int = 4) -> Any:
         raise UserError(f"S3_ENDPOINT_URL or AWS_ENDPOINT_URL must be an address like http://host:port: {error}") from None
 
 
+def shared_client(max_attempts: int = 4) -> Any:
+    """As ``s3_client``, for threads that may be the first to ask."""
+    with _making_client:
+        return s3_client(max_attempts)
+
+
 def s3_identity() -> str:
     """Whose credentials are in use and where they come from, for a log; never the secret."""
     client = s3_client()
@@ -225,9 +231,7 @@ def fetch_into(file: BinaryIO, root: str, name: str, check: Callable[[], None]) 
     bucket, prefix = split_s3(root)
     start = file.tell()
     asked = {"Range": f"bytes={start}-"} if start else {}
-    with _making_client:
-        client = s3_client(1)
-    body = client.get_object(Bucket=bucket, Key=f"{prefix}{name}", **asked)["Body"]
+    body = shared_client(1).get_object(Bucket=bucket, Key=f"{prefix}{name}", **asked)["Body"]
     with body:
         for block in body.iter_chunks(_BLOCK):
             check()

@@ -51,7 +51,10 @@ class ShardSet:
             location = f"{self.root}/{mds.INDEX}"
             index = persist(lambda: storage.read(self.root, mds.INDEX), location, retry_seconds, self.counters)
         if index is None:
-            raise UserError(f"a data set with {mds.INDEX} is required; {root} has none: write it with 'personmae shards write'")
+            raise UserError(
+                f"a data set with {mds.INDEX} is required; {root} has none: write it with 'personmae shards write SRC {root}', "
+                f"or import images that lie there with 'personmae shards write {root} OUT'"
+            )
         self.cache = ShardCache(
             self.root,
             index,

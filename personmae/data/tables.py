@@ -186,15 +186,7 @@ class Mds(Table):
 
     def load(self, number: int) -> Images:
         entry = self.entries[number]
-        raw = entry["raw_data"]
-        shard = mds.Shard(
-            name=raw["basename"],
-            samples=entry["samples"],
-            num_bytes=raw["bytes"],
-            hashes=raw["hashes"],
-            columns=tuple(entry["column_names"]),
-            column_sizes=tuple(entry["column_sizes"]),
-        )
+        shard = mds.shard_of(entry)
         column = shard.columns.index(str(self._column))
         content = self._content(entry)
         offsets = np.frombuffer(content, np.uint32, shard.samples + 1, 4).astype(np.int64)

@@ -110,7 +110,7 @@ def test_a_missing_bucket_is_named_and_nothing_is_tried_further(pictures, s3_ser
 def test_a_prefix_without_an_index_says_how_to_write_one(s3_server, tmp_path):
     bucket = s3_server.bucket("empty")
     message = refused(ShardSet, f"s3://{bucket}/nothing", tmp_path)
-    assert f"s3://{bucket}/nothing has none: write it with 'personmae shards write'" in message
+    assert f"s3://{bucket}/nothing has none: write it with 'personmae shards write SRC s3://{bucket}/nothing'" in message
 
 
 def test_a_taken_prefix_is_left_alone(pictures, s3_server):

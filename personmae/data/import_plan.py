@@ -1,0 +1,89 @@
+"""What an import is to write: which images make which shard, and which hosts write which of them."""
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+from personmae.data.containers import Picture
+from personmae.data.selection import Selection
+from personmae.data.shards import header_bytes, sample_bytes
+from personmae.data.sources import Source, told
+
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Which of ``count`` hosts this is that share an import; ``number`` counts from 1. Its shards lie side by side."""
+
+    number: int = 1
+    count: int = 1
+
+    def of(self, num_shards: int) -> range:
+        """The numbers of its shards."""
+        return range(num_shards * (self.number - 1) // self.count, num_shards * self.number // self.count)
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pictures make which shard, and all else that decides what the result is."""
+
+    source: Source
+    pictures: list[Picture]
+    starts: list[int]  # place of each shard's first picture
+    shard_bytes: int
+    max_side: int | None
+    max_rejects: float = 1.0  # share that may be left out; not part of what is compared, as it decides of the end alone
+
+    def of_shard(self, number: int) -> list[Picture]:
+        """The pictures of a shard."""
+        end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.pictures)
+        return self.pictures[self.starts[number] : end]
+
+    def __str__(self) -> str:
+        others = told(self.source.passed_over)
+        line = f"{self.source.location}: {len(self.pictures):,} images for {len(self.starts):,} shards"
+        return f"{line}; passed over: {others}" if others else line
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """What is compared before an unfinished import goes on."""
+        digest = xxhash.xxh3_128()
+        for picture in self.pictures:
+            digest.update(f"{picture.key}\0{picture.num_bytes}\n".encode())
+        return {
+            "format_version": _FORMAT_VERSION,
+            "shard_bytes": self.shard_bytes,
+            "max_side": self.max_side,
+            "num_pictures": len(self.pictures),
+            "num_shards": len(self.starts),
+            "pictures": digest.hexdigest(),
+        }
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """A number for the record, which each shard's record has too."""
+        return xxhash.xxh64_hexdigest(json.dumps(self.record))
+
+
+def make_plan(source: Source, selection: Selection, shard_bytes: int, max_side: int | None) -> Plan:
+    """List the source and cut the wanted pictures into shards as streaming's writer would: full, in order."""
+    pictures = selection.of(source.pictures())
+    empty = header_bytes(shard_bytes)
+    starts, size = [0], empty
+    for place, picture in enumerate(pictures):
+        num_bytes = sample_bytes(picture.key, picture.num_bytes)
+        if size + num_bytes > shard_bytes and place > starts[-1]:
+            starts.append(place)
+            size = empty
+        size += num_bytes
+    return Plan(source, pictures, starts, shard_bytes, max_side)

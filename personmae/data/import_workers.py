@@ -1,0 +1,51 @@
+"""The processes of an import, which end when the one that started them does."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import cv2
+
+
+@contextmanager
+def workers(num_processes: int) -> Iterator[Executor]:
+    """Processes that write shards, or one thread of this one; they end when this process does, whatever ends it."""
+    if num_processes == 1:
+        thread = ThreadPoolExecutor(1)
+        try:
+            yield thread
+        finally:
+            thread.shutdown(cancel_futures=True)
+        return
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["personmae.data.importer", "streaming"])  # seconds of imports, once for all
+    watched, held = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(num_processes, context, initializer=_become_worker, initargs=(watched,))
+    try:
+        yield pool
+        pool.shutdown()
+    finally:
+        held.close()
+        pool.shutdown(cancel_futures=True)
+        watched.close()
+
+
+def _become_worker(watched: Connection) -> None:
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
+
+
+def _end_with(watched: Connection) -> None:
+    """End this process when the other end of a pipe is closed, be it by a kill."""
+    watched.poll(None)
+    os._exit(1)
+
+
+def leave_interrupts_to_main() -> None:
+    """Block Ctrl-C in this thread and in the processes it starts: those would each show a traceback."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
