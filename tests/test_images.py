@@ -165,3 +165,17 @@ def test_a_stored_jpeg_that_training_cannot_read_is_told_by_verify(tmp_path):
         on_canvas(jpeg)
     with pytest.raises(UserError, match=r"sample 0 of .* is not a JPEG that the decoder of training takes"):
         shards.verify(str(tmp_path / "out"), cache_dir=Path(tmp_path))
+
+
+def test_crops_of_every_suffix_are_imported_and_stored_as_jpegs_of_the_same_pixels(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    names = {"a.png": "PNG RGB", "b.webp": "WebP", "c.bmp": "BMP RGB", "d.PNG": "PNG orientation 6", "e.jpeg": "progressive"}
+    for file, name in names.items():
+        (source / file).write_bytes(WHOLE[name])
+    assert importer.write(source, str(tmp_path / "set")) == len(names)
+    with ShardSet(str(tmp_path / "set"), tmp_path) as found:
+        for position, file in enumerate(sorted(names)):
+            stored = found.open(0).jpeg(position)
+            assert bytes(stored[:2]) == b"\xff\xd8"
+            assert differing(on_canvas(stored), decode_image(str(source / file))) <= 10

@@ -219,7 +219,7 @@ class CanvasBatch(NamedTuple):
 
     canvas: Tensor  # uint8 (B, Hc, Wc, 3), RGB: each picture in the upper left corner, the rest undefined
     size: Tensor  # int64 (B, 2): height, width of the picture on its canvas
-    native_size: Tensor  # int64 (B, 2): height, width of the JPEG
+    native_size: Tensor  # int64 (B, 2): height, width of the upright picture in the JPEG
     keys: Tensor  # int64 (B,): all randomness of a sample
 
 

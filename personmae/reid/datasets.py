@@ -221,7 +221,7 @@ def record(benchmark: Benchmark) -> dict[str, Any]:
 def title(benchmark: Benchmark) -> str:
     """What a table calls the data: a published benchmark by its name, everything else by what it is."""
     layout = TITLES.get(benchmark.name)
-    if layout and not benchmark.synthetic and not _differences(benchmark):
+    if layout and not benchmark.synthetic and not _differences(count(benchmark), benchmark.published):
         return layout
     what = f"{layout} layout" if layout else "own data"
     no_identity = {DISTRACTOR_PID} if benchmark.distractors else set()
@@ -245,15 +245,15 @@ def count(benchmark: Benchmark) -> dict[str, tuple[int, int]]:
 
 def describe(benchmark: Benchmark) -> Description:
     """Images, identities and cameras of each split, what is odd about them, and a comparison with the published numbers."""
-    published = benchmark.published
+    counts, published = count(benchmark), benchmark.published
     rows = [f"{'split':<8} {'images':>7} {'ids':>6} {'cameras':>7}"]
-    for split, (num_images, num_ids) in count(benchmark).items():
+    for split, (num_images, num_ids) in counts.items():
         if not num_images:  # it was not asked for
             continue
         camids = {sample.camid for sample in getattr(benchmark, split)}
         cameras = "unknown" if UNKNOWN_CAMID in camids else len(camids)
         rows.append(f"{split:<8} {num_images:>7,} {num_ids:>6,} {cameras:>7}")
-    differences = _differences(benchmark)
+    differences = _differences(counts, published)
     if benchmark.synthetic:
         found = [title(benchmark)]
     elif not published:
@@ -265,11 +265,11 @@ def describe(benchmark: Benchmark) -> Description:
     return Description("\n".join([*rows, *_oddities(benchmark)]), is_published, f"{benchmark.name}: {note}")
 
 
-def _differences(benchmark: Benchmark) -> list[str]:
+def _differences(counts: Counts, published: Counts) -> list[str]:
     """How the splits that were read differ from the published ones, in words."""
     lines = []
-    for split, found in count(benchmark).items():
-        wanted = benchmark.published.get(split, found)
+    for split, found in counts.items():
+        wanted = published.get(split, found)
         if found[0] and found != wanted:
             lines.append("{} has {:,} images of {:,} ids, published {:,} images of {:,} ids".format(split, *found, *wanted))
     return lines
