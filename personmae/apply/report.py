@@ -159,15 +159,16 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def data_counts(runs: Sequence[Run]) -> list[tuple[str, Callable[[], str]]]:
-    """Each data set that the runs name, once, and how to count it."""
-    counts: dict[str, Callable[[], str]] = {}
+    """Each data set that the runs name, once, and how to count it; where digests agree, the place is not part of it."""
+    counts: dict[str, tuple[str, Callable[[], str]]] = {}
     for run in runs:
         if isinstance(run.settings, config.Pretrain):
-            counts[f"pre-training: {run.settings.data.shards}"] = lambda run=run: count_shards(run)
+            what = f"pre-training: {run.settings.data.shards}"
+            counts[what] = what, lambda run=run: count_shards(run)
         if result := run.result:
             what = f"{result.benchmark_title or result.benchmark}: {result.root}"
-            counts[what] = lambda run=run, result=result: count_benchmark(result, run.place)
-    return list(counts.items())
+            counts[result.benchmark_digest or what] = what, lambda run=run, result=result: count_benchmark(result, run.place)
+    return list(counts.values())
 
 
 def count_shards(run: Run) -> str:

@@ -15,6 +15,7 @@ from made_runs import MakeRun, write_training
 
 from personmae import config
 from personmae.apply import report
+from personmae.apply.runs import find_runs
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
@@ -140,3 +141,10 @@ def test_axe_finds_nothing(written: Path, tmp_path: Path, width: int, mode: str)
     assert (seen["w"], seen["dark"]) == (width, mode == "dark")
     assert seen["wide"] <= width  # nothing but the named regions scrolls sideways
     assert seen["found"] == []
+
+
+def test_the_same_data_is_counted_once_wherever_its_runs_saw_it(make_run: MakeRun, tmp_path: Path) -> None:
+    for name, root, other in (("a", "/here", {}), ("b", "/there", {}), ("c", "/there", {"benchmark_digest": "e" * 16})):
+        make_run(name, root=root, **other)
+    title = "synthetic people, Market-1501 layout, 300 identities"
+    assert [what for what, _ in report.data_counts(find_runs(tmp_path))] == [f"{title}: /here", f"{title}: /there"]
