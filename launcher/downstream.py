@@ -1,11 +1,17 @@
 """One benchmark in a pod: the program, then its result into the bucket, where the suite and people find it."""
 
-import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in launcher/pretrain.py
+
+from personmae import signals
+
+if __name__ == "__main__":  # before all that takes time
+    signals.answer_early()
+
+import argparse
+import os
 
 from launcher import objects
 from personmae.commands.arguments import Parser

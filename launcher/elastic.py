@@ -1,5 +1,10 @@
 """``python -m launcher.elastic run|store``: the agent that starts and watches the ranks of one host, and the agents' store."""
 
+from personmae import signals
+
+if __name__ == "__main__":  # before all that takes time
+    signals.answer_early()
+
 import argparse
 import signal
 import sys

@@ -5,6 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # deepspeed puts launcher/ there, not the checkout
 
+from personmae import signals
+
+if __name__ == "__main__":  # before all that takes time
+    signals.answer_early()
+
 from launcher.program import main
 from personmae.errors import leave
 

@@ -133,8 +133,9 @@ class RankProcess:
             return None
         self.ended_at = self.ended_at or time.time()
         self._clear()
-        if self._asked and code == -signal.SIGTERM and not ((beat := self.beat()) and beat.phase == "start"):
-            return EXIT_STOPPED
+        has_begun = not ((beat := self.beat()) and beat.phase == "start")
+        if self._asked and code in (-signal.SIGTERM, EXIT_STOPPED):
+            return EXIT_STOPPED if has_begun else 128 + signal.SIGTERM
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:

@@ -2,6 +2,12 @@
 
 import os
 import sys
+from typing import NoReturn
+
+from personmae import signals
+
+if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "personmae":  # the console script imports this
+    signals.answer_early()
 
 from personmae.commands import about, data, looking, training
 from personmae.commands.arguments import Parser
@@ -40,5 +46,10 @@ def build_parser() -> Parser:
     return parser
 
 
-if __name__ == "__main__":
+def console() -> NoReturn:
+    """What the console script calls."""
     leave(main())
+
+
+if __name__ == "__main__":
+    console()

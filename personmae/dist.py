@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as tdist
 
+from personmae import signals
 from personmae.errors import Diverged, Stopped, UserError
 
 _TIMEOUT = timedelta(minutes=10)
@@ -108,7 +109,7 @@ def stop() -> None:
 
 
 class StopSignal:
-    """A flag that SIGTERM and SIGINT set; it is read at step boundaries only."""
+    """A flag that SIGTERM and SIGINT set; it is read at step boundaries only. The first one is answered on the spot."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -120,6 +121,9 @@ class StopSignal:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _request(self, number: int, _: object) -> None:
+        if not self.requested:
+            again = "Ctrl-C again ends at once" if number == signal.SIGINT else "SIGKILL ends at once"
+            signals.tell(f"stopping after this step; {again}")
         self.requested = True
         if number == signal.SIGINT:  # a second Ctrl-C ends at once; checkpoints are whole or absent
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,12 +1,13 @@
 """What supervised and unsupervised training on a benchmark share: pictures, what a run is known by, its end."""
 
+import shlex
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, metrics
+from personmae import checkpoint, config, dist, metrics, progress
 from personmae.errors import Stopped
 from personmae.meter import Meter
 from personmae.precision import AUTO, Precision
@@ -110,6 +111,23 @@ def record_run(state: Run) -> None:
     )
     described = datasets.describe(state.benchmark)
     print(described.table, described.note, sep="\n")
+
+
+def tell_complete(settings: Settings) -> None:
+    """Say that the run has its result already."""
+    print(f"{settings.run_dir} is complete: its result is in {Path(settings.run_dir) / 'result.json'}", flush=True)
+    print(f"next: {following(settings)}", flush=True)
+
+
+def tell_end(settings: Settings, program: str, seconds: float) -> None:
+    """Say where the result is, how long that took, and what to do with it."""
+    where = f"the result is in {Path(settings.run_dir) / 'result.json'}"
+    progress.say(progress.ending(program, seconds, where, following(settings)))
+
+
+def following(settings: Settings) -> str:
+    """The command that shows the result."""
+    return f"personmae report {shlex.quote(str(Path(settings.run_dir).parent))}"
 
 
 def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:

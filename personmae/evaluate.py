@@ -1,13 +1,15 @@
 """A fine-tuned checkpoint and a benchmark to mAP, CMC and mINP, with the field's protocol."""
 
 import json
+import shlex
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from personmae import checkpoint, dist, metrics
+from personmae import checkpoint, dist, metrics, progress
 from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import retrieval
@@ -30,6 +32,7 @@ def run(
         UserError: the checkpoint or the benchmark cannot be read.
         OSError: ``out`` cannot be written to; found before anything is computed.
     """
+    began = time.monotonic()
     if where == HISTOGRAM and pool:
         raise UserError("--pool is for pre-trained encoders; 'histogram' has no tokens: leave it out")
     if out:
@@ -48,14 +51,14 @@ def run(
             img_size=HISTOGRAM_SIZE,
             num_threads=num_threads,
             rerank=rerank,
-            say=_say,
+            say=progress.log,
         )
     else:
         path = checkpoint.locate(where)
         model, settings, init = load(where, pool)
         name = Path(where).name
         source = {"checkpoint": str(path), "step": checkpoint.step_of(path.name), "digest": checkpoint.digest(path)}
-        _say(f"evaluating {path}")
+        progress.log(f"evaluating {path}")
         device = torch.device("cuda" if dist.use_cuda() else "cpu")
         features = retrieval.model_features(model.to(device), mean=settings["mean"], std=settings["std"], device=device)
         record = retrieval.measure(
@@ -65,17 +68,16 @@ def run(
             num_threads=num_threads,
             device=device,
             rerank=rerank,
-            say=_say,
+            say=progress.log,
         )
     assert record  # one process
     record |= {"name": name, "init": init, "commit": metrics.git_commit()} | source
     print(retrieval.table_row(record))
     if out:
         retrieval.write_record(out, record)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
+        seconds, where = time.monotonic() - began, f"the result is in {out / 'result.json'}"
+        following = f"personmae report {shlex.quote(str(out.resolve().parent))}"
+        progress.say(progress.ending("evaluate", seconds, where, following))
 
 
 def load(where: str, pool: Pool | None = None) -> tuple[ReIDModel, dict[str, Any], str]:

@@ -5,6 +5,7 @@
 
 import contextlib
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from personmae import archive, checkpoint, config, dist, metrics, optim, precision
-from personmae.downstream import RANDOM, augmented, evaluate, identity, is_complete, keep_precision, record_run
+from personmae.downstream import (
+    RANDOM,
+    augmented,
+    evaluate,
+    identity,
+    is_complete,
+    keep_precision,
+    record_run,
+    tell_complete,
+    tell_end,
+)
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
@@ -73,7 +84,7 @@ def run(settings: config.Finetune) -> None:
         Stopped: a signal asked for it; the state is saved.
         Diverged: gradients are no longer finite.
     """
-    world = dist.read_world()
+    began, world = time.monotonic(), dist.read_world()
     meter = Meter("finetune", **settings.metrics.meter_arguments())
     dist.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
@@ -81,7 +92,7 @@ def run(settings: config.Finetune) -> None:
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
     if settings.checkpoint.resume == "auto" and is_complete(settings, benchmark):
         if world.is_first:
-            print(f"{settings.run_dir} is complete", flush=True)
+            tell_complete(settings)
         meter.complete()
         meter.close()
         return
@@ -115,6 +126,8 @@ def run(settings: config.Finetune) -> None:
             state.engine.close()
             evaluate(state, log, meter, stop)
         meter.complete(settings.run_dir, settings.checkpoint.store)
+        if world.is_first:
+            tell_end(settings, "finetune", time.monotonic() - began)
     finally:
         dist.stop()
         if held:
@@ -142,7 +155,7 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
         )
     schedule = Schedule(**settings.checkpoint.schedule_arguments())
     guard = Guard(world.device, max_skipped_steps=settings.train.max_skipped_steps)
-    ours, due = dist.share(state.order.shape[1]), False
+    ours, due, shown = dist.share(state.order.shape[1]), False, True  # the first step is shown at once
     share_drop_path(state.module, state.order.shape[1], ours)
     left = state.order[state.step :]
     try:
@@ -160,12 +173,13 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
 
             meter.count(state.step, len(chosen))
             log.advance(state.step)
-            if state.is_due(state.step):
+            if shown or state.is_due(state.step):
                 stacked = dist.mean(torch.stack([value.float() for value in losses.values()]))
                 values = dict(zip(losses, stacked.tolist(), strict=True)) | {"lr": lr_scale * settings.optim.lr}
-                log.log(state.step, values, images_per_step=len(chosen))
+                tell = log.log if state.is_due(state.step) else log.show
+                tell(state.step, values, images_per_step=len(chosen))
             timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
-            stopping, timed = dist.any_ranks(stop.requested, timed)
+            stopping, timed, shown = dist.any_ranks(stop.requested, timed, log.is_due())
             due |= timed or schedule.by_step(state.step)
             counted = (due or state.is_due(state.step)) and guard.last_counted(state.step, settings.run_dir)
             if stopping or state.step == total_steps or (due and counted):

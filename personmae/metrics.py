@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from personmae import files, sessions
 from personmae.meter import RunNumbers
-from personmae.progress import EVERY_SECONDS, Pace, duration, say
+from personmae.progress import EVERY_SECONDS, Pace, duration, log
 
 METRICS: Final = "metrics.jsonl"
 
@@ -118,7 +118,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._is_first:
-            (self._bar[0].console.print if self._bar else say)(text)
+            (self._bar[0].console.print if self._bar else log)(text)
 
     def close(self) -> None:
         """End the bar, flush the files, and write into ``run.json`` how it ended, by the exception on its way."""

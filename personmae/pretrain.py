@@ -5,14 +5,16 @@
 
 import gc
 import itertools
+import shlex
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, keeper, metrics, optim, precision
+from personmae import checkpoint, config, dist, keeper, metrics, optim, precision, progress
 from personmae.data import storage
 from personmae.data.stream import BatchReader, ShardSet, to_device
 from personmae.engine.base import Engine
@@ -40,7 +42,7 @@ def run(settings: config.Pretrain) -> None:
         Stopped: a signal asked for it; the state is saved.
         Diverged: gradients are no longer finite, or the loss has jumped too often.
     """
-    world = dist.read_world()
+    began, world = time.monotonic(), dist.read_world()
     meter = Meter("pretrain", **settings.metrics.meter_arguments())
     plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
@@ -68,6 +70,7 @@ def run(settings: config.Pretrain) -> None:
             if world.is_first:
                 open_writer(settings, found, {}).close()  # the last checkpoint may not have got to the store
                 print(f"{settings.run_dir} is complete: {state.step} of {state.total_steps} steps are done", flush=True)
+                print(f"next: {following(settings)}", flush=True)
             meter.complete()
             return
         if world.is_first:
@@ -83,6 +86,8 @@ def run(settings: config.Pretrain) -> None:
                 if meter.run:
                     meter.run.rollbacks.inc()
         meter.complete(settings.run_dir, settings.checkpoint.store)
+        if world.is_first:
+            tell_end(settings, time.monotonic() - began)
     finally:
         shards.close()
         engine.close()
@@ -115,6 +120,7 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
         usual=state.usual_loss,
     )
     step = saved = good = first = state.step
+    log.say("reading the first pictures" + (", then compiling, which takes minutes" if settings.train.compile else "") + " ...")
     num_bad, due = 0, False
     copies = torch.cuda.Stream() if world.device.type == "cuda" else None
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
@@ -124,7 +130,7 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
             reader.wait(lambda: stop.requested)  # while a store is away, a run can still be stopped
             meter.beat(working, step)
             timed = world.is_first and writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
-            stopping, timed = dist.any_ranks(stop.requested, timed)
+            stopping, timed, shown = dist.any_ranks(stop.requested, timed, log.is_due())
             due |= step > saved and (stopping or timed or schedule.by_step(step))
             if due and last_step_counted(guard, state):
                 meter.beat("checkpoint", step)
@@ -165,7 +171,12 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
 
             meter.count(step, state.plan.global_batch_size)
             log.advance(step)
-            if step % settings.train.log_every == 0 or step == total_steps:
+            shown |= step == first + 1
+            logged = step % settings.train.log_every == 0 or step == total_steps
+            if shown and not logged:
+                means = mean_over_ranks(losses | {"grad_norm": grad_norm}) | {"lr": lr_scale * peak_lr(settings)}
+                log.show(step, means, images_per_step=state.plan.global_batch_size)
+            if logged:
                 means = mean_over_ranks(losses | {"grad_norm": grad_norm, "skipped_steps": guard.num_skipped})
                 means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()}
                 log.log(step, means, images_per_step=state.plan.global_batch_size)
@@ -361,6 +372,21 @@ def announce(state: Run) -> None:
     print(
         f"pretrain: {going}, peak lr {peak_lr(settings):.3g}, engine {settings.engine.name}, run {settings.run_dir}",
         flush=True,
+    )
+
+
+def tell_end(settings: config.Pretrain, seconds: float) -> None:
+    """Say where the encoder is, how long that took, and what to do with it."""
+    newest = checkpoint.newest(settings.run_dir)
+    where = f"the encoder is in {newest or settings.run_dir}"
+    progress.say(progress.ending("pretrain", seconds, where, following(settings)))
+
+
+def following(settings: config.Pretrain) -> str:
+    """The command that puts the encoder to use."""
+    return (
+        f"personmae finetune configs/finetune_market1501.yaml model.size={settings.model.size} "
+        f"init={shlex.quote(settings.run_dir)} root=DATA run_dir=RUN"
     )
 
 

@@ -4,6 +4,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TextIO
 
 EVERY_SECONDS = 10.0  # a line at least so often
 _WINDOW_SECONDS = 60.0  # what counts as recent
@@ -21,8 +22,17 @@ def stamped(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Print what begins or has ended, with the time of day unless a person watches."""
-    print(text if sys.stdout.isatty() else stamped(text), flush=True)
+    """Print to standard error what begins or has ended; standard output is left to results."""
+    _print(text, sys.stderr)
+
+
+def log(text: str) -> None:
+    """Print a line of a program's log to standard output."""
+    _print(text, sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    print(text if stream.isatty() else stamped(text), file=stream, flush=True)
 
 
 def ending(program: str, seconds: float, result: str, following: str) -> str:

@@ -6,6 +6,7 @@ domain adaptation (UDA), which uses no source picture. True identities are read 
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personmae import archive, checkpoint, config, dist, files, metrics, optim, precision
-from personmae.downstream import augmented, evaluate, identity, is_complete, keep_precision, record_run
+from personmae.downstream import augmented, evaluate, identity, is_complete, keep_precision, record_run, tell_complete, tell_end
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
@@ -64,7 +65,7 @@ def run(settings: config.Unsupervised) -> None:
         Stopped: a signal asked for it; the state is saved.
         Diverged: gradients are no longer finite.
     """
-    world = dist.read_world()
+    began, world = time.monotonic(), dist.read_world()
     meter = Meter("unsupervised", **settings.metrics.meter_arguments())
     dist.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
@@ -72,7 +73,7 @@ def run(settings: config.Unsupervised) -> None:
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
     if settings.checkpoint.resume == "auto" and is_complete(settings, benchmark):
         if world.is_first:
-            print(f"{settings.run_dir} is complete", flush=True)
+            tell_complete(settings)
         meter.complete()
         meter.close()
         return
@@ -105,6 +106,8 @@ def run(settings: config.Unsupervised) -> None:
             state.engine.close()
             evaluate(state, log, meter, stop)
         meter.complete(settings.run_dir, settings.checkpoint.store)
+        if world.is_first:
+            tell_end(settings, "unsupervised", time.monotonic() - began)
     finally:
         dist.stop()
         if held:
@@ -134,7 +137,7 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
     schedule = Schedule(**settings.checkpoint.schedule_arguments())
     guard = Guard(world.device, max_skipped_steps=settings.train.max_skipped_steps)
     size = settings.batch.num_ids * settings.batch.num_instances
-    ours, saved, due = dist.share(size), state.step, False
+    ours, saved, due, shown = dist.share(size), state.step, False, True  # the first step is shown at once
     share_drop_path(state.module, size, ours)
 
     def clustering_stopped() -> bool:
@@ -159,11 +162,11 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
             meter.count(state.step, size)
             log.advance(state.step)
             logged = state.step % settings.train.log_every == 0 or state.step == total_steps
-            if logged:
+            if shown or logged:
                 values = {"loss": dist.mean(outputs["loss"]).item(), "lr": lr_scale * settings.optim.lr}
-                log.log(state.step, values, images_per_step=size)
+                (log.log if logged else log.show)(state.step, values, images_per_step=size)
             timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
-            stopping, timed = dist.any_ranks(stop.requested, timed)
+            stopping, timed, shown = dist.any_ranks(stop.requested, timed, log.is_due())
             due |= timed or schedule.by_step(state.step)
             counted = (due or logged) and guard.last_counted(state.step, settings.run_dir)
             if state.step == total_steps or (due and counted):

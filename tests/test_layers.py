@@ -139,7 +139,18 @@ def test_the_model_needs_torch_and_nothing_that_computes_besides():
 def test_the_launcher_imports_the_command_line_configuration_heartbeats_numbers_and_errors_alone():
     allowed = {"launcher"} | {
         f"personmae.{name}"
-        for name in ("commands", "config", "errors", "files", "heartbeat", "nvml", "telemetry", "locations", "yaml_text")
+        for name in (
+            "commands",
+            "config",
+            "errors",
+            "files",
+            "heartbeat",
+            "nvml",
+            "telemetry",
+            "locations",
+            "yaml_text",
+            "signals",
+        )
     }
     assert trespasses({"launcher"}, allowed) == []
 

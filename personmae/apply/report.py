@@ -5,6 +5,7 @@ is told on the terminal too, and the program ends with code 1.
 """
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from personmae import checkpoint, config, files
+from personmae import checkpoint, config, files, progress
 from personmae.apply import charts, pictures, sections
 from personmae.apply.comparison import SCORES, Group, compare_settings, data_notes, find_pairs, group_results, summarise
 from personmae.apply.places import Lost, Place, printable
@@ -59,6 +60,8 @@ def run(run_dir: Path) -> Path:
         Incomplete: both are written, and a part is left out because something that a run names is gone.
     """
     runs = find_runs(run_dir)
+    began = time.monotonic()
+    progress.log(f"report: drawing curves, images and rank lists of {len(runs)} runs ...")
     groups = group_results(runs)
     summary = summarise(runs, groups)
     print_tables(groups)
@@ -100,6 +103,7 @@ def run(run_dir: Path) -> Path:
         pictures.write_figure(run_dir / "figure.png", shown, lists, title=summary)
         print(printable(run_dir / "figure.png"))
     print(printable(page))
+    progress.log(f"report: done in {progress.duration(time.monotonic() - began)}; open the page in a browser")
     for why, command in steps:
         print(f"next: {why} {command}")
     complain([section for _, section in (*regions, ("", rank_lists), *data)])

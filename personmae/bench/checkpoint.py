@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from personmae import checkpoint, dist, files, metrics
+from personmae import checkpoint, dist, files, metrics, progress
 from personmae.keeper import Writer
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
@@ -31,6 +31,7 @@ def run_checkpoint(bench: CheckpointBench, out: Path | None = None) -> dict[str,
     """Measure in a directory beside this one, print a line, and write the record to ``out``."""
     world = dist.read_world()
     dist.start(world)
+    progress.say(f"bench checkpoint: saving the state of {bench.size} again and again ...")
     try:
         measured = _pauses(bench, world.device)
     finally:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, files, metrics
+from personmae import checkpoint, files, metrics, progress
 from personmae.errors import UserError
 from personmae.reid.cluster import ClusterQuality, pseudo_labels, quality
 
@@ -63,8 +63,9 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
         raise UserError(f"num_pids must be in 1 ... num_images = {bench.num_images}; got {bench.num_pids}")
     ways = (OURS, USUAL) if bench.usual else (OURS,)
     rounds: dict[str, list[tuple[float, int, int, np.ndarray]]] = {name: [] for name in ways}
-    for _ in range(bench.rounds):
+    for number in range(1, bench.rounds + 1):
         for name in ways:
+            progress.say(f"bench cluster: round {number} of {bench.rounds}, {name} ...")
             rounds[name].append(_in_own_process(name, bench))
     pids, found, labels = draw(bench)[1], {}, {}
     for name, results in rounds.items():

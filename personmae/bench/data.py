@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, dist, files, metrics
+from personmae import checkpoint, dist, files, metrics, progress
 from personmae.data.stream import BatchReader, JpegReader, ShardSet
 from personmae.errors import UserError
 from personmae.model.personmae import View, prepare_batch
@@ -109,8 +109,9 @@ def _rates(bench: DataBench, scratch: str) -> dict[str, tuple[float, int]]:
         "whole pipeline, crop on the CPU": (lambda: _with_crops(bench), bench.num_threads),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(bench.rounds):
+    for number in range(1, bench.rounds + 1):
         for name, (measure, _) in ways.items():
+            progress.say(f"bench data: round {number} of {bench.rounds}, {name} ...")
             rates[name].append(measure())
     return {name: (statistics.median(found), ways[name][1]) for name, found in rates.items()}
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, files, metrics
+from personmae import checkpoint, files, metrics, progress
 from personmae.errors import UserError
 from personmae.reid.ranking import BLOCK_SIZE, Labels, cosine, evaluate
 
@@ -68,8 +68,9 @@ def run_rank(bench: RankBench, out: Path | None = None) -> dict[str, Any]:
         raise UserError(f"usual_queries must be in 1 ... num_query = {bench.num_query}; got {usual_queries}")
     counts = {name: bench.num_query if name in (OURS, PRODUCT) else usual_queries for name in WAYS}
     rounds: dict[str, list[tuple[float, int, float | None]]] = {name: [] for name in WAYS}
-    for _ in range(bench.rounds):
+    for number in range(1, bench.rounds + 1):
         for name in WAYS:
+            progress.say(f"bench rank: round {number} of {bench.rounds}, {name} ...")
             rounds[name].append(_in_own_process(name, bench, counts[name]))
     found = {}
     for name, results in rounds.items():

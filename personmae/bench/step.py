@@ -20,7 +20,7 @@ from typing import Any, TypeVar, get_args
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, dist, files, metrics
+from personmae import checkpoint, dist, files, metrics, progress
 from personmae.bench.ceilings import DTYPES, Ceilings, measure_alone, require_native
 from personmae.bench.counts import Work
 from personmae.bench.loop import (
@@ -112,6 +112,8 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
     if bench.shards:
         _require_samples(bench.shards, max(bench.batches))
     teams = groups if device.type == "cpu" else [[cell] for group in groups for cell in group]
+    if not ceilings:
+        progress.say("bench step: measuring what this machine can do at most ...")
     ceilings = ceilings or measure_alone(bench.precisions)
     print(f"bench step: this machine does {_described(ceilings)}", flush=True)
     shards = Path(bench.shards).name if bench.shards else None

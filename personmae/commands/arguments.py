@@ -4,14 +4,13 @@ import argparse
 import contextlib
 import difflib
 import sys
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 from personmae import locations
 from personmae.commands.examples import closing
 from personmae.errors import UserError
+from personmae.progress import EVERY_SECONDS, Pace, duration, stamped
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,11 +89,12 @@ def counting(text: str) -> int:
 
 
 class Progress:
-    """A bar on a terminal, a line every ten per cent elsewhere, with rate and time to go; called with (done, total)."""
+    """A bar on a terminal, lines elsewhere: the first at once, then one every ten seconds, with the rate of the last minute
+    and the time to go. Called with (done, total)."""
 
     def __init__(self, title: str, unit: str):
-        self._title, self._unit, self._bar, self._task, self._tenth = title, unit, None, None, 0
-        self._first: tuple[int, float] | None = None  # where a resumed work began, and when
+        self._title, self._unit, self._bar, self._task = title, unit, None, None
+        self._pace: Pace | None = None  # from the first call on, where a resumed work may have done a part already
 
     def __enter__(self) -> Callable[[int, int], None]:
         from rich.console import Console
@@ -107,25 +107,29 @@ class Progress:
             self._bar = Progress(*texts, console=console)
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=None, pace="")
+        else:
+            self._print(f"{self._title}: preparing ...")
         return self._update
 
     def _update(self, done: int, total: int) -> None:
-        pace = self._pace(done, total)
+        is_first = self._pace is None
+        self._pace = self._pace or Pace(done)
+        is_due = is_first or done == total or self._pace.seconds_since_mark >= (1 if self._bar else EVERY_SECONDS)
+        if is_due and not is_first:
+            self._pace.mark(done)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, pace=pace)
-        elif done * 10 // total > self._tenth:
-            self._tenth = done * 10 // total
-            print(f"{self._title}: {done:,} of {total:,} {self._unit}{pace}", file=sys.stderr, flush=True)
+            self._bar.update(self._task, completed=done, total=total, **({"pace": self._told(total)} if is_due else {}))
+        elif is_due:
+            self._print(f"{self._title}: {done:,} of {total:,} {self._unit}{self._told(total)}")
 
-    def _pace(self, done: int, total: int) -> str:
-        """Rate and time to go since the first call."""
-        now = time.monotonic()
-        self._first = self._first or (done, now)
-        rate = (done - self._first[0]) / max(1e-9, now - self._first[1])
-        if rate == 0:
+    def _told(self, total: int) -> str:
+        left = self._pace.left(total) if self._pace else None
+        if not self._pace or left is None:
             return ""
-        left = timedelta(seconds=round((total - done) / rate))
-        return f", {rate:,.0f} a second" + (f", {left} to go" if left else "")
+        return f", {self._pace.rate:,.0f} a second" + (f", {duration(left)} to go" if left else "")
+
+    def _print(self, text: str) -> None:
+        print(stamped(text), file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import shlex
 import sys
+import time
 from pathlib import Path
 
 from personmae.commands.arguments import Progress, place, positive
+from personmae.progress import ending, say
 
 _SHARDS_WRITE = """\
 SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. Everything below it that holds images is taken:
@@ -45,12 +48,19 @@ def add_synth(verbs: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> None:
         from personmae.data.synthetic import SynthSettings, write_synthetic
 
+        began = time.monotonic()
         settings = SynthSettings(seed=args.seed, pool_images=args.pool_images)
         with Progress("synth", "pictures") as progress:
             counts = write_synthetic(args.out, settings, num_processes=args.processes, progress=progress)
         for split, count in counts.items():
             print(f"{split:40} {count:>8,} images")
         print(f"contact sheet: {args.out / 'contact_sheet.png'}")
+        pool, target = shlex.quote(str(args.out / "pool")), shlex.quote(str(args.out.parent / "shards"))
+        say(
+            ending(
+                "synth", time.monotonic() - began, f"the people are in {args.out}", f"personmae shards write {pool} {target}"
+            )
+        )
 
     verb.set_defaults(run=run)
 
@@ -109,6 +119,7 @@ def _shards_write(args: argparse.Namespace) -> None:
     from personmae.data.selection import Selection
     from personmae.data.synthetic import pass_mark_on
 
+    began = time.monotonic()
     if args.if_missing and importer.INDEX in (files := _files_at(args.destination)) and importer.PLAN not in files:
         pass_mark_on(args.source, args.destination)
         print(f"{args.destination} already holds a data set")
@@ -143,6 +154,12 @@ def _shards_write(args: argparse.Namespace) -> None:
         passed_over += "; the people are synthetic"
     what = "already complete: {} images in" if outcome.was_complete else "{} images written to"
     print(f"{what.format(f'{outcome.num_pictures:,}')} {args.destination}{rejected}{passed_over}")
+    say(ending("shards write", time.monotonic() - began, f"the shards are in {args.destination}", _pretrain(args.destination)))
+
+
+def _pretrain(shards: str) -> str:
+    """The command that trains on shards."""
+    return f"personmae pretrain configs/pretrain_vit_small.yaml {shlex.quote(f'data.shards={shards}')} run_dir=RUN"
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -163,9 +180,11 @@ def _files_at(destination: str) -> dict[str, int]:
 def _shards_verify(args: argparse.Namespace) -> None:
     from personmae.data import shards
 
+    began = time.monotonic()
     with CacheDir(args.cache_dir) as cache, Progress("shards verify", "pictures") as progress:
         count = shards.verify(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
     print(f"{count:,} samples of {args.root} are whole")
+    say(ending("shards verify", time.monotonic() - began, f"nothing in {args.root} is damaged", _pretrain(args.root)))
 
 
 def _shards_stats(args: argparse.Namespace) -> None:

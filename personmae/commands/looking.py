@@ -5,6 +5,7 @@ from pathlib import Path
 
 from personmae.commands.arguments import counting, place, positive
 from personmae.errors import UserError
+from personmae.progress import log, say
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -42,6 +43,7 @@ def add_report(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("run_dir", type=Path, metavar="RUN", help="directory that holds the runs, e.g. runs/quickstart")
 
     def run(args: argparse.Namespace) -> None:
+        log("report: starting ...")
         from personmae.apply import report
 
         report.run(args.run_dir)
@@ -165,6 +167,7 @@ def _bench_counts(actions: argparse._SubParsersAction) -> None:
             raise UserError("--rate and --bandwidth belong together, and in the place of --measure")
         precision, ceilings = args.precision or "bf16", None
         if args.measure:
+            say("bench counts: measuring what this machine can do at most ...")
             (precision,) = require_native([args.precision or "auto"], dist.read_world().device)
             ceilings = measure_alone([precision])
         if args.rate:

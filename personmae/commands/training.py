@@ -1,10 +1,12 @@
 """``personmae pretrain``, ``finetune``, ``unsupervised`` and ``evaluate``; ``launcher/X.py`` ends here too."""
 
 import argparse
+import os
 from pathlib import Path
 
 from personmae.commands.arguments import counting, place
 from personmae.errors import UserError
+from personmae.progress import log
 
 
 def add_pretrain(verbs: argparse._SubParsersAction) -> None:
@@ -51,6 +53,8 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
         return
     import importlib
 
+    if os.environ.get("RANK", "0") == "0":
+        log(f"{name}: starting ...")  # PyTorch takes seconds to load
     program = importlib.import_module(f"personmae.{name}")
     num_ranks = vars(args).get("dry_run")
     if num_ranks is None:
@@ -83,6 +87,7 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
     )
 
     def run(args: argparse.Namespace) -> None:
+        log("evaluate: starting ...")
         from personmae import evaluate
 
         evaluate.run(args.checkpoint, args.benchmark, args.root, out=args.out, pool=args.pool, rerank=args.rerank)
