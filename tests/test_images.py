@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from personmae import images
-from personmae.data import importer, shards
+from personmae.data import importer, mosaic, shards
 from personmae.data.decode import decode_onto
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
@@ -144,7 +144,7 @@ def test_a_header_that_ends_anywhere_has_no_orientation(length):
 
 
 def test_samples_of_shards_written_before_images_were_turned_are_whole_too(tmp_path):
-    from streaming import MDSWriter
+    MDSWriter = mosaic.load("streaming.base.format.mds.writer").MDSWriter  # noqa: N806
 
     jpeg = WHOLE["EXIF orientation 6"]
     sample = {"jpeg": jpeg, "key": "a", "height": np.uint16(46), "width": np.uint16(30)}
@@ -156,7 +156,7 @@ def test_samples_of_shards_written_before_images_were_turned_are_whole_too(tmp_p
 
 
 def test_a_stored_jpeg_that_training_cannot_read_is_told_by_verify(tmp_path):
-    from streaming import MDSWriter
+    MDSWriter = mosaic.load("streaming.base.format.mds.writer").MDSWriter  # noqa: N806
 
     jpeg = WHOLE["stray bytes"]
     with MDSWriter(out=str(tmp_path / "out"), columns=shards.COLUMNS, hashes=shards.HASHES) as writer:

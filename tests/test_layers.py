@@ -176,6 +176,34 @@ def loaded_by(*arguments: str) -> set[str]:
     return {line.rpartition("|")[2].strip().split(".")[0] for line in lines}
 
 
+PARTS_OF_STREAMING = """
+import sys
+import personmae.pretrain, personmae.finetune, personmae.unsupervised, personmae.data.importer
+assert "streaming" not in sys.modules
+from personmae.data import mosaic
+writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
+mosaic.load("streaming.base.storage"), mosaic.load("streaming.base.dataset")
+"""
+
+
+def passes(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_training_loads_no_streaming_and_its_parts_are_loaded_without_the_rest():
+    """Ten seconds of imports would otherwise stand before each import of pictures and each store but S3."""
+    loaded = {name.split(".")[0] for name in passes(f"{PARTS_OF_STREAMING}print(*sys.modules)").split()}
+    assert "torch" in loaded
+    assert loaded & {"transformers", "sklearn", "matplotlib"} == set()
+
+
+@pytest.mark.slow
+def test_the_whole_of_streaming_has_the_parts_that_were_loaded():
+    passes(f"{PARTS_OF_STREAMING}import streaming\nassert streaming.MDSWriter is writer and streaming.StreamingDataset")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -23,7 +23,7 @@ def workers(num_processes: int) -> Iterator[Executor]:
             thread.shutdown(cancel_futures=True)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["personmae.data.importer", "streaming"])  # seconds of imports, once for all
+    context.set_forkserver_preload(["personmae.data.importer"])  # seconds of imports, once for all
     watched, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(num_processes, context, initializer=_become_worker, initargs=(watched,))
     try:

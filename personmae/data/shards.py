@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from personmae import dist, images
+from personmae.data import mosaic
 from personmae.data.containers import Picture
 from personmae.data.files import LOST, patiently
 from personmae.data.mds import INDEX
@@ -149,13 +150,12 @@ def checked(data: bytes, num_bytes: int, max_side: int | None = None) -> tuple[b
 
 def _write_mds(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Write one file and return its index entry."""
-    from streaming import MDSWriter
-
     num_bytes = sum(sample_bytes(sample["key"], len(sample["jpeg"])) for sample in samples)
     limit = task.shard_bytes
     if header_bytes(limit) + num_bytes > limit:  # one large picture; the writer would begin another file for it
         limit = num_bytes + 1024
-    with MDSWriter(out=str(task.folder), columns=COLUMNS, hashes=HASHES, size_limit=limit) as writer:
+    writer_type = mosaic.load("streaming.base.format.mds.writer").MDSWriter
+    with writer_type(out=str(task.folder), columns=COLUMNS, hashes=HASHES, size_limit=limit) as writer:
         for sample in samples:
             writer.write(sample)
     index = task.folder / INDEX

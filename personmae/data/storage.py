@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from personmae.data import mosaic
 from personmae.errors import UserError
 
 READ_TIMEOUT_SECONDS = 15  # without a byte; a stalled connection is given up for another
@@ -239,12 +240,11 @@ def fetch_into(file: BinaryIO, root: str, name: str, check: Callable[[], None]) 
 
 
 def _fetch_with_streaming(file: Any, root: str, name: str) -> None:
-    from streaming.base.storage import CloudDownloader
-
     with tempfile.TemporaryDirectory(prefix=f"{Path(file.name).name}.", dir=Path(file.name).parent) as folder:
         whole = Path(folder) / name
         try:
-            CloudDownloader.get(root).download(f"{root.rstrip('/')}/{name}", str(whole), timeout=60)
+            downloader = mosaic.load("streaming.base.storage").CloudDownloader.get(root)
+            downloader.download(f"{root.rstrip('/')}/{name}", str(whole), timeout=60)
         except (OSError, ImportError, ValueError):
             raise
         except Exception as error:  # each client has exceptions of its own
@@ -283,12 +283,11 @@ def upload(root: str, name: str, path: Path) -> None:
         with explained(f"{root}/{name}", "writing"):
             s3_client().upload_file(str(path), bucket, f"{prefix}{name}")
         return
-    from streaming.base.storage import CloudUploader
-
     if path.name != name:
         raise ValueError(f"{path} must already be called {name}")
     with explained(f"{root}/{name}", "writing"):
-        uploader = CloudUploader.get((str(path.parent), root.rstrip("/")), keep_local=True, exist_ok=True)
+        clients = mosaic.load("streaming.base.storage").CloudUploader
+        uploader = clients.get((str(path.parent), root.rstrip("/")), keep_local=True, exist_ok=True)
         uploader.upload_file(name)
 
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple, final
 import numpy as np
 import xxhash
 
-from personmae.data import mds
+from personmae.data import mds, mosaic
 from personmae.data.containers import Container, Picture
 from personmae.data.files import Files, key_of, patiently
 from personmae.errors import UserError
@@ -210,9 +210,7 @@ class Mds(Table):
                 raise OSError(f"{name} does not have the size and hash that {self.location} gives")
             if data is entry["raw_data"]:
                 return content
-            from streaming.base.compression import decompress
-
-            return decompress(entry["compression"], content)
+            return mosaic.load("streaming.base.compression").decompress(entry["compression"], content)
         raise FileNotFoundError(f"{entry['raw_data']['basename']} is no longer there")
 
 
@@ -229,9 +227,7 @@ def _has_hashes(content: bytes, hashes: dict[str, str]) -> bool:
 
 def _png(content: bytes) -> bytes:
     """The PNG of an image that was stored as its pixels."""
-    from streaming.base.format.mds.encodings import mds_decode
-
-    image = mds_decode("pil", content)
+    image = mosaic.load("streaming.base.format.mds.encodings").mds_decode("pil", content)
     encoded = io.BytesIO()
     (image if image.mode in _PNG_MODES else image.convert("RGB")).save(encoded, format="PNG")
     return encoded.getvalue()

@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 from caches import NUM_SHARDS
 
-from personmae.data import cache, storage
+from personmae.data import cache, mosaic, storage
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 shards of 4 pictures, 7 kB each; read only."""
-    from streaming import MDSWriter
-
     directory, rng = tmp_path_factory.mktemp("many") / "set", np.random.default_rng(0)
-    with MDSWriter(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=8_000) as writer:
+    new_writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
+    with new_writer(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=8_000) as writer:
         for _ in range(4 * NUM_SHARDS):
             _, jpeg = cv2.imencode(".jpg", rng.integers(0, 256, (40, 24, 3), dtype=np.uint8))
             writer.write({"jpeg": jpeg.tobytes()})

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from subprocess import PIPE
@@ -14,13 +12,13 @@ import boto3.session
 import numpy as np
 import pytest
 import torch
+import warm
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from caches import NUM_SHARDS, OPTIONS, assert_same, cache_of, num_bytes, present, read_epochs, remote_set
-from streaming.base.storage import CloudDownloader, download
 
 from personmae import heartbeat
-from personmae.data import cache, mds, storage
+from personmae.data import cache, mds, mosaic, storage
 from personmae.data.counters import StreamCounters
 from personmae.data.stream import CanvasBatch, ShardSet
 from personmae.errors import UserError
@@ -168,8 +166,7 @@ sys.stdin.readline()
 
 
 def test_a_shard_that_another_process_holds_is_not_removed(many, copying, tmp_path):
-    command = [sys.executable, "-c", HOLDER, str(many), str(tmp_path)]
-    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as holder:
+    with warm.start(["-c", HOLDER, many, tmp_path], stdin=PIPE, stdout=PIPE, text=True) as holder:
         assert holder.stdin is not None
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
@@ -212,8 +209,8 @@ def test_ranks_of_a_host_fetch_each_shard_once_together(many, put, tmp_path, sha
     for rank in range(3):
         options = OPTIONS | {"rank": rank, "world_size": 3, "global_batch_size": 12, "micro_batch_size": 4, "limit": limit}
         options |= {"num_ahead": 8, "prefetch_batches": 1}
-        command = [sys.executable, "-c", RANK, location, str(tmp_path), json.dumps(options)]
-        ranks.append(subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True))
+        command = ["-c", RANK, location, tmp_path, json.dumps(options)]
+        ranks.append(warm.start(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True))
     keys: list[int] = []
     for _ in range(steps):  # in step, as gradients keep them
         for rank in ranks:
@@ -354,7 +351,7 @@ def test_an_index_without_shards_and_empty_shards_are_read_as_what_they_are(shar
     assert len(keys.unique()) == 4 * NUM_SHARDS
 
 
-class FromDirectory(CloudDownloader):
+class FromDirectory(mosaic.load("streaming.base.storage").CloudDownloader):
     """A store of a scheme of its own, ``test://`` and a path; counts and spoils what it is asked for."""
 
     asked: list[str] = []  # noqa: RUF012 - one store
@@ -378,7 +375,7 @@ class FromDirectory(CloudDownloader):
 
 @pytest.fixture
 def other_store(monkeypatch: pytest.MonkeyPatch) -> type[FromDirectory]:
-    monkeypatch.setitem(download.DOWNLOADER_MAPPINGS, "test", FromDirectory)
+    monkeypatch.setitem(mosaic.load("streaming.base.storage.download").DOWNLOADER_MAPPINGS, "test", FromDirectory)
     monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
     FromDirectory.asked.clear()
     FromDirectory.failures.clear()

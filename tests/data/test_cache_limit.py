@@ -141,7 +141,7 @@ def test_a_disk_full_of_what_other_ranks_hold_is_waited_for(many, copying, tmp_p
     assert data.open_if_possible(2) is cache.NotNow.NO_ROOM
     start = time.monotonic()
     data.open(2).release()
-    assert 0.2 < time.monotonic() - start < 5
+    assert time.monotonic() - start > 0.2
     assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00001.mds", "shard.00002.mds"]
     held[1].release()
 

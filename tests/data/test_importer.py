@@ -12,13 +12,14 @@ import lmdb
 import numpy as np
 import pytest
 import simplejpeg
-from streaming import MDSWriter, StreamingDataset
 
-from personmae.data import files, importer, shards
+from personmae.data import files, importer, mosaic, shards
 from personmae.data.selection import Selection
 from personmae.data.sources import Source, open_source
 from personmae.errors import Stopped, UserError
 
+StreamingDataset = mosaic.load("streaming.base.dataset").StreamingDataset
+MDSWriter = mosaic.load("streaming.base.format.mds.writer").MDSWriter
 NUM_PICTURES = 50
 SHARD_BYTES = 20_000
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from streaming import MDSWriter
 
-from personmae.data import shards
+from personmae.data import mosaic, shards
 from personmae.errors import UserError
 
 NUM_PICTURES = 50
@@ -66,7 +65,8 @@ def test_verifying_reads_the_pictures_where_the_index_has_no_hashes(own_shards, 
 
 def test_verifying_compares_the_recorded_height_and_width(source, tmp_path):
     sample = {"jpeg": (source / "2.jpg").read_bytes(), "key": "2.jpg", "height": np.uint16(42), "width": np.uint16(21)}
-    with MDSWriter(out=str(tmp_path / "out"), columns=shards.COLUMNS, hashes=shards.HASHES) as writer:
+    new_writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
+    with new_writer(out=str(tmp_path / "out"), columns=shards.COLUMNS, hashes=shards.HASHES) as writer:
         writer.write(sample)
     with pytest.raises(UserError, match=r"sample 0 of .*mds is \(42, 20\), its record says \(42, 21\)"):
         shards.verify(str(tmp_path / "out"), cache_dir=tmp_path)

@@ -108,8 +108,8 @@ def test_samples_are_the_files_byte_for_byte_with_their_names_and_sizes(data, pi
 STREAMING = """
 import hashlib, json, sys, warnings
 warnings.simplefilter("ignore")
-from streaming import StreamingDataset
-dataset = StreamingDataset(local=sys.argv[1], shuffle=False, batch_size=1)
+from personmae.data import mosaic
+dataset = mosaic.load("streaming.base.dataset").StreamingDataset(local=sys.argv[1], shuffle=False, batch_size=1)
 samples = [[s["key"], hashlib.sha256(s["jpeg"]).hexdigest(), int(s["height"]), int(s["width"])] for s in dataset]
 print(json.dumps(samples))
 """

@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from closeness import assert_allclose
 
 from personmae.__main__ import main
 from personmae.data import synthetic
@@ -141,7 +142,7 @@ GOLDEN = {  # place -> grey means, row by row; a change of the drawing changes t
 @pytest.mark.parametrize("place", GOLDEN)
 def test_pictures_have_the_committed_coarse_statistics(place: str) -> None:
     shot = next(shot for shot in plan(SMALL) if shot.path.startswith(place))
-    np.testing.assert_allclose(block_means(SMALL, shot), GOLDEN[place], atol=2)
+    assert_allclose(block_means(SMALL, shot), GOLDEN[place], atol=2)
 
 
 def test_counts_are_the_files_and_the_record_comes_with_settings(written: Path) -> None:

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from streaming import MDSWriter
 
 from personmae.__main__ import main
-from personmae.data import importer, tables
+from personmae.data import importer, mosaic, tables
 from personmae.data.sources import open_source
 from personmae.data.stream import ShardSet
 from personmae.errors import Stopped, UserError
+
+MDSWriter = mosaic.load("streaming.base.format.mds.writer").MDSWriter
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_an_import_of_compressed_shards_is_resumed_and_trained_from(jpegs, tmp_p
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # merge_index's
 def test_an_index_over_indices_counts_once_and_others_beside_it_too(jpegs, tmp_path):
-    from streaming.base.util import merge_index
+    merge_index = mosaic.load("streaming.base.util").merge_index
 
     for number in range(2):
         foreign(tmp_path / "set" / str(number), jpegs[number * 10 : number * 10 + 10])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from fault_proxy import FaultProxy, moto_process
 
-from personmae.data import cache
+from personmae.data import cache, mosaic
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.errors import UserError
 
@@ -55,10 +55,9 @@ class Remote:
 
 def write_noise(directory: Path, *, count: int, size: tuple[int, int], shard_bytes: int) -> Path:
     """Pictures that compress badly, as shards."""
-    from streaming import MDSWriter
-
     rng = np.random.default_rng(0)
-    with MDSWriter(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=shard_bytes) as writer:
+    new_writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
+    with new_writer(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=shard_bytes) as writer:
         for _ in range(count):
             _, jpeg = cv2.imencode(".jpg", rng.integers(0, 256, (*size, 3), dtype=np.uint8))
             writer.write({"jpeg": jpeg.tobytes()})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from programs import ROOT, environment
 
-from personmae.data import order
+from personmae.data import mosaic, order
 
 pytestmark = pytest.mark.integration
 EPOCHS = 10
@@ -87,10 +87,9 @@ def test_ten_epochs_through_a_small_cache_take_no_more_than_two(s3_server, tmp_p
 
 def write_shards(directory: Path) -> Path:
     """Some 100 shards of 10 pictures, 70 kB each."""
-    from streaming import MDSWriter
-
     rng = np.random.default_rng(0)
-    with MDSWriter(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=70_000) as writer:
+    new_writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
+    with new_writer(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=70_000) as writer:
         for _ in range(NUM_SAMPLES):
             _, jpeg = cv2.imencode(".jpg", rng.integers(0, 256, (64, 80, 3), dtype=np.uint8))
             writer.write({"jpeg": jpeg.tobytes()})
