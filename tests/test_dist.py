@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import warm
 
 from personmae import dist
 from personmae.errors import UserError
@@ -117,5 +118,5 @@ dist.stop()
 def test_a_group_of_one_needs_no_address(environ):
     environ.delenv("MASTER_ADDR", raising=False)
     environ.delenv("MASTER_PORT", raising=False)
-    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    done = warm.run(["-c", ALONE])
     assert done.returncode == 0, done.stderr

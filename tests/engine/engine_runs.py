@@ -4,11 +4,11 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import warm
 from safetensors.torch import load_file
 from scenario import STEPS, Tensors
 
@@ -44,14 +44,14 @@ def launch(plan: list[dict[str, Any]], num_ranks: int, folder: Path, *, killed_r
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     root = Path(__file__).resolve().parents[2]
-    common = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    common = warm.FIXED | {"PYTHONPATH": str(root)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
     ranks = []
     for rank in range(num_ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("scenario.py")), str(plan_file)]
+        command = [Path(__file__).with_name("scenario.py"), plan_file]
         with (folder / f"rank{rank}.log").open("w") as log:
-            ranks.append(subprocess.Popen(command, env=os.environ | common | own, stdout=log, stderr=subprocess.STDOUT))
+            ranks.append(warm.start(command, env=os.environ | common | own, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=400) for process in ranks]
     finally:

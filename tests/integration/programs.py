@@ -1,10 +1,13 @@
 """Running the programs as a user does: real processes, a real launcher, a small real data set."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -27,8 +30,7 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 def personmae(*args: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """``personmae ARGS``."""
-    command = [sys.executable, "-m", "personmae", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment(env), capture_output=True, text=True, timeout=120, check=False)
+    return warm.run(["-m", "personmae", *args], env=environment(env))
 
 
 def launch(launcher: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,20 +41,11 @@ def launch(launcher: str, *args: str | Path) -> subprocess.CompletedProcess[str]
     )
 
 
-def start_pretrain(
-    shards: str | Path, run_dir: Path, *overrides: str, env: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
+def start_pretrain(shards: str | Path, run_dir: Path, *overrides: str, env: dict[str, str] | None = None) -> warm.Process:
     """``personmae pretrain`` in the background, output in ``run_dir``.log."""
     arguments = ["pretrain", "configs/quickstart.yaml", f"data.shards={shards}", f"run_dir={run_dir}", *SETTINGS, *overrides]
     with open(f"{run_dir}.log", "w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "personmae", *arguments],
-            cwd=ROOT,
-            env=environment(env),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return warm.start(["-m", "personmae", *arguments], env=environment(env), stdout=log, stderr=subprocess.STDOUT)
 
 
 def pretrain(shards: str | Path, run_dir: Path, *overrides: str, env: dict[str, str] | None = None) -> None:
@@ -62,8 +55,11 @@ def pretrain(shards: str | Path, run_dir: Path, *overrides: str, env: dict[str, 
 
 
 def losses(run_dir: Path) -> list[float]:
-    """The loss of every logged step."""
-    return [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The loss of every logged step; all are finite."""
+    found = [json.loads(line)["loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert found
+    assert all(map(math.isfinite, found)), found
+    return found
 
 
 def one_line_error(result: subprocess.CompletedProcess[str]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from boto3.session import Session
 from fault_proxy import Fault, FaultProxy, moto_process
 from programs import ROOT, environment
@@ -165,15 +166,8 @@ def _kill_at(number: int, events: tuple[str, ...]) -> None:
 def swept(how: str, root: Path, store: str, *points: float, env: dict[str, str] | None = None) -> list[Kill]:
     """Run a sweep in a process of its own; what its children left lies below ``root`` and ``store``."""
     code = "import sys, test_checkpoints; test_checkpoints.sweep(*sys.argv[1:])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, how, str(root), store, *map(str, points)],
-        cwd=ROOT / "tests" / "integration",
-        env=environment(env),
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    line = ["-c", code, how, root, store, *points]
+    done = warm.run(line, cwd=ROOT / "tests" / "integration", env=environment(env), timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     return [Kill(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
 
@@ -351,8 +345,8 @@ def two_ranks(call: str, folder: Path) -> list[tuple[str, str]]:
         port = unused.getsockname()[1]
     code = f"import test_checkpoints as t; t.{call}({{}}, {str(folder)!r}, {port})"
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code.format(rank)],
+        warm.start(
+            ["-c", code.format(rank)],
             cwd=ROOT / "tests" / "integration",
             env=environment(),
             stdout=subprocess.PIPE,

@@ -6,13 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from programs import ROOT, environment, personmae
+import warm
+from programs import environment, personmae
 
 from personmae.data import importer
 from personmae.errors import Stopped
@@ -59,8 +59,8 @@ def test_three_processes_write_the_bytes_of_one(many, undisturbed, tmp_path):
 _KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-import streaming
-from personmae.data import importer
+from personmae.data import importer, mosaic
+mosaic.load("streaming.base.format.mds.writer")
 
 source, out, shard_bytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 chance = random.Random(0)
@@ -84,8 +84,7 @@ for _ in range(10):
 
 def test_an_import_killed_ten_times_at_random_ends_with_the_bytes_of_an_undisturbed_one(many, undisturbed, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-c", _KILLER, many, out, SHARD_BYTES]
-    killed = subprocess.run([*map(str, command)], env=environment(), capture_output=True, text=True, timeout=100, check=False)
+    killed = warm.run(["-c", _KILLER, many, out, SHARD_BYTES], env=environment())
     assert killed.returncode == 0, killed.stderr
     finished = [int(line) for line in killed.stdout.split()]
     assert len(finished) == 10
@@ -97,17 +96,10 @@ def test_an_import_killed_ten_times_at_random_ends_with_the_bytes_of_an_undistur
     assert os.listdir(tmp_path) == ["out"]
 
 
-def start(source: Path, out: Path) -> subprocess.Popen[str]:
+def start(source: Path, out: Path) -> warm.Process:
     """The command with two processes, as the leader of a process group."""
-    command = [sys.executable, "-m", "personmae", "shards", "write", source, out, "--shard-mb", SHARD_MB, "--processes", 2]
-    # A shell has its background jobs ignore Ctrl-C, and what they start inherits that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return subprocess.Popen(
-            [*map(str, command)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    command = ["-m", "personmae", "shards", "write", source, out, "--shard-mb", SHARD_MB, "--processes", 2]
+    return warm.start(command, env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def await_true(condition: Callable[[], bool]) -> None:
@@ -127,7 +119,7 @@ def group_is_gone(leader: int) -> bool:
 
 def interrupt(
     source: Path, out: Path, num_shards: int, end: Callable[[int, int], None], how: int
-) -> tuple[subprocess.Popen[str], str] | None:
+) -> tuple[warm.Process, str] | None:
     """The command, ended with work left, and its errors; None and a clean start where it was as good as done by then."""
     before, command = num_records(out), start(source, out)
     await_true(lambda: num_records(out) > before or out.exists())

@@ -6,14 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from programs import ROOT, environment, launch, one_line_error, personmae
+import warm
+from programs import environment, launch, one_line_error, personmae
 
 from personmae import checkpoint
 from personmae.data.synthetic import SynthSettings, write_synthetic
@@ -79,8 +79,8 @@ def test_a_run_ends_with_scores_that_evaluate_repeats(finished: Path, benchmarks
 
 def test_a_stopped_run_ends_with_the_scores_of_an_uninterrupted_one(finished: Path, benchmarks: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "personmae", "finetune", *arguments(benchmarks, run_dir)]
-    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "personmae", "finetune", *arguments(benchmarks, run_dir)]
+    run = warm.start(command, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 3:
         assert time.monotonic() < deadline
@@ -205,7 +205,7 @@ def test_the_last_step_is_saved_though_it_was_skipped_and_features_that_are_not_
     assert f"features are not finite at step {saved.step}" in done.stderr
 
 
-def opened_for_writing(pipe: Path, reader: subprocess.Popen[str]) -> int:
+def opened_for_writing(pipe: Path, reader: warm.Process) -> int:
     """The file descriptor of a named pipe, once the process reads it."""
     deadline = time.monotonic() + 90
     while True:
@@ -225,8 +225,8 @@ def test_a_run_that_is_stopped_in_its_evaluation_is_measured_when_it_goes_on(fin
     content = picture.read_bytes()
     picture.unlink()
     os.mkfifo(picture)  # whoever reads it waits for a writer: so the evaluation is under way when the signal comes
-    command = [sys.executable, "-m", "personmae", "finetune", *arguments(held, tmp_path / "run")]
-    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "personmae", "finetune", *arguments(held, tmp_path / "run")]
+    run = warm.start(command, env=environment(), stderr=subprocess.PIPE, text=True)
     pipe = opened_for_writing(picture, run)
     run.send_signal(signal.SIGTERM)
     time.sleep(0.2)

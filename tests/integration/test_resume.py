@@ -1,12 +1,12 @@
 """Killed or stopped at any moment, a run goes on where it was and ends as if nothing had happened."""
 
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from programs import losses, pretrain, start_pretrain
 
 from personmae import checkpoint
@@ -15,7 +15,7 @@ from personmae.data import importer
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
-def wait_for_step(run: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+def wait_for_step(run: warm.Process, run_dir: Path, step: int) -> None:
     """Return once a step is logged."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:

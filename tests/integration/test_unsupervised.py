@@ -4,14 +4,14 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from programs import ROOT, environment, launch, one_line_error, personmae
+import warm
+from programs import environment, launch, one_line_error, personmae
 
 from personmae import checkpoint
 from personmae.data.synthetic import SynthSettings, write_synthetic
@@ -89,8 +89,8 @@ def test_clusters_are_told_from_the_first_epoch_and_the_model_can_be_evaluated(f
 
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(finished, benchmarks, source, tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "personmae", "unsupervised", *arguments(benchmarks, source, run_dir)]
-    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "personmae", "unsupervised", *arguments(benchmarks, source, run_dir)]
+    run = warm.start(command, env=environment(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 90
     while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 2:
         assert time.monotonic() < deadline
@@ -112,8 +112,8 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(finished, benchmarks
 
 def test_a_run_that_is_stopped_in_a_clustering_clusters_again(finished, benchmarks, source, tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "personmae", "unsupervised", *arguments(benchmarks, source, run_dir)]
-    run = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = ["-m", "personmae", "unsupervised", *arguments(benchmarks, source, run_dir)]
+    run = warm.start(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None
     for _ in range(2):  # the second is that of epoch 1
         assert any(line == "extracting 64 pictures ...\n" for line in run.stdout)

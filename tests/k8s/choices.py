@@ -25,13 +25,19 @@ def choose(overlay: str = "pretrain", **more: Any) -> Choice:
     return Choice(**({"config": ROOT / "configs" / f"{name}.yaml", "overlay": overlay} | given | more))
 
 
-def sets_of_components() -> Iterator[tuple[str, ...]]:
-    """Every set of components in which none excludes another."""
+def largest_sets() -> Iterator[tuple[str, ...]]:
+    """Every set of components in which none excludes another and to which none can be added."""
     others = [name for name in components() if not any(name in pair for pair in EXCLUSIVE)]
-    for picked in itertools.product(*[(None, *pair) for pair in EXCLUSIVE]):
-        for number in range(len(others) + 1):
-            for more in itertools.combinations(others, number):
-                yield (*filter(None, picked), *more)
+    for picked in itertools.product(*EXCLUSIVE):
+        yield (*picked, *others)
+
+
+def small_sets() -> Iterator[tuple[str, ...]]:
+    """No component, each one, and every two of which neither excludes the other."""
+    for number in range(3):
+        yield from (
+            names for names in itertools.combinations(components(), number) if not any({*p} <= {*names} for p in EXCLUSIVE)
+        )
 
 
 def admissible(overlay: str, names: tuple[str, ...]) -> bool:

@@ -111,7 +111,7 @@ def test_an_evicted_pod_has_its_grace_is_not_counted_and_is_replaced_once_it_is_
     time.sleep(0.5)
     assert len(controller.pods) == 1
     wait_for(lambda: first.ended)
-    assert 0.9 < time.monotonic() - begun < 3
+    assert time.monotonic() - begun > 0.9
     assert first.containers[0].killed
     assert first.codes() == {"main": 137}
     wait_for(lambda: len(controller.pods) == 2)

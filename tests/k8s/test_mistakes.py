@@ -5,13 +5,13 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from choices import PRETRAIN, ROOT
+import warm
+from choices import PRETRAIN
 from recorder import CONFIG, IMAGE, Captured, Recorder, error, event, job, personmae
 
 from launcher import kubectl
@@ -22,17 +22,13 @@ SUBMIT = ["submit", *RUN, "--no-bucket-check"]
 VERBS = ("render", "submit", "status", "logs", "scale", "suspend", "resume", "delete")
 
 
+def program(*args: str, environ: dict[str, str] | None = None) -> "subprocess.CompletedProcess[str]":
+    return warm.run(["-m", "personmae", *args], env=os.environ | (environ or {}) | warm.FIXED)
+
+
 def told(*args: str, environ: dict[str, str] | None = None) -> str:
     """The line that ``personmae`` ends with, which must be its only one but for warnings, with code 78 and nothing printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "personmae", *args],
-        cwd=ROOT,
-        env=os.environ | (environ or {}),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = program(*args, environ=environ)
     lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
     assert done.returncode == EXIT_USER_ERROR, done.stderr
     assert len(lines) == 1, done.stderr
@@ -125,8 +121,7 @@ def test_a_file_that_is_missing_or_wrong_is_one_line(
 
 
 def test_an_image_without_a_digest_is_warned_of_in_one_line(recorder: Recorder) -> None:
-    command = [sys.executable, "-m", "personmae", *SUBMIT, "--image", "registry.test/personmae:1", "--nodes", "8"]
-    done = subprocess.run([*command, "--dry-run", "client"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = program(*SUBMIT, "--image", "registry.test/personmae:1", "--nodes", "8", "--dry-run", "client")
     assert done.returncode == 0
     assert done.stderr.splitlines() == [
         "warning: the image has no digest, so it may change between pods: give --image NAME@sha256:..."
@@ -213,9 +208,7 @@ def test_a_wrong_command_line_is_one_line(arguments: list[str], line: str, recor
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help(verb: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "personmae", verb, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = program(verb, "--help")
     assert done.returncode == 0
     assert done.stdout.startswith(f"usage: personmae {verb} ")
     assert done.stderr == ""

@@ -3,15 +3,13 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from botocore.exceptions import EndpointConnectionError
-from choices import ROOT
 
 from launcher import objects
 from personmae.errors import UserError
@@ -129,17 +127,9 @@ def test_a_benchmark_leaves_its_result_in_the_bucket(s3_server: Any, tmp_path: P
         "train.epochs=1",
         "train.precision=fp32",
     ]
-    command = [sys.executable, "launcher/downstream.py", "--config=configs/quickstart_random.yaml", "--program=finetune"]
+    command = ["launcher/downstream.py", "--config=configs/quickstart_random.yaml", "--program=finetune"]
     environ = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [*command, "--result=s3://results/market.json", *given],
-        cwd=ROOT,
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = warm.run([*command, "--result=s3://results/market.json", *given], env=environ, timeout=240)
     assert done.returncode == 0, done.stderr
     written = json.loads(objects.read("s3://results/market.json") or b"")
     assert written == json.loads((tmp_path / "run" / "result.json").read_text())

@@ -4,7 +4,6 @@ import http.server
 import json
 import os
 import subprocess
-import sys
 import threading
 import urllib.error
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 import yaml
 from choices import DIGEST, ROOT, by_name
 
@@ -325,8 +325,7 @@ def test_a_suite_runs_locally_from_shards_to_the_table_and_again_without_work(sh
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ours
 
     def local(*args: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "launcher.submit", "submit", "--local", *map(str, args)]
-        return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False)
+        return warm.run(["-m", "launcher.submit", "submit", "--local", *map(str, args)], env=environ, timeout=240)
 
     few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
     write_synthetic(

@@ -3,10 +3,11 @@
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import warm
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,10 +17,10 @@ class Started:
 
     def __init__(self, log: Path, options: list[str], command: list[str]) -> None:
         self._log = log
-        line = [sys.executable, "-m", "launcher.elastic", "run", *options, "--", *command]
-        environ = os.environ | {"TMPDIR": str(log.parent)}
+        line = ["-m", "launcher.elastic", "run", *options, "--", *command]
+        environ = os.environ | {"TMPDIR": str(log.parent)} | warm.FIXED
         with open(log, "wb") as file:
-            self.process = subprocess.Popen(line, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT)
+            self.process = warm.start(line, cwd=ROOT, env=environ, stdout=file, stderr=subprocess.STDOUT)
 
     def output(self) -> str:
         return self._log.read_text(errors="replace")

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm
 from agents import ROOT, Start, Started
 
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[str]:
-    command = [sys.executable, "-m", "launcher.elastic", "store", "--port", "0"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    command = ["-m", "launcher.elastic", "store", "--port", "0"]
+    with warm.start(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         yield "127.0.0.1:" + process.stdout.readline().rsplit(" ", 1)[1].strip()
         process.terminate()
