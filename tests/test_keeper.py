@@ -82,13 +82,14 @@ def test_a_second_save_waits_for_the_first_and_both_are_there(tmp_path, monkeypa
     monkeypatch.setattr(snapshot, "_put", lambda file, block: (gate.wait(10), real(file, block)))
     with opened(tmp_path) as writer:
         assert not writer.busy
-        assert writer.save(make(1)) < 5
+        writer.save(make(1))
         assert writer.busy
         threading.Timer(0.3, gate.set).start()
-        assert 0.2 < writer.save(make(2)) < 5
-        assert writer.committed == 1 or writer.committed == 2
+        waited = writer.save(make(2))
+        assert gate.is_set()
+        assert waited > 0.2
+        assert writer.committed in (1, 2)
         assert sample(writer, "checkpoint_duration_seconds_sum", stage="wait") > 0.2
-        assert sample(writer, "checkpoint_duration_seconds_sum", stage="snapshot") < 0.2
     assert steps(tmp_path) == [1, 2]
     assert read_newest(tmp_path).tensors["student"]["w"].tolist() == [2.0] * 4
 

@@ -1,21 +1,24 @@
 """What a rank tells Prometheus: right numbers, that go on when it begins anew, at next to no cost."""
 
+import importlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import warm
+from calls import num_calls
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
 from torch.utils.flop_counter import FlopCounterMode
 
-from personmae import heartbeat, metrics
-from personmae.data.counters import StreamCounters
+from personmae import heartbeat, meter, metrics
 from personmae.keeper import CheckpointCounters
 from personmae.meter import Meter, RunNumbers, StateClock, StepTimer
 from personmae.model.personmae import PersonMAE
@@ -24,6 +27,8 @@ from personmae.model.vit import SIZES, grid_coords
 from personmae.telemetry import Continued, Ledger, Several
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # which is no package
+telling: Any = importlib.import_module("telling")
 PLAN: dict[str, Any] = {"first_step": 0, "total_steps": 100, "world_size": 1, "checkpoint_steps": 10}
 
 
@@ -92,7 +97,7 @@ def test_a_rank_that_is_killed_and_started_again_leaves_no_gap(rank_0: Path) -> 
     continued = Continued(rank_0)
     for life in (1, 2):
         continued.living = True
-        with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        with warm.start(["-c", script], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout
             assert process.stdout.readline() == "told\n"
             found = values(continued.collect())
@@ -109,37 +114,56 @@ def test_a_rank_that_is_killed_and_started_again_leaves_no_gap(rank_0: Path) -> 
             file.unlink()
 
 
-def test_parts_of_a_step_add_up_to_the_whole() -> None:
+class Clock:
+    """Stands in for the clocks that durations are measured by, and goes only when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._now = 1000.0
+        ours = dict.fromkeys(("perf_counter", "monotonic"), lambda: self._now)
+        monkeypatch.setattr(meter, "time", SimpleNamespace(**vars(time) | ours))
+
+    def pass_by(self, seconds: float) -> None:
+        self._now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_parts_of_a_step_add_up_to_the_whole(clock: Clock) -> None:
     registry = CollectorRegistry()
     timer = StepTimer(registry)
     for _ in range(3):
         timer.enter("data_wait")
-        time.sleep(0.02)
+        clock.pass_by(2)
         timer.enter("forward_backward")
-        time.sleep(0.03)
+        clock.pass_by(3)
         timer.end_step()
     found = values(registry.collect())
     name = "personmae_step_duration_seconds_sum"
     parts = {key.split()[1]: value for key, value in found.items() if key.startswith(name)}
     total = parts.pop("total")
-    assert sum(parts.values()) == pytest.approx(total, abs=1e-6)
-    assert 0.06 <= parts["data_wait"] < parts["forward_backward"]
+    assert (total, parts["data_wait"], parts["forward_backward"]) == (15, 6, 9)
     assert parts["inputs"] == parts["optimizer"] == 0
+    assert sum(parts.values()) == total
 
 
-def test_what_lies_before_the_first_step_and_between_steps_belongs_to_none() -> None:
+def test_what_lies_before_the_first_step_and_between_steps_belongs_to_none(clock: Clock) -> None:
     registry = CollectorRegistry()
     timer = StepTimer(registry)
-    time.sleep(0.1)
+    clock.pass_by(100)
     timer.enter("inputs")
+    clock.pass_by(2)
     timer.end_step()
     timer.enter(None)
-    time.sleep(0.1)
+    clock.pass_by(100)
     timer.enter("inputs")
+    clock.pass_by(3)
     timer.end_step()
     found = values(registry.collect())
     assert found["personmae_step_duration_seconds_count total"] == 2
-    assert found["personmae_step_duration_seconds_sum total"] < 0.05
+    assert found["personmae_step_duration_seconds_sum total"] == 5
 
 
 class Late:
@@ -159,7 +183,7 @@ class Late:
         return 1000.0 * (end.number - self.number)
 
 
-def test_events_are_read_when_they_have_happened_and_never_waited_for() -> None:
+def test_events_are_read_when_they_have_happened_and_never_waited_for(clock: Clock) -> None:
     registry = CollectorRegistry()
     timer = StepTimer(registry, Late)
 
@@ -169,6 +193,7 @@ def test_events_are_read_when_they_have_happened_and_never_waited_for() -> None:
 
     for _ in range(3):
         timer.enter("data_wait")
+        clock.pass_by(0.25)
         timer.enter("forward_backward")
         timer.enter("optimizer")
         timer.end_step()
@@ -177,7 +202,7 @@ def test_events_are_read_when_they_have_happened_and_never_waited_for() -> None:
     timer.end_step()
     assert observed("total") == (2, 3 + 4)  # the first step begins with its first event
     assert observed("forward_backward") == (2, 2)
-    assert observed("data_wait")[1] < 0.5  # of the host's clock
+    assert observed("data_wait")[1] == 2 * 0.25  # of the host's clock
     Late.done = 100
     timer.end_step()
     assert observed("forward_backward")[0] == 5
@@ -199,20 +224,20 @@ def test_parts_of_a_step_are_measured_on_the_gpu() -> None:
     torch.cuda.synchronize()
     timer.end_step()
     found = values(registry.collect())
-    assert found["personmae_step_duration_seconds_sum forward_backward"] > 0.003
-    assert found["personmae_step_duration_seconds_sum optimizer"] < 0.001
+    sums = {part: found[f"personmae_step_duration_seconds_sum {part}"] for part in ("forward_backward", "optimizer")}
+    assert sums["forward_backward"] > sums["optimizer"] >= 0  # sixty products against nothing
 
 
-def test_time_is_counted_by_state_from_the_start_of_the_process() -> None:
-    clock = StateClock()
-    start, before = time.monotonic(), sum(values(clock.collect()).values())
-    for state, seconds in (("data", 0.02), ("train", 0.05), ("checkpoint", 0.01)):
-        clock.enter(state)
-        time.sleep(seconds)
-    found = values(clock.collect())
-    assert sum(found.values()) - before == pytest.approx(time.monotonic() - start, abs=0.005)
-    assert 0.05 <= found["personmae_goodput_seconds_total train"] < 0.2
-    assert before > 0.5  # pytest itself took longer to start
+def test_time_is_counted_by_state_from_the_start_of_the_process(clock: Clock) -> None:
+    states = StateClock()
+    before = sum(values(states.collect()).values())
+    assert before > 0  # pytest itself took some time to start
+    for state, seconds in (("data", 2), ("train", 5), ("checkpoint", 1)):
+        states.enter(state)
+        clock.pass_by(seconds)
+    found = values(states.collect())
+    assert sum(found.values()) - before == pytest.approx(8)
+    assert [found[f"personmae_goodput_seconds_total {state}"] for state in ("data", "train", "checkpoint")] == [2, 5, 1]
 
 
 def test_the_run_is_told_as_it_is_logged_and_nothing_before_it_is_known() -> None:
@@ -270,57 +295,20 @@ def test_the_arithmetic_of_a_picture_is_what_torch_counts(feature_weight: float)
     assert 2 * ours == pytest.approx(counter.get_total_flops(), rel=1e-3)
 
 
-def step_cost(meter: Meter, stream: StreamCounters, num_steps: int) -> float:
-    """Seconds that a step of pre-training spends on telling what it does, with two micro-batches, and logged as every fifth."""
-    start = time.perf_counter()
-    for step in range(num_steps):
-        meter.beat("wait_data", step)
-        stream.wait_seconds.inc(0.001)
-        meter.beat("step", step)
-        for _ in range(2):
-            meter.beat("wait_data", step)
-            stream.queue.set(1024)
-            stream.samples.inc(1024)
-            stream.wait_seconds.inc(0.001)
-            meter.beat("step", step)
-            meter.enter("inputs")
-            meter.enter("forward_backward")
-        meter.enter("optimizer")
-        meter.count(step + 1, 2048)
-        if meter.run and step % 5 == 0:
-            meter.run.show(step, {"loss": 0.5, "lr": 1e-3, "grad_norm": 2.0, "skipped_steps": 0.0}, 1e5)
-    return (time.perf_counter() - start) / num_steps
-
-
-def test_what_a_step_tells_costs_less_than_100_microseconds(rank_0: Path) -> None:
-    """0.5 % of 20 ms; with the share of the thread that writes, which a step of 20 ms has a hundredth of."""
-    meter = Meter("pretrain")
-    stream, writer = StreamCounters(), CheckpointCounters()
-    meter.read("stream", stream.registry)
-    meter.read_writer(writer.registry)
-    for stage in ("wait", "snapshot", "persist", "upload"):
-        writer.seconds.labels(stage).observe(1)
-    for outcome in ("ok", "timeout", "throttled"):
-        stream.requests.labels("get", outcome).inc()
-        stream.retries.labels(outcome).inc()
-        stream.bytes.labels(outcome).inc()
-    assert meter.run
-    meter.run.plan(**PLAN, steps_per_epoch=20, flops_per_image=2e9, peak_flops=1e12)
+def test_what_a_step_tells_is_some_two_hundred_calls_and_its_file_is_written_beside_it(rank_0: Path) -> None:
+    """benchmarks/telling.py has the microseconds."""
+    meter, stream = telling.meter_of_a_run()
     try:
-        telling = min(step_cost(meter, stream, 500) for _ in range(7))
-        writing = []
-        for _ in range(9):
-            start = time.perf_counter()
-            meter._export.write()
-            writing.append(time.perf_counter() - start)
+        telling.tell_steps(meter, stream, 5)
+        written = (rank_0 / "0.metrics").stat().st_mtime_ns if (rank_0 / "0.metrics").exists() else 0
+        assert num_calls(lambda: telling.tell_steps(meter, stream, 10)) <= 10 * 220
+        assert num_calls(meter._export.write) < 20_000
+        assert (rank_0 / "0.metrics").stat().st_mtime_ns > written
     finally:
         meter.close()
-    per_step = telling + 0.02 / 2.0 * min(writing)
-    print(f"a step: {1e6 * telling:.1f} us, a write: {1e3 * min(writing):.2f} ms, together {1e6 * per_step:.1f} us a step")
-    assert per_step < 100e-6
 
 
-def test_events_are_kept_in_order_for_less_than_50_microseconds_a_step() -> None:
+def test_events_are_kept_in_order_for_five_calls_a_part_of_a_step() -> None:
     """What a GPU's timer costs beside the calls of CUDA, for the twelve events of a step with two micro-batches."""
 
     class Event:
@@ -332,37 +320,12 @@ def test_events_are_kept_in_order_for_less_than_50_microseconds_a_step() -> None
         def elapsed_time(self, end: "Event") -> float:
             return 1.0
 
-    def cost(timer: StepTimer) -> float:
-        start = time.perf_counter()
-        for _ in range(500):
-            for _ in range(11):
-                timer.enter("inputs")
-            timer.end_step()
-        return (time.perf_counter() - start) / 500
-
-    extra = min(cost(StepTimer(CollectorRegistry(), Event)) for _ in range(7))
-    extra -= min(cost(StepTimer(CollectorRegistry())) for _ in range(7))
-    print(f"events: {1e6 * extra:.1f} us a step")
-    assert extra < 50e-6
-
-
-@pytest.mark.gpu
-def test_a_step_on_a_gpu_is_measured_for_less_than_100_microseconds() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    timer = StepTimer(CollectorRegistry(), lambda: torch.cuda.Event(enable_timing=True))
-
-    def cost() -> float:
-        start = time.perf_counter()
-        for _ in range(200):
-            for _ in range(11):
-                timer.enter("inputs")
-            timer.end_step()
-        return (time.perf_counter() - start) / 200
-
-    best = min(cost() for _ in range(7))
-    print(f"a step with events: {1e6 * best:.1f} us")
-    assert best < 100e-6
+    with_events, without = StepTimer(CollectorRegistry(), Event), StepTimer(CollectorRegistry())
+    found = []
+    for timer in (with_events, without):
+        telling.enter_parts(timer, 3)
+        found.append(num_calls(lambda timer=timer: telling.enter_parts(timer, 10)) / 10)
+    assert found[1] < found[0] <= found[1] + 12 * 5
 
 
 def test_another_rank_tells_of_itself_alone(rank_0: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,9 +25,7 @@ PRETRAIN = ("pretrain", "configs/quickstart.yaml")
     ],
 )
 def test_a_wrong_setting_is_named_with_what_would_be_right(arguments: list[str], expected: list[str], tmp_path: Path) -> None:
-    start = time.monotonic()
     line = one_line_error(personmae(*PRETRAIN, f"run_dir={tmp_path / 'run'}", *arguments))
-    assert time.monotonic() - start < 30
     assert all(part in line for part in expected), line
     assert not (tmp_path / "run").exists()
 

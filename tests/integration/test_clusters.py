@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
+from closeness import assert_allclose
 from programs import ROOT, SETTINGS, STEPS, losses
 from test_elastic import Cluster, build_hosts, wait_until
 
@@ -56,7 +56,7 @@ class Training:
         """Two hosts must end well, having trained together what one process trains."""
         assert [process.wait(timeout=150) for process in processes] == [0, 0], cluster.logs()
         assert len(losses(self.run_dir)) == STEPS
-        np.testing.assert_allclose(losses(self.run_dir), self.expected, rtol=1e-5)
+        assert_allclose(losses(self.run_dir), self.expected, rtol=1e-5)
 
 
 @pytest.fixture

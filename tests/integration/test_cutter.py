@@ -3,8 +3,8 @@
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import pytest
+from closeness import assert_allclose
 from programs import SETTINGS, losses, one_line_error, personmae, pretrain
 
 pytestmark = pytest.mark.integration
@@ -17,7 +17,7 @@ def test_regions_cut_by_the_kernel_give_the_losses_of_those_cut_by_torch(shard_d
     pretrain(shard_dir, plain, *SMALL)
     pretrain(shard_dir, ours, *SMALL, "train.cutter=triton", env={"TRITON_INTERPRET": "1"})
     # On a CPU the plain version rounds pixels to bytes.
-    np.testing.assert_allclose(losses(ours), losses(plain), rtol=1e-3)
+    assert_allclose(losses(ours), losses(plain), rtol=1e-3)
     assert losses(ours) != losses(plain)
 
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from closeness import assert_allclose
 from programs import ROOT, SETTINGS, environment, losses
 
 sys.path.insert(0, str(ROOT / "tests/launcher"))
@@ -306,4 +306,4 @@ def test_pretraining_goes_on_with_one_host_where_two_were(
     assert b.wait(timeout=60) == 75, cluster.logs()
     assert a.wait(timeout=120) == 0, cluster.logs()
     assert "resuming at step" in cluster.log("a")
-    np.testing.assert_allclose(losses(run_dir), losses(native_run), rtol=1e-5)
+    assert_allclose(losses(run_dir), losses(native_run), rtol=1e-5)

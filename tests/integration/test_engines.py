@@ -5,9 +5,9 @@ import os
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from closeness import assert_allclose
 from programs import ROOT, SETTINGS, STEPS, launch, losses, pretrain
 
 from personmae import checkpoint
@@ -28,7 +28,7 @@ def test_the_first_20_losses_are_the_golden_ones(native_run: Path) -> None:
     """The file is rewritten with WRITE_GOLDEN=true, which a change of the method must explain."""
     if os.environ.get("WRITE_GOLDEN") == "true":
         GOLDEN.write_text(json.dumps(losses(native_run), indent=1) + "\n")
-    np.testing.assert_allclose(losses(native_run), json.loads(GOLDEN.read_text()), rtol=2e-3)
+    assert_allclose(losses(native_run), json.loads(GOLDEN.read_text()), rtol=2e-3)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -38,14 +38,14 @@ def test_deepspeed_gives_the_losses_of_the_plain_loop(
     result = deepspeed(shard_dir, tmp_path / "run", num_ranks, "engine.name=deepspeed")
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(losses(tmp_path / "run")) == STEPS
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(native_run), rtol=1e-5)
+    assert_allclose(losses(tmp_path / "run"), losses(native_run), rtol=1e-5)
 
 
 def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(
     shard_dir: Path, native_run: Path, tmp_path: Path
 ) -> None:
     pretrain(shard_dir, tmp_path / "run", "engine.name=deepspeed", "train.max_micro_batch_size=4")
-    np.testing.assert_allclose(losses(tmp_path / "run"), losses(native_run), rtol=1e-5)
+    assert_allclose(losses(tmp_path / "run"), losses(native_run), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_one_engine_is_resumed_by_another_on_two_ranks(
     (run_dir / "checkpoints" / kept.name).symlink_to(kept)
     result = deepspeed(shard_dir, run_dir, 2, *engine, *stopped)
     assert result.returncode == 0, result.stdout + result.stderr
-    np.testing.assert_allclose(losses(run_dir), losses(native_run)[15:], rtol=1e-5)
+    assert_allclose(losses(run_dir), losses(native_run)[15:], rtol=1e-5)
     # What the engine has written is the state of the plain loop, the teacher included.
     ours, theirs = (folder / "checkpoints/step-00000020" for folder in (run_dir, native_run))
     num_files = 1 if engine == ["engine.name=deepspeed"] else 2  # engines that shard have every rank write its share

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
+from closeness import assert_allclose
 from programs import ROOT, SETTINGS, environment, losses, pretrain
 
 from personmae import checkpoint
@@ -173,6 +173,6 @@ def test_the_deepspeed_command_leaves_its_ranks_alone_when_only_it_is_told_to_st
 def go_on(run: Run, native_run: Path) -> None:
     """What is left must be whole: another run takes it up, on one rank, and ends as an undisturbed one."""
     pretrain(run.shards, run.folder, "engine.name=native", "checkpoint.every_steps=1000")
-    np.testing.assert_allclose(losses(run.folder), losses(native_run), rtol=1e-5)
+    assert_allclose(losses(run.folder), losses(native_run), rtol=1e-5)
     partial = list((run.folder / "checkpoints").glob(".*"))
     assert partial == [], partial

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from calls import num_calls
 
 from launcher.elastic import build_parser
 from launcher.ranks import Limits
@@ -44,15 +45,11 @@ def test_a_beat_is_read_as_it_was_sent(directory: Path) -> None:
         assert before - 1e-3 <= beat.time <= time.monotonic() + 1e-3
 
 
-def test_a_beat_costs_less_than_20_microseconds(directory: Path) -> None:
+def test_a_beat_is_a_few_calls_and_opens_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beats = Heartbeat()
-    times = []
-    for step in range(5000):
-        before = time.perf_counter()
-        beats.beat("step", step)
-        times.append(time.perf_counter() - before)
-    print(f"\na beat: {sorted(times)[2500] * 1e6:.2f} us")
-    assert sorted(times)[2500] < 20e-6
+    monkeypatch.setattr("builtins.open", None)
+    monkeypatch.setattr(os, "open", None)
+    assert num_calls(lambda: beats.beat("step", 1)) < 10
 
 
 def test_every_phase_has_a_limit_of_its_own() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import paper_numpy as paper
 import pytest
 import torch
+from closeness import assert_allclose
 from torch import Tensor, nn
 
 from personmae.model.masking import block_mask, random_mask
@@ -101,7 +102,7 @@ def test_a_batch_of_tokens_equals_eq1_to_eq4_in_float64():
     ours = cut_batch(canvas, size, draws, VIEW)
     for i, sample in enumerate(numpy_batch(canvas, size, draws, VIEW)):
         for name, expected in sample.items():
-            np.testing.assert_allclose(ours[name][i].double().numpy(), expected, rtol=0, atol=1e-4, err_msg=name)
+            assert_allclose(ours[name][i].double().numpy(), expected, rtol=0, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["block", "random"])
@@ -163,7 +164,7 @@ def patches(count: int = 2, length: int = 5, width: int = 48, seed: int = 0) -> 
 def test_eq5_target_equals_float64_and_has_zero_mean_and_unit_deviation():
     x = patches()
     for ours, sample in zip(pixel_target(x), x.double().numpy(), strict=True):
-        np.testing.assert_allclose(ours.double().numpy(), paper.eq5_target(sample), rtol=1e-5, atol=1e-5)
+        assert_allclose(ours.double().numpy(), paper.eq5_target(sample), rtol=1e-5, atol=1e-5)
     assert pixel_target(x).mean(-1).abs().max() < 1e-5
     assert (pixel_target(x).std(-1) - 1).abs().max() < 1e-5
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import assert_allclose
 from paper_numpy import eq1_resize, eq2_slice, eq4_coords, tokens_of, whole_pixels
 from PIL import Image
 from torch import Tensor
@@ -195,7 +196,7 @@ def test_eq1_equals_a_float64_crop_resize_and_flip_for_each_sample():
         expected = eq1_resize(canvas[i, :height, :width].double().numpy(), pixels, bool(drawn.flip[i]), p, size)
         assert expected.shape == (64 + p, 32 + p // 2, 3)
         mine = ours[i].permute(1, 2, 0).double().numpy()[: 64 + p, : 32 + p // 2]
-        np.testing.assert_allclose(mine, expected, rtol=0, atol=5e-3)
+        assert_allclose(mine, expected, rtol=0, atol=5e-3)
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -1,9 +1,9 @@
 """Eq. (6): the momentum encoder and its target."""
 
-import numpy as np
 import paper_numpy as paper
 import pytest
 import torch
+from closeness import assert_allclose
 from torch import nn
 
 from personmae.model.personmae import PersonMAE
@@ -31,7 +31,7 @@ def test_the_target_is_the_last_blocks_output_normalised_without_weights_in_floa
     coords = grid_coords(GRID).double().numpy()
     for ours, sample in zip(teacher(x), x.double().numpy(), strict=True):
         expected = paper.layer_norm(paper.encode(sample, coords, weights, 2, 2)[1:], eps=1e-5)
-        np.testing.assert_allclose(ours.double().numpy(), expected, rtol=1e-4, atol=1e-4)
+        assert_allclose(ours.double().numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_after_k_updates_it_is_the_moving_average_in_float64():
@@ -50,7 +50,7 @@ def test_after_k_updates_it_is_the_moving_average_in_float64():
     own = dict(teacher.encoder.named_parameters())
     assert own.keys() == average.keys()
     for name, expected in average.items():
-        np.testing.assert_allclose(own[name].detach().double().numpy(), expected, rtol=0, atol=1e-5, err_msg=name)
+        assert_allclose(own[name].detach().double().numpy(), expected, rtol=0, atol=1e-5, err_msg=name)
 
 
 def test_at_momentum_9999_ours_moves_where_a_bf16_average_stands_still():

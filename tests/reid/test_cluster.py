@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_allclose
 from scipy import sparse
 from sklearn.cluster import DBSCAN
 
@@ -124,15 +125,15 @@ def test_the_encoding_is_that_of_the_definition(k1, k2, half):
     assert encoding.has_sorted_indices
     slow = slow_encoding(features, k1, k2, round(k1 / 2) if half is None else half)
     np.testing.assert_array_equal(encoding.toarray() > 0, slow > 0)
-    np.testing.assert_allclose(encoding.toarray(), slow, rtol=2e-7)
-    np.testing.assert_allclose(encoding.sum(axis=1), 1, rtol=1e-6)
+    assert_allclose(encoding.toarray(), slow, rtol=2e-7)
+    assert_allclose(encoding.sum(axis=1), 1, rtol=1e-6)
 
 
 def test_a_spread_divides_the_distances_of_its_image():
     features, _ = crowd(90, 8, 1.2)
     spread = torch.linspace(0.5, 4, 90)
     fast = k_reciprocal_encoding(features, 15, 4, spread=spread).toarray()
-    np.testing.assert_allclose(fast, slow_encoding(features, 15, 4, 8, spread.numpy()), rtol=1e-6)
+    assert_allclose(fast, slow_encoding(features, 15, 4, 8, spread.numpy()), rtol=1e-6)
 
 
 @pytest.mark.usefixtures("blocks")

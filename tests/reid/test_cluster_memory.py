@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_allclose
 
 from personmae.reid.memory import ClusterMemory, mean_centroids
 
@@ -49,7 +50,7 @@ def test_an_update_is_the_loop_over_the_batch(mode, slow, momentum):
     before = fast.centroids.double().numpy()
     fast.update(features, labels)
     expected = slow(before, features.double().numpy(), labels.tolist(), momentum)
-    np.testing.assert_allclose(fast.centroids.numpy(), expected, atol=1e-6)
+    assert_allclose(fast.centroids.numpy(), expected, atol=1e-6)
     assert fast.centroids[5].tolist() == before[5].tolist()  # no image of it was there
 
 
@@ -143,7 +144,7 @@ def test_centroids_are_means_of_unit_features_without_the_outliers():
     for cluster in range(6):
         mine = [unit(x) for x, label in zip(features.double().numpy(), labels.tolist(), strict=True) if label == cluster]
         expected.append(unit(np.mean(mine, axis=0)))
-    np.testing.assert_allclose(mean_centroids(features, labels).numpy(), expected, atol=1e-6)
+    assert_allclose(mean_centroids(features, labels).numpy(), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("labels", [[0, 0, 2], [-1, -1, -1], [1, 1, 1]])

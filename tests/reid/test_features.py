@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from closeness import assert_allclose
 
 from personmae.errors import Diverged, Stopped
 from personmae.model.vit import VisionTransformer
@@ -82,7 +83,7 @@ def test_colour_histogram_equals_the_loop(image_set):
     images = image_set.load(range(7)).permute(0, 2, 3, 1).numpy()
     expected = np.stack([slow_histogram(np.ascontiguousarray(image)) for image in images])
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(features.numpy(), expected, atol=1e-6)
+    assert_allclose(features.numpy(), expected, atol=1e-6)
 
 
 def test_standardising_takes_out_each_cameras_mean_and_scale():
@@ -93,7 +94,7 @@ def test_standardising_takes_out_each_cameras_mean_and_scale():
     for i, camid in enumerate(camids):
         same = features[camids == camid]
         expected[i] = (features[i] - same.mean(0)) / same.std(0)
-    np.testing.assert_allclose(standardise_per_camera(torch.from_numpy(features), camids).numpy(), expected, atol=1e-9)
+    assert_allclose(standardise_per_camera(torch.from_numpy(features), camids).numpy(), expected, atol=1e-9)
 
 
 def test_per_camera_histograms_have_length_one_and_average_out(image_set):

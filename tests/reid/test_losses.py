@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_allclose
 
 from personmae.reid.losses import (
     arc_softmax_logits,
@@ -65,7 +66,7 @@ def test_logits_with_a_margin_equal_their_definition(fast, slow, scale, margin):
         [slow(cosine, column == label, scale, margin) for column, cosine in enumerate(row)]
         for row, label in zip(cosines.double().tolist(), labels.tolist(), strict=True)
     ]
-    np.testing.assert_allclose(logits.numpy(), expected, rtol=1e-4, atol=1e-5 * scale)
+    assert_allclose(logits.numpy(), expected, rtol=1e-4, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize(("fast", "slow"), WITH_MARGIN)
@@ -82,7 +83,7 @@ def test_the_weights_of_the_circle_carry_no_gradient():
     cosines = torch.tensor([[0.4, 0.3]], requires_grad=True)
     circle_softmax_logits(cosines, torch.tensor([0]), scale=64.0, margin=0.35).sum().backward()
     assert cosines.grad is not None
-    np.testing.assert_allclose(cosines.grad.numpy(), [[64 * 0.95, 64 * 0.65]], rtol=1e-5)
+    assert_allclose(cosines.grad.numpy(), [[64 * 0.95, 64 * 0.65]], rtol=1e-5)
 
 
 def test_the_gradient_of_the_arc_is_minus_the_sine_of_the_moved_angle():
@@ -90,7 +91,7 @@ def test_the_gradient_of_the_arc_is_minus_the_sine_of_the_moved_angle():
     arc_softmax_logits(cosines, torch.zeros(5, dtype=torch.long), scale=1.0, margin=0.35).sum().backward()
     assert cosines.grad is not None
     expected = [math.sin(math.acos(x) + 0.35) / math.sin(math.acos(x)) for x in (0.3, -0.5)]
-    np.testing.assert_allclose(cosines.grad[:3, 0].numpy(), [*expected, 1], rtol=1e-4)
+    assert_allclose(cosines.grad[:3, 0].numpy(), [*expected, 1], rtol=1e-4)
     assert cosines.grad.isfinite().all()
 
 
