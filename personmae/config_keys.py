@@ -12,6 +12,7 @@ from personmae.config_values import PLACE, kind_of
 from personmae.yaml_text import Dumper
 
 _SIGNS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "multiple_of": "multiple of {}"}
+_WIDEST = 40  # characters of a column
 _NAMES = {bool: "true|false", int: "int", float: "number", str: "text", type(None): "null", Any: "anything"}
 
 
@@ -38,8 +39,9 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> list[Key]:
 
 
 def to_table(keys: list[Key]) -> str:
-    """Lines with aligned columns."""
-    wide = [max((len(getattr(key, part)) for key in keys), default=0) for part in ("name", "type", "default")]
+    """Lines with aligned columns, but for types that are very long."""
+    texts = [[len(getattr(key, part)) for key in keys] for part in ("name", "type", "default")]
+    wide = [max((length for length in lengths if length <= _WIDEST), default=0) for lengths in texts]
     rows = (f"{k.name:{wide[0]}}  {k.type:{wide[1]}}  {k.default:{wide[2]}}  {k.description}".rstrip() for k in keys)
     return "".join(f"  {row}\n" for row in rows)
 

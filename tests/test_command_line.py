@@ -59,7 +59,7 @@ def test_without_a_word_there_is_the_help_and_code_0(capsys):
     code, out, err = call(capsys)
     assert (code, err) == (EXIT_COMPLETE, "")
     assert "usage: personmae" in out
-    assert {"pretrain", "keys", "completion", "submit"} <= set(out.split())
+    assert {*config.PROGRAMS, "synth", "shards", "evaluate", "report", "doctor", "keys", "submit"} <= set(out.split())
     assert call(capsys, "help") == (code, out, err)
     assert call(capsys, "--help") == (code, out, err)
 

@@ -99,10 +99,3 @@ def test_a_full_disk_ends_a_run_and_keeps_its_last_checkpoint(small_disk: Path, 
     )
     assert "the disk is full" in line
     assert not list((small_disk / "run" / "checkpoints").iterdir())
-
-
-def test_the_command_line_explains_itself() -> None:
-    helped = personmae("--help")
-    assert helped.returncode == 0
-    assert all(verb in helped.stdout for verb in ("synth", "shards", "pretrain", "finetune", "evaluate", "report", "doctor"))
-    assert "see 'personmae --help'" in one_line_error(personmae("pretrian"))
