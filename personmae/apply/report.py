@@ -171,7 +171,8 @@ def data_counts(runs: Sequence[Run]) -> list[tuple[str, Callable[[], str]]]:
             counts[what] = what, lambda run=run: count_shards(run)
         if result := run.result:
             what = f"{result.benchmark_title or result.benchmark}: {result.root}"
-            counts[result.benchmark_digest or what] = what, lambda run=run, result=result: count_benchmark(result, run.place)
+            count = what, lambda run=run, result=result: count_benchmark(result, run.place)
+            counts.setdefault(result.benchmark_digest or what, count)
     return list(counts.values())
 
 
