@@ -116,7 +116,7 @@ def native_cpu(cpuinfo: Path = CPUINFO, environ: Mapping[str, str] = os.environ)
 def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str] | None:
     """Instruction sets of the first processor listed: ``flags`` of x86, ``Features`` of ARM. None where nothing tells."""
     try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     for line in lines:
