@@ -1,57 +1,111 @@
-"""Checkpoints in an object store, and which checkpoint a run resumes: the newest whole one here or there, for all ranks alike.
+"""Checkpoints in an object store: sent, fetched, deleted, moved out of the way. Which one a run resumes is in resume_point.py.
 
 ``STORE/step-00012000/`` holds the files of the local folder. Every file is written whole or not at all there, and
 ``manifest.json`` comes last: it is what makes the others a checkpoint. ``STORE/LATEST`` serves where a store cannot list.
+With each go the records of its run (``RECORDS``) as they are then, so that a run on an empty disk has its whole curves.
 """
 
-import fcntl
 import itertools
-import json
-import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from personmae import checkpoint, dist
-from personmae.checkpoint import LATEST, MANIFEST
+from personmae import checkpoint, commit, files
+from personmae.checkpoint import LATEST, MANIFEST, Fault
+from personmae.commit import PASSED_OVER
 from personmae.data import storage
-from personmae.errors import RankError, UserError
+from personmae.errors import Unavailable, UserError
 from personmae.snapshot import Fingerprint
 
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 30.0
 RETRY_SECONDS = 120.0  # for which a run that starts waits for a store that is away
+RECORDS = ("metrics.jsonl", "clusters.jsonl", "run.json", "config.yaml")  # of a run directory; no manifest lists them
 _NUM_FETCHES = 2  # of a file whose hash is wrong: the connection may have spoiled it
 _jitter = random.Random()
 _Result = TypeVar("_Result")
 
 
 class Damaged(Exception):  # noqa: N818 - told as a fault, never shown
-    """What the store holds is not a whole checkpoint; the message says why."""
+    """What the store holds is not a whole checkpoint; the fault says why."""
+
+    def __init__(self, fault: Fault | str):
+        super().__init__(str(fault))
+        self.fault = fault if isinstance(fault, Fault) else Fault(fault)
+
+
+# --- what a store holds ---
 
 
 def steps(store: str) -> list[int]:
-    """Steps of the folders in a store, whole or not, ascending; of a store that cannot list, the one of ``LATEST``."""
+    """Steps of the folders in a store, whole or not, ascending; of a store that cannot list, the one of ``LATEST``.
+
+    Raises:
+        UserError: the store cannot be read, or its ``LATEST`` names no checkpoint.
+    """
     names = storage.list_folders(store)
     if names is None:
-        names = [(storage.read(store, LATEST) or b"").decode("ascii", "replace").strip()]
+        if (latest := storage.read(store, LATEST)) is None:
+            return []
+        names = [latest.decode("ascii", "replace").strip()]
+        if checkpoint.step_of(names[0]) is None:
+            raise UserError(
+                f"{store}/{LATEST} must name a checkpoint like step-00001000 and has {names[0]!r}; mend it, or start anew with "
+                "another checkpoint.store"
+            )
     return sorted(step for name in names if (step := checkpoint.step_of(name)) is not None)
 
 
-def send(store: str, path: Path, step: int, sent: set[str]) -> None:
-    """Copy a local checkpoint to a store: files, manifest, ``LATEST``; ``sent`` remembers files for another try."""
+def send(store: str, path: Path, step: int, sent: set[str], *, anew: bool = False) -> None:
+    """Copy a local checkpoint to a store: files, manifest, ``LATEST``; ``sent`` remembers files for another try.
+
+    Another checkpoint of that step is moved to ``PASSED_OVER`` first; with ``anew`` also one with the same manifest, which a
+    run that saves the step once more has passed over. Moments that were deleted here are left out.
+
+    Raises:
+        UserError: the store refused, or has another checkpoint of that step and cannot move it.
+    """
     root, manifest = f"{store}/{checkpoint.name_of(step)}", (path / MANIFEST).read_bytes()
     theirs = storage.read(root, MANIFEST)
-    if theirs != manifest:
-        if theirs is not None:  # of a line that was given up; it is no checkpoint while its files change
-            storage.delete(root, [MANIFEST])
+    if theirs != manifest or (anew and not sent):
+        if theirs is not None:
+            set_aside(store, step)
         for name in checkpoint.parse_manifest(manifest)[0].keys() - sent:
-            storage.upload(root, name, path / name)
+            if (path / name).exists() or not checkpoint.is_moments(name):
+                storage.upload(root, name, path / name)
             sent.add(name)
+        for name, content in _records(path.parent.parent).items():
+            storage.write(root, name, content)
         storage.write(root, MANIFEST, manifest)
     storage.write(store, LATEST, checkpoint.name_of(step).encode())
+
+
+def _records(run_dir: Path) -> dict[str, bytes]:
+    """The records that a run directory has; of a file that is being written, the whole lines."""
+    found = {name: (run_dir / name).read_bytes() for name in RECORDS if (run_dir / name).is_file()}
+    return {name: _whole(content) if name.endswith(".jsonl") else content for name, content in found.items()}
+
+
+def _whole(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
+
+
+def bring_records(store: str, step: int, run_dir: Path) -> None:
+    """Write the records that lie with a checkpoint of a store where a run directory has none, or fewer lines.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    for name in RECORDS:
+        path = run_dir / name
+        theirs = patiently(lambda name=name: storage.read(f"{store}/{checkpoint.name_of(step)}", name))
+        ours = path.read_bytes() if path.exists() else None
+        fewer = name.endswith(".jsonl") and (theirs or b"").count(b"\n") > (ours or b"").count(b"\n")
+        if theirs is not None and (ours is None or fewer):
+            files.replace(path, theirs)
 
 
 def delete(store: str, step: int) -> None:
@@ -61,19 +115,42 @@ def delete(store: str, step: int) -> None:
         storage.delete(root, sorted(names, key=lambda name: name != MANIFEST))
 
 
-def fetch(store: str, step: int, directory: Path, digest: str | None = None) -> Path:
+def set_aside(store: str, step: int) -> str | None:
+    """Move a checkpoint of a store out of the way of a run; returns where it is now.
+
+    What has no manifest was never a checkpoint, or is none any more: it is deleted, and None is returned.
+
+    Raises:
+        UserError: the store refused, or can neither list nor copy.
+    """
+    name = checkpoint.name_of(step)
+    if (held := storage.list_sizes(f"{store}/{name}")) is None:
+        raise UserError(f"{store}/{name} is of another run or was passed over, and this store cannot move it; move it yourself")
+    if MANIFEST not in held:
+        delete(store, step)
+        return None
+    taken = storage.list_folders(f"{store}/{PASSED_OVER}") or []
+    free = next(n for n in (name, *(f"{name}.{number}" for number in range(2, len(taken) + 3))) if n not in taken)
+    target = f"{store}/{PASSED_OVER}/{free}"
+    for file in sorted(held, key=lambda file: file == MANIFEST):
+        storage.copy(f"{store}/{name}", file, target)
+    delete(store, step)
+    return target
+
+
+def fetch(store: str, step: int, directory: Path, digest: str | None = None, *, moments: bool = True) -> Path:
     """Copy a checkpoint of a store into a directory, each file checked, the whole renamed; returns its folder.
 
     Raises:
-        Damaged: the store's is not whole, or not the one that ``digest`` stands for.
+        Damaged: the store's is not whole, or not the one that ``digest`` stands for; a fault of the moments comes last.
         UserError: the store cannot be read.
     """
     root, final = f"{store}/{checkpoint.name_of(step)}", directory / checkpoint.name_of(step)
     if (manifest := patiently(lambda: storage.read(root, MANIFEST))) is None:
-        raise Damaged(f"it has no {MANIFEST}")
-    files, fault = checkpoint.parse_manifest(manifest)
-    if fault:
-        raise Damaged(fault)
+        raise Damaged(Fault(f"it has no {MANIFEST}", absent=True))
+    listed, wrong = checkpoint.parse_manifest(manifest)
+    if wrong:
+        raise Damaged(wrong)
     partial = final.with_name(f".partial-{final.name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -81,114 +158,13 @@ def fetch(store: str, step: int, directory: Path, digest: str | None = None) -> 
         (partial / MANIFEST).write_bytes(manifest)
         if digest not in (None, checkpoint.digest(partial)):
             raise Damaged("it is not the one that the first host has")
-        for name, expected in files.items():
-            _fetch_file(root, partial / name, expected)
-        checkpoint.put_in_place(partial, final)
+        for name in sorted(listed, key=checkpoint.is_moments):
+            if moments or not checkpoint.is_moments(name):
+                _fetch_file(root, partial / name, listed[name])
+        commit.put_in_place(partial, final, keep_earlier=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
-
-
-def newest(run_dir: str | Path, store: str | None = None) -> Path | None:
-    """The newest whole checkpoint of a run directory and its store, on this host: it is fetched if need be.
-
-    Raises:
-        UserError: the store cannot be read.
-    """
-    return next(_whole_ones(run_dir, store), None)
-
-
-def newest_for_all(run_dir: str | Path, store: str | None = None) -> Path | None:
-    """``newest``, decided by the first rank; hosts that do not have it fetch it, and if one cannot, all take the next.
-
-    One rank of each host checks every hash. The first must hold the run's lock, for it may rename what a kill has left.
-
-    Raises:
-        UserError: the store cannot be read, or a host sees neither the run directory of the first nor a store.
-    """
-    whole = _whole_ones(run_dir, store) if dist.is_first() else iter(())
-    while offer := _offer(whole):
-        path, trouble = None, None
-        try:
-            path = _take(run_dir, store, *offer)
-        except (Damaged, UserError) as error:
-            trouble = error
-        if dist.any_rank(isinstance(trouble, UserError)):
-            raise (trouble if isinstance(trouble, UserError) else UserError(f"another host cannot read {offer[0]}: see there"))
-        if not dist.any_rank(trouble is not None):
-            return path
-        if trouble:
-            checkpoint.tell_passed_over(offer[0], f"on this host, {trouble}")
-    return None
-
-
-def _whole_ones(run_dir: str | Path, store: str | None) -> Iterator[Path]:
-    """Whole checkpoints on this host, newest first, of equal ones the local; what is passed over is told."""
-    places: list[tuple[int, Path | None]] = [(checkpoint.step_of(path.name) or 0, path) for path in checkpoint.folders(run_dir)]
-    if store:
-        places += [(step, None) for step in patiently(lambda: steps(store))]
-    last = None
-    for step, path in sorted(places, key=lambda place: (place[0], place[1] is not None), reverse=True):
-        if step == last:
-            continue
-        try:
-            found = _checked(path) if path else fetch(store or "", step, checkpoint.folder(run_dir))
-        except Damaged as fault:
-            checkpoint.tell_passed_over(path or f"{store}/{checkpoint.name_of(step)}", str(fault))
-            continue
-        last = step
-        yield found
-
-
-def _checked(path: Path) -> Path:
-    if fault := checkpoint.find_fault(path):
-        raise Damaged(fault)
-    return path
-
-
-def _offer(whole: Iterator[Path]) -> tuple[Path, str] | None:
-    """Folder and digest of the first rank's next checkpoint, on all ranks; its error is raised on all."""
-    told = {}
-    if dist.is_first():
-        try:
-            if path := next(whole, None):
-                path = checkpoint.settle(path)  # now, while no rank reads it yet
-                told = {"path": str(path), "digest": checkpoint.digest(path)}
-        except UserError as error:
-            told = {"error": str(error)}
-    told = json.loads(dist.from_first_rank(json.dumps(told)))
-    if "error" in told:
-        raise UserError(told["error"])
-    return (Path(told["path"]), told["digest"]) if told else None
-
-
-def _take(run_dir: str | Path, store: str | None, offered: Path, digest: str) -> Path:
-    """The checkpoint that the first rank offers, on this host; ``RUN/fetched`` holds one that had to be fetched."""
-    if dist.is_first() or _has(offered, digest):
-        return offered
-    if not store:
-        raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {offered}")
-    directory = Path(run_dir) / "fetched"
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w", encoding="utf-8") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # one rank of a host fetches for all
-        step = checkpoint.step_of(offered.name) or 0
-        found = directory / checkpoint.name_of(step)
-        if not _has(found, digest):
-            for path in directory.glob("*step-*"):
-                shutil.rmtree(path)
-            try:
-                fetch(store, step, directory, digest)
-            except UserError as error:
-                raise RankError(str(error)) from error
-    return found
-
-
-def _has(path: Path, digest: str) -> bool:
-    """Whether a folder is the checkpoint of this digest; one rank of a host checks its files, and its word counts for all."""
-    if not (path / MANIFEST).is_file() or checkpoint.digest(path) != digest:
-        return False
-    return os.environ.get("LOCAL_RANK", "0") != "0" or not checkpoint.find_fault(path)
 
 
 def _fetch_file(root: str, path: Path, expected: Fingerprint) -> None:
@@ -197,7 +173,7 @@ def _fetch_file(root: str, path: Path, expected: Fingerprint) -> None:
     Raises:
         Damaged: it is not there, or not what the manifest says.
     """
-    wait, fault = waiting(RETRY_SECONDS), None
+    wait, fault, only_moments = waiting(RETRY_SECONDS), None, checkpoint.is_moments(path.name)
     for _ in range(_NUM_FETCHES):
         with path.open("wb") as file:
             try:
@@ -207,12 +183,13 @@ def _fetch_file(root: str, path: Path, expected: Fingerprint) -> None:
                 )
             except UserError as error:
                 if _says_missing(error.__cause__):
-                    raise Damaged(f"{path.name} is missing") from error
+                    raise Damaged(Fault(f"{path.name} is missing", absent=True, only_moments=only_moments)) from error
                 if passing_reason(error) != "hash":
                     raise
         if not (fault := checkpoint.find_file_fault(path, expected)):
             return
-    raise Damaged(fault)
+    assert fault
+    raise Damaged(replace(fault, only_moments=only_moments))
 
 
 def _fetch_rest(file: BinaryIO, root: str, name: str, expected: Fingerprint) -> None:
@@ -261,6 +238,20 @@ def waiting(seconds: float) -> Callable[[Exception, float], bool]:
         return True
 
     return wait
+
+
+def reaching(call: Callable[[], _Result]) -> _Result:
+    """The result of ``call``; where a store cannot be reached at present, that is not the user's error.
+
+    Raises:
+        Unavailable: trying again later may help.
+    """
+    try:
+        return call()
+    except UserError as error:
+        if passing_reason(error) is None:
+            raise
+        raise Unavailable(f"{error}; this may pass: run this again") from error
 
 
 def passing_reason(error: BaseException | None) -> str | None:

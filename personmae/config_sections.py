@@ -1,5 +1,6 @@
 """Sections of the configuration that more than one program has, and the kinds of their values."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -46,7 +47,13 @@ class Checkpoint(Section):
     store: Place | None = Field(default=None, description="s3://bucket/prefix of this run alone: a copy of each checkpoint")
     retry_seconds: float = Field(default=600, gt=0, description="how long the upload of a checkpoint is tried again")
     close_seconds: float = Field(default=120, gt=0, description="how long the end of a run waits for uploads")
-    resume: Literal["auto", "none"] = Field(default="auto", description="auto: continue the newest valid checkpoint of run_dir")
+    resume: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto: continue the newest valid checkpoint of run_dir; none: start anew, what is there is kept aside",
+    )
+    rebuild_moments: bool = Field(
+        default=False, description="where the optimizer's moments alone are damaged, continue with new ones"
+    )
 
     @field_validator("store")
     @classmethod
@@ -55,9 +62,18 @@ class Checkpoint(Section):
             raise ValueError("must be a location like s3://bucket/prefix, or null; a run's own directory is run_dir")
         return store.rstrip("/") if store else store
 
+    @property
+    def resumes(self) -> bool:
+        """Whether a run goes on from what is there; one that its agent starts again does, however it was first started."""
+        return self.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
     def writer_arguments(self) -> dict[str, Any]:
         """Arguments of ``keeper.Writer``, but for where."""
         return self.model_dump(include={"keep_last", "keep_every", "store", "retry_seconds", "close_seconds"})
+
+    def resume_arguments(self) -> dict[str, Any]:
+        """Arguments of ``resume_point.newest_for_all``, but for where."""
+        return self.model_dump(include={"store", "rebuild_moments"})
 
     def schedule_arguments(self) -> dict[str, Any]:
         """Arguments of ``keeper.Schedule``."""

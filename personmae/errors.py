@@ -35,6 +35,14 @@ class OtherProgram(UserError):  # noqa: N818 - what was found
         self.path, self.program = path, program
 
 
+class Unavailable(Exception):  # noqa: N818 - a way to end
+    """What is needed is there and cannot be read at present; trying again may help. The message is one line."""
+
+
+class RankUnavailable(Unavailable):
+    """The same where one rank alone has seen it, so that rank tells it."""
+
+
 class Diverged(Exception):  # noqa: N818 - a way to end
     """The loss is no longer a finite number."""
 
@@ -68,6 +76,20 @@ _OS_ERRORS = {
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _running: list[object] = []  # programs within ``run_program``
+# A disk or a network file system that fails now and may answer later; not every system has every name.
+_PASSING = frozenset(
+    getattr(errno, name)
+    for name in (
+        *("EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH"),
+        *("ECONNRESET", "ECONNABORTED", "ECONNREFUSED", "EAGAIN"),
+    )
+    if hasattr(errno, name)
+)
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether the operating system's error may be gone when the same is tried again."""
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
@@ -81,13 +103,13 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
         program()
     except UserError as error:
         message, code, quiet = f"error: {error}", EXIT_USER_ERROR, quiet and not isinstance(error, RankError)
+    except Unavailable as error:
+        message, code, quiet = f"error: {error}", EXIT_FAILED, quiet and not isinstance(error, RankUnavailable)
     except OSError as error:
-        if error.errno not in _OS_ERRORS:
+        told = _explained(error)
+        if told is None:
             raise
-        where = f" at {error.filename}" if error.filename else ""
-        advice = "make room there or choose another place" if error.errno in _FULL else "mend it or choose another place"
-        message = f"error: {_OS_ERRORS[error.errno]}{where}; {advice}, then run this again"
-        code, quiet = EXIT_USER_ERROR, False
+        message, code, quiet = *told, False
     except UnicodeEncodeError as error:
         if error.encoding.lower().replace("-", "") == "utf8":
             raise
@@ -123,6 +145,18 @@ def _print_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _explained(error: OSError) -> tuple[str, int] | None:
+    """The line for an error of the operating system and its exit code; None where a traceback says more."""
+    if is_passing(error):
+        told = f"error: {error.strerror} at {error.filename}; this may pass: run this again"
+        return (told, EXIT_FAILED) if error.filename else None
+    if error.errno not in _OS_ERRORS:
+        return None
+    where = f" at {error.filename}" if error.filename else ""
+    advice = "make room there or choose another place" if error.errno in _FULL else "mend it or choose another place"
+    return f"error: {_OS_ERRORS[error.errno]}{where}; {advice}, then run this again", EXIT_USER_ERROR
 
 
 def leave(code: int) -> NoReturn:

@@ -1,6 +1,5 @@
 """A fine-tuned checkpoint and a benchmark to mAP, CMC and mINP, with the field's protocol."""
 
-import json
 import shlex
 import tempfile
 import time
@@ -21,11 +20,20 @@ HISTOGRAM_SIZE = (128, 64)  # (height, width) in pixels the pictures are brought
 
 
 def run(
-    where: str, benchmark_name: str, root: str, *, out: Path | None, pool: Pool | None = None, rerank: str = "none"
+    where: str,
+    benchmark_name: str,
+    root: str,
+    *,
+    out: Path | None,
+    pool: Pool | None = None,
+    rerank: str = "none",
+    unfinished: bool = False,
 ) -> None:
     """Print one row of the table; with ``out`` also write ``result.json`` and ``rank_lists.json`` there.
 
     ``pool`` takes a pre-trained encoder as it is, its tokens pooled so; what it finds is a lower bound, not a ReID system.
+    A run whose training has not reached its end is taken only with ``unfinished``, or where its checkpoint is named itself;
+    that is told, and the record has how far it had come.
     The benchmark needs no training pictures.
 
     Raises:
@@ -55,10 +63,14 @@ def run(
         )
     else:
         path = checkpoint.locate(where)
-        model, settings, init = load(where, pool)
+        if not unfinished:
+            checkpoint.require_finished(where, path, " give --unfinished,")
+        model, settings, init = load(where, path, pool)
         name = Path(where).name
         source = {"checkpoint": str(path), "step": checkpoint.step_of(path.name), "digest": checkpoint.digest(path)}
-        progress.log(f"evaluating {path}")
+        if reached := checkpoint.unfinished(path):
+            source["unfinished"] = reached
+        progress.log(f"evaluating {path}" + (f", whose run is not finished: it is at {reached}" if reached else ""))
         device = torch.device("cuda" if dist.use_cuda() else "cpu")
         features = retrieval.model_features(model.to(device), mean=settings["mean"], std=settings["std"], device=device)
         record = retrieval.measure(
@@ -80,24 +92,25 @@ def run(
         progress.say(progress.ending("evaluate", seconds, where, following))
 
 
-def load(where: str, pool: Pool | None = None) -> tuple[ReIDModel, dict[str, Any], str]:
+def load(where: str, path: Path, pool: Pool | None = None) -> tuple[ReIDModel, dict[str, Any], str]:
     """The model of a checkpoint in evaluation mode, the settings that belong to its weights, and what it was trained from.
 
+    ``path`` is the checkpoint that ``where`` names.
+
     Raises:
-        UserError: there is no checkpoint, or a pre-trained one without ``pool``, or a fine-tuned one with it.
+        UserError: it is a pre-trained one without ``pool``, or a fine-tuned one with it.
     """
-    path = checkpoint.locate(where)
-    record = json.loads((path / checkpoint.STATE).read_bytes())
+    record = checkpoint.read_state(path)
     if "head" in record:
         if pool:
             raise UserError(f"--pool is for pre-trained encoders; {path} is fine-tuned and has a head of its own: leave it out")
-        return load_model(checkpoint.read(path), path), record["model"], record["init"]
+        return load_model(checkpoint.read(path, moments=False), path), record["model"], record["init"]
     if not pool:
         raise UserError(
             f"a fine-tuned checkpoint is required; {path} is pre-trained only: run 'personmae finetune' first, or see with "
             "--pool mean what its features find without"
         )
-    weights, settings = checkpoint.read_encoder(where)
+    weights, settings = checkpoint.read_encoder(path)
     encoder = VisionTransformer(**SIZES[settings["size"]], patch_size=settings["patch_size"])
     checkpoint.load_strictly(encoder, weights, path)
     return ReIDModel(encoder, Neck(encoder, pool=pool)).eval(), settings, f"{where}, {pool} of its tokens"

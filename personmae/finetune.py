@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personmae import archive, checkpoint, config, dist, metrics, optim, precision
+from personmae import checkpoint, config, dist, metrics, optim, precision, resume_point, run_lock
 from personmae.downstream import (
     RANDOM,
     augmented,
@@ -90,7 +89,7 @@ def run(settings: config.Finetune) -> None:
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
-    if settings.checkpoint.resume == "auto" and is_complete(settings, benchmark):
+    if settings.checkpoint.resumes and is_complete(settings, benchmark):
         if world.is_first:
             tell_complete(settings)
         meter.complete()
@@ -107,10 +106,10 @@ def run(settings: config.Finetune) -> None:
     engine = build_engine(settings, module)
     known = identity(settings, benchmark, chosen.name)
     state = Run(settings, world, benchmark, module, model_settings, engine, order, known, chosen)
-    held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
+    held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
         with meter.restoring():
-            found = resume(state) if settings.checkpoint.resume == "auto" else None
+            found = resume(state) if settings.checkpoint.resumes else None
         if world.is_first:
             announce(state)
         log = metrics.RunLog(
@@ -232,7 +231,7 @@ def build(settings: config.Finetune, num_classes: int, chosen: Precision) -> tup
     )
     if settings.init != RANDOM:
         path = checkpoint.locate(settings.init)
-        if "head" in json.loads((path / checkpoint.STATE).read_bytes()):
+        if "head" in checkpoint.read_state(path):
             raise UserError(
                 f"a pre-training checkpoint is required; {path} is of a model with a head: give init the run that it came "
                 "from, or go on from it without labels by 'personmae unsupervised'"
@@ -330,16 +329,17 @@ def num_classes(head: nn.Module) -> int:
 
 def resume(state: Run) -> Path | None:
     """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
-    found = archive.newest_for_all(state.settings.run_dir, state.settings.checkpoint.store)
+    found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
     if not found:
         return None
-    saved = checkpoint.read(found)
+    saved = found.read()
     keep_precision(state, saved.state.get("identity", {}))
-    retrieval.require_same(found, state.identity, saved.state.get("identity", {}))
+    retrieval.require_same(found.path, state.identity, saved.state.get("identity", {}))
     tensors = dict(saved.tensors)
     state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
     state.step = saved.step
-    return found
+    found.tell(state.step, state.total_steps)
+    return found.path
 
 
 def announce(state: Run) -> None:

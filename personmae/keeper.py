@@ -8,7 +8,7 @@ import copy
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch.distributed as tdist
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from personmae import archive, checkpoint, dist
+from personmae import archive, checkpoint, commit, dist
 from personmae.checkpoint import Checkpoint
 from personmae.snapshot import Snapshot
 
@@ -106,10 +106,12 @@ class Writer:
     """Saves the states of a run without holding it up; only the first rank has one, unless all write their parts.
 
     ``store`` is an object store to which every committed checkpoint is uploaded, or None. ``resumed`` is the checkpoint from
-    which the run goes on: it is never deleted before ``keep_last`` newer ones are committed, and what lies beyond it is
-    deleted with the first. With ``world_size`` above one, all ranks have a writer over a shared directory, and ``barrier``
-    waits for all of them on a process group that nothing else uses, for it is called from a thread; see ``join_ranks``. Each
-    rank then saves tensors of its own and the same kinds as the others, be it without a tensor.
+    which the run goes on: it is never deleted before ``keep_last`` newer ones are committed. What lies beyond it, or all that
+    is there where a run starts anew, was passed over: with the first commit it is moved to ``commit.PASSED_OVER``.
+
+    With ``world_size`` above one, all ranks have a writer over a shared directory, and ``barrier`` waits for all of them on a
+    process group that nothing else uses, for it is called from a thread; see ``join_ranks``. Each rank then saves tensors of
+    its own and the same kinds as the others, be it without a tensor.
     """
 
     def __init__(
@@ -134,9 +136,10 @@ class Writer:
         self._retry_seconds, self._close_seconds = retry_seconds, close_seconds
         self._parts: dict[str, Any] = {"rank": rank, "world_size": world_size, "barrier": barrier}
         self._is_first = rank == 0
-        resumed = checkpoint.settle(resumed) if resumed and self._is_first else resumed
+        resumed = commit.settle(resumed) if resumed and self._is_first else resumed
         self._resumed = (checkpoint.step_of(resumed.name) or 0) if resumed else 0
         self._own: set[int] = set()  # steps that this writer has committed
+        self._told: set[str] = set()  # what could not be deleted or moved: it is named once
         self._snapshot, self._saved_at = Snapshot(), time.monotonic()
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -206,7 +209,8 @@ class Writer:
     def _write(self, step: int, record: dict[str, Any]) -> None:
         try:
             with self.counters.time("persist"):
-                path = checkpoint.commit(self._run_dir, step, self._snapshot, record, **self._parts)
+                passed_over = not self._is_ours(step)
+                path = commit.commit(self._run_dir, step, self._snapshot, record, **self._parts, keep_earlier=passed_over)
             if self._is_first:
                 self._note_commit(step, path)
                 self._prune()
@@ -222,19 +226,42 @@ class Writer:
         if self._store:
             self._enqueue(step, path)
 
+    def _is_ours(self, step: int) -> bool:
+        """Whether a step is of the line that this run goes on with."""
+        return step <= self._resumed or step in self._own
+
     def _prune(self) -> None:
         with self._changed:
             needed = {self._in_upload, *(step for step, _ in self._queue)}
-        steps = self._surplus(checkpoint.local_steps(self._run_dir))
         try:
-            checkpoint.delete(self._run_dir, [step for step in steps if step not in needed])
-        except OSError as error:  # a network file system keeps what is being read; the next save deletes it
-            self.counters.failures.labels("prune").inc()
-            print(f"checkpoints in {self._run_dir} that are no longer needed are left: {error}", flush=True)
+            steps = checkpoint.local_steps(self._run_dir)
+        except OSError as error:
+            self._tell_left({str(self._run_dir): error})
+            return
+        moved, unmoved = commit.set_aside(self._run_dir, [step for step in steps if not self._is_ours(step)])
+        self._tell_moved([str(path) for path in moved])
+        undeleted = commit.delete(self._run_dir, [step for step in self._surplus(steps) if step not in needed])
+        self._tell_left({str(path): error for path, error in (unmoved | undeleted).items()})
+
+    def _tell_moved(self, moved: list[str]) -> None:
+        if moved:
+            print(
+                f"checkpoint: kept, though this run does not go on from them: {', '.join(moved)}; delete them when nobody "
+                "wants them",
+                flush=True,
+            )
+
+    def _tell_left(self, failures: Mapping[str, Exception]) -> None:
+        """Count what could not be deleted or moved, and name each once; it is tried again after the next save."""
+        self.counters.failures.labels("prune").inc(len(failures))
+        for path, error in failures.items():
+            if path not in self._told:
+                print(f"checkpoint {path} is no longer needed and is left: {error}", flush=True)
+            self._told.add(path)
 
     def _surplus(self, steps: list[int]) -> list[int]:
-        line = {step for step in steps if step <= self._resumed} | self._own
-        return checkpoint.surplus(steps, line, keep_last=self._keep_last, keep_every=self._keep_every)
+        line = [step for step in steps if self._is_ours(step)]
+        return commit.surplus(steps, line, keep_last=self._keep_last, keep_every=self._keep_every)
 
     # --- the thread that uploads ---
 
@@ -264,7 +291,7 @@ class Writer:
 
         def attempt() -> None:
             with self.counters.time("upload"):
-                archive.send(self._store or "", path, step, sent)
+                archive.send(self._store or "", path, step, sent, anew=step in self._own)
 
         def wait(error: Exception, delay: float) -> bool:
             nonlocal told
@@ -290,11 +317,22 @@ class Writer:
     def _prune_store(self) -> None:
         store = self._store or ""
         try:
-            for step in self._surplus(archive.steps(store)):
-                archive.delete(store, step)
-        except Exception as error:  # the next upload deletes them
-            self.counters.failures.labels("prune").inc()
-            print(f"checkpoints in {store} that are no longer needed are left: {error}", flush=True)
+            steps = archive.steps(store)
+        except Exception as error:  # each store's client has errors of its own; the next upload deletes
+            self._tell_left({store: error})
+            return
+        failures: dict[str, Exception] = {}
+        moved = []
+        for step in steps:
+            try:
+                if not self._is_ours(step):
+                    moved += filter(None, [archive.set_aside(store, step)])
+                elif step in self._surplus(steps):
+                    archive.delete(store, step)
+            except Exception as error:
+                failures[f"{store}/{checkpoint.name_of(step)}"] = error
+        self._tell_moved(moved)
+        self._tell_left(failures)
 
     def _finish_uploading(self) -> None:
         if not self._uploading or self._given_up:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, keeper, metrics, optim, precision, progress
+from personmae import checkpoint, config, dist, keeper, metrics, optim, precision, progress, run_lock
 from personmae.data import storage
 from personmae.data.stream import BatchReader, ShardSet, to_device
 from personmae.engine.base import Engine
@@ -63,9 +63,9 @@ def run(settings: config.Pretrain) -> None:
     state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)), chosen)
     held = None
     try:
-        held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
+        held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
         with meter.restoring():
-            found = resume(state) if settings.checkpoint.resume == "auto" else None
+            found = resume(state) if settings.checkpoint.resumes else None
         if state.step >= state.total_steps:
             if world.is_first:
                 open_writer(settings, found, {}).close()  # the last checkpoint may not have got to the store

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from personmae import archive, checkpoint, config, dist
+from personmae import archive, checkpoint, commit, config, dist, resume_point
 from personmae.data.stream import ShardSet
 from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, UserError
@@ -73,27 +73,29 @@ def portable(state: Run, *, spread: bool = False) -> checkpoint.Checkpoint | Non
 
 def resume(state: Run) -> Path | None:
     """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
-    found = archive.newest_for_all(state.settings.run_dir, state.settings.checkpoint.store)
+    found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
     if not found:
         return None
-    saved = checkpoint.read(found)
+    saved = found.read()
     theirs = saved.state.get("identity", {})
     keep_precision(state, theirs.get("train.precision"))
     ours = identity(state.settings, state.shards, state.precision)
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
         told = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
         raise UserError(
-            f"{found} belongs to a run with other settings: {told}; use the same, another run_dir, or checkpoint.resume=none"
+            f"{found.path} belongs to a run with other settings: {told}; use the same, another run_dir, or "
+            "checkpoint.resume=none"
         )
     tensors = dict(saved.tensors)
     student, teacher = tensors.pop("student"), tensors.pop("teacher", {})
     state.engine.load_portable(PortableState(student, tensors, saved.state["num_updates"]))
     if state.teacher:
-        checkpoint.load_strictly(state.teacher.encoder, teacher, found)
+        checkpoint.load_strictly(state.teacher.encoder, teacher, found.path)
     state.step = saved.step
     state.cursor = saved.state.get("cursor", saved.step)
     state.usual_loss = saved.state.get("usual_loss")
-    return found
+    found.tell(state.step, state.total_steps)
+    return found.path
 
 
 def keep_precision(state: Run, saved: str | None) -> None:
@@ -143,10 +145,7 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
     if not dist.any_rank(any(step <= spike.good_step for step in kept)):
         raise Diverged(f"{told}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often")
     if state.world.is_first:
-        checkpoint.delete(run_dir, [step for step in kept if step > spike.good_step])
-        for step in kept if store else ():
-            if step > spike.good_step:
-                archive.delete(store or "", step)
+        _give_up(run_dir, store, [step for step in kept if step > spike.good_step], at)
     dist.barrier()
     usual = state.usual_loss
     found = resume(state)
@@ -157,6 +156,15 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
     if state.world.is_first:
         print(f"{told}: back to step {state.step}, and on without the {cursor - state.step} batches since", flush=True)
     return found
+
+
+def _give_up(run_dir: str, store: str | None, steps: list[int], at: int) -> None:
+    """Delete what a run has saved since its loss jumped, up to step ``at``; what lies beyond is not its own: moved aside."""
+    own, beyond = ([step for step in steps if (step <= at) is mine] for mine in (True, False))
+    commit.raise_first(commit.delete(run_dir, own))
+    commit.raise_first(commit.set_aside(run_dir, beyond)[1])
+    for step in steps if store else ():
+        (archive.delete if step in own else archive.set_aside)(store or "", step)
 
 
 def open_writer(settings: config.Pretrain, resumed: Path | None, team: dict[str, Any]) -> Writer:

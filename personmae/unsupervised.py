@@ -5,7 +5,6 @@ domain adaptation (UDA), which uses no source picture. True identities are read 
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personmae import archive, checkpoint, config, dist, files, metrics, optim, precision
+from personmae import checkpoint, config, dist, files, metrics, optim, precision, resume_point, run_lock
 from personmae.downstream import augmented, evaluate, identity, is_complete, keep_precision, record_run, tell_complete, tell_end
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
@@ -71,7 +70,7 @@ def run(settings: config.Unsupervised) -> None:
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
-    if settings.checkpoint.resume == "auto" and is_complete(settings, benchmark):
+    if settings.checkpoint.resumes and is_complete(settings, benchmark):
         if world.is_first:
             tell_complete(settings)
         meter.complete()
@@ -87,10 +86,10 @@ def run(settings: config.Unsupervised) -> None:
     engine = build_engine(settings, module)
     known = identity(settings, benchmark, chosen.name)
     state = Run(settings, world, benchmark, module, model_settings, engine, known, chosen)
-    held = checkpoint.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
+    held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
         with meter.restoring():
-            found = resume(state) if settings.checkpoint.resume == "auto" else None
+            found = resume(state) if settings.checkpoint.resumes else None
         if world.is_first:
             announce(state)
         log = metrics.RunLog(
@@ -316,21 +315,17 @@ def read_start(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         UserError: there is none, or ``init`` is a run directory whose training has not reached its end.
     """
     path = checkpoint.locate(init)
-    state = json.loads((path / checkpoint.STATE).read_bytes())
+    state = checkpoint.read_state(path)
+    checkpoint.require_finished(init, path)
     if "head" not in state:
-        return checkpoint.read_encoder(init)
-    if path != Path(init) and state["step"] < state["total_steps"]:
-        raise UserError(
-            f"{init} must be a finished run and is at step {state['step']} of {state['total_steps']}; run it to its end, "
-            f"or name the checkpoint itself: {path}"
-        )
+        return checkpoint.read_encoder(path)
     weights = checkpoint.read_kind(path, "model")
     return encoder_weights({name.removeprefix("model."): tensor for name, tensor in weights.items()}), state["model"]
 
 
 def warn_of_same_data(settings: config.Unsupervised, benchmark: Benchmark) -> None:
     """Say so where the start was fine-tuned on the pictures that are now to be learned from without labels."""
-    source = json.loads((checkpoint.locate(settings.init) / checkpoint.STATE).read_bytes())
+    source = checkpoint.read_state(checkpoint.locate(settings.init))
     if (source.get("benchmark"), source.get("root")) == (benchmark.name, str(Path(benchmark.root).resolve())):
         print(
             f"warning: {settings.init} was fine-tuned on {benchmark.name} at {benchmark.root} too and has seen these labels: "
@@ -378,18 +373,19 @@ def save(state: Run, writer: Writer | None) -> None:
 
 def resume(state: Run) -> Path | None:
     """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
-    found = archive.newest_for_all(state.settings.run_dir, state.settings.checkpoint.store)
+    found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
     if not found:
         return None
-    saved = checkpoint.read(found)
+    saved = found.read()
     keep_precision(state, saved.state.get("identity", {}))
-    retrieval.require_same(found, state.identity, saved.state.get("identity", {}))
+    retrieval.require_same(found.path, state.identity, saved.state.get("identity", {}))
     tensors = dict(saved.tensors)
     clusters = tensors.pop("clusters")
     state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
     state.step, state.labels = saved.step, clusters["labels"].numpy()
     state.module.memory = ClusterMemory(clusters["centroids"].to(state.world.device), **state.settings.memory.model_dump())
-    return found
+    found.tell(state.step, state.total_steps)
+    return found.path
 
 
 def announce(state: Run) -> None:

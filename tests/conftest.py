@@ -1,6 +1,7 @@
 """What all tests share: runtime shape checks, a few threads, pictures and shards of them, an S3 server."""
 
 import os
+import signal
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,6 +49,15 @@ def shard_dir(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("shards") / "set"
     assert importer.write(pictures, str(target), shard_bytes=SHARD_BYTES) == NUM_PICTURES
     return target
+
+
+@pytest.fixture
+def restore_signals() -> Iterator[None]:
+    """Gives signals back what handled them before a program ran in this process."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
 
 
 @dataclass(frozen=True)

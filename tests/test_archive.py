@@ -9,10 +9,11 @@ import pytest
 import torch
 from boto3.session import Session
 
-from personmae import archive, checkpoint, dist
+from personmae import archive, checkpoint, commit, dist, resume_point
 from personmae.checkpoint import Checkpoint
 from personmae.data import storage
-from personmae.errors import RankError, UserError
+from personmae.errors import RankError, Unavailable, UserError
+from personmae.resume_point import Found
 
 BUCKET = "runs"
 
@@ -55,7 +56,7 @@ def keys(client: Any, store: str) -> set[str]:
 
 def write(run: Path, step: int, *, value: float | None = None) -> Path:
     tensors = {"student": {"w": torch.full((4,), float(step if value is None else value))}, "teacher": {"w": torch.ones(2)}}
-    return checkpoint.write(run, Checkpoint(step, tensors, {}), keep_last=9)
+    return commit.write(run, Checkpoint(step, tensors, {}), keep_last=9)
 
 
 def write_both(run: Path, store: str, *steps: int) -> list[Path]:
@@ -66,10 +67,10 @@ def write_both(run: Path, store: str, *steps: int) -> list[Path]:
 
 
 def newest_step(run: Path, store: str | None) -> int | None:
-    path = archive.newest(run, store)
-    if path is None:
+    found = resume_point.newest(run, store)
+    if found is None:
         return None
-    read = checkpoint.read(path)
+    read = found.read()
     assert read.tensors["student"]["w"].tolist() == [float(read.step)] * 4
     return read.step
 
@@ -100,8 +101,29 @@ def test_the_manifest_is_sent_after_all_files_and_latest_after_it(tmp_path, stor
     sent.clear()
     archive.send(store, path, 3, set())
     assert sent == ["LATEST"]
-    archive.send(store, write(tmp_path, 3, value=9), 3, set())
-    assert sent[1] == ["manifest.json"]  # what changes is no checkpoint meanwhile
+
+
+def test_another_checkpoint_of_the_step_is_kept_aside_before_its_place_is_taken(tmp_path, store, client):
+    earlier = write(tmp_path / "earlier", 3)
+    archive.send(store, earlier, 3, set())
+    for value in (8, 9):
+        archive.send(store, write(tmp_path / f"{value}", 3, value=value), 3, set())
+    found = resume_point.newest(tmp_path / "run", store)
+    assert found
+    assert found.read().tensors["student"]["w"].tolist() == [9.0] * 4
+    for number, value in (("", 3), (".2", 8)):
+        kept = {file.name: storage.read(f"{store}/passed-over/step-00000003{number}", file.name) for file in earlier.iterdir()}
+        theirs = earlier if value == 3 else tmp_path / f"{value}" / "checkpoints" / earlier.name
+        assert kept == {file.name: file.read_bytes() for file in theirs.iterdir()}
+
+
+def test_a_store_that_cannot_move_what_is_there_is_not_written_over(tmp_path, store, monkeypatch):
+    earlier = write(tmp_path / "earlier", 3)
+    archive.send(store, earlier, 3, set())
+    monkeypatch.setattr(storage, "list_sizes", lambda _: None)
+    with pytest.raises(UserError, match=r"step-00000003 is of another run or was passed over, and this store cannot move it"):
+        archive.send(store, write(tmp_path / "run", 3, value=9), 3, set())
+    assert storage.read(f"{store}/{earlier.name}", "manifest.json") == (earlier / "manifest.json").read_bytes()
 
 
 def test_a_try_that_was_cut_short_goes_on_with_what_is_left(tmp_path, store, monkeypatch):
@@ -123,13 +145,13 @@ def test_the_newest_of_both_places_wins(tmp_path, store, here, there, expected):
 
 def test_of_equal_ones_the_local_is_taken_and_nothing_is_fetched(tmp_path, store, monkeypatch):
     (path,) = write_both(tmp_path, store, 1)
-    monkeypatch.setattr(archive, "fetch", lambda *_: pytest.fail("nothing needs to be fetched"))
-    assert archive.newest(tmp_path, store) == path
+    monkeypatch.setattr(archive, "fetch", lambda *_, **__: pytest.fail("nothing needs to be fetched"))
+    assert resume_point.newest(tmp_path, store) == Found(path)
 
 
 def test_nothing_anywhere_is_no_checkpoint(tmp_path, store):
-    assert archive.newest(tmp_path, store) is None
-    assert archive.newest(tmp_path, None) is None
+    assert resume_point.newest(tmp_path, store) is None
+    assert resume_point.newest(tmp_path, None) is None
 
 
 def test_a_damaged_local_one_is_replaced_by_that_of_the_store(tmp_path, store, capsys):
@@ -174,7 +196,7 @@ def test_a_deleted_one_is_gone(tmp_path, store, client):
 
 def test_a_bucket_that_does_not_exist_is_named(tmp_path, client):
     with pytest.raises(UserError, match=r"s3://nowhere/run was refused .*the bucket does not exist; create it"):
-        archive.newest(tmp_path, "s3://nowhere/run")
+        resume_point.newest(tmp_path, "s3://nowhere/run")
 
 
 def test_a_store_that_cannot_list_is_read_by_its_pointer(tmp_path, store, monkeypatch):
@@ -199,7 +221,7 @@ class OtherHost:
     """Makes this process a rank of another host, to which a first rank offers checkpoints."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *offers: Path):
-        told = [json.dumps({"path": str(path), "digest": checkpoint.digest(path)}) for path in offers]
+        told = [json.dumps({"path": str(path), "digest": checkpoint.digest(path), "moments": True}) for path in offers]
         answers = iter([*told, "{}"])
         monkeypatch.setattr(dist, "is_first", lambda: False)
         monkeypatch.setattr(dist, "from_first_rank", lambda _: next(answers))
@@ -213,7 +235,7 @@ def hide(run: Path) -> None:
 def test_what_a_kill_left_under_another_name_is_renamed_before_any_rank_is_told_of_it(tmp_path):
     path = write(tmp_path, 5)
     path.rename(path.with_name(f".old-{path.name}"))
-    assert archive.newest_for_all(tmp_path) == path
+    assert resume_point.newest_for_all(tmp_path) == Found(path)
     assert checkpoint.find_fault(path) is None
 
 
@@ -224,7 +246,7 @@ def test_one_rank_of_a_host_checks_the_hashes_for_all(tmp_path, monkeypatch, loc
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     monkeypatch.setattr(checkpoint, "find_fault", lambda where: (checked.append(where), find_fault(where))[1])
     OtherHost(monkeypatch, path)
-    assert archive.newest_for_all(tmp_path) == path
+    assert resume_point.newest_for_all(tmp_path) == Found(path)
     assert checked == [path] * checks
 
 
@@ -232,18 +254,18 @@ def test_a_host_fetches_once_for_all_its_ranks_and_keeps_one_only(tmp_path, stor
     paths = write_both(tmp_path / "first", store, 1, 2)
     OtherHost(monkeypatch, *paths[:1])
     hide(tmp_path / "first")
-    found = archive.newest_for_all(tmp_path / "second", store)
-    assert found == tmp_path / "second" / "fetched" / "step-00000001"
+    found = resume_point.newest_for_all(tmp_path / "second", store)
+    assert found == Found(tmp_path / "second" / "fetched" / "step-00000001")
     assert found is not None
-    assert checkpoint.find_fault(found) is None
+    assert checkpoint.find_fault(found.path) is None
     (tmp_path / "hidden").rename(tmp_path / "first")
     OtherHost(monkeypatch, *paths)
     hide(tmp_path / "first")
     with monkeypatch.context() as patch:
-        patch.setattr(archive, "fetch", lambda *_: pytest.fail("it is here already"))
-        assert archive.newest_for_all(tmp_path / "second", store) == found
+        patch.setattr(archive, "fetch", lambda *_, **__: pytest.fail("it is here already"))
+        assert resume_point.newest_for_all(tmp_path / "second", store) == found
     fetched = tmp_path / "second" / "fetched"
-    assert archive.newest_for_all(tmp_path / "second", store) == fetched / "step-00000002"
+    assert resume_point.newest_for_all(tmp_path / "second", store) == Found(fetched / "step-00000002")
     assert [path.name for path in fetched.glob("*step-*")] == ["step-00000002"]
 
 
@@ -252,9 +274,9 @@ def test_a_host_that_cannot_have_it_makes_all_take_the_next(tmp_path, store, cli
     spoil_remote(client, store, 2, "teacher.safetensors")
     OtherHost(monkeypatch, paths[1], paths[0])
     hide(tmp_path / "first")
-    found = archive.newest_for_all(tmp_path / "second", store)
+    found = resume_point.newest_for_all(tmp_path / "second", store)
     assert found is not None
-    assert found.name == "step-00000001"
+    assert found.path.name == "step-00000001"
     assert "step-00000002 is passed over: on this host, teacher.safetensors does not have" in capsys.readouterr().out
 
 
@@ -263,7 +285,7 @@ def test_another_one_of_the_same_step_is_not_taken_for_it(tmp_path, store, monke
     path = write(tmp_path / "first", 1, value=5)
     OtherHost(monkeypatch, path)
     hide(tmp_path / "first")
-    assert archive.newest_for_all(tmp_path / "second", store) is None
+    assert resume_point.newest_for_all(tmp_path / "second", store) is None
     assert "on this host, it is not the one that the first host has" in capsys.readouterr().out
 
 
@@ -272,11 +294,12 @@ def test_without_a_store_all_hosts_must_see_the_run_directory(tmp_path, monkeypa
     OtherHost(monkeypatch, path)
     hide(tmp_path / "first")
     with pytest.raises(RankError, match=f"run_dir must lie on storage that all hosts share; this one does not see {path}"):
-        archive.newest_for_all(tmp_path / "second")
+        resume_point.newest_for_all(tmp_path / "second")
 
 
-def test_an_error_of_the_first_rank_is_raised_on_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("passing", "kind"), [(False, UserError), (True, Unavailable)])
+def test_an_error_of_the_first_rank_is_raised_on_all(tmp_path, monkeypatch, passing, kind):
     monkeypatch.setattr(dist, "is_first", lambda: False)
-    monkeypatch.setattr(dist, "from_first_rank", lambda _: json.dumps({"error": "the store is away"}))
-    with pytest.raises(UserError, match="the store is away"):
-        archive.newest_for_all(tmp_path, "s3://b/run")
+    monkeypatch.setattr(dist, "from_first_rank", lambda _: json.dumps({"error": "the store is away", "passing": passing}))
+    with pytest.raises(kind, match="the store is away"):
+        resume_point.newest_for_all(tmp_path, "s3://b/run")

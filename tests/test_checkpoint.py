@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import threading
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from personmae import checkpoint, snapshot
+from personmae import checkpoint, commit, snapshot
 from personmae.checkpoint import Checkpoint
 from personmae.errors import RankError, UserError
 
@@ -27,7 +27,7 @@ def make(step: int) -> Checkpoint:
 
 
 def write(run: Path, *steps: int, keep_last: int = 2) -> list[Path]:
-    return [checkpoint.write(run, make(step), keep_last=keep_last) for step in steps]
+    return [commit.write(run, make(step), keep_last=keep_last) for step in steps]
 
 
 def names(run: Path) -> list[str]:
@@ -42,7 +42,7 @@ def spoil(path: Path) -> None:
 
 def test_what_is_read_is_what_was_written_bit_by_bit(tmp_path):
     written = make(12)
-    path = checkpoint.write(tmp_path, written, keep_last=2)
+    path = commit.write(tmp_path, written, keep_last=2)
     assert path == tmp_path / "checkpoints" / "step-00000012"
     read = checkpoint.read(path)
     assert read.step == 12
@@ -63,7 +63,7 @@ def test_nothing_in_it_is_a_pickle(tmp_path):
 def test_tensors_that_share_memory_or_are_strided_are_written_whole(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     tied = {"a": base.T, "b": base[:, ::2], "c": base.clone().requires_grad_()}
-    read = checkpoint.read(checkpoint.write(tmp_path, Checkpoint(1, {"student": tied}, {}), keep_last=1))
+    read = checkpoint.read(commit.write(tmp_path, Checkpoint(1, {"student": tied}, {}), keep_last=1))
     for name, tensor in tied.items():
         assert torch.equal(read.tensors["student"][name], tensor)
 
@@ -105,9 +105,9 @@ def test_without_a_manifest_or_with_half_of_one_it_does_not_count(tmp_path):
     older, newer = write(tmp_path, 1, 2)
     manifest = newer / "manifest.json"
     manifest.write_text(manifest.read_text()[:-5])
-    assert checkpoint.find_fault(newer) == "its manifest.json is not JSON"
+    assert str(checkpoint.find_fault(newer)) == "its manifest.json is not JSON"
     manifest.unlink()
-    assert checkpoint.find_fault(newer) == "it has no manifest.json"
+    assert str(checkpoint.find_fault(newer)) == "it has no manifest.json"
     assert checkpoint.newest(tmp_path) == older
 
 
@@ -121,7 +121,7 @@ def test_the_manifest_lists_every_file_and_is_written_last(tmp_path):
     assert {name: stat.st_size for name, stat in files.items()} == {n: entry["bytes"] for n, entry in manifest.items()}
 
 
-@pytest.mark.parametrize(("module", "moment"), [(snapshot, "_put"), (checkpoint, "_write_synced")])
+@pytest.mark.parametrize(("module", "moment"), [(snapshot, "_put"), (commit, "_write_synced")])
 def test_an_error_while_writing_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path, monkeypatch, module, moment):
     (older,) = write(tmp_path, 1)
     calls, real = [], getattr(module, moment)
@@ -143,7 +143,7 @@ def test_an_error_while_writing_leaves_the_earlier_checkpoint_and_nothing_else(t
 def test_a_step_written_again_replaces_the_earlier_one(tmp_path):
     write(tmp_path, 5)
     other = Checkpoint(5, {"student": {"x": torch.ones(1)}}, {})
-    path = checkpoint.write(tmp_path, other, keep_last=2)
+    path = commit.write(tmp_path, other, keep_last=2)
     assert checkpoint.newest(tmp_path) == path
     assert list(checkpoint.read(path).tensors["student"]) == ["x"]
 
@@ -153,7 +153,7 @@ def test_a_run_that_fell_back_does_not_delete_what_it_writes(tmp_path, keep_last
     paths = write(tmp_path, 1, 2, 3, keep_last=3)
     for path in paths[1:]:
         spoil(path / "student.safetensors")  # the run goes on from step 1 and saves before it reaches step 2 again
-    written = checkpoint.write(tmp_path, Checkpoint(1, make(1).tensors, {"again": True}), keep_last=keep_last)
+    written = commit.write(tmp_path, Checkpoint(1, make(1).tensors, {"again": True}), keep_last=keep_last)
     assert written.exists()
     assert checkpoint.newest(tmp_path) == written
 
@@ -196,7 +196,7 @@ def test_an_encoder_of_an_unfinished_run_must_be_asked_for_by_its_checkpoint(tmp
 
 def test_the_encoder_of_a_run_that_is_not_finished_is_refused_unless_the_checkpoint_is_named(tmp_path):
     half = make(4)
-    path = checkpoint.write(tmp_path, Checkpoint(4, half.tensors, half.state | {"total_steps": 9}), keep_last=1)
+    path = commit.write(tmp_path, Checkpoint(4, half.tensors, half.state | {"total_steps": 9}), keep_last=1)
     with pytest.raises(UserError, match=r"must be a finished run and is at step 4 of 9; .*name the checkpoint itself"):
         checkpoint.read_encoder(tmp_path)
     assert checkpoint.read_encoder(path)[1] == {"size": "micro"}
@@ -234,8 +234,8 @@ def part_of(state: Checkpoint, rank: int) -> snapshot.Snapshot:
 def commit_parts(run: Path) -> Path:
     """Two ranks, one after the other."""
     partial = checkpoint.folder(run) / ".partial-step-00000005"
-    barriers = iter([lambda: checkpoint._write_part(partial, part_of(make(5), 1), 1, 2), lambda: None])
-    return checkpoint.commit(run, 5, part_of(make(5), 0), make(5).state, world_size=2, barrier=lambda: next(barriers)())
+    barriers = iter([lambda: commit._write_part(partial, part_of(make(5), 1), 1, 2), lambda: None])
+    return commit.commit(run, 5, part_of(make(5), 0), make(5).state, world_size=2, barrier=lambda: next(barriers)())
 
 
 def test_parts_of_several_ranks_are_joined(tmp_path):
@@ -254,8 +254,8 @@ def test_a_rank_may_have_no_tensor_of_a_kind(tmp_path):
     none.take({kind: {} for kind in make(5).tensors})
     partial, whole = checkpoint.folder(tmp_path) / ".partial-step-00000005", snapshot.Snapshot()
     whole.take(make(5).tensors)
-    barriers = iter([lambda: checkpoint._write_part(partial, none, 1, 2), lambda: None])
-    path = checkpoint.commit(tmp_path, 5, whole, {}, world_size=2, barrier=lambda: next(barriers)())
+    barriers = iter([lambda: commit._write_part(partial, none, 1, 2), lambda: None])
+    path = commit.commit(tmp_path, 5, whole, {}, world_size=2, barrier=lambda: next(barriers)())
     assert checkpoint.newest(tmp_path) == path
     assert load_file(path / "student-00002-of-00002.safetensors") == {}
     assert checkpoint.read(path).tensors["student"].keys() == make(5).tensors["student"].keys()
@@ -266,36 +266,23 @@ def test_a_part_that_is_missing_is_a_fault_even_where_the_manifest_does_not_know
     files = json.loads((path / "manifest.json").read_text())
     del files["teacher-00001-of-00002.safetensors"]
     (path / "manifest.json").write_text(json.dumps(files))
-    assert checkpoint.find_fault(path) == "teacher-00001-of-00002.safetensors is missing"
+    assert str(checkpoint.find_fault(path)) == "teacher-00001-of-00002.safetensors is missing"
 
 
 def test_without_the_part_of_a_rank_nothing_is_committed(tmp_path):
     taken = snapshot.Snapshot()
     taken.take(make(5).tensors)
     with pytest.raises(RankError, match=r"needs the parts of all 2 ranks; 1 are in .*: see the other ranks' errors"):
-        checkpoint.commit(tmp_path, 5, taken, {}, world_size=2)
+        commit.commit(tmp_path, 5, taken, {}, world_size=2)
     assert names(tmp_path) == []
 
 
 def test_a_rank_whose_first_rank_could_not_begin_says_where_to_look(tmp_path):
     with pytest.raises(RankError, match=r"\.partial-step-00000005 is not there: see the first rank's error"):
-        checkpoint.commit(tmp_path, 5, part_of(make(5), 1), {}, rank=1, world_size=2)
+        commit.commit(tmp_path, 5, part_of(make(5), 1), {}, rank=1, world_size=2)
 
 
-# --- what is deleted ---
-
-
-@pytest.mark.parametrize(
-    ("line", "options", "deleted"),
-    [
-        ({1, 2, 3, 4, 5, 6}, {"keep_last": 2}, [1, 2, 3, 4]),
-        ({1, 2, 3, 4, 5, 6}, {"keep_last": 1, "keep_every": 3}, [1, 2, 4, 5]),
-        ({1, 2, 3, 6}, {"keep_last": 2}, [1, 2, 4, 5]),  # 4 and 5 were passed over: they do not count among the last
-        ({1, 2}, {"keep_last": 3, "keep_every": 2}, [3, 4, 5, 6]),
-    ],
-)
-def test_surplus_is_what_is_neither_among_the_last_nor_kept_for_good(line, options, deleted):
-    assert checkpoint.surplus([6, 5, 4, 3, 2, 1], line, **options) == deleted
+# --- what is found ---
 
 
 def test_a_folder_that_was_being_replaced_is_still_found(tmp_path):
@@ -323,7 +310,7 @@ def test_a_manifest_of_another_form_is_a_fault(tmp_path, content):
     (path,) = write(tmp_path, 1)
     (path / "manifest.json").write_text(content)
     assert checkpoint.parse_manifest(content.encode())[0] == {}
-    assert (checkpoint.find_fault(path) or "").startswith("its manifest.json ")
+    assert str(checkpoint.find_fault(path)).startswith("its manifest.json ")
 
 
 @pytest.mark.parametrize(
@@ -357,15 +344,6 @@ def test_a_file_that_may_not_be_read_is_an_error_and_no_reason_to_go_further_bac
         checkpoint.newest(tmp_path)
 
 
-def test_a_checkpoint_that_is_a_link_is_unlinked_and_what_it_points_at_stays_whole(tmp_path):
-    (path,) = write(tmp_path / "other", 1)
-    checkpoint.folder(tmp_path / "run").mkdir(parents=True)
-    (checkpoint.folder(tmp_path / "run") / path.name).symlink_to(path)
-    checkpoint.delete(tmp_path / "run", [1])
-    assert names(tmp_path / "run") == []
-    assert checkpoint.find_fault(path) is None
-
-
 def test_tensors_are_mapped_from_the_file_and_take_no_memory_before_they_are_read(tmp_path):
     def anonymous_kib() -> int:
         status = Path("/proc/self/status").read_text()
@@ -373,7 +351,7 @@ def test_tensors_are_mapped_from_the_file_and_take_no_memory_before_they_are_rea
 
     megabytes = 64
     large = {"student": {"w": torch.ones(megabytes << 18)}}
-    path = checkpoint.write(tmp_path, Checkpoint(1, large, {}), keep_last=1)
+    path = commit.write(tmp_path, Checkpoint(1, large, {}), keep_last=1)
     before = anonymous_kib()
     read = checkpoint.read(path)
     assert read.tensors["student"]["w"].sum() == megabytes << 18
@@ -389,8 +367,11 @@ def test_folders_with_other_names_are_left_alone(tmp_path):
 
 
 def test_versions_name_what_computes():
-    assert checkpoint.versions()["torch"] == torch.__version__.split("+")[0] or checkpoint.versions()["torch"]
-    assert {"personmae", "torch", "deepspeed"} <= checkpoint.versions().keys()
+    """Compared with what the modules say of themselves, where the package's record may add a build."""
+    versions = checkpoint.versions()
+    assert versions["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    assert versions["numpy"] == numpy.__version__
+    assert {"personmae", "deepspeed", "timm"} <= versions.keys()
 
 
 def test_a_copied_run_is_still_whole(tmp_path):
@@ -399,16 +380,3 @@ def test_a_copied_run_is_still_whole(tmp_path):
     found = checkpoint.newest(tmp_path / "copy")
     assert found is not None
     assert checkpoint.read(found).step == 1
-
-
-def test_a_rank_that_is_started_again_waits_for_the_one_before_it(tmp_path, monkeypatch):
-    held = checkpoint.lock(tmp_path)
-    with pytest.raises(UserError, match="another process is at work"):
-        checkpoint.lock(tmp_path)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 0.3)
-    with pytest.raises(TimeoutError, match="has not ended within"):
-        checkpoint.lock(tmp_path)
-    monkeypatch.setattr(checkpoint, "_LOCK_SECONDS", 30.0)
-    threading.Timer(0.3, held.close).start()
-    checkpoint.lock(tmp_path).close()

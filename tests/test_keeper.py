@@ -1,7 +1,9 @@
 """Saving beside the step loop: what is waited for, what is kept, and that a store's failures end nothing."""
 
 import itertools
+import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 from botocore.exceptions import EndpointConnectionError
 
-from personmae import archive, checkpoint, keeper, snapshot
+from personmae import archive, checkpoint, commit, keeper, snapshot
 from personmae.checkpoint import Checkpoint
 from personmae.errors import UserError
 from personmae.keeper import Schedule, Writer
@@ -156,22 +158,27 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path):
     assert steps(tmp_path) == [4, 8, 9, 10]
 
 
-def test_what_cannot_be_deleted_ends_nothing_is_counted_and_is_deleted_later(tmp_path, monkeypatch, capsys):
+def test_one_that_cannot_be_deleted_keeps_no_other_from_being_deleted_and_is_named_once(tmp_path, monkeypatch, capsys):
+    real = shutil.rmtree
+
     def busy(path: Path, *, ignore_errors: bool = False) -> None:
-        if not ignore_errors:
+        if path.name == "step-00000001":
             raise OSError(39, "Directory not empty", str(path))  # as where another host reads what lies on NFS
+        real(path, ignore_errors=ignore_errors)
 
     with opened(tmp_path, keep_last=1) as writer:
         writer.save(make(1), wait=True)
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.shutil, "rmtree", busy)
-            writer.save(make(2), wait=True)
-        assert (writer.committed, steps(tmp_path)) == (2, [1, 2])
-        assert read_newest(tmp_path).step == 2
-        assert sample(writer, "checkpoint_failures_total", stage="prune") == 1
-        assert f"checkpoints in {tmp_path} that are no longer needed are left: [Errno 39]" in capsys.readouterr().out
-        writer.save(make(3), wait=True)
-        assert steps(tmp_path) == [3]
+            patch.setattr(commit.shutil, "rmtree", busy)
+            for step in (2, 3, 4):
+                writer.save(make(step), wait=True)
+        assert (writer.committed, steps(tmp_path)) == (4, [1, 4])
+        assert read_newest(tmp_path).step == 4
+        assert sample(writer, "checkpoint_failures_total", stage="prune") == 3
+        left = f"{checkpoint.folder(tmp_path)}/step-00000001 is no longer needed and is left: [Errno 39]"
+        assert capsys.readouterr().out.count(left) == 1
+        writer.save(make(5), wait=True)
+        assert steps(tmp_path) == [5]
 
 
 def test_one_rank_alone_has_nobody_to_write_with(tmp_path):
@@ -179,20 +186,64 @@ def test_one_rank_alone_has_nobody_to_write_with(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_that_fell_back_keeps_where_it_came_from_and_deletes_what_lies_beyond(tmp_path):
+def spoil(run: Path, step: int) -> bytes:
+    """Flip a bit of a checkpoint's weights; returns what they are now."""
+    path = checkpoint.folder(run) / checkpoint.name_of(step) / "student.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return bytes(content)
+
+
+def kept_aside(run: Path) -> dict[str, bytes]:
+    """The weights of what was passed over, by the folder's name."""
+    folders = (checkpoint.folder(run) / "passed-over").iterdir()
+    return {path.name: (path / "student.safetensors").read_bytes() for path in sorted(folders)}
+
+
+def test_a_run_that_fell_back_keeps_where_it_came_from_and_what_it_passed_over(tmp_path, capsys):
     with opened(tmp_path, keep_last=3) as writer:
         for step in (10, 20, 30):
             writer.save(make(step))
-    for step in (20, 30):
-        (checkpoint.folder(tmp_path) / checkpoint.name_of(step) / "state.json").unlink()
+    passed = {f"step-000000{step}": spoil(tmp_path, step) for step in (20, 30)}
     resumed = checkpoint.newest(tmp_path)
     assert resumed is not None
+    capsys.readouterr()
     with opened(tmp_path, resumed=resumed) as writer:
         assert steps(tmp_path) == [10, 20, 30]
         writer.save(make(25), wait=True)
         assert steps(tmp_path) == [10, 25]  # 20 is damaged: it must not count as one of two
         writer.save(make(30), wait=True)
         assert steps(tmp_path) == [25, 30]
+    assert kept_aside(tmp_path) == passed
+    told = capsys.readouterr().out
+    assert told.count("kept, though this run does not go on from them") == 1
+    assert all(told.count(f"passed-over/{name}") == 1 for name in passed)
+
+
+def test_what_was_passed_over_is_kept_where_its_own_step_is_saved_anew(tmp_path):
+    with opened(tmp_path) as writer:
+        writer.save(make(10))
+        writer.save(make(20))
+    passed = spoil(tmp_path, 20)
+    with opened(tmp_path, resumed=checkpoint.newest(tmp_path)) as writer:
+        writer.save(make(20))
+    assert kept_aside(tmp_path) == {"step-00000020": passed}
+    assert steps(tmp_path) == [10, 20]
+    assert read_newest(tmp_path).step == 20
+
+
+def test_a_replaced_one_that_is_damaged_too_is_kept(tmp_path):
+    with opened(tmp_path) as writer:
+        writer.save(make(10))
+        writer.save(make(20))
+    passed = spoil(tmp_path, 20)
+    (checkpoint.folder(tmp_path) / "step-00000020").rename(checkpoint.folder(tmp_path) / ".old-step-00000020")
+    with opened(tmp_path, resumed=checkpoint.newest(tmp_path)) as writer:
+        for step in (15, 20, 25):
+            writer.save(make(step), wait=True)
+    assert kept_aside(tmp_path) == {"step-00000020": passed}
+    assert steps(tmp_path) == [20, 25]
 
 
 @pytest.mark.parametrize("damaged_beside", [True, False])
@@ -209,13 +260,19 @@ def test_a_checkpoint_whose_replacement_was_cut_short_gets_its_name_back(tmp_pat
     assert steps(tmp_path) == [5, 6]
 
 
-def test_a_run_started_afresh_deletes_what_was_there_once_it_has_saved(tmp_path):
+def test_a_run_started_anew_keeps_what_was_there_aside_once_it_has_saved(tmp_path, capsys):
     with opened(tmp_path) as writer:
         writer.save(make(50))
-    with opened(tmp_path) as writer:
-        assert steps(tmp_path) == [50]
-        writer.save(make(60), wait=True)
+        writer.save(make(60))
+    before = {path.name: (path / "student.safetensors").read_bytes() for path in checkpoint.folder(tmp_path).glob("step-*")}
+    with opened(tmp_path, keep_last=1) as writer:
+        assert steps(tmp_path) == [50, 60]
+        writer.save(make(60), wait=True)  # of a step that is there
         assert steps(tmp_path) == [60]
+        writer.save(make(70), wait=True)
+    assert steps(tmp_path) == [70]
+    assert kept_aside(tmp_path) == before
+    assert "kept, though this run does not go on from them" in capsys.readouterr().out
 
 
 # --- the store ---
@@ -232,8 +289,11 @@ class Store:
         monkeypatch.setattr(archive, "steps", lambda _: sorted(self.held))
         monkeypatch.setattr(archive, "delete", lambda _, step: self.held.remove(step))
         monkeypatch.setattr(archive, "FIRST_DELAY_SECONDS", 0.01)
+        monkeypatch.setattr(
+            archive, "set_aside", lambda store, step: (self.held.remove(step), f"{store}/passed-over/{step}")[1]
+        )
 
-    def send(self, store: str, path: Path, step: int, sent: set[str]) -> None:
+    def send(self, store: str, path: Path, step: int, sent: set[str], *, anew: bool = False) -> None:
         if error := self.fails(next(self.tries)):
             raise error
         assert checkpoint.find_fault(path) is None
@@ -297,7 +357,7 @@ def test_an_upload_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkey
     gate = threading.Event()
     Store(monkeypatch)
     monkeypatch.setattr(keeper, "_LAST_WORD_SECONDS", 0.01)
-    monkeypatch.setattr(archive, "send", lambda *_: gate.wait(10))
+    monkeypatch.setattr(archive, "send", lambda *_, **__: gate.wait(10))
     writer = Writer(tmp_path, keep_last=1, store="s3://b/run", close_seconds=0.2)
     writer.save(make(1))
     writer.close()
@@ -311,7 +371,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, monkeypatch)
     gate, begun = threading.Event(), threading.Event()
     store = Store(monkeypatch)
     real = store.send
-    monkeypatch.setattr(archive, "send", lambda *args: (begun.set(), gate.wait(10), real(*args)))
+    monkeypatch.setattr(archive, "send", lambda *args, **_: (begun.set(), gate.wait(10), real(*args)))
     with opened(tmp_path, keep_last=1, store="s3://b/run") as writer:
         writer.save(make(1), wait=True)
         begun.wait(10)
@@ -332,6 +392,25 @@ def test_the_checkpoint_that_a_run_goes_on_from_is_uploaded_if_it_was_not(tmp_pa
     assert store.held == [7]
 
 
+def test_one_that_a_store_does_not_delete_keeps_no_other_from_being_deleted_and_is_named_once(tmp_path, monkeypatch, capsys):
+    store = Store(monkeypatch)
+
+    def refuse_one(_: str, step: int) -> None:
+        if step == 1:
+            raise UserError("deleting was refused")
+        store.held.remove(step)
+
+    monkeypatch.setattr(archive, "delete", refuse_one)
+    with opened(tmp_path, store="s3://b/run", keep_last=1) as writer:
+        for step in range(1, 5):
+            writer.save(make(step), wait=True)
+            while writer.uploaded != step:
+                time.sleep(0.001)
+    assert store.held == [1, 4]
+    told = "checkpoint s3://b/run/step-00000001 is no longer needed and is left: deleting was refused"
+    assert capsys.readouterr().out.count(told) == 1
+
+
 def test_a_store_that_cannot_be_tidied_ends_nothing(tmp_path, monkeypatch, capsys):
     Store(monkeypatch)
 
@@ -342,4 +421,4 @@ def test_a_store_that_cannot_be_tidied_ends_nothing(tmp_path, monkeypatch, capsy
     with opened(tmp_path, store="s3://b/run") as writer:
         writer.save(make(1))
     assert writer.uploaded == 1
-    assert "checkpoints in s3://b/run that are no longer needed are left: listing was refused" in capsys.readouterr().out
+    assert "checkpoint s3://b/run is no longer needed and is left: listing was refused" in capsys.readouterr().out

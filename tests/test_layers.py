@@ -16,7 +16,21 @@ TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
 }
 MIDDLE = {
     f"personmae.{name}"
-    for name in ("engine", "checkpoint", "archive", "keeper", "snapshot", "guard", "metrics", "meter", "plan", "data")
+    for name in (
+        "engine",
+        "checkpoint",
+        "commit",
+        "run_lock",
+        "resume_point",
+        "archive",
+        "keeper",
+        "snapshot",
+        "guard",
+        "metrics",
+        "meter",
+        "plan",
+        "data",
+    )
 } | {f"personmae.reid.{name}" for name in ("features", "retrieval")}
 PROGRAMS = {
     f"personmae.{name}"

@@ -85,11 +85,15 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
         default="none",
         help="query expansion or k-reciprocal re-ranking; the field's tables have neither (default none)",
     )
+    verb.add_argument(
+        "--unfinished", action="store_true", help="take a run whose training has not reached its end; the record says so"
+    )
 
     def run(args: argparse.Namespace) -> None:
         log("evaluate: starting ...")
         from personmae import evaluate
 
-        evaluate.run(args.checkpoint, args.benchmark, args.root, out=args.out, pool=args.pool, rerank=args.rerank)
+        options = {name: vars(args)[name] for name in ("out", "pool", "rerank", "unfinished")}
+        evaluate.run(args.checkpoint, args.benchmark, args.root, **options)
 
     verb.set_defaults(run=run)

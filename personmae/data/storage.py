@@ -303,6 +303,14 @@ def write(root: str, name: str, content: bytes) -> None:
         upload(root, name, Path(folder) / name)
 
 
+def copy(root: str, name: str, to: str) -> None:
+    """Copy the file ``root/name`` of an ``s3://`` store to ``to/name`` of the same; the server moves the bytes."""
+    bucket, prefix = split_s3(root)
+    to_bucket, to_prefix = split_s3(to)
+    with explained(f"{root}/{name}", "copying"):
+        s3_client().copy({"Bucket": bucket, "Key": f"{prefix}{name}"}, to_bucket, f"{to_prefix}{name}")
+
+
 def delete(root: str, names: list[str]) -> None:
     """Remove files directly below an ``s3://`` location or a directory."""
     if not is_remote(root):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from programs import ROOT, environment, launch, one_line_error, personmae
 
-from personmae import checkpoint
+from personmae import checkpoint, commit
 from personmae.data.synthetic import SynthSettings, write_synthetic
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -54,7 +54,7 @@ def test_a_fine_tuning_that_has_not_reached_its_end_is_no_start_for_adaptation(m
     assert path is not None
     saved = checkpoint.read(path)
     saved.state["total_steps"] = 99
-    written = checkpoint.write(tmp_path / "early", saved, keep_last=1)
+    written = commit.write(tmp_path / "early", saved, keep_last=1)
     line = one_line_error(personmae("unsupervised", *learning(market, tmp_path / "early", tmp_path / "run")))
     assert f"must be a finished run and is at step {saved.step} of 99" in line
     assert f"or name the checkpoint itself: {written}" in line

@@ -24,7 +24,7 @@ from boto3.session import Session
 from fault_proxy import Fault, FaultProxy, moto_process
 from programs import ROOT, environment
 
-from personmae import archive, checkpoint, keeper, snapshot
+from personmae import archive, checkpoint, commit, keeper, resume_point, snapshot
 from personmae.checkpoint import Checkpoint
 from personmae.data import storage
 from personmae.keeper import Writer
@@ -99,7 +99,7 @@ def _fork(name: str, run: Path, store: str | None, point: Any) -> Kill:
 
 def _be_killed(run: Path, store: str | None, reports: int, at_call: int | None) -> None:
     """The child: saves, until it is killed or has saved enough."""
-    _report(checkpoint, "commit", lambda args: f"committed {args[1]}", reports)
+    _report(commit, "commit", lambda args: f"committed {args[1]}", reports)
     _report(archive, "send", lambda args: f"uploaded {args[2]}", reports)
     if at_call:
         _kill_at(at_call, ("http.client.send",) if store else ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"))
@@ -113,7 +113,7 @@ def _be_killed(run: Path, store: str | None, reports: int, at_call: int | None) 
                 time.sleep(0.001)
         writer.close()
         if not store:
-            checkpoint.write(run, make(3), keep_last=1)  # in the place of itself
+            commit.write(run, make(3), keep_last=1)  # in the place of itself
         code = 0
     finally:
         os._exit(code)
@@ -186,16 +186,16 @@ def assert_whole_or_without_manifest(printed: str) -> None:
 
 def assert_goes_on(run: Path, kill: Kill) -> None:
     """A run finds what was committed and can save again, whatever the kill has left."""
-    found = archive.newest(run)
-    assert (read_step(found) if found else 0) >= kill.committed, kill
-    step = (read_step(found) if found else 0) + 1
-    writer = Writer(run, keep_last=1, resumed=found)
+    found = resume_point.newest(run)
+    assert (read_step(found.path) if found else 0) >= kill.committed, kill
+    step = (read_step(found.path) if found else 0) + 1
+    writer = Writer(run, keep_last=1, resumed=found.path if found else None)
     writer.save(make(step))
     writer.close()
     assert sorted(path.name for path in checkpoint.folder(run).iterdir()) == ["LATEST", checkpoint.name_of(step)], kill
-    again = archive.newest(run)
+    again = resume_point.newest(run)
     assert again is not None
-    assert read_step(again) == step
+    assert read_step(again.path) == step
 
 
 @pytest.mark.slow
@@ -243,10 +243,10 @@ def server() -> Iterator[tuple[int, dict[str, str]]]:
 
 def assert_store_goes_on(root: Path, store: str, kill: Kill) -> None:
     """Where the host was lost the store has what was uploaded; with its disk, the run has what was committed."""
-    found = archive.newest(root / f"{kill.name}-elsewhere", f"{store}/{kill.name}")
-    assert (read_step(found) if found else 0) >= kill.uploaded, kill
-    found = archive.newest(root / kill.name, f"{store}/{kill.name}")
-    assert (read_step(found) if found else 0) >= kill.committed, kill
+    found = resume_point.newest(root / f"{kill.name}-elsewhere", f"{store}/{kill.name}")
+    assert (read_step(found.path) if found else 0) >= kill.uploaded, kill
+    found = resume_point.newest(root / kill.name, f"{store}/{kill.name}")
+    assert (read_step(found.path) if found else 0) >= kill.committed, kill
 
 
 @pytest.mark.slow
@@ -287,13 +287,13 @@ def test_a_run_goes_on_from_a_store_whose_connections_break_and_passes_over_what
     file = r"step-00000002/student\.safetensors"
     try:
         proxy.faults = [Fault(file, times=2, what="reset", after_bytes=3_000)]
-        found = archive.newest(tmp_path / "second", store)
+        found = resume_point.newest(tmp_path / "second", store)
         assert found is not None
-        assert read_step(found) == 2
+        assert read_step(found.path) == 2
         proxy.faults = [Fault(file, what="flip", after_bytes=3_000)]
-        found = archive.newest(tmp_path / "third", store)
+        found = resume_point.newest(tmp_path / "third", store)
         assert found is not None
-        assert read_step(found) == 1
+        assert read_step(found.path) == 1
     finally:
         storage.s3_client.cache_clear()
         proxy.stop()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from programs import ROOT
 
-from personmae import checkpoint
+from personmae import checkpoint, commit
 from personmae.__main__ import main
 from personmae.data.synthetic import SynthSettings, write_synthetic
 
@@ -67,7 +67,7 @@ def cut_short(run_dir: Path, *, drop: tuple[str, ...] = ()) -> None:
         saved = checkpoint.read(before)
         shutil.rmtree(before)
         state = {name: value for name, value in saved.state.items() if name not in drop}
-        checkpoint.write(run_dir, checkpoint.Checkpoint(saved.step, saved.tensors, state), keep_last=1)
+        commit.write(run_dir, checkpoint.Checkpoint(saved.step, saved.tensors, state), keep_last=1)
 
 
 @pytest.mark.parametrize("drop", [(), OLD_KEYS], ids=["of now", "of before"])

@@ -9,7 +9,7 @@ import pytest
 import warm
 from programs import losses, pretrain, start_pretrain
 
-from personmae import checkpoint
+from personmae import checkpoint, run_lock
 from personmae.data import importer
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -79,7 +79,7 @@ def test_a_run_is_not_continued_on_the_same_pictures_in_other_shards(
 
 def test_a_run_directory_belongs_to_one_process(shard_dir: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    held = checkpoint.lock(run_dir)
+    held = run_lock.lock(run_dir)
     run = start_pretrain(shard_dir, run_dir, "engine.name=native")
     assert run.wait(timeout=60) == 78
     assert "another process is at work in" in Path(f"{run_dir}.log").read_text()

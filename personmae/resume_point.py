@@ -1,0 +1,245 @@
+"""Which checkpoint a run resumes: the newest usable one of its directory and its store, for all ranks alike.
+
+That there is none, and that there are some and none can be used, are two things: the second ends the run, and nothing is
+deleted.
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from personmae import archive, checkpoint, commit, dist
+from personmae.archive import Damaged
+from personmae.checkpoint import MANIFEST, Checkpoint, Fault
+from personmae.commit import PASSED_OVER
+from personmae.errors import RankError, RankUnavailable, Unavailable, UserError, is_passing
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A checkpoint that a run goes on from; without ``moments`` those are not there, or cannot be used."""
+
+    path: Path
+    moments: bool = True
+
+    def read(self) -> Checkpoint:
+        """What is in it."""
+        return checkpoint.read(self.path, moments=self.moments)
+
+    def tell(self, step: int, total_steps: int) -> None:
+        """Say on the first rank that a run which is not complete goes on with new moments."""
+        if not self.moments and step < total_steps and dist.is_first():
+            print(f"checkpoint {self.path}: its moments cannot be used, the optimizer goes on with new ones", flush=True)
+
+
+def newest(run_dir: str | Path, store: str | None = None, *, rebuild_moments: bool = False) -> Found | None:
+    """The newest usable checkpoint of a run directory and its store, on this host: it is fetched if need be.
+
+    None where there is no checkpoint in either place. A complete run may lack its moments; with ``rebuild_moments`` one whose
+    moments alone are missing or damaged is taken where none is whole.
+
+    Raises:
+        UserError: the store cannot be read, or there are checkpoints and all are damaged.
+        Unavailable: there are some and one of them, or the store, may be readable another time.
+    """
+    return _Search(run_dir, store, rebuild_moments).next()
+
+
+def newest_for_all(run_dir: str | Path, store: str | None = None, *, rebuild_moments: bool = False) -> Found | None:
+    """``newest``, decided by the first rank; hosts that do not have it fetch it, and if one cannot, all take the next.
+
+    One rank of each host checks every hash. The first must hold the run's lock, for it may rename what a kill has left.
+
+    Raises:
+        UserError, Unavailable: as ``newest``; or a host sees neither the run directory of the first nor a store.
+    """
+    search = _Search(run_dir, store, rebuild_moments) if dist.is_first() else None
+    while offer := _offer(search):
+        path, trouble = None, None
+        try:
+            path = _take(run_dir, store, *offer)
+        except (Damaged, UserError, Unavailable) as error:
+            trouble = error
+        ended, passing, refused = dist.any_ranks(
+            isinstance(trouble, UserError), isinstance(trouble, Unavailable), trouble is not None
+        )
+        if ended or passing:
+            if isinstance(trouble, UserError | Unavailable):
+                raise trouble
+            raise (UserError if ended else Unavailable)(f"another host cannot read {offer[0].path}: see there")
+        if path and not refused:
+            return Found(path, offer[0].moments)
+        if isinstance(trouble, Damaged):
+            checkpoint.tell_passed_over(offer[0].path, f"on this host, {trouble}")
+        if search:
+            search.refuse(offer[0])
+    return None
+
+
+class _Search:
+    """A run's checkpoints on this host, newest first, of equal ones the local; what is passed over is told and remembered."""
+
+    def __init__(self, run_dir: str | Path, store: str | None, rebuild_moments: bool):
+        self._run_dir, self._store, self._rebuild = run_dir, store, rebuild_moments
+        self._passed: list[tuple[str | Path, Fault]] = []
+        self._found: Iterator[Found] = self._usable()
+        self._shared = set[Path]()
+
+    def next(self) -> Found | None:
+        """The next one that can be used; None where there is none of any kind.
+
+        Raises:
+            UserError, Unavailable: there are some, and none (more) can be used.
+        """
+        if found := next(self._found, None):
+            return found
+        if not any(self._counts(where, fault) for where, fault in self._passed):
+            return None
+        advice = (
+            "bring an undamaged copy back, or start anew with checkpoint.resume=none, which moves these to "
+            f"checkpoints/{PASSED_OVER}"
+        )
+        if whole := [where for where, fault in self._passed if fault.only_moments and not self._rebuild]:
+            advice += (
+                f"; of {whole[0]} weights and state are whole: checkpoint.rebuild_moments=true goes on from there with new "
+                "moments of the optimizer"
+            )
+        raise checkpoint.none_usable(self._run_dir, self._passed, advice)
+
+    def refuse(self, found: Found) -> None:
+        """What another host can neither see nor fetch is offered once more, from the store; then it is passed over."""
+        if self._store and found.path not in self._shared and self._share(self._store, found.path):
+            self._found = itertools.chain([found], self._found)
+        else:
+            self._passed.append((found.path, Fault("another host can neither see nor fetch it")))
+        self._shared.add(found.path)
+
+    def _share(self, store: str, path: Path) -> bool:
+        """Upload a checkpoint that may never have got to the store; returns whether it is there now."""
+        try:
+            archive.reaching(
+                lambda: archive.patiently(lambda: archive.send(store, path, checkpoint.step_of(path.name) or 0, set()))
+            )
+        except (UserError, Unavailable) as error:
+            print(f"checkpoint {path} cannot be given to the other hosts: {error}", flush=True)
+            return False
+        return True
+
+    def _counts(self, where: str | Path, fault: Fault) -> bool:
+        """Whether something was a checkpoint once; in a store, an upload that was cut short has no manifest."""
+        return isinstance(where, Path) or not fault.absent or fault.only_moments
+
+    def _usable(self) -> Iterator[Found]:
+        last, lame = None, []
+        for step, path in self._places():
+            if step == last:
+                continue
+            try:
+                found = Found(self._checked(path) if path else self._fetch(step))
+            except Damaged as damage:
+                if damage.fault.spares_weights and (found := self._complete(step, path)):
+                    last = step
+                    yield found
+                    continue
+                self._pass_over(path or self._name(step), damage.fault)
+                if damage.fault.only_moments:
+                    lame.append((step, path))
+                continue
+            last = step
+            yield found
+        for step, path in lame if self._rebuild else ():
+            yield Found(path or self._fetch(step, moments=False), moments=False)
+
+    def _places(self) -> list[tuple[int, Path | None]]:
+        """Step and folder, without one where it lies in the store, newest first."""
+        try:
+            places: list[tuple[int, Path | None]] = [
+                (checkpoint.step_of(path.name) or 0, path) for path in checkpoint.folders(self._run_dir)
+            ]
+        except OSError as error:
+            if not is_passing(error):
+                raise
+            raise Unavailable(f"{error.filename} cannot be listed: {error.strerror}; this may pass: run this again") from error
+        if store := self._store:
+            places += [(step, None) for step in archive.reaching(lambda: archive.patiently(lambda: archive.steps(store)))]
+        return sorted(places, key=lambda place: (place[0], place[1] is not None), reverse=True)
+
+    def _checked(self, path: Path) -> Path:
+        if fault := checkpoint.find_fault(path):
+            raise Damaged(fault)
+        return path
+
+    def _fetch(self, step: int, *, moments: bool = True) -> Path:
+        store = self._store or ""
+        path = archive.reaching(lambda: archive.fetch(store, step, checkpoint.folder(self._run_dir), moments=moments))
+        archive.reaching(lambda: archive.bring_records(store, step, Path(self._run_dir)))
+        return path
+
+    def _complete(self, step: int, path: Path | None) -> Found | None:
+        """One whose moments were deleted, where its run has come to the end: it needs them no more."""
+        path = path or self._fetch(step, moments=False)
+        return None if checkpoint.unfinished(path) else Found(path, moments=False)
+
+    def _pass_over(self, where: str | Path, fault: Fault) -> None:
+        checkpoint.tell_passed_over(where, fault)
+        self._passed.append((where, fault))
+
+    def _name(self, step: int) -> str:
+        return f"{self._store}/{checkpoint.name_of(step)}"
+
+
+def _offer(search: _Search | None) -> tuple[Found, str] | None:
+    """The first rank's next checkpoint and its digest, on all ranks; its error is raised on all, to end alike."""
+    told: dict[str, str | bool] = {}
+    mine: Exception | None = None
+    if search:
+        try:
+            if found := search.next():
+                path = commit.settle(found.path)  # now, while no rank reads it yet
+                told = {"path": str(path), "digest": checkpoint.digest(path), "moments": found.moments}
+        except (UserError, Unavailable, OSError) as error:
+            mine = error
+            told = {"error": str(error), "passing": isinstance(error, Unavailable) or is_passing(error)}
+    told = json.loads(dist.from_first_rank(json.dumps(told)))
+    if "error" in told:
+        raise mine or (Unavailable if told["passing"] else UserError)(told["error"])
+    return (Found(Path(str(told["path"])), bool(told["moments"])), str(told["digest"])) if told else None
+
+
+def _take(run_dir: str | Path, store: str | None, offered: Found, digest: str) -> Path:
+    """The checkpoint that the first rank offers, on this host; ``RUN/fetched`` holds one that had to be fetched."""
+    if dist.is_first() or _has(offered.path, digest, offered.moments):
+        return offered.path
+    if not store:
+        raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {offered.path}")
+    directory = Path(run_dir) / "fetched"
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # one rank of a host fetches for all
+        step = checkpoint.step_of(offered.path.name) or 0
+        found = directory / checkpoint.name_of(step)
+        if not _has(found, digest, offered.moments):
+            for path in directory.glob("*step-*"):
+                shutil.rmtree(path)
+            try:
+                archive.reaching(lambda: archive.fetch(store, step, directory, digest, moments=offered.moments))
+            except UserError as error:
+                raise RankError(str(error)) from error
+            except Unavailable as error:
+                raise RankUnavailable(str(error)) from error
+    return found
+
+
+def _has(path: Path, digest: str, moments: bool) -> bool:
+    """Whether a folder is the checkpoint of this digest; one rank of a host checks its files, and its word counts for all."""
+    if not (path / MANIFEST).is_file() or checkpoint.digest(path) != digest:
+        return False
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return True
+    fault = checkpoint.find_fault(path)
+    return not fault or (fault.only_moments and not moments)

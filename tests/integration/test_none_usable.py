@@ -1,0 +1,233 @@
+"""Checkpoints that are there and cannot be used are not the same as none: no run starts anew over them, none is deleted."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from personmae import checkpoint, run_lock
+from personmae.__main__ import main
+from personmae.errors import Unavailable, UserError
+
+pytestmark = pytest.mark.integration
+PRETRAIN = [
+    *("pretrain", "configs/quickstart.yaml", "train.global_batch_size=8", "train.log_every=1", "train.precision=fp32"),
+    *("train.total_steps=6", "data.shuffle_block_size=16", "data.num_threads=1", "engine.name=native", "train.compile=false"),
+    *("checkpoint.every_steps=2", "checkpoint.keep_last=2"),
+]
+MOMENTS = "exp_avg.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, restore_signals: None) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+
+
+@pytest.fixture(scope="module")
+def half(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was cut short: steps 2 and 4 of 6 are saved."""
+    run_dir = tmp_path_factory.mktemp("half") / "run"
+    os.chdir(Path(__file__).parents[2])
+    assert main([*PRETRAIN, f"data.shards={shard_dir}", f"run_dir={run_dir}", "checkpoint.keep_last=9"]) == 0
+    shutil.rmtree(checkpoint.folder(run_dir) / "step-00000006")
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(half: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(half, tmp_path / "run"))
+
+
+@pytest.fixture
+def go_on(shard_dir: Path, run_dir: Path) -> Callable[..., int]:
+    """Runs the same command again; returns the exit code."""
+    return lambda *overrides: main([*PRETRAIN, f"data.shards={shard_dir}", f"run_dir={run_dir}", *overrides])
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def in_all(run_dir: Path, name: str) -> list[Path]:
+    return [path / name for path in checkpoint.folders(run_dir)]
+
+
+def content(run_dir: Path) -> dict[str, bytes]:
+    """Every file below the checkpoints, but the pointer."""
+    files = [path for path in checkpoint.folder(run_dir).rglob("*") if path.is_file() and path.name != "LATEST"]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
+
+
+def error_line(captured: Any) -> str:
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in captured.err
+    return line
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("file", ["student.safetensors", "state.json", "manifest.json", MOMENTS])
+def test_a_run_whose_checkpoints_are_all_damaged_ends_with_78_and_leaves_them(run_dir, go_on, capsys, file):
+    for path in in_all(run_dir, file):
+        flip(path)
+    before, metrics = content(run_dir), (run_dir / "metrics.jsonl").read_bytes()
+    assert go_on() == 78
+    line = error_line(capsys.readouterr())
+    for step in (2, 4):
+        assert f"checkpoints/step-0000000{step}: " in line
+    assert f"{file} does not have the size and hash" in line or "its manifest.json is not JSON" in line
+    assert "start anew with checkpoint.resume=none" in line
+    assert ("checkpoint.rebuild_moments=true" in line) == (file == MOMENTS)
+    assert content(run_dir) == before
+    assert (run_dir / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_fault_that_may_pass_ends_with_1_and_the_run_goes_on_when_it_has_passed(run_dir, go_on, capsys, monkeypatch, number):
+    before = content(run_dir)
+
+    def failing(path: Path) -> str:
+        raise OSError(number, os.strerror(number))  # without a name, as reading has it
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sha256", failing)
+        assert go_on() == 1
+    line = error_line(capsys.readouterr())
+    assert line.count(f"cannot be read: {os.strerror(number)}") == 2
+    assert "run this again" in line
+    assert content(run_dir) == before
+    assert go_on() == 0
+    assert steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="where reading gives a real EIO")
+def test_an_input_output_error_of_the_manifest_itself_falls_back_as_others_do(run_dir, go_on, capsys):
+    manifests = in_all(run_dir, "manifest.json")
+    kept = [path.read_bytes() for path in manifests]
+    for path in manifests:
+        path.unlink()
+        path.symlink_to("/proc/self/mem")  # reading its first byte is EIO: nothing is mapped there
+    assert go_on() == 1
+    line = error_line(capsys.readouterr())
+    assert line.count("manifest.json cannot be read: Input/output error") == 2
+    manifests[1].unlink()
+    manifests[1].write_bytes(kept[1])
+    assert go_on() == 0
+    told = capsys.readouterr().out
+    assert "step-00000004 is passed over: manifest.json cannot be read: Input/output error" in told
+    assert "resuming at step 2 of 6" in told
+    assert os.readlink(checkpoint.folder(run_dir) / "passed-over" / "step-00000004" / "manifest.json") == "/proc/self/mem"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(run_dir, go_on, capsys, monkeypatch, number):
+    real = os.listdir
+
+    def failing(path: Any = ".") -> list[str]:
+        if Path(path) == checkpoint.folder(run_dir):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    before = content(run_dir)
+    monkeypatch.setattr(os, "listdir", failing)
+    assert go_on() == 1
+    assert f"{checkpoint.folder(run_dir)} cannot be listed: {os.strerror(number)}" in error_line(capsys.readouterr())
+    with pytest.raises(OSError, match=os.strerror(number)):
+        checkpoint.locate(run_dir)
+    monkeypatch.undo()
+    assert content(run_dir) == before
+
+
+def test_a_run_that_is_started_anew_keeps_what_was_there_and_says_so_once(run_dir, go_on, capsys):
+    for path in in_all(run_dir, "student.safetensors"):
+        flip(path)
+    before = {name.replace("checkpoints/", "checkpoints/passed-over/"): file for name, file in content(run_dir).items()}
+    assert go_on("checkpoint.resume=none") == 0
+    told = capsys.readouterr().out
+    assert told.count("kept, though this run does not go on from them") == 1
+    assert before.items() <= content(run_dir).items()
+    assert [path.name for path in checkpoint.folders(run_dir)] == ["step-00000006", "step-00000004"]
+    assert steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
+
+
+def test_moments_that_are_damaged_are_made_anew_where_that_is_asked_for(run_dir, go_on, capsys):
+    for path in in_all(run_dir, MOMENTS):
+        flip(path)
+    assert go_on("checkpoint.rebuild_moments=true") == 0
+    told = capsys.readouterr().out
+    assert "step-00000004: its moments cannot be used, the optimizer goes on with new ones" in told
+    assert "resuming at step 4 of 6" in told
+    newest = checkpoint.newest(run_dir)
+    assert newest is not None
+    saved = checkpoint.read(newest)
+    assert (saved.step, saved.state["num_updates"]) == (6, 2)  # the optimizer counts from its new beginning
+    assert saved.tensors["exp_avg"]
+
+
+def test_moments_are_not_made_anew_where_an_older_checkpoint_is_whole(run_dir, go_on, capsys):
+    flip(in_all(run_dir, MOMENTS)[0])
+    assert go_on("checkpoint.rebuild_moments=true") == 0
+    assert "resuming at step 2 of 6" in capsys.readouterr().out
+
+
+def test_moments_are_not_made_anew_where_weights_are_damaged_too(run_dir, go_on, capsys):
+    for name in (MOMENTS, "student.safetensors"):
+        for path in in_all(run_dir, name):
+            flip(path)
+    assert go_on("checkpoint.rebuild_moments=true") == 78
+    assert "student.safetensors does not have" in error_line(capsys.readouterr())
+
+
+def test_a_complete_run_without_its_moments_is_complete_and_an_unfinished_one_is_not_gone_on_with(run_dir, go_on, capsys):
+    for path in [*in_all(run_dir, MOMENTS), *in_all(run_dir, "exp_avg_sq.safetensors")]:
+        path.unlink()
+    assert go_on() == 78
+    assert "checkpoint.rebuild_moments=true" in error_line(capsys.readouterr())
+    assert go_on("checkpoint.rebuild_moments=true") == 0
+    for path in [*in_all(run_dir, MOMENTS), *in_all(run_dir, "exp_avg_sq.safetensors")]:
+        path.unlink(missing_ok=True)
+    before = content(run_dir)
+    capsys.readouterr()
+    assert go_on() == 0
+    assert "is complete: 6 of 6 steps are done" in capsys.readouterr().out
+    assert content(run_dir) == before
+    assert checkpoint.read_encoder(run_dir)[0]
+
+
+def test_a_run_that_its_agent_starts_again_goes_on_though_it_was_first_started_anew(run_dir, go_on, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert go_on("checkpoint.resume=none") == 0
+    assert "resuming at step 4 of 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, Unavailable), (None, UserError)])
+def test_whoever_wants_the_weights_of_a_run_is_told_the_same(run_dir, monkeypatch, number, kind):
+    if number is None:
+        for path in in_all(run_dir, "student.safetensors"):
+            flip(path)
+    else:
+        monkeypatch.setattr(checkpoint, "_sha256", lambda path: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    with pytest.raises(
+        kind, match=r"2 checkpoints that cannot be used, and none that can \(.*step-00000004: .*step-00000002: "
+    ):
+        checkpoint.locate(run_dir)
+    with pytest.raises(kind, match="step-00000002"):
+        checkpoint.locate(checkpoint.folder(run_dir) / "step-00000002")
+
+
+def test_the_lock_is_free_after_every_refusal(run_dir, go_on):
+    for path in in_all(run_dir, "student.safetensors"):
+        flip(path)
+    assert go_on() == 78
+    run_lock.lock(run_dir).close()
