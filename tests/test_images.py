@@ -179,3 +179,26 @@ def test_crops_of_every_suffix_are_imported_and_stored_as_jpegs_of_the_same_pixe
             stored = found.open(0).jpeg(position)
             assert bytes(stored[:2]) == b"\xff\xd8"
             assert differing(on_canvas(stored), decode_image(str(source / file))) <= 10
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of what it finds in damaged metadata
+def test_damage_anywhere_is_a_bad_image_or_something_that_training_can_read():
+    rng = np.random.default_rng(0)
+    files, stored = list(WHOLE.values()), 0
+    for _ in range(2000):
+        data = bytearray(files[rng.integers(len(files))])
+        for _ in range(rng.integers(1, 6)):
+            data[rng.integers(min(len(data), rng.choice([60, 400, len(data)])))] = rng.integers(256)
+        with contextlib.suppress(images.BadImage):
+            jpeg, *size = shards.checked(bytes(data), len(data))
+            assert images.upright_size(jpeg) == tuple(size)
+            decode_onto(jpeg, np.zeros(CANVAS, np.uint8))
+            stored += 1
+    assert 200 < stored < 1800
+
+
+def test_no_other_reader_decodes_by_a_rule_of_its_own():
+    package = Path(images.__file__).parent
+    calls = ("cv2.imread(", "cv2.imdecode(", "Image.open(", "decode_jpeg(")
+    found = {str(p.relative_to(package)) for p in package.rglob("*.py") if any(c in p.read_text("utf-8") for c in calls)}
+    assert found == {"images.py", "data/decode.py", "bench/data.py"}  # the last two: the fast twin, and the usual way beside it
