@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple, final
 import lmdb
 
 from personmae import images
+from personmae.data.blocks import Recent
 from personmae.data.files import Files, bytes_of, key_of, name_of, text_of
 from personmae.errors import UserError
 
@@ -21,6 +22,7 @@ _IMAGE_MARKS = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM")
 _LMDB_METADATA = {b"__len__", b"__keys__", b"__meta__", b"keys", b"keys.pkl", b"len", b"length", b"num-samples"}
 _TINY = 512  # bytes; an LMDB keeps a value of this size beside its key, so that looking at it costs nothing
 _BLOCK = 1 << 20
+_MOST_BLOCKS = 3  # of a tar
 
 
 class Picture(NamedTuple):
@@ -87,6 +89,10 @@ def compressed(location: str) -> UserError:
 class Tar(Container):
     """The image members of a tar (WebDataset's too), or of several that were written one behind another."""
 
+    def __init__(self, files: Files, name: str, prefix: str):
+        super().__init__(files, name, prefix)
+        self._recent = Recent[bytes](_MOST_BLOCKS)
+
     def pictures(self, passed_over: Counter[str]) -> list[Picture]:
         found: dict[str, Picture] = {}
         try:
@@ -123,7 +129,19 @@ class Tar(Container):
         found[key] = Picture(key, *where, container=self.name)
 
     def read(self, picture: Picture) -> bytes:
-        return self.files.read(self.name, picture.offset, picture.num_bytes)
+        start, end, size = picture.offset, picture.offset + picture.num_bytes, self.files.block_bytes
+        if not size or picture.num_bytes > size:
+            return self.files.read(self.name, start, picture.num_bytes)
+        first, last = start // size, max(start, end - 1) // size
+        content = b"".join(self._block(number) for number in range(first, last + 1))
+        return content[start - first * size : end - first * size]
+
+    def _block(self, number: int) -> bytes:
+        size = self.files.block_bytes
+        return self._recent.get(number, lambda: self.files.read(self.name, number * size, size))
+
+    def close(self) -> None:
+        self._recent = Recent(_MOST_BLOCKS)
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:

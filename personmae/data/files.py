@@ -34,6 +34,7 @@ class File(NamedTuple):
 class Files(ABC):
     """The files below a root. They can be pickled, and may be used by several threads."""
 
+    block_bytes: int = 0  # how much to read at once of a file whose pieces are wanted in order; 0 for each by itself
     location: str  # of the root
     only: str | None  # the single file that counts, or None
 
@@ -176,6 +177,8 @@ class LocalFiles(Files):
 @final
 class BucketFiles(Files):
     """The objects below ``s3://bucket/prefix``, or the ``single`` one that has this very key."""
+
+    block_bytes = 1 << 23  # a request costs as much as a megabyte or more
 
     def __init__(self, root: str, *, single: bool = False):
         self.location, self.only = root.rstrip("/"), None

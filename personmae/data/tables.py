@@ -12,15 +12,15 @@ import itertools
 import json
 import threading
 from abc import abstractmethod
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import Any, BinaryIO, NamedTuple, final
 
 import numpy as np
 import xxhash
 
 from personmae.data import mds, mosaic
+from personmae.data.blocks import Recent
 from personmae.data.containers import Container, Picture
 from personmae.data.files import Files, key_of, patiently
 from personmae.errors import UserError
@@ -104,31 +104,7 @@ class Table(Container):
         return next(iter(named or columns), None)
 
 
-class _Recent:
-    """The blocks that this process has read last; threads that want the same one wait for the first of them."""
-
-    def __init__(self, most: int):
-        self._most, self._lock = most, threading.Lock()
-        self._blocks: OrderedDict[Hashable, Future[Images]] = OrderedDict()
-
-    def get(self, identity: Hashable, load: Callable[[], Images]) -> Images:
-        with self._lock:
-            is_new = identity not in self._blocks
-            block = self._blocks.setdefault(identity, Future())
-            self._blocks.move_to_end(identity)
-            while len(self._blocks) > self._most:
-                self._blocks.popitem(last=False)
-        if is_new:
-            try:
-                block.set_result(load())
-            except BaseException as error:
-                with self._lock:
-                    self._blocks.pop(identity, None)  # the next one tries again
-                block.set_exception(error)
-        return block.result()
-
-
-_recent = _Recent(_MOST_BLOCKS)
+_recent = Recent[Images](_MOST_BLOCKS)
 
 
 # --- MDS ---

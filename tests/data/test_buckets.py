@@ -91,12 +91,23 @@ def test_tars_of_a_bucket_are_read_in_place(s3_server, pictures, tmp_path, monke
         s3_server.client.put_object(Bucket=name, Key=f"wds/{number:03}.tar", Body=content)
         (tmp_path / "wds").mkdir(exist_ok=True)
         (tmp_path / "wds" / f"{number:03}.tar").write_bytes(content)
+    monkeypatch.setattr(BucketFiles, "block_bytes", 9_000)  # some images lie across two or more
     assert importer.write(f"s3://{name}/wds", str(tmp_path / "remote")) == 40
     assert importer.write(tmp_path / "wds", str(tmp_path / "local")) == 40
     assert tree(tmp_path / "remote") == tree(tmp_path / "local")
     single = open_source(f"s3://{name}/wds/001.tar")
     assert [picture.key for picture in single.pictures()] == [f"001/{path.name}" for path in paths[20:40]]
     assert single.location == f"s3://{name}/wds/001.tar"
+
+
+def test_members_of_a_tar_that_lie_side_by_side_are_one_request(s3_server, pictures, monkeypatch):
+    name, paths = s3_server.bucket("tars"), sorted(pictures.glob("*.jpg"))[:30]
+    s3_server.client.put_object(Bucket=name, Key="w.tar", Body=packed(paths))
+    source = open_source(f"s3://{name}")
+    listed, asked, read = source.pictures(), [], BucketFiles.read
+    monkeypatch.setattr(BucketFiles, "read", lambda self, *place: asked.append(place) or read(self, *place))
+    assert [source.read(picture) for picture in listed] == [path.read_bytes() for path in paths]
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

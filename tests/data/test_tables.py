@@ -198,19 +198,3 @@ def test_a_parquet_file_that_is_cut_off_is_refused(jpegs, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"a whole parquet file is required; .*a\.parquet is not one"):
         open_source(path).pictures()
-
-
-def test_threads_that_want_one_block_read_it_once_and_a_fault_is_tried_again():
-    recent, calls = tables._Recent(2), []
-
-    def load(value: int) -> Any:
-        calls.append(value)
-        if calls == [7]:
-            raise OSError("away")
-        return [bytes([value])]
-
-    with pytest.raises(OSError, match="away"):
-        recent.get("a", lambda: load(7))
-    for value in (7, 8, 7, 9, 8, 7):
-        assert recent.get(value, lambda value=value: load(value)) == [bytes([value])]
-    assert calls == [7, 7, 8, 9, 8, 7]
