@@ -38,6 +38,7 @@ lock: $(INSTALLED) ## write the lock anew after a change of pyproject.toml; UPGR
 	echo checkov | $(UV) pip compile $(COMPILE) --output-file tests/k8s/checkov.txt -
 
 quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes on 2 CPU cores; interrupt and repeat it at will
+	@$(BIN)/personmae doctor --quickstart
 	$(BIN)/personmae synth $(RUN)/data
 	$(BIN)/personmae shards write $(RUN)/data/pool $(RUN)/shards --shard-mb 8 --if-missing
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_gpus 1 --log_level warning launcher/pretrain.py --config configs/quickstart.yaml

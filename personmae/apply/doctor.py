@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from personmae.errors import UserError
+from personmae import config, precision
+from personmae.errors import Incomplete, UserError
 
 PACKAGES = (
     "personmae",
@@ -36,9 +37,12 @@ PACKAGES = (
     "opencv-python-headless",
     "simplejpeg",
 )
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")
 MIN_FREE_BYTES = 1 << 30  # of disk, for a run's checkpoints and logs
 COMPILE_TIMEOUT, TIMEOUT = 120, 60  # seconds
+ESTIMATE_TIMEOUT = 180
+ESTIMATE = "from personmae.bench import estimate; estimate.main({path!r}, quickstart_alone={quickstart_alone})"
+QUICKSTART = Path("runs/quickstart")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,24 +51,18 @@ class Outcome:
 
     works: bool
     detail: str
+    slow: bool = False  # it works, and the detail says what would be faster
 
 
 # Each runs in a Python of its own; the last line it prints is the detail.
 PROBES = {
     "torch": """
-import time, torch
-def seconds(dtype):
-    a = torch.randn(768, 768, device=device).to(dtype)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(5): b = a @ a
-    b.float().sum().item()
-    return time.perf_counter() - start
+import torch
 device = "cuda" if torch.cuda.is_available() else "cpu"
-gain = seconds(torch.float32) / seconds(torch.bfloat16)
+(torch.randn(64, 64, device=device) @ torch.randn(64, 64, device=device)).sum().item()
 cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
 level = torch.backends.cpu.get_cpu_capability()
-print(f"built for {cuda}; runs on {device} ({level}); bf16 matmul {gain:.1f} x as fast as fp32")
+print(f"built for {cuda}; runs on {device} ({level}); a product runs")
 """,
     "torchvision": """
 import torch, torchvision.ops
@@ -109,6 +107,7 @@ REMEDIES = {
     "compiler": "set train.compile=false, or install g++",
     "disk": f"free {MIN_FREE_BYTES >> 30} GiB here, or set run_dir elsewhere",
     "shards": "see the line on the shards above",
+    "steps": "see the line on steps above",
 }
 # What each verb stands on besides its own module; a name is a probe or one of the machine's parts.
 VERBS = {
@@ -116,7 +115,7 @@ VERBS = {
     "shards": ("personmae.data.importer", ("torchvision", "disk")),
     "pretrain": (
         "personmae.pretrain",
-        ("torch", "torchvision", "process group", "deepspeed", "compiler", "torch.compile", "disk", "shards"),
+        ("torch", "torchvision", "process group", "deepspeed", "compiler", "torch.compile", "disk", "shards", "steps"),
     ),
     "finetune": ("personmae.finetune", ("torch", "process group", "disk")),
     "unsupervised": ("personmae.unsupervised", ("torch", "process group", "disk")),
@@ -127,12 +126,15 @@ VERBS = {
 }
 
 
-def run(*, shards: str | None = None) -> None:
-    """Print what is here, what works, and what each command would come to.
+def run(*, shards: str | None = None, config_path: str | None = None) -> None:
+    """Print what is here, what works, what speed to expect, and what each command would come to.
 
     Raises:
-        UserError: ``shards`` was given and cannot be read; everything else is printed first.
+        UserError: ``config_path`` is no configuration, or ``shards`` cannot be read; of the latter all else is printed first.
+        Incomplete: a command would fail here.
     """
+    if config_path:
+        config.load(config.PROGRAMS[require_program(config_path)], config_path)
     console = Console() if Console().is_terminal else Console(width=140)
     print_facts(console, "machine", machine() | devices())
     print_facts(console, "versions", versions())
@@ -145,9 +147,38 @@ def run(*, shards: str | None = None) -> None:
     if shards:
         outcomes["shards"], refusal = try_shards(shards)
         print_outcomes(console, f"shards at {_without_secrets(shards)}", {"shards": outcomes["shards"]})
-    print_outcomes(console, "commands: what would fail here", commands(outcomes))
+    console.print("measuring a few steps ...")
+    expected = expect(config_path)
+    outcomes |= {name: outcome for name, outcome in expected.items() if not outcome.works}
+    print_outcomes(console, "what to expect: estimates from a few steps, without reading and compiling", expected)
+    judged = commands(outcomes)
+    print_outcomes(console, "commands: what would fail here", judged)
     if refusal:
         raise refusal
+    if failing := [verb for verb, outcome in judged.items() if not outcome.works]:
+        raise Incomplete(f"here would fail: {', '.join(failing)}; the table says why and what to do")
+
+
+def tell_quickstart() -> None:
+    """Print how long ``make quickstart`` takes on this machine; nothing where it has begun or cannot be measured."""
+    if (QUICKSTART / "pretrain" / "checkpoints").is_dir():
+        print(f"make quickstart goes on where it was in {QUICKSTART}", flush=True)
+        return
+    print("make quickstart: measuring what it takes here ...", flush=True)
+    for name, outcome in expect(quickstart_alone=True).items():
+        print(f"{name}: {outcome.detail}", flush=True)
+
+
+def require_program(path: str) -> str:
+    """The training program that a configuration is for.
+
+    Raises:
+        UserError: it cannot be read, or is for none.
+    """
+    program = config.program_of(path)
+    if program not in config.PROGRAMS:
+        raise UserError(f"--config takes a file of {', '.join(config.PROGRAMS)}; {path} is of {program or 'none of them'}")
+    return program
 
 
 # --- what is here ---------------------------------------------------------------------------------------------------
@@ -170,10 +201,7 @@ def machine() -> dict[str, str]:
 
 def cpu_flags() -> list[str]:
     """The vector instructions that matter here, as far as the system tells."""
-    try:
-        known = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return []
+    known = precision.cpu_flags() or frozenset()
     return [flag for flag in CPU_FLAGS if flag in known]
 
 
@@ -199,8 +227,7 @@ def devices() -> dict[str, str]:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        native = "with" if {"avx512_bf16", "amx_bf16"} & set(cpu_flags()) else "without"
-        return {"GPU": f"no GPU ({error}): everything runs on CPU, {native} bf16 instructions"}
+        return {"GPU": f"no GPU ({error}): everything runs on CPU; {precision.native_cpu().why}"}
     driver = pynvml.nvmlSystemGetDriverVersion()
     found = {}
     for index in range(pynvml.nvmlDeviceGetCount()):
@@ -280,6 +307,14 @@ def probe(code: str, timeout_seconds: float) -> Outcome:
     return Outcome(False, (errors or lines or [f"the process ended with {done.returncode}"])[-1])
 
 
+def expect(path: str | None = None, *, quickstart_alone: bool = False) -> dict[str, Outcome]:
+    """Conclusions from a few real steps in a process of its own, by what they are about; ``steps`` fails if those do."""
+    tried = probe(ESTIMATE.format(path=path, quickstart_alone=quickstart_alone), ESTIMATE_TIMEOUT)
+    if not tried.works:
+        return {"steps": tried}
+    return {line["what"]: Outcome(True, line["text"], slow=line["is_slow"]) for line in json.loads(tried.detail)}
+
+
 def find_compiler() -> Outcome:
     """The C++ compiler that torch.compile and DeepSpeed's extensions would use, and ninja."""
     names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "c++", "clang++"]
@@ -352,7 +387,8 @@ def print_outcomes(console: Console, title: str, outcomes: dict[str, Outcome]) -
     """A table of names, ok or not, and the detail."""
     table = _table(console, title)
     for name, outcome in outcomes.items():
-        table.add_row(name, "[green]ok[/]" if outcome.works else "[red]fails[/]", Text(outcome.detail))
+        status = "[yellow]slow[/]" if outcome.slow else "[green]ok[/]"
+        table.add_row(Text(name), status if outcome.works else "[red]fails[/]", Text(outcome.detail))
     console.print(table)
 
 

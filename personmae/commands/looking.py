@@ -225,15 +225,22 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
     what = verb.add_mutually_exclusive_group()
     what.add_argument("--shards", type=place, help="also try to read shards at a directory or s3://bucket/prefix")
     what.add_argument("--data", metavar="PATH", type=Path, help="instead: count the benchmarks in a folder, open their files")
+    what.add_argument("--quickstart", action="store_true", help="instead: how long 'make quickstart' takes on this machine")
+    verb.add_argument("--config", type=Path, metavar="FILE", help="also what a configuration comes to here")
 
     def run(args: argparse.Namespace) -> None:
+        if args.config and (args.data or args.quickstart):
+            raise UserError("--config goes with no option but --shards; leave out the other")
         if args.data:
             from personmae.apply import inventory
 
             inventory.run(args.data)
-        else:
-            from personmae.apply import doctor
+            return
+        from personmae.apply import doctor
 
-            doctor.run(shards=args.shards)
+        if args.quickstart:
+            doctor.tell_quickstart()
+        else:
+            doctor.run(shards=args.shards, config_path=args.config and str(args.config))
 
     verb.set_defaults(run=run)

@@ -8,17 +8,21 @@ from pathlib import Path
 
 import pytest
 
+from personmae.__main__ import main
 from personmae.apply import doctor
 from personmae.apply.doctor import Outcome
 from personmae.errors import UserError
 
 SECRET = "wJalrXUtnFEMI-not-a-real-key"
+EXPECTED = '[{"what": "precision", "is_slow": true, "text": "give train.precision=fp32"}]'
+EXPECTED = EXPECTED.replace("{", "{{").replace("}", "}}")  # it is formatted
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, fresh_s3_client: Callable[[], None]) -> None:
     """Only torch is probed, no compiler is started; credentials are in the environment."""
     monkeypatch.setattr(doctor, "PROBES", {"torch": doctor.PROBES["torch"]})
+    monkeypatch.setattr(doctor, "ESTIMATE", f"print({EXPECTED!r})  # {{path}} {{quickstart_alone}}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_SESSION_TOKEN", SECRET)
@@ -30,7 +34,16 @@ def test_doctor_reports_torch_and_every_verb_and_no_secret(
 ) -> None:
     doctor.run(shards=str(shard_dir))
     printed = "".join(capfd.readouterr())
-    for expected in (version("torch"), "bf16 matmul", "found (env)", "http://127.0.0.1:9", "50 pictures", "first picture"):
+    for expected in (
+        version("torch"),
+        "a product runs",
+        "slow",
+        "give train.precision=fp32",
+        "found (env)",
+        "http://127.0.0.1:9",
+        "50 pictures",
+        "first picture",
+    ):
         assert expected in printed
     for verb in doctor.VERBS:
         assert f" {verb} " in printed
@@ -84,6 +97,36 @@ def test_a_broken_torch_stops_what_needs_it_and_not_doctor(monkeypatch: pytest.M
     assert told["doctor"].works
     assert "libtorch_cpu.so" in told["pretrain"].detail
     assert told["shards"] == Outcome(False, "personmae.data.importer does not import: no torch")
+
+
+def test_the_exit_code_says_whether_something_named_would_fail(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    works = {name: Outcome(True, "") for name in _everything()}
+    monkeypatch.setattr(doctor, "probe_all", lambda: works | {"deepspeed": Outcome(False, "ImportError: no")})
+    monkeypatch.setattr(doctor, "find_compiler", lambda: Outcome(True, ""))
+    assert main(["doctor"]) == 1
+    assert "here would fail: pretrain; " in capsys.readouterr().err
+    monkeypatch.setattr(doctor, "probe_all", lambda: works)
+    assert main(["doctor"]) == 0
+    monkeypatch.setattr(doctor, "ESTIMATE", "raise RuntimeError('no step runs {path} {quickstart_alone}')")
+    assert main(["doctor"]) == 1
+    assert "no step runs" in capsys.readouterr().out
+    (tmp_path / "suite.yaml").write_text("nothing: 1\n", encoding="utf-8")
+    assert main(["doctor", "--config", str(tmp_path / "suite.yaml")]) == 78
+    assert "--config takes a file of pretrain, finetune, unsupervised" in capsys.readouterr().err
+
+
+def test_a_quickstart_that_has_begun_is_not_measured_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor, "ESTIMATE", f"print({EXPECTED!r})  # {{path}} {{quickstart_alone}}")
+    doctor.tell_quickstart()
+    assert capsys.readouterr().out.splitlines()[1:] == ["precision: give train.precision=fp32"]
+    (tmp_path / "runs/quickstart/pretrain/checkpoints").mkdir(parents=True)
+    doctor.tell_quickstart()
+    assert capsys.readouterr().out == "make quickstart goes on where it was in runs/quickstart\n"
 
 
 def _everything() -> list[str]:
