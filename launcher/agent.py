@@ -66,7 +66,9 @@ class Agent:
         server = None
         try:
             if self.options.port:
-                server = serve(self.options.port, self.metrics, self.health, gpu=self.options.gpu_metrics)
+                server = serve(
+                    self.options.port, self.metrics, self.health, host=self.options.host, gpu=self.options.gpu_metrics
+                )
             if self.options.log_dir:
                 self.options.log_dir.mkdir(parents=True, exist_ok=True)
             self.link.start()

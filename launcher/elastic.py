@@ -17,6 +17,7 @@ from launcher.options import read_options, read_policy
 from launcher.ranks import Limits
 from launcher.store import serve
 from personmae.commands.arguments import Parser
+from personmae.endpoint import LOOPBACK
 from personmae.errors import EXIT_COMPLETE, run_program
 
 
@@ -62,6 +63,9 @@ def build_parser() -> Parser:
 
     group = run.add_argument_group("being watched")
     group.add_argument("--port", type=int, default=0, metavar="P", help="/healthz, /readyz and /metrics; 0 is off (default)")
+    group.add_argument(
+        "--host", default=LOOPBACK, metavar="H", help="what --port listens at: an address, or all (default 127.0.0.1)"
+    )
     _seconds(group, "--linger-seconds", 0, "the endpoint of a complete run stays, for its last numbers to be scraped")
     group.add_argument("--gpu-metrics", choices=("on", "off"), default="on", help="ask NVML; off where DCGM does (default on)")
     return parser

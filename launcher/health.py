@@ -1,14 +1,10 @@
 """What an agent answers over HTTP while ranks come and go: ``/healthz``, ``/readyz`` and ``/metrics``."""
 
-import contextlib
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from socketserver import TCPServer
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -17,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from launcher.membership import Reason, State
 from launcher.ranks import Ranks, say
+from personmae import endpoint
 from personmae.errors import UserError
 from personmae.heartbeat import PHASES
 from personmae.nvml import gpu_collectors
@@ -142,58 +139,27 @@ class Metrics(Collector):
         return Counter(f"personmae_{name}", text, labels, registry=self._own)
 
 
-class _Server(ThreadingHTTPServer):
-    """For clients of IPv6 and of IPv4, on hosts that have both or either."""
-
-    daemon_threads = True
-    request_queue_size = 32
-    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-
-    def server_bind(self) -> None:
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        TCPServer.server_bind(self)  # HTTPServer's looks up the host's name, which nothing here needs and may take long
-
-
-def serve(port: int, metrics: Metrics, check: Callable[[], Health], *, gpu: bool = True) -> ThreadingHTTPServer:
+def serve(
+    port: int, metrics: Metrics, check: Callable[[], Health], *, host: str = endpoint.LOOPBACK, gpu: bool = True
+) -> ThreadingHTTPServer:
     """Answer in the background until ``shutdown`` is called on what this returns; GPUs' numbers are added to ``metrics``.
 
     Raises:
-        UserError: the port is taken or not allowed.
+        UserError: the port is taken or not allowed, or ``host`` is no address of this host.
     """
     for gpus in gpu_collectors(say) if gpu else ():
         metrics.registry.register(gpus)
-
-    class Handler(BaseHTTPRequestHandler):
-        timeout = 10  # for a client that opens a connection and says nothing
-
-        def handle(self) -> None:
-            with contextlib.suppress(ConnectionError):  # a probe waits only so long
-                super().handle()
-
-        def do_GET(self) -> None:
-            health = check()
-            answers = {
-                "/metrics": lambda: (200, generate_latest(metrics.registry)),
-                "/healthz": lambda: (503 if health.sick else 200, (health.sick or "ok").encode() + b"\n"),
-                "/readyz": lambda: (200 if health.ready else 503, b"training\n" if health.ready else b"not training\n"),
-            }
-            code, body = answers.get(self.path.partition("?")[0], lambda: (404, b"/healthz, /readyz or /metrics\n"))()
-            self.send_response(code)
-            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
+    answers = {
+        "/healthz": lambda: endpoint.health(check().sick),
+        "/readyz": lambda: endpoint.readiness(check().ready),
+        "/metrics": lambda: (200, generate_latest(metrics.registry)),
+    }
     try:
-        server = _Server(("", port), Handler)
+        return endpoint.serve(host, port, answers)
     except OSError as error:
-        raise UserError(f"--port {port} is taken or not allowed ({error.strerror}); give another one") from error
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, daemon=True, name="health").start()
-    return server
+        raise UserError(
+            f"--port {port} is taken or not allowed at --host {host} ({error.strerror}); give another one"
+        ) from error
 
 
 def linger(seconds: float, stopped: Callable[[], bool]) -> None:

@@ -25,6 +25,7 @@ class Options:
     keep_alive_seconds: float
     store_seconds: float
     port: int
+    host: str
     linger_seconds: float
     gpu_metrics: bool
     log_dir: Path | None
@@ -67,6 +68,7 @@ def read_options(args: argparse.Namespace) -> Options:
         keep_alive_seconds=args.keep_alive_seconds,
         store_seconds=args.store_seconds,
         port=args.port,
+        host=args.host,
         linger_seconds=args.linger_seconds,
         gpu_metrics=args.gpu_metrics == "on",
         log_dir=args.log_dir,

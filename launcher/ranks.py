@@ -20,7 +20,7 @@ from launcher.membership import Round
 from launcher.stacks import ask_flight_record, flight_environment, process_state, read_stacks
 from personmae import heartbeat
 from personmae.errors import EXIT_COMPLETE, EXIT_STOPPED, EXIT_USER_ERROR
-from personmae.heartbeat import Beat, Phase
+from personmae.heartbeat import PATIENCE_SECONDS, Beat, Phase
 
 _TAIL_LINES = 200
 _LINE_BYTES = 1 << 16  # a progress bar may never end its line
@@ -40,12 +40,12 @@ def say(text: str, prefix: str = "elastic") -> None:
 class Limits:
     """How long a rank may say nothing new, by what it said last."""
 
-    start_seconds: float = 600
-    compile_seconds: float = 900
-    step_seconds: float = 300
-    checkpoint_seconds: float = 600
-    wait_data_seconds: float = 1800
-    evaluate_seconds: float = 3600
+    start_seconds: float = PATIENCE_SECONDS["start"]
+    compile_seconds: float = PATIENCE_SECONDS["compile"]
+    step_seconds: float = PATIENCE_SECONDS["step"]
+    checkpoint_seconds: float = PATIENCE_SECONDS["checkpoint"]
+    wait_data_seconds: float = PATIENCE_SECONDS["wait_data"]
+    evaluate_seconds: float = PATIENCE_SECONDS["evaluate"]
 
     def of(self, phase: Phase) -> float:
         return float(getattr(self, f"{phase}_seconds"))

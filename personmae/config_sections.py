@@ -84,6 +84,7 @@ class Metrics(Section):
     port: int = Field(
         default=0, ge=0, lt=1 << 16, description="Prometheus endpoint of each host where no agent has one; 0 for none"
     )
+    host: str = Field(default="127.0.0.1", description="what that port listens at: an address of the host, or all for any")
     peak_tflops: float | None = Field(
         default=None, gt=0, description="10^12 operations a second of one GPU at most; default what is known of it"
     )
@@ -94,4 +95,4 @@ class Metrics(Section):
 
     def meter_arguments(self) -> dict[str, Any]:
         """Arguments of ``meter.Meter``."""
-        return self.model_dump(include={"port", "gpu", "linger_seconds"})
+        return self.model_dump(include={"port", "host", "gpu", "linger_seconds"})

@@ -17,6 +17,15 @@ from typing import Literal, get_args
 DIRECTORY = "PERSONMAE_HEARTBEAT_DIR"
 Phase = Literal["start", "compile", "step", "checkpoint", "wait_data", "evaluate"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+# How long a rank may say nothing new, by what it said last; the agent's options have these defaults.
+PATIENCE_SECONDS: dict[Phase, float] = {
+    "start": 600,
+    "compile": 900,
+    "step": 300,
+    "checkpoint": 600,
+    "wait_data": 1800,
+    "evaluate": 3600,
+}
 _RECORD = struct.Struct("<qqq")  # phase, step, time in ns of the clock that all processes of a host share
 _TIME = struct.Struct("<q")
 

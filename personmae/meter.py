@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from personmae import dist, files, heartbeat
+from personmae import dist, endpoint, files, heartbeat
 from personmae.data import storage
-from personmae.heartbeat import PHASES, Heartbeat, Phase
+from personmae.heartbeat import PATIENCE_SECONDS, PHASES, Heartbeat, Phase
 from personmae.nvml import gpu_collectors
 from personmae.telemetry import GOODPUT, RANK_PHASE, Export, Several
 
@@ -41,15 +41,23 @@ _RESTORE_SECONDS = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 900)
 class Meter:
     """Everything a program tells about itself while it runs, its heartbeat included; cheap enough for every step.
 
-    ``port`` is where it can be scraped when no agent does that, 0 for nowhere; with ``gpu`` it tells of the GPUs there too, and
-    it stays for ``linger_seconds`` after a complete run.
+    ``port`` at ``host`` is where it can be scraped when no agent does that, 0 for nowhere; with ``gpu`` it tells of the GPUs
+    there too, and it stays for ``linger_seconds`` after a complete run.
 
     Raises:
-        UserError: the port is taken or not allowed.
+        UserError: the port is taken or not allowed, or ``host`` is no address of this host.
     """
 
-    def __init__(self, job_kind: str, *, port: int = 0, gpu: bool = True, linger_seconds: float = 0.0) -> None:
-        self._heartbeat = Heartbeat()
+    def __init__(
+        self,
+        job_kind: str,
+        *,
+        port: int = 0,
+        host: str = endpoint.LOOPBACK,
+        gpu: bool = True,
+        linger_seconds: float = 0.0,
+    ) -> None:
+        self._heartbeat, self._beat_at = Heartbeat(), time.monotonic()
         self._linger_seconds, self._is_complete = linger_seconds, False
         local_rank, is_first = int(os.environ.get("LOCAL_RANK", "0")), os.environ.get("RANK", "0") == "0"
         own, self._shared, self._own = CollectorRegistry(), Several(), Several()
@@ -65,14 +73,25 @@ class Meter:
         if on_gpu:
             self._own.put("allocator", _Allocator(local_rank))
         asks = gpu and port and local_rank == 0 and heartbeat.DIRECTORY not in os.environ
-        self._export = Export(local_rank, self._own, self._shared, port=port, more=gpu_collectors() if asks else [])
+        answers = {
+            "/healthz": lambda: endpoint.health(self.sick()),
+            "/readyz": lambda: endpoint.readiness(self._phase.now not in ("start", "compile")),
+        }
+        more = gpu_collectors() if asks else []
+        self._export = Export(local_rank, self._own, self._shared, port=port, host=host, answers=answers, more=more)
 
     def beat(self, phase: Phase, step: int) -> None:
         """Say that ``phase`` begins or goes on, ``step`` steps being done: to the agent, and to what counts the time."""
         self._heartbeat.beat(phase, step)
-        self._phase.now = phase
+        self._beat_at, self._phase.now = time.monotonic(), phase
         self._states.enter(STATES[phase])
         self._timer.enter(None if phase in ("start", "evaluate") else "data_wait" if phase == "wait_data" else "other")
+
+    def sick(self) -> str:
+        """Why this rank seems to be stuck: it has said nothing for longer than its phase allows. Empty while it has."""
+        silent, phase = time.monotonic() - self._beat_at, self._phase.now
+        is_late = not self._is_complete and silent > PATIENCE_SECONDS[phase]
+        return f"the rank has said nothing for {silent:.0f} s in phase {phase}" if is_late else ""
 
     def enter(self, part: Part) -> None:
         """A part of the step begins; the one before it ends."""

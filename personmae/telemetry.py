@@ -7,19 +7,18 @@ process that ever was, know no collectors and no removal, and every observation 
 """
 
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest, start_http_server
+from prometheus_client import CollectorRegistry, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from personmae import heartbeat
+from personmae import endpoint, heartbeat
 from personmae.errors import UserError
 
 INTERVAL_SECONDS = 2.0
@@ -160,13 +159,23 @@ class Export:
     """Gets a rank's numbers out: to files for the agent, else to an endpoint of its own where a ``port`` is given.
 
     ``own`` are this rank's, ``shared`` those of the host or of the run; both are read by a thread. ``local_rank`` 0 is the
-    one that has an endpoint.
+    one that has an endpoint, at the address ``host``; ``answers`` are what it has besides ``/metrics``.
 
     Raises:
-        UserError: the port is taken or not allowed.
+        UserError: the port is taken or not allowed, or ``host`` is no address of this host.
     """
 
-    def __init__(self, local_rank: int, own: Collector, shared: Collector, *, port: int = 0, more: Sequence[Collector] = ()):
+    def __init__(
+        self,
+        local_rank: int,
+        own: Collector,
+        shared: Collector,
+        *,
+        port: int = 0,
+        host: str = endpoint.LOOPBACK,
+        answers: Mapping[str, endpoint.Answer] | None = None,
+        more: Sequence[Collector] = (),
+    ):
         disable_created_metrics()
         self._life = f"# {os.getpid()} {time.monotonic_ns()}"
         self._directory = os.environ.get(heartbeat.DIRECTORY)
@@ -181,7 +190,7 @@ class Export:
             thread.start()
             self._stop = thread.join
         elif self._serves:
-            self._stop = _serve(port, self._all)
+            self._stop = _serve(host, port, self._all, answers or {})
 
     def close(self, linger_seconds: float = 0.0, stopped: Callable[[], bool] = lambda: False) -> None:
         """Say the last word; an endpoint of one's own stays for it to be heard, unless ``stopped``."""
@@ -254,17 +263,16 @@ def _registry(*sources: Collector) -> CollectorRegistry:
     return registry
 
 
-def _serve(port: int, registry: CollectorRegistry) -> Callable[[], object]:
+def _serve(host: str, port: int, registry: CollectorRegistry, answers: Mapping[str, endpoint.Answer]) -> Callable[[], object]:
     try:
-        server, thread = start_http_server(port, "::" if socket.has_dualstack_ipv6() else "0.0.0.0", registry)
+        server = endpoint.serve(host, port, {**answers, "/metrics": lambda: (200, generate_latest(registry))})
     except OSError as error:
         raise UserError(
-            f"metrics.port={port} is taken or not allowed ({error.strerror}); give another, or 0 for none"
+            f"metrics.port={port} is taken or not allowed, at metrics.host={host} ({error.strerror}); give another, 0 for none"
         ) from error
 
     def stop() -> None:
         server.shutdown()
         server.server_close()
-        thread.join()
 
     return stop

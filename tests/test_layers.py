@@ -156,6 +156,7 @@ def test_the_launcher_imports_the_command_line_configuration_heartbeats_numbers_
         for name in (
             "commands",
             "config",
+            "endpoint",
             "errors",
             "files",
             "heartbeat",
@@ -171,7 +172,7 @@ def test_the_launcher_imports_the_command_line_configuration_heartbeats_numbers_
 
 def test_the_bottom_imports_nothing_of_ours():
     assert OURS["personmae.errors"] == OURS["personmae.heartbeat"] == OURS["personmae.images"] == set()
-    assert OURS["personmae.telemetry"] - {"personmae"} == {"personmae.errors", "personmae.heartbeat"}
+    assert OURS["personmae.telemetry"] - {"personmae"} == {"personmae.endpoint", "personmae.errors", "personmae.heartbeat"}
 
 
 def test_packages_do_nothing_when_imported():

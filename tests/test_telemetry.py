@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,10 +45,18 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def fetch(port: int, host: str = "127.0.0.1") -> str:
+def fetch(port: int, host: str = "127.0.0.1", path: str = "metrics") -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"http://{host}:{port}/metrics", timeout=5) as answer:
+    with opener.open(f"http://{host}:{port}/{path}", timeout=5) as answer:
         return answer.read().decode()
+
+
+def code(port: int, path: str) -> tuple[int, str]:
+    """The answer's code and text, also where it is no success."""
+    try:
+        return 200, fetch(port, path=path)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
 
 
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,10 +91,43 @@ def test_an_endpoint_is_reached_by_both_protocols(monkeypatch: pytest.MonkeyPatc
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
     alone(monkeypatch)
+    meter = Meter("finetune", port=(port := free_port()), host="all")
+    try:
+        assert "personmae_run_info" in fetch(port)
+        assert "personmae_run_info" in fetch(port, "127.0.0.2")
+        assert "personmae_run_info" in fetch(port, "[::1]")
+    finally:
+        meter.close()
+
+
+def test_an_endpoint_is_for_its_own_host_unless_all_interfaces_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch)
     meter = Meter("finetune", port=(port := free_port()))
     try:
         assert "personmae_run_info" in fetch(port)
-        assert "personmae_run_info" in fetch(port, "[::1]")
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            fetch(port, "127.0.0.2")  # another address of this host, as that of its network is
+    finally:
+        meter.close()
+    with pytest.raises(UserError, match=r"at metrics\.host=203\.0\.113\.7 \(Cannot assign"):
+        Meter("finetune", port=port, host="203.0.113.7")
+
+
+def test_a_rank_is_healthy_while_it_says_something_new_and_ready_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch)
+    meter = Meter("finetune", port=(port := free_port()))
+    try:
+        assert (code(port, "healthz"), code(port, "readyz")) == ((200, "ok\n"), (503, "not training\n"))
+        meter.beat("step", 3)
+        assert (code(port, "healthz"), code(port, "readyz")) == ((200, "ok\n"), (200, "training\n"))
+        monkeypatch.setitem(heartbeat.PATIENCE_SECONDS, "step", 0.0)
+        assert code(port, "healthz") == (503, "the rank has said nothing for 0 s in phase step\n")
+        meter.beat("wait_data", 3)
+        assert code(port, "healthz") == (200, "ok\n")
+        meter.beat("step", 4)
+        meter.complete()
+        assert code(port, "healthz") == (200, "ok\n")
+        assert code(port, "nowhere") == (404, "/healthz, /readyz, /metrics\n")
     finally:
         meter.close()
 

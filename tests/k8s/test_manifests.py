@@ -168,6 +168,7 @@ def test_the_command_line_of_the_pod_is_one_that_the_launcher_takes(name: str, m
     assert container["command"] == ["/usr/bin/tini", "--", "python", "-m", "launcher.elastic", "run"]
     parsed = build_parser().parse_args(["run", *args])
     options, policy = read_options(parsed), read_policy(parsed)
+    assert options.host == "all"  # probes and Prometheus come from elsewhere
     assert options.port == next(p["containerPort"] for p in container["ports"] if p["name"] == "metrics")
     assert options.store[1] == 29400
     assert options.grace_seconds < pod["terminationGracePeriodSeconds"]

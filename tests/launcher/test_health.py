@@ -5,6 +5,7 @@ import shutil
 import socket
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -208,13 +209,13 @@ def ask(port: int, host: str = "127.0.0.1") -> str:
 def test_the_endpoint_is_reached_by_both_protocols_and_its_port_is_nobody_elses() -> None:
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
-    server = serve(0, Metrics(1, 1), Health)
+    server = serve(0, Metrics(1, 1), Health, host="all")
     try:
         port = server.server_address[1]
         assert "personmae_nodes_max 1.0" in ask(port)
         assert "personmae_nodes_max 1.0" in ask(port, "[::1]")
         with pytest.raises(UserError, match=f"--port {port} is taken"):
-            serve(port, Metrics(1, 1), Health)
+            serve(port, Metrics(1, 1), Health, host="all")
     finally:
         server.shutdown()
         server.server_close()
@@ -222,6 +223,18 @@ def test_the_endpoint_is_reached_by_both_protocols_and_its_port_is_nobody_elses(
         with socket.socket(family) as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             other.bind((address, port))
+
+
+def test_the_endpoint_is_for_its_own_host_unless_all_interfaces_are_asked_for() -> None:
+    server = serve(0, Metrics(1, 1), Health)
+    try:
+        port = server.server_address[1]
+        assert "personmae_nodes_max 1.0" in ask(port)
+        with pytest.raises(urllib.error.URLError, match="refused"):
+            ask(port, "127.0.0.2")
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_gpus_are_not_asked_where_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
