@@ -24,7 +24,7 @@ from personmae.apply.places import Lost, Place, printable
 from personmae.apply.runs import RankList, Result, Run, find_runs
 from personmae.data import storage
 from personmae.data.decode import BadImage
-from personmae.errors import Incomplete, UserError
+from personmae.errors import Incomplete, Unavailable, UserError
 from personmae.reid.datasets import SYNTHETIC_MARK, describe, load_benchmark
 
 LOSSES = {"loss", "pixel_loss", "feature_loss"}
@@ -129,7 +129,7 @@ def attempt(build: Callable[[], T]) -> Section:
         return Section(build())
     except pictures.NotYet as early:
         return Section(missing=printable(early))
-    except (UserError, BadImage, OSError) as error:
+    except (UserError, Unavailable, BadImage, OSError) as error:
         return Section(missing=printable(error), lost=True)
 
 
@@ -231,7 +231,7 @@ def draw_cmc(groups: Sequence[Group]) -> list[tuple[str, Markup]]:
 
 def predict(run: Run) -> list[list[pictures.Picture]]:
     """Groups of Figure 3 from the newest checkpoint of a pre-training run."""
-    if not any(checkpoint.folder(run.directory).glob("step-*")):
+    if not checkpoint.folders(run.directory):
         raise pictures.NotYet(f"{run.directory} has no checkpoint yet, so there is nothing to predict with")
     drawn = pictures.reconstruct_run(_pretraining(run), run.directory, NUM_GROUPS)
     return [[images[i].numpy() for images in drawn] for i in range(len(drawn.region_a))]

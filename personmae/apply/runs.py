@@ -244,10 +244,9 @@ def _evaluated(result: Result | None) -> Progress | None:
 
 def _last_saved(directory: Path) -> tuple[int, int | None]:
     """Step of the newest checkpoint and the steps of its run, (0, None) where there is none."""
-    folder = checkpoint.folder(directory)
-    names = [entry.name for entry in folder.iterdir() if entry.name.startswith("step-")] if folder.is_dir() else []
-    newest = max(names, key=lambda name: checkpoint.step_of(name) or 0, default=None)
-    return (checkpoint.step_of(newest) or 0, _state(folder / newest).get("total_steps")) if newest else (0, None)
+    for path in checkpoint.folders(directory)[:1]:
+        return checkpoint.step_of(path.name) or 0, _state(path).get("total_steps")
+    return 0, None
 
 
 def _state(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from personmae.__main__ import main
 from personmae.apply import pictures, report
 from personmae.data import importer
 from personmae.data.order import sample_keys
-from personmae.errors import UserError
+from personmae.errors import Unavailable, UserError
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.vit import patchify
 
@@ -168,6 +168,22 @@ def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path, ca
     assert "There is no pair to compare yet" in text
     told = capsys.readouterr().err.splitlines()
     assert [line.split(" is ")[0] for line in told] == ["left out: 00.jpg", "left out: nowhere", "incomplete: the page"]
+
+
+def test_a_checkpoint_that_cannot_be_read_leaves_its_figure_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (runs / "pretrain" / "checkpoints").glob("step-*/student*"):
+        path.write_bytes(b"damaged")
+    assert main(["report", str(runs)]) == 1
+    assert "This part is left out: " in (runs / "report.html").read_text(encoding="utf-8")
+    assert "left out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [UserError, Unavailable, OSError])
+def test_what_fails_leaves_out_its_part_alone(kind: type[Exception]) -> None:
+    def build() -> str:
+        raise kind("gone")
+
+    assert report.attempt(build) == report.Section(missing="gone", lost=True)
 
 
 def test_what_is_not_there_yet_is_no_failure(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
