@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from personmae.commands.arguments import Progress, place, positive
-from personmae.progress import ending, say
+from personmae.progress import ending, say, stamped
 
 _SHARDS_WRITE = """\
 SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. Everything below it that holds images is taken:
@@ -140,7 +140,7 @@ def _shards_write(args: argparse.Namespace) -> None:
             part=part,
             num_processes=args.processes,
             progress=progress,
-            announce=lambda line: print(f"shards write: {line}", file=sys.stderr, flush=True),
+            announce=lambda line: print(stamped(f"shards write: {line}"), file=sys.stderr, flush=True),
         )
     passed_over = f"; passed over: {outcome.passed_over}" if outcome.passed_over else ""
     if not outcome.finished:
