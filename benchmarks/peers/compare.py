@@ -151,7 +151,7 @@ def read_settings(arguments: argparse.Namespace) -> config.Pretrain:
     """The defaults, with the quickstart's share of the shift."""
     return config.Pretrain.model_validate(
         {
-            "run_dir": "",
+            "run_dir": "unused",
             "data": {"shards": arguments.shards},
             "model": {"size": arguments.size, "img_size": arguments.img_size},
             "regions": {"max_shift": arguments.img_size[0] // 4},
