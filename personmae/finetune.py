@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personmae import checkpoint, config, dist, metrics, optim, precision, resume_point, run_lock
+from personmae import checkpoint, compile_cache, config, dist, metrics, optim, precision, resume_point, run_lock
 from personmae.downstream import (
     RANDOM,
     augmented,
@@ -247,6 +247,7 @@ def build(settings: config.Finetune, num_classes: int, chosen: Precision) -> tup
         classifier=settings.head.classifier,
     )
     if settings.train.compile:
+        compile_cache.mend()
         module.model.compile()
     return module, model_settings
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, keeper, metrics, optim, precision, progress, run_lock
+from personmae import checkpoint, compile_cache, config, dist, keeper, metrics, optim, precision, progress, run_lock
 from personmae.data import storage
 from personmae.data.stream import BatchReader, ShardSet, to_device
 from personmae.engine.base import Engine
@@ -57,6 +57,7 @@ def run(settings: config.Pretrain) -> None:
     teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device) if settings.loss.feature_weight else None
     prepare = choose_prepare(model, **settings.prepare_arguments())
     if settings.train.compile:
+        compile_cache.mend()
         compile_parts(model, teacher, settings.train.cuda_graphs)
     engine = build_engine(settings, model, plan)
 

@@ -21,6 +21,7 @@ MIDDLE = {
         "checkpoint",
         "commit",
         "run_lock",
+        "compile_cache",
         "resume_point",
         "archive",
         "keeper",

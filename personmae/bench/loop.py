@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from personmae import dist, optim
+from personmae import compile_cache, dist, optim
 from personmae.bench.ceilings import DTYPES
 from personmae.bench.counts import view_at
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet, to_device
@@ -89,6 +89,7 @@ class Loop:
         compiled, graphed = cell.compile != "off", cell.compile == "graph"
         self._prepare = choose_prepare(self._model, cutter=cell.cutter, compiled=compiled, cuda_graphs=graphed)
         if compiled:
+            compile_cache.mend()
             compile_parts(self._model, self._teacher, graphed)
         self._engine = _build_engine(cell, self._model)
         self._synthetic = _synthetic_batch(cell, world.device)
