@@ -165,7 +165,7 @@ def _kill_at(number: int, events: tuple[str, ...]) -> None:
 
 def swept(how: str, root: Path, store: str, *points: float, env: dict[str, str] | None = None) -> list[Kill]:
     """Run a sweep in a process of its own; what its children left lies below ``root`` and ``store``."""
-    code = "import sys, test_checkpoints; test_checkpoints.sweep(*sys.argv[1:])"
+    code = "import sys; sys.path.append('..'); import test_checkpoints; test_checkpoints.sweep(*sys.argv[1:])"
     line = ["-c", code, how, root, store, *points]
     done = warm.run(line, cwd=ROOT / "tests" / "integration", env=environment(env), timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -343,7 +343,7 @@ def two_ranks(call: str, folder: Path) -> list[tuple[str, str]]:
     """What two processes have said that did a function of this file, which must succeed."""
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
-    code = f"import test_checkpoints as t; t.{call}({{}}, {str(folder)!r}, {port})"
+    code = f"import sys; sys.path.append('..'); import test_checkpoints as t; t.{call}({{}}, {str(folder)!r}, {port})"
     ranks = [
         warm.start(
             ["-c", code.format(rank)],
