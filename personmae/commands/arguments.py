@@ -118,7 +118,9 @@ class Progress:
         if is_due and not is_first:
             self._pace.mark(done)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, **({"pace": self._told(total)} if is_due else {}))
+            self._bar.update(self._task, completed=done, total=total)
+            if is_due:
+                self._bar.update(self._task, pace=self._told(total))
         elif is_due:
             self._print(f"{self._title}: {done:,} of {total:,} {self._unit}{self._told(total)}")
 
