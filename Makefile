@@ -1,5 +1,5 @@
 # The commands of the README. Each sets up .venv in the checkout first; nothing outside the checkout is touched, except that
-# `make test` adds Debian packages for its S3 server when it may (root, on Debian).
+# `make test-all` adds Debian packages for its servers when it may (root, on Debian).
 PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
@@ -11,13 +11,15 @@ RUN := runs/quickstart
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKOV := $(VENV)/checkov/bin/checkov
+# A worker that has done its share takes over from the other, so that neither is left alone with the last files.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -rs
 UV := $(BIN)/uv --quiet
 LOCKED := --constraint requirements.txt --build-constraint requirements.txt
 # uv does not see the system's packages, which a venv made with VENV_FLAGS=--system-site-packages is to keep; pip does.
 INSTALL := $(if $(VENV_FLAGS),$(BIN)/python -m pip install --quiet,$(UV) pip install --python $(BIN)/python $(LOCKED))
 COMPILE = $(UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help install lock quickstart test checkov image image-test lint format clean
+.PHONY: help install lock quickstart test test-all checkov image image-test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,10 +49,13 @@ quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes o
 	$(BIN)/personmae finetune configs/quickstart_personmae.yaml
 	$(BIN)/personmae report $(RUN)
 
-test: $(INSTALLED) $(CHECKOV) ## all tests that this machine can run
+test: $(INSTALLED) ## the tests of every part, under 10 minutes on 2 CPU cores; they say what they skip and why
+	$(PYTEST) -m "not slow"
+
+test-all: $(INSTALLED) $(CHECKOV) ## those and the slow ones: kills, whole runs and launchers, compilers, rehearsals, real servers
 	@tests/integration/install_ceph.sh
 	@tests/integration/install_prometheus.sh
-	$(BIN)/python -m pytest -n 2 --dist loadfile -rs # most of them wait: for processes to start, for signals, for time-outs
+	$(PYTEST)
 
 checkov: $(CHECKOV) ## the manifests' linter, in an environment of its own: its pins do not go with ours
 

@@ -1,10 +1,10 @@
-"""All runs of the scenario, done once in three starts of real processes."""
+"""Runs of the scenario, done once in a few starts of real processes: all of them, or one of each kind."""
 
 from typing import Any
 
 import pytest
 from engine_runs import MAX_NORM, POISONED, Results, launch, task_of
-from scenario import COMPILED, ENGINES, MIDDLE
+from scenario import COMPILED, ENGINES, MIDDLE, SOME_ENGINES
 
 
 @pytest.fixture(scope="session")
@@ -36,4 +36,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     two += [continued(f"{a}-1-then-{b}-2", b, f"{a}-1") for a, b in zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True)]
     launch(two, 2, folder)
     launch([continued(f"{a}-2-then-{b}-1", b, f"{a}-2") for b in ENGINES for a in ENGINES], 1, folder)
+    return Results(folder)
+
+
+@pytest.fixture(scope="session")
+def some_results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The plain loop, an engine of each kind on two ranks, and one that goes on from another's state."""
+    folder = tmp_path_factory.mktemp("some_engines")
+    clipped: dict[str, Any] = {"max_norm": MAX_NORM, "poison": POISONED}
+    launch([task_of("plain", "plain", folder), task_of("plain-clipped", "plain", folder, **clipped)], 1, folder)
+    two = [task_of(f"{engine}-2", engine, folder) for engine in SOME_ENGINES]
+    two += [task_of(f"{engine}-2-clipped", engine, folder, **clipped) for engine in SOME_ENGINES]
+    launch(two, 2, folder)
+    pairs = zip(SOME_ENGINES, SOME_ENGINES[1:] + SOME_ENGINES[:1], strict=True)
+    names = [(f"{a}-2-then-{b}-1", b, str(folder / f"{a}-2-{MIDDLE}.safetensors")) for a, b in pairs]
+    launch([task_of(name, engine, folder, load=load, first=MIDDLE) for name, engine, load in names], 1, folder)
     return Results(folder)

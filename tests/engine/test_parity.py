@@ -4,49 +4,11 @@ import math
 
 import pytest
 import torch
-from closeness import assert_close, largest
-from engine_runs import MAX_NORM, POISONED, Results
-from scenario import ACCUM, COMPILED, ENGINES, KINDS, MIDDLE, STEPS, Tensors
+from engine_runs import MAX_NORM, POISONED, Results, assert_same_losses, assert_same_state
+from scenario import COMPILED, ENGINES, MIDDLE, STEPS
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-# Sums in another order differ in the last bits: 8e-7 was the largest difference of a tensor, 5e-7 of a norm, 2e-7 of a loss.
-SAME = 5e-6
 RUNS = [(engine, ranks) for ranks in (1, 2) for engine in ENGINES] + [("hsdp", 2)]
-
-
-def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Softmax does not see the bias of the keys: its gradient is nothing but rounding, which Adam blows up to full steps."""
-    if not name.endswith("attn.qkv.bias"):
-        return tensor
-    query, _, value = tensor.chunk(3)
-    return torch.cat([query, value])
-
-
-def difference(ours: Tensors, theirs: Tensors) -> dict[str, float]:
-    """For each kind of tensor the largest relative distance between two of the same name."""
-    assert ours.keys() == theirs.keys()
-    assert ours["num_updates"] == theirs["num_updates"]
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for name in ours.keys() - {"num_updates"}:
-        a, b = (without_key_bias(name, tensors[name]).double() for tensors in (ours, theirs))
-        found[name.partition("/")[0]].append(0.0 if torch.equal(a, b) else ((a - b).norm() / b.norm()).item())
-    return {kind: largest(distances) for kind, distances in found.items()}
-
-
-def assert_same_losses(results: Results, name: str, reference: str) -> None:
-    """Losses and gradient norms agree over the steps that the run did, and are finite but where a step was spoiled."""
-    ours, theirs = results.told(name), results.told(reference)
-    for what in ("losses", "norms"):
-        tail = theirs[what][: len(ours[what])] if len(ours[what]) < len(theirs[what]) else theirs[what]
-        if "then" in name:
-            tail = theirs[what][-len(ours[what]) :]
-        spoiled = [int(step) * (ACCUM if what == "losses" else 1) for step in POISONED] if name.endswith("-clipped") else []
-        assert_close(ours[what], tail, rel=SAME, spoiled=spoiled, what=what)
-
-
-def assert_same_state(results: Results, name: str, reference: str, step: int = STEPS) -> None:
-    found = difference(results.state(name, step), results.state(reference, step))
-    assert largest(found.values()) < SAME, found
 
 
 @pytest.mark.parametrize(("engine", "ranks"), RUNS)

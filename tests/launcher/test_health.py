@@ -154,6 +154,7 @@ def test_lost_steps_are_those_between_what_was_reached_and_where_the_next_round_
     assert lost == [0, 0, 8, 8 + 16]
 
 
+@pytest.mark.slow  # each rank imports torch
 def test_time_between_rounds_is_added_to_the_time_of_the_ranks(host: Host) -> None:
     host.start(0, 1, "step")
     host.start(1, 2, "step")
@@ -164,6 +165,7 @@ def test_time_between_rounds_is_added_to_the_time_of_the_ranks(host: Host) -> No
     assert set(states) == {"rendezvous", "init", "train", "data", "checkpoint", "evaluate", "restore"}
 
 
+@pytest.mark.slow  # each rank imports torch
 def test_a_host_without_rank_0_tells_nothing_of_the_run(host: Host) -> None:
     host.start(0, 5, "step", ranks=(2, 3))
     found = host.values()
@@ -174,6 +176,7 @@ def test_a_host_without_rank_0_tells_nothing_of_the_run(host: Host) -> None:
     assert host.values()["personmae_lost_steps_total"] == 0  # the host of rank 0 counts them
 
 
+@pytest.mark.slow  # each rank imports torch
 def test_ranks_that_a_smaller_round_has_not_leave_their_counters_alone(host: Host) -> None:
     host.start(0, 5, "step")
     assert host.values()["personmae_rank_phase 1 step"] == 1

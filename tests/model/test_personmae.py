@@ -354,16 +354,19 @@ def test_numbers_for_masks_and_regions_come_from_different_streams():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "millions"), [("small", 21.7), ("base", 85.7)])
-def test_the_papers_sizes_learn_from_a_batch_at_256_by_128(size, millions):
+@pytest.mark.parametrize(
+    ("size", "dtype", "millions"),
+    [("small", torch.bfloat16, 21.7), ("small", torch.float32, 21.7), ("base", torch.float32, 85.7)],
+)
+def test_the_papers_sizes_learn_from_a_batch_at_256_by_128(size, dtype, millions):
     view = View((256, 128), 16, VIEW.mean, VIEW.std, 64, VIEW.crop_scale, VIEW.crop_ratio, 0.5, "block", 0.75, 4)
-    model = PersonMAE(size=size, compute_dtype=torch.bfloat16)
+    model = PersonMAE(size=size, compute_dtype=dtype)
     model.encoder.activation_checkpointing = "full"
     assert sum(p.numel() for p in model.encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.2)
     batch = cut_batch(*a_batch(count=2, view=view), view)
     assert batch["patches_a"].shape == (2, 32, 768)
     assert batch["patches_b"].shape == (2, 128, 768)
-    batch["target"] = Teacher(model.encoder, view.grid, torch.bfloat16)(batch["patches_b"])
+    batch["target"] = Teacher(model.encoder, view.grid, dtype)(batch["patches_b"])
     losses = model(batch)
     losses["loss"].backward()
     assert losses["loss"].isfinite()
