@@ -27,7 +27,7 @@ from typing import IO, Any, NoReturn
 ROOT = Path(__file__).resolve().parents[1]
 # Not the programs themselves: a module that is run should not have been imported before.
 PRELOADED = (
-    *("torch.distributed.run", "torch.utils.tensorboard", "torchvision.ops", "cv2", "scipy.sparse", "sklearn.cluster", "boto3"),
+    *("torch.distributed.run", "torch.utils.tensorboard", "cv2", "scipy.sparse", "sklearn.cluster", "boto3"),
     *("personmae.commands.training", "personmae.commands.data", "personmae.commands.looking", "personmae.data.importer"),
     *("personmae.pretrain", "personmae.finetune", "personmae.unsupervised", "personmae.evaluate", "personmae.plan"),
     *("personmae.engine.native", "personmae.engine.deepspeed", "personmae.engine.fsdp", "personmae.apply.report"),

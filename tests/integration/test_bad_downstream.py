@@ -11,7 +11,7 @@ from programs import ROOT, environment, launch, one_line_error, personmae
 from personmae import checkpoint, commit
 from personmae.data.synthetic import SynthSettings, write_synthetic
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 TINY = ["batch.num_ids=4", "train.epochs=1", "train.precision=fp32"]
 CLUSTERS = ["cluster.k1=8", "cluster.k2=3", "cluster.eps=0.3", "cluster.min_samples=2", "train.iters_per_epoch=2"]
 
@@ -104,6 +104,7 @@ def test_a_picture_that_is_cut_short_is_named_before_the_first_step(market, tmp_
     assert f"{cut} is not a whole image: it ends early" in line
 
 
+@pytest.mark.slow
 def test_a_picture_that_the_second_rank_alone_reads_is_named(market, tmp_path):
     root = copied(market, tmp_path / "data")
     bad = max((root / "bounding_box_test").glob("*.jpg"))
@@ -160,6 +161,7 @@ leave(0)  # as our programs do: a rank that shuts its interpreter down may die o
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [("user", 78), ("well", 0)])
 def test_all_ranks_end_alike_when_the_first_alone_has_failed(tmp_path, how, code):
     (tmp_path / "ranks.py").write_text(FIRST_RANK)

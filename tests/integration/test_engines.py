@@ -12,7 +12,7 @@ from programs import ROOT, SETTINGS, STEPS, launch, losses, pretrain
 
 from personmae import checkpoint
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 GOLDEN = ROOT / "tests/golden/pretrain_20_steps.json"
 
 
@@ -31,7 +31,7 @@ def test_the_first_20_losses_are_the_golden_ones(native_run: Path) -> None:
     assert_allclose(losses(native_run), json.loads(GOLDEN.read_text()), rtol=2e-3)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_deepspeed_gives_the_losses_of_the_plain_loop(
     num_ranks: int, shard_dir: Path, native_run: Path, tmp_path: Path
 ) -> None:
@@ -48,6 +48,7 @@ def test_accumulated_micro_batches_give_the_losses_of_the_whole_batch(
     assert_allclose(losses(tmp_path / "run"), losses(native_run), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine",
     [
@@ -80,6 +81,7 @@ def test_a_checkpoint_of_one_engine_is_resumed_by_another_on_two_ranks(
         assert (ours_flat - theirs_flat).norm() < 1e-4 * theirs_flat.norm(), kind
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_ranks_cannot_share_is_named_with_what_would_work(shard_dir: Path, tmp_path: Path) -> None:
     result = deepspeed(shard_dir, tmp_path / "run", 2, "train.global_batch_size=15")
     assert result.returncode == 78, result.stdout + result.stderr

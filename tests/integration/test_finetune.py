@@ -18,7 +18,7 @@ from programs import environment, launch, one_line_error, personmae
 from personmae import checkpoint
 from personmae.data.synthetic import SynthSettings, write_synthetic
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")

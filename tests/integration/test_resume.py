@@ -12,7 +12,7 @@ from programs import losses, pretrain, start_pretrain
 from personmae import checkpoint, run_lock
 from personmae.data import importer
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 
 
 def wait_for_step(run: warm.Process, run_dir: Path, step: int) -> None:

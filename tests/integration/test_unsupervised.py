@@ -16,7 +16,7 @@ from programs import environment, launch, one_line_error, personmae
 from personmae import checkpoint
 from personmae.data.synthetic import SynthSettings, write_synthetic
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,7 @@ def test_a_complete_run_needs_its_start_no_longer_and_a_new_one_begins_its_list_
     assert (run_dir / "clusters.jsonl").read_text() == (finished / "clusters.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_the_memory_and_the_weights_of_one(finished, benchmarks, source, tmp_path):
     options = ["--standalone", "--nproc-per-node", "2", "launcher/unsupervised.py", "--config"]
     done = launch("torchrun", *options, *arguments(benchmarks, source, tmp_path / "run"))

@@ -112,7 +112,6 @@ def test_a_tar_that_leaves_its_folder_is_refused(bucket: Any, tmp_path: Path) ->
 
 
 @pytest.mark.integration
-@pytest.mark.slow
 def test_a_benchmark_leaves_its_result_in_the_bucket(s3_server: Any, tmp_path: Path) -> None:
     from personmae.data.synthetic import SynthSettings, write_synthetic
 
