@@ -145,6 +145,7 @@ def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSigna
         device=state.world.device,
         stopped=stopped,
         trained_steps=state.step,
+        say=log.say,
     )
     try:
         record = retrieval.measure(

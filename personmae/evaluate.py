@@ -72,7 +72,9 @@ def run(
             source["unfinished"] = reached
         progress.log(f"evaluating {path}" + (f", whose run is not finished: it is at {reached}" if reached else ""))
         device = torch.device("cuda" if dist.use_cuda() else "cpu")
-        features = retrieval.model_features(model.to(device), mean=settings["mean"], std=settings["std"], device=device)
+        features = retrieval.model_features(
+            model.to(device), mean=settings["mean"], std=settings["std"], device=device, say=_say
+        )
         record = retrieval.measure(
             benchmark,
             features,

@@ -254,6 +254,7 @@ def find_clusters(state: Run, images: ImageSet, epoch: int, log: metrics.RunLog,
             std=state.model_settings["std"],
             dtype=state.module.compute_dtype,
             stopped=stopped,
+            say=log.say,
         )
     require_finite(features, state.step)
     pids, camids = pids_and_camids(state.benchmark.train)

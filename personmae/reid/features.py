@@ -13,6 +13,7 @@ from torch import Tensor
 
 from personmae import dist
 from personmae.errors import Diverged, Stopped
+from personmae.progress import EVERY_SECONDS, Pace, duration
 from personmae.reid.heads import ReIDModel
 from personmae.reid.transforms import ImageSet, normalise
 
@@ -32,11 +33,12 @@ def extract(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
     stopped: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Float[Tensor, "N F"]:
     """L2-normalised fp32 features on the CPU, in the order of the set; ``dtype`` below fp32 is used through autocast.
 
     Called by all ranks together: each works on its share, and all get the whole. The model is put into evaluation mode and
-    back. ``stopped`` is asked before each batch.
+    back. ``stopped`` is asked before each batch, ``say`` is told every few seconds how far this rank is.
 
     Raises:
         UserError: an image cannot be read.
@@ -48,7 +50,7 @@ def extract(
     features = torch.empty(ours.stop - ours.start, model.feature_dim)
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            batches = _batches(image_set, batch_size, ours)
+            batches = _batches(image_set, batch_size, ours, say)
             for _ in range(0, dist.largest_share(len(image_set)), batch_size):  # as many on each rank
                 if dist.any_rank(stopped()):
                     raise Stopped("while features were extracted")
@@ -105,13 +107,18 @@ def standardise_per_camera(features: Float[Tensor, "N F"], camids: Int[np.ndarra
 
 
 def _batches(
-    image_set: ImageSet, batch_size: int, part: slice | None = None
+    image_set: ImageSet, batch_size: int, part: slice | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[slice, UInt8[Tensor, "B 3 H W"]]]:
-    """Images of a part of the set, and their places in that part."""
+    """Images of a part of the set, and their places in that part; ``say`` is told how far it is every few seconds."""
     part = part or slice(0, len(image_set))
+    pace, total = Pace(0), part.stop - part.start
     for start in range(part.start, part.stop, batch_size):
         stop = min(start + batch_size, part.stop)
-        yield slice(start - part.start, stop - part.start), image_set.load(range(start, stop))
+        done = start - part.start
+        if done and pace.seconds_since_mark >= EVERY_SECONDS:
+            pace.mark(done)
+            say(f"extracting: {done:,} of {total:,} images, {duration(pace.left(total) or 0)} to go")
+        yield slice(done, stop - part.start), image_set.load(range(start, stop))
 
 
 def _stripe_histograms(images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:

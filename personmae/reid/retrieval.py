@@ -118,14 +118,15 @@ def model_features(
     batch_size: int = 256,
     stopped: Callable[[], bool] = lambda: False,
     trained_steps: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Features:
-    """Features of a model, with the preprocessing that belongs to its weights.
+    """Features of a model, with the preprocessing that belongs to its weights; ``say`` is told how far it is.
 
     ``trained_steps`` is of a model that is in training: there Diverged is raised where a feature is not finite.
     """
 
     def features(images: ImageSet, _: np.ndarray) -> Tensor:
-        found = extract(model, images, batch_size=batch_size, device=device, mean=mean, std=std, stopped=stopped)
+        found = extract(model, images, batch_size=batch_size, device=device, mean=mean, std=std, stopped=stopped, say=say)
         if trained_steps is not None:
             require_finite(found, trained_steps)
         return found

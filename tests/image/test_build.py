@@ -114,7 +114,7 @@ def image(buildah: dict[str, str], base: str, shard_dir: Path, tmp_path_factory:
     print(f"\nimage: {size}, built in {seconds:.0f} s")
     config = json.loads(ask("inspect", "--type", "image", "localhost/personmae"))["OCIv1"]["config"]
     volume = tmp_path_factory.mktemp("volume")
-    for folder in (volume, *volume.parents[:3]):
+    for folder in (volume, *volume.parents[:2]):
         folder.chmod(0o777 if folder == volume else 0o755)
     shutil.copytree(shard_dir, volume / "shards")
     root = Path(ask("mount", ask("from", "--pull-never", "localhost/personmae")))
