@@ -225,7 +225,7 @@ def _take(run_dir: str | Path, store: str | None, offered: Found, digest: str) -
         found = directory / checkpoint.name_of(step)
         if not _has(found, digest, offered.moments):
             for path in directory.glob("*step-*"):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # one that stays keeps nothing else
             try:
                 archive.reaching(lambda: archive.fetch(store, step, directory, digest, moments=offered.moments))
             except UserError as error:

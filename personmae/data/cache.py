@@ -90,6 +90,7 @@ class ShardCache:
         self._full_since: float | None = None
         self._closed = threading.Event()
         self._parts: set[Path] = set()  # unfinished files of this cache; the directory's lock guards it
+        self._stuck: set[Path] = set()  # files that could not be removed, which was told
         if self.remote:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_abandoned()
@@ -235,12 +236,24 @@ class ShardCache:
         present = [path for path in self.directory.iterdir() if path.is_file() and path.suffix != _PART]
         uses = [(self._next_use(path.name), path) for path in present]
         for _, path in sorted((use for use in uses if use[0] >= earliest), reverse=True):
-            with contextlib.suppress(FileNotFoundError, BlockingIOError), path.open("rb") as victim:
+            with self._passing_over(path), path.open("rb") as victim:
                 fcntl.flock(victim, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
                 self._counters.evictions.inc()
                 return True
         return False
+
+    @contextmanager
+    def _passing_over(self, path: Path) -> Iterator[None]:
+        """Go on with the others where a file is gone or held, or cannot be removed, which is told once."""
+        try:
+            yield
+        except (FileNotFoundError, BlockingIOError):
+            pass
+        except OSError as error:
+            if path not in self._stuck:
+                print(f"{path} is no longer needed and is left: {error.strerror or error}", flush=True)
+            self._stuck.add(path)
 
     def _used_bytes(self) -> int:
         total = 0
@@ -268,7 +281,7 @@ class ShardCache:
         """Remove what a killed process did not finish."""
         with self._directory_lock():
             for path in self.directory.glob(f"*{_PART}"):
-                with contextlib.suppress(BlockingIOError), path.open("rb") as part:
+                with self._passing_over(path), path.open("rb") as part:
                     fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._discard(path)
             for folder in self.directory.glob(f"*{_PART}.*"):

@@ -107,6 +107,43 @@ def test_what_is_used_last_is_removed_first(many, copying, tmp_path):
     assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00001.mds", "shard.00003.mds"]
 
 
+def test_a_shard_that_cannot_be_removed_is_named_once_and_the_next_is_removed(many, copying, tmp_path, monkeypatch, capsys):
+    size = max(path.stat().st_size for path in many.glob("*.mds"))
+    uses = {f"shard.{number:05}.mds": 9.0 - number for number in range(5)}
+    data = cache_of(many, tmp_path, limit_bytes=3 * size).for_reader(uses.__getitem__, lambda: False)
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "shard.00000.mds":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))  # as where another user owns it
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    for index in range(5):
+        data.open(index).release()
+    assert sorted(path.name for path in data.directory.iterdir()) == ["shard.00000.mds", "shard.00003.mds", "shard.00004.mds"]
+    assert capsys.readouterr().out.count("shard.00000.mds is no longer needed and is left: Operation not permitted") == 1
+
+
+def test_what_cannot_be_removed_of_a_killed_process_keeps_nothing_else(many, copying, tmp_path, monkeypatch, capsys):
+    directory = cache_of(many, tmp_path, limit_bytes=None).directory
+    stuck, other = (directory / f"shard.0000{number}.mds.part" for number in (0, 1))
+    stuck.touch()
+    other.touch()
+    real = Path.unlink
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path == stuck:
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        real(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    cache_of(many, tmp_path, limit_bytes=None)
+    assert stuck.exists()
+    assert not other.exists()
+    assert f"{stuck} is no longer needed and is left" in capsys.readouterr().out
+
+
 def test_a_shard_larger_than_the_limit_is_had_when_it_is_needed_but_not_ahead(many, copying, tmp_path):
     data = cache_of(many, tmp_path, limit_bytes=1000)
     assert data.open_if_possible(0) is cache.NotNow.NO_ROOM
