@@ -58,6 +58,7 @@ def test_each_cell_is_measured_on_synthetic_canvases_and_on_real_shards(
     assert "micro, 4 images, fp32, eager, 128x64" in printed
 
 
+@pytest.mark.slow  # each cell is a process of its own, which imports all
 def test_a_cell_that_does_not_fit_is_told_and_the_others_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +78,7 @@ def test_a_process_that_is_killed_fails_alone_and_is_asked_nothing_more() -> Non
         assert process.ask(os.getpid) is None
 
 
+@pytest.mark.slow  # each cell is a process of its own, which imports all
 def test_graphs_of_another_engine_are_a_cell_that_fails_in_one_line() -> None:
     with _Alone() as process:
         assert process.ask(open_loop, replace(CELL, engine="fsdp", compile="graph"), None) is None
@@ -88,6 +90,7 @@ def graphs_and_frozen() -> tuple[bool, int]:
     return "torch._inductor.cudagraph_trees" in sys.modules, gc.get_freeze_count()
 
 
+@pytest.mark.slow  # each cell is a process of its own, which imports all
 def test_an_eager_loop_is_without_graphs_and_frozen_after_its_first_step() -> None:
     with _Alone() as process:
         assert process.ask(open_loop, CELL, None), process.failed
@@ -113,6 +116,7 @@ def one_step(engines: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow  # each cell is a process of its own, which imports all
 def test_every_engine_does_a_whole_step_and_the_same_one() -> None:
     with _Alone() as process:
         found = process.ask(one_step, (PLAIN, "native", "fsdp"))

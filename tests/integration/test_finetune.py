@@ -97,6 +97,7 @@ def test_a_stopped_run_ends_with_the_scores_of_an_uninterrupted_one(finished: Pa
     assert [result(run_dir)[n] for n in names] == [result(finished)[n] for n in names]
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_the_weights_of_one(benchmarks: Path, tmp_path: Path) -> None:
     """Mined over the global batch, normalised in the same groups, augmented and dropped alike: sums alone differ."""
     # SGD: AdamW makes whole steps of gradients that are nothing but rounding.
