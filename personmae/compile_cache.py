@@ -78,7 +78,7 @@ def _remove(path: Path, locks: Path) -> bool:
     """Remove a file unless its compiler is at work on it now: torch locks each by the part of its name before the first dot."""
     lock = locks / f"{path.name.partition('.')[0]}.lock"
     try:
-        with lock.open("a") if locks.is_dir() else contextlib.nullcontext() as held:
+        with lock.open("ab") if locks.is_dir() else contextlib.nullcontext() as held:
             if held:
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
