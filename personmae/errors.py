@@ -15,7 +15,12 @@ EXIT_FAILED = 1  # counts against a restart budget
 EXIT_STOPPED = 75  # stopped early with its state saved: run it again
 EXIT_USER_ERROR = 78  # wrong configuration or data: running it again cannot help
 
-_CALLED = {"pretrain": "pre-training", "finetune": "fine-tuning", "unsupervised": "unsupervised-training", "suite": "suite"}
+_CALLED = {
+    "pretrain": "a pre-training",
+    "finetune": "a fine-tuning",
+    "unsupervised": "an unsupervised-training",
+    "suite": "a suite",
+}
 
 
 class UserError(ValueError):
@@ -31,7 +36,7 @@ class OtherProgram(UserError):  # noqa: N818 - what was found
 
     def __init__(self, path: str, program: str, command: str = ""):
         verb = "submit --local" if program == "suite" else program
-        super().__init__(f"{path} is a {_CALLED[program]} file: {command or f'personmae {verb} {path}'}")
+        super().__init__(f"{path} is {_CALLED[program]} file: {command or f'personmae {verb} {path}'}")
         self.path, self.program = path, program
 
 

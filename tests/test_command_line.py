@@ -203,7 +203,12 @@ FILES = {
     "unsupervised": CONFIGS / "uda_msmt17_to_market1501.yaml",
     "suite": CONFIGS / "suite_paper.yaml",
 }
-CALLED = {"pretrain": "pre-training", "finetune": "fine-tuning", "unsupervised": "unsupervised-training", "suite": "suite"}
+CALLED = {
+    "pretrain": "a pre-training",
+    "finetune": "a fine-tuning",
+    "unsupervised": "an unsupervised-training",
+    "suite": "a suite",
+}
 
 
 @pytest.mark.parametrize("of", FILES)
@@ -214,7 +219,7 @@ def test_a_file_for_another_program_says_so_with_the_command(capsys, monkeypatch
         assert call(capsys, given, path, "--print-config")[0] == EXIT_COMPLETE
         return
     verb = "submit --local" if of == "suite" else of
-    expected = f"{path} is a {CALLED[of]} file: personmae {verb} {path}"
+    expected = f"{path} is {CALLED[of]} file: personmae {verb} {path}"
     assert refusal(capsys, given, path) == expected
     assert refusal(capsys, given, path, "seed=3", "--print-config") == expected
     monkeypatch.setattr(sys, "argv", ["launcher", "--config", path])
@@ -225,7 +230,7 @@ def test_a_file_for_another_program_says_so_with_the_command(capsys, monkeypatch
 
 @pytest.mark.parametrize("of", ["pretrain", "finetune", "unsupervised"])
 def test_a_programs_file_given_as_a_suite_says_so(of):
-    with pytest.raises(UserError, match=f"is a {CALLED[of]} file: personmae {of} "):
+    with pytest.raises(UserError, match=f"is {CALLED[of]} file: personmae {of} "):
         config.load(Suite, FILES[of])
 
 
