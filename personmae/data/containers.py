@@ -154,7 +154,10 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     while start is not None:
         file.seek(start)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
-            yield from archive
+            for member in archive:
+                # It keeps all that it has read: gigabytes for millions of images.
+                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue] - unknown to typeshed alone
+                yield member
             end = archive.offset  # where tarfile has stopped, be it at the end or at damage
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -193,7 +193,10 @@ def _begin(plan: Plan, root: str, begun: bool, staging: Path) -> None:
     """Record the plan, or compare it with the one that was begun."""
     if not begun:
         _put_text(root, PLAN, json.dumps(plan.record), staging)
-    there = json.loads(storage.read(root, PLAN) or b"{}")  # other parts may have begun at the same time
+    recorded = storage.read(root, PLAN)  # other parts may have begun at the same time
+    if recorded is None:
+        raise FileNotFoundError(f"{PLAN} of {root} has gone: another host has finished the import, or somebody deleted it")
+    there = json.loads(recorded)
     for name, value in plan.record.items():
         if there.get(name) != value:
             what = "other pictures" if name == "pictures" else f"{name}={there.get(name)} instead of {value}"

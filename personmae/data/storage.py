@@ -156,6 +156,12 @@ def explained(location: str, what: str) -> Iterator[None]:
         raise UserError(f"{what} {location} failed: {error}; check the address and the credentials of its client") from error
 
 
+def is_denied(error: UserError) -> bool:
+    """Whether a store has refused what was asked because the credentials may not do it."""
+    response: dict[str, Any] = getattr(error.__cause__, "response", {})
+    return response.get("Error", {}).get("Code") in ("AccessDenied", "Forbidden", "403")
+
+
 def list_sizes(root: str) -> dict[str, int] | None:
     """Size in bytes of each file directly below ``root``; None where the store cannot list.
 

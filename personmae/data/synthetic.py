@@ -99,13 +99,23 @@ def pass_mark_on(source: str, destination: str) -> bool:
 
 def _find_mark(source: str) -> bytes | None:
     parent, _, name = source.rstrip("/").rpartition("/")
-    own = storage.read(source, COMPLETION_MARK)
-    beside = storage.read(parent, COMPLETION_MARK) if own is None and not parent.endswith("/") else None
+    own = _read_mark(source)
+    beside = _read_mark(parent) if own is None and not parent.endswith("/") else None
     try:
         named = beside and any(folder.split("/")[0] == name for folder in json.loads(beside)["counts"])
     except (ValueError, KeyError, TypeError):
         named = False
     return beside if named else own
+
+
+def _read_mark(folder: str) -> bytes | None:
+    """The mark in a folder. Stores refuse what lies beside the images that one may read, and what is not there at all."""
+    try:
+        return storage.read(folder, COMPLETION_MARK)
+    except UserError as error:
+        if storage.is_denied(error):
+            return None
+        raise
 
 
 def finished_counts(out: Path, settings: SynthSettings) -> dict[str, int] | None:

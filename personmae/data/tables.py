@@ -221,6 +221,7 @@ class Parquet(Table):
         self._opening = threading.RLock()
         self._handle: BinaryIO | None = None
         self._file: Any = None
+        self._identities: dict[int, str] = {}  # of the file that is open, for each image asks for one
 
     def _opened(self) -> Any:
         """The open file; its methods are called under the lock."""
@@ -267,7 +268,9 @@ class Parquet(Table):
 
     def identity(self, number: int) -> Hashable:
         with self._opening:
-            return str(self._opened().metadata.row_group(number).to_dict())
+            if number not in self._identities:
+                self._identities[number] = str(self._opened().metadata.row_group(number).to_dict())
+            return self._identities[number]
 
     def load(self, number: int) -> Images:
         import pyarrow as pa
@@ -288,6 +291,7 @@ class Parquet(Table):
             if self._handle is not None:
                 self._handle.close()
             self._handle = self._file = None
+            self._identities.clear()
 
 
 class _Values(Sequence[bytes | None]):

@@ -9,10 +9,12 @@ import threading
 from pathlib import Path
 
 import pytest
+from botocore.awsrequest import AWSResponse
 from botocore.exceptions import EndpointConnectionError
+from urllib3.response import HTTPResponse
 
 from personmae.__main__ import main
-from personmae.data import files, importer
+from personmae.data import files, importer, storage
 from personmae.data.files import BucketFiles
 from personmae.data.importer import Part
 from personmae.data.selection import Selection
@@ -153,6 +155,28 @@ def test_an_object_that_has_gone_is_rejected_and_a_fault_that_passes_is_not(buck
     assert left == [0]
 
 
+def test_credentials_for_the_images_alone_are_enough(bucket, shard_dir, tmp_path, capsys):
+    """Who may read one prefix is refused what lies beside it, and mostly also what is not there at all."""
+    refused = []
+
+    def refuse(request, **_) -> AWSResponse | None:
+        if not request.url.endswith("synthetic.json"):
+            return None
+        refused.append(request.url)
+        body = io.BytesIO(b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+        return AWSResponse(request.url, 403, {}, HTTPResponse(body=body, preload_content=False))
+
+    events = storage.s3_client().meta.events
+    events.register("before-send.s3.GetObject", refuse)
+    try:
+        code = main(["shards", "write", f"s3://{bucket}/a #1", str(tmp_path / "out"), "--shard-mb", str(SHARD_BYTES / 2**20)])
+    finally:
+        events.unregister("before-send.s3.GetObject", refuse)
+    assert (code, len(refused)) == (0, 2)
+    assert "images written to" in capsys.readouterr().out
+    assert tree(tmp_path / "out") == tree(shard_dir)
+
+
 # --- parts ---
 
 
@@ -179,6 +203,21 @@ def test_parts_one_after_another_give_the_set_of_one_host(pictures, shard_dir, t
     assert tree(out) == tree(shard_dir)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     assert part(pictures, out, 2, 3).was_complete  # a host that comes late
+
+
+def test_a_part_that_another_host_overtakes_finds_the_import_complete(pictures, shard_dir, tmp_path, monkeypatch):
+    """The other host ends between the look at what is there and the comparison of plans."""
+    out, begin = tmp_path / "out", importer._begin
+    part(pictures, out, 1, 2)
+
+    def overtaken(*arguments) -> None:
+        shutil.rmtree(tmp_path / "out.partial")
+        shutil.copytree(shard_dir, out)
+        begin(*arguments)
+
+    monkeypatch.setattr(importer, "_begin", overtaken)
+    assert part(pictures, out, 2, 2) == importer.Outcome(NUM_PICTURES, was_complete=True)
+    assert tree(out) == tree(shard_dir)
 
 
 def test_the_command_without_a_part_writes_what_is_missing_and_the_index(pictures, shard_dir, tmp_path):

@@ -1,5 +1,6 @@
 """What a source takes of what lies side by side, and what it counts and tells instead: nothing is left out without a word."""
 
+import gc
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import lmdb
 import pytest
 
 from personmae.__main__ import main
-from personmae.data import importer, shards
+from personmae.data import containers, importer, shards
 from personmae.data.files import key_of, name_of
 from personmae.data.selection import Selection
 from personmae.data.sources import Source, open_source, told
@@ -216,3 +217,14 @@ def test_a_source_can_be_pickled_after_it_was_listed_and_opened(tmp_path):
         pass  # a process opens an LMDB once
     assert copy.read(picture) == JPEG
     assert copy.location == source.location
+
+
+def test_the_members_of_a_tar_are_not_all_kept_while_it_is_listed(tmp_path):
+    """The standard library keeps each one that it reads: gigabytes for millions of images."""
+    (tmp_path / "a.tar").write_bytes(tar(*(f"{number}.jpg" for number in range(50))))
+    with (tmp_path / "a.tar").open("rb") as file:
+        names = []
+        for member in containers._members(file):
+            names.append(member.name)
+            assert sum(type(each) is tarfile.TarInfo for each in gc.get_objects()) <= 3
+    assert len(names) == 50

@@ -198,3 +198,16 @@ def test_a_parquet_file_that_is_cut_off_is_refused(jpegs, tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"a whole parquet file is required; .*a\.parquet is not one"):
         open_source(path).pictures()
+
+
+def test_a_row_group_is_described_once_however_many_of_its_images_are_read(jpegs, tmp_path, monkeypatch):
+    """A description has every column of the group, so that one for each image cost more than the image."""
+    path = table(tmp_path / "a.parquet", [*jpegs], rows=15)
+    asked = []
+    opened = tables.Parquet._opened
+    monkeypatch.setattr(tables.Parquet, "_opened", lambda self: asked.append(self) or opened(self))
+    with open_source(path) as source:
+        pictures = source.pictures()
+        asked.clear()
+        assert [source.read(picture) for picture in pictures] == jpegs
+    assert 0 < len(asked) <= 2 * 2  # for each group: it is described, and it is read
