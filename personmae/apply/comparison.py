@@ -20,6 +20,7 @@ from personmae.errors import UserError
 
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 _NOT_THE_RECIPE = ("seed", "run_dir", "root", "init", "checkpoint.", "metrics.", "data.cache_dir", "train.log_every")
+_PRECISION = "train.precision"
 _EQUAL = 1e-6  # APs are recorded with six digits
 
 
@@ -60,7 +61,8 @@ class Row:
         if len(seeds) == 1:
             return "one seed"
         distinct = len(set(seeds))
-        return f"{distinct} seeds" if distinct == len(seeds) else f"{len(seeds)} runs of {distinct} seeds"
+        told = "one seed" if distinct == 1 else f"{distinct} seeds"
+        return told if distinct == len(seeds) else f"{len(seeds)} runs of {told}"
 
     @property
     def started(self) -> str:
@@ -261,7 +263,10 @@ def _start(run: Run, runs: Sequence[Run]) -> str:
 
 
 def _flat(run: Run) -> dict[str, Any]:
-    return config.flatten(run.settings.model_dump(mode="json")) if run.settings else {}
+    """Settings by key, with the precision that ``auto`` came to where the result tells."""
+    flat = config.flatten(run.settings.model_dump(mode="json")) if run.settings else {}
+    used = run.result.identity.get(_PRECISION) if run.result else None
+    return flat | {_PRECISION: used} if flat and used else flat
 
 
 def _by_map(row: Row) -> float:

@@ -22,10 +22,10 @@ from personmae.apply import charts, pictures, sections
 from personmae.apply.comparison import SCORES, Group, compare_settings, data_notes, find_pairs, group_results, summarise
 from personmae.apply.places import Lost, Place, printable
 from personmae.apply.runs import RankList, Result, Run, find_runs
-from personmae.data import storage
 from personmae.data.decode import BadImage
+from personmae.data.synthetic import read_mark
 from personmae.errors import Incomplete, Unavailable, UserError
-from personmae.reid.datasets import SYNTHETIC_MARK, describe, load_benchmark
+from personmae.reid.datasets import describe, load_benchmark
 
 LOSSES = {"loss", "pixel_loss", "feature_loss"}
 CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by the words for them
@@ -260,7 +260,7 @@ def region_of(run: Run, section: Section) -> dict[str, Any]:
         "unfinished": run.unfinished,
         "missing": section.missing,
         "groups": embed_groups(section.content),
-        "synthetic": bool(section.content) and storage.read(_pretraining(run).data.shards, SYNTHETIC_MARK) is not None,
+        "synthetic": bool(section.content) and read_mark(_pretraining(run).data.shards) is not None,
     }
 
 

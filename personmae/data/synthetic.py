@@ -99,8 +99,8 @@ def pass_mark_on(source: str, destination: str) -> bool:
 
 def _find_mark(source: str) -> bytes | None:
     parent, _, name = source.rstrip("/").rpartition("/")
-    own = _read_mark(source)
-    beside = _read_mark(parent) if own is None and not parent.endswith("/") else None
+    own = read_mark(source)
+    beside = read_mark(parent) if own is None and not parent.endswith("/") else None
     try:
         named = beside and any(folder.split("/")[0] == name for folder in json.loads(beside)["counts"])
     except (ValueError, KeyError, TypeError):
@@ -108,7 +108,7 @@ def _find_mark(source: str) -> bytes | None:
     return beside if named else own
 
 
-def _read_mark(folder: str) -> bytes | None:
+def read_mark(folder: str) -> bytes | None:
     """The mark in a folder. Stores refuse what lies beside the images that one may read, and what is not there at all."""
     try:
         return storage.read(folder, COMPLETION_MARK)

@@ -65,6 +65,17 @@ def test_runs_that_differ_by_their_seed_are_one_row(make_run: MakeRun, tmp_path:
     assert folded["details"] == "seeds 0, 1, 2"
 
 
+def test_runs_whose_auto_came_to_another_precision_are_not_one_row(make_run: MakeRun, tmp_path: Path) -> None:
+    for seed, used in enumerate(("bf16", "bf16", "fp32")):
+        make_run(f"finetune_{used}_s{seed}", mAP=0.2, overrides={"seed": seed}, identity={"train.precision": used})
+    make_run("finetune_personmae", init="pretrain", mAP=0.3, identity={"train.precision": "fp32"})
+    _, (group,) = read(tmp_path)
+    assert [len(row.runs) for row in group.rows] == [2, 1, 1]
+    (differing,) = compare_settings([group])
+    assert "train.precision (fp32 / bf16)" in differing
+    assert "auto" not in differing
+
+
 def test_several_seeds_stand_in_the_headline(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("finetune_random", mAP=0.1)
     for seed, score in enumerate((0.2, 0.3)):
@@ -79,7 +90,7 @@ def test_the_same_seed_twice_is_not_called_two_seeds(make_run: MakeRun, tmp_path
     for name in ("finetune_a", "finetune_b"):
         make_run(name, mAP=0.1)
     _, (group,) = read(tmp_path)
-    assert group.rows[0].in_words("mAP") == "10.0 (10.0-10.0, 2 runs of 1 seeds)"
+    assert group.rows[0].in_words("mAP") == "10.0 (10.0-10.0, 2 runs of one seed)"
 
 
 @pytest.mark.parametrize("alike", [True, False])
