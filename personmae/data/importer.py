@@ -148,7 +148,7 @@ def _import(plan: Plan, destination: str, part: Part, num_processes: int, progre
                     records = _records(plan, root) if part != WHOLE else records
                     missing = len(plan.starts) - len(records)
                     if missing or not lock.take_alone():
-                        return _already_complete(plan, destination) or _unfinished(plan, part, records, missing)
+                        return _ended_elsewhere(plan, destination) or _unfinished(plan, part, records, missing)
                     _write_index(plan, [records[number] for number in sorted(records)], root, staging)
             return Outcome(_conclude(plan, root, destination))
         except BaseException as error:
@@ -177,6 +177,14 @@ def _already_complete(plan: Plan, destination: str) -> Outcome | None:
             "choose another"
         )
     return Outcome(_num_samples(root), was_complete=True)
+
+
+def _ended_elsewhere(plan: Plan, destination: str) -> Outcome | None:
+    """As ``_already_complete``, also while another host still removes the records, minutes in a store; its plan is ours."""
+    root, names = standing(destination)
+    if {PLAN, INDEX} <= names:
+        return Outcome(_num_samples(root), was_complete=True)
+    return _already_complete(plan, destination)
 
 
 def _num_samples(root: str) -> int:

@@ -220,6 +220,23 @@ def test_a_part_that_another_host_overtakes_finds_the_import_complete(pictures, 
     assert tree(out) == tree(shard_dir)
 
 
+def test_a_part_that_ends_while_another_host_removes_the_records_misses_nothing(pictures, shard_dir, tmp_path, monkeypatch):
+    part(pictures, tmp_path / "out", 1, 2)
+    partial, looks, records = tmp_path / "out.partial", [], importer._records
+
+    def overtaken(plan, root):
+        looks.append(root)
+        if len(looks) == 2:  # all is recorded: the other host writes the index and removes the first record
+            for name in ("imported.json", "index.json"):
+                shutil.copy(shard_dir / name, partial)
+            (partial / "import-00000.json").unlink()
+        return records(plan, root)
+
+    monkeypatch.setattr(importer, "_records", overtaken)
+    assert part(pictures, tmp_path / "out", 2, 2) == importer.Outcome(NUM_PICTURES, was_complete=True)
+    assert len(looks) == 2
+
+
 def test_the_command_without_a_part_writes_what_is_missing_and_the_index(pictures, shard_dir, tmp_path):
     part(pictures, tmp_path / "out", 2, 3)
     assert importer.write(pictures, str(tmp_path / "out"), shard_bytes=SHARD_BYTES) == NUM_PICTURES
