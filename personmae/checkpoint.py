@@ -144,7 +144,7 @@ def find_fault(path: Path) -> Fault | None:
     try:
         content = (path / MANIFEST).read_bytes()
     except OSError as error:
-        fault = _unreadable(MANIFEST, error)
+        fault = unreadable(MANIFEST, error)
         return Fault(f"it has no {MANIFEST}", absent=True) if fault.absent else fault
     files, wrong = parse_manifest(content)
     if wrong:
@@ -162,7 +162,7 @@ def is_moments(name: str) -> bool:
     return name.endswith(".safetensors") and _kind_of(Path(name)) in MOMENTS
 
 
-def _unreadable(name: str, error: OSError) -> Fault:
+def unreadable(name: str, error: OSError) -> Fault:
     """What an error of the operating system says about a file; raised again where it is not the file's."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):  # it may be deleted while it is read
         return Fault(f"{name} is missing", absent=True)
@@ -199,7 +199,7 @@ def find_file_fault(path: Path, expected: Fingerprint) -> Fault | None:
         if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
             return Fault(f"{path.name} does not have the size and hash of its manifest")
     except OSError as error:
-        return _unreadable(path.name, error)
+        return unreadable(path.name, error)
     return None
 
 

@@ -63,13 +63,14 @@ def newest_for_all(run_dir: str | Path, store: str | None = None, *, rebuild_mom
         path, trouble = None, None
         try:
             path = _take(run_dir, store, *offer)
-        except (Damaged, UserError, Unavailable) as error:
+        except (Damaged, UserError, Unavailable, OSError) as error:
             trouble = error
-        ended, passing, refused = dist.any_ranks(
-            isinstance(trouble, UserError), isinstance(trouble, Unavailable), trouble is not None
-        )
+        passes = isinstance(trouble, Unavailable) or is_passing(trouble)
+        ends = isinstance(trouble, UserError | OSError) and not passes
+        ended, passing, refused = dist.any_ranks(ends, passes, trouble is not None)
         if ended or passing:
-            if isinstance(trouble, UserError | Unavailable):
+            if ends or passes:
+                assert trouble
                 raise trouble
             raise (UserError if ended else Unavailable)(f"another host cannot read {offer[0].path}: see there")
         if path and not refused:
@@ -153,7 +154,12 @@ class _Search:
             last = step
             yield found
         for step, path in lame if self._rebuild else ():
-            yield Found(path or self._fetch(step, moments=False), moments=False)
+            try:
+                found = Found(path or self._fetch(step, moments=False), moments=False)
+            except Damaged as damage:  # since it was looked at
+                self._pass_over(self._name(step), damage.fault)
+                continue
+            yield found
 
     def _places(self) -> list[tuple[int, Path | None]]:
         """Step and folder, without one where it lies in the store, newest first."""
@@ -182,7 +188,10 @@ class _Search:
 
     def _complete(self, step: int, path: Path | None) -> Found | None:
         """One whose moments were deleted, where its run has come to the end: it needs them no more."""
-        path = path or self._fetch(step, moments=False)
+        try:
+            path = path or self._fetch(step, moments=False)
+        except Damaged:  # since it was looked at; it is passed over for its moments
+            return None
         return None if checkpoint.unfinished(path) else Found(path, moments=False)
 
     def _pass_over(self, where: str | Path, fault: Fault) -> None:
@@ -202,9 +211,9 @@ def _offer(search: _Search | None) -> tuple[Found, str] | None:
             if found := search.next():
                 path = commit.settle(found.path)  # now, while no rank reads it yet
                 told = {"path": str(path), "digest": checkpoint.digest(path), "moments": found.moments}
-        except (UserError, Unavailable, OSError) as error:
+        except Exception as error:  # whatever it is: the other ranks wait for a word
             mine = error
-            told = {"error": str(error), "passing": isinstance(error, Unavailable) or is_passing(error)}
+            told = {"error": str(error), "passing": is_passing(error) or not isinstance(error, UserError | OSError)}
     told = json.loads(dist.from_first_rank(json.dumps(told)))
     if "error" in told:
         raise mine or (Unavailable if told["passing"] else UserError)(told["error"])
@@ -213,17 +222,19 @@ def _offer(search: _Search | None) -> tuple[Found, str] | None:
 
 def _take(run_dir: str | Path, store: str | None, offered: Found, digest: str) -> Path:
     """The checkpoint that the first rank offers, on this host; ``RUN/fetched`` holds one that had to be fetched."""
-    if dist.is_first() or _has(offered.path, digest, offered.moments):
+    if dist.is_first() or not (fault := _fault_here(offered.path, digest, offered.moments)):
         return offered.path
+    if not store and fault.passing:
+        raise RankUnavailable(f"checkpoint {offered.path} cannot be used on this host: {fault}; this may pass: run this again")
     if not store:
-        raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {offered.path}")
+        raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {offered.path}: {fault}")
     directory = Path(run_dir) / "fetched"
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w", encoding="utf-8") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # one rank of a host fetches for all
         step = checkpoint.step_of(offered.path.name) or 0
         found = directory / checkpoint.name_of(step)
-        if not _has(found, digest, offered.moments):
+        if _fault_here(found, digest, offered.moments):
             for path in directory.glob("*step-*"):
                 shutil.rmtree(path, ignore_errors=True)  # one that stays keeps nothing else
             try:
@@ -235,11 +246,18 @@ def _take(run_dir: str | Path, store: str | None, offered: Found, digest: str) -
     return found
 
 
-def _has(path: Path, digest: str, moments: bool) -> bool:
-    """Whether a folder is the checkpoint of this digest; one rank of a host checks its files, and its word counts for all."""
-    if not (path / MANIFEST).is_file() or checkpoint.digest(path) != digest:
-        return False
+def _fault_here(path: Path, digest: str, moments: bool) -> Fault | None:
+    """Why a folder is not the checkpoint of this digest on this host, or None.
+
+    One rank of a host checks its files, and its word counts for all.
+    """
+    try:
+        theirs = checkpoint.digest(path)
+    except OSError as error:
+        return checkpoint.unreadable(MANIFEST, error)
+    if theirs != digest:
+        return Fault("it is another one")
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        return True
+        return None
     fault = checkpoint.find_fault(path)
-    return not fault or (fault.only_moments and not moments)
+    return None if fault and fault.only_moments and not moments else fault

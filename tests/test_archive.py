@@ -1,6 +1,8 @@
 """Which checkpoint a run resumes, from its directory and an S3 store over real HTTP."""
 
+import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from boto3.session import Session
 from personmae import archive, checkpoint, commit, dist, resume_point
 from personmae.checkpoint import Checkpoint
 from personmae.data import storage
-from personmae.errors import RankError, Unavailable, UserError
+from personmae.errors import RankError, RankUnavailable, Unavailable, UserError
 from personmae.resume_point import Found
 
 BUCKET = "runs"
@@ -303,3 +305,58 @@ def test_an_error_of_the_first_rank_is_raised_on_all(tmp_path, monkeypatch, pass
     monkeypatch.setattr(dist, "from_first_rank", lambda _: json.dumps({"error": "the store is away", "passing": passing}))
     with pytest.raises(kind, match="the store is away"):
         resume_point.newest_for_all(tmp_path, "s3://b/run")
+
+
+def fail_reading(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """Reading files of this name fails, as a network file system or a disk does."""
+    opened = Path.open
+
+    def faulty(self: Path, *args: Any, **options: Any) -> Any:
+        if self.name == name:
+            raise OSError(number, os.strerror(number), str(self))
+        return opened(self, *args, **options)
+
+    monkeypatch.setattr(Path, "open", faulty)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "student.safetensors"])
+def test_a_passing_fault_on_another_host_is_not_a_checkpoint_that_it_does_not_see(tmp_path, monkeypatch, name):
+    path = write(tmp_path, 5)
+    OtherHost(monkeypatch, path)
+    fail_reading(monkeypatch, name, errno.ESTALE)
+    with pytest.raises(RankUnavailable, match=f"{path} cannot be used on this host: {name} cannot be read: .*run this again"):
+        resume_point.newest_for_all(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "word"), [(errno.EACCES, (True, False, True)), (errno.EMFILE, (True, False, True))])
+def test_a_host_that_may_not_read_it_says_so_to_the_ranks_that_wait(tmp_path, monkeypatch, number, word):
+    path, words = write(tmp_path, 5), []
+    OtherHost(monkeypatch, path)
+    monkeypatch.setattr(dist, "any_ranks", lambda *flags: (words.append(flags), flags)[1])
+    fail_reading(monkeypatch, "manifest.json", number)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        resume_point.newest_for_all(tmp_path)
+    assert words == [word]
+
+
+def test_the_other_ranks_hear_of_any_error_of_the_first(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(dist, "from_first_rank", lambda text: (told.append(text), text)[1])
+    monkeypatch.setattr(checkpoint, "folders", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        resume_point.newest_for_all(tmp_path)
+    assert json.loads(told[0]) == {"error": "division by zero", "passing": True}
+
+
+def test_one_that_is_spoiled_while_it_is_looked_at_is_passed_over(tmp_path, store, monkeypatch):
+    write_both(tmp_path / "first", store, 3)
+
+    def spoiled(*args: Any, moments: bool = True, **options: Any) -> Path:
+        if moments:
+            raise archive.Damaged(checkpoint.Fault("exp_avg.safetensors is missing", absent=True, only_moments=True))
+        raise archive.Damaged("student.safetensors does not have the size and hash of its manifest")
+
+    monkeypatch.setattr(archive, "fetch", spoiled)
+    for rebuild in (False, True):
+        with pytest.raises(UserError, match="cannot be used, and none that can"):
+            resume_point.newest(tmp_path / "second", store, rebuild_moments=rebuild)
