@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_COMPLETE = 0  # the work is finished
 EXIT_FAILED = 1  # counts against a restart budget
@@ -176,6 +176,17 @@ def leave(code: int) -> NoReturn:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - what the interpreter itself does first
         atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    told = [_flush(stream) for stream in (sys.stdout, sys.stderr)]
+    os._exit(code if all(told) else code or EXIT_FAILED)
+
+
+def _flush(stream: TextIO | None) -> bool:
+    """Get out what was printed; returns whether it got as far as somebody still reads."""
+    try:
+        if stream:  # it was not closed before this program was started
+            stream.flush()
+    except (BrokenPipeError, ValueError):  # nobody reads any more, or it is closed
+        return True
+    except OSError:  # a full disk
+        return False
+    return True

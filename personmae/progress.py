@@ -31,7 +31,9 @@ def log(text: str) -> None:
     _print(text, sys.stdout)
 
 
-def _print(text: str, stream: TextIO) -> None:
+def _print(text: str, stream: TextIO | None) -> None:
+    if stream is None:  # closed before the program was started
+        return
     print(text if stream.isatty() else stamped(text), file=stream, flush=True)
 
 

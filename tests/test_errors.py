@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 
@@ -116,3 +117,14 @@ def test_one_of_several_ranks_leaves_without_a_shutdown_that_could_abort_it(worl
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 75
     assert done.stdout.split("\n", 1) == ["last word", f"{left}\n" if left else ""]
+
+
+@pytest.mark.parametrize("code", [0, 75])
+@pytest.mark.parametrize(("how", "whole"), [(">&-", True), ("2>&-", True), ("| true", True), ("> /dev/full", False)])
+def test_the_exit_code_is_that_of_the_program_whatever_has_become_of_its_output(code, how, whole):
+    program = f"import time; from personmae.errors import leave; print('word'); time.sleep(0.2); leave({code})"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    shell = f"set -o pipefail; {shlex.join([sys.executable, '-c', program])} {how}"
+    done = subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == (code if whole else code or 1)
+    assert "Traceback" not in done.stderr

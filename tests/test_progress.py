@@ -1,11 +1,13 @@
 """Lines of a long work outside a terminal: the first at once, then by time, with the rate and the time to go of lately."""
 
 import re
+import sys
 import time
 
 import pytest
 
 from personmae.commands.arguments import Progress
+from personmae.progress import log, say
 
 
 def test_a_line_comes_at_once_and_then_every_ten_seconds(
@@ -32,3 +34,10 @@ def test_every_plain_line_has_the_time_of_day(capsys: pytest.CaptureFixture[str]
     with Progress("synth", "pictures") as progress:
         progress(1, 1)
     assert all(re.match(r"\d\d:\d\d:\d\d synth: ", line) for line in capsys.readouterr().err.splitlines())
+
+
+def test_a_program_without_a_standard_output_says_nothing_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    log("lost")
+    say("lost")
