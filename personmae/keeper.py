@@ -5,6 +5,7 @@ from the disk, so a slow or absent store never holds up the next save.
 """
 
 import copy
+import sys
 import threading
 import time
 import uuid
@@ -186,15 +187,16 @@ class Writer:
         return self.seconds_since_save
 
     def close(self) -> None:
-        """Wait until all is written, and for a bounded time until all is uploaded.
+        """Wait until all is written, and for a bounded time until all is uploaded; after a Ctrl-C that ends at once, not that.
 
         Raises:
             OSError: the last state could not be written.
         """
+        seconds = 0.0 if isinstance(sys.exception(), KeyboardInterrupt) else self._close_seconds
         try:
             self._finish_writing()
         finally:
-            self._finish_uploading()
+            self._finish_uploading(seconds)
         if self._own and self._is_first:
             self._prune()
 
@@ -334,20 +336,22 @@ class Writer:
         self._tell_moved(moved)
         self._tell_left(failures)
 
-    def _finish_uploading(self) -> None:
+    def _finish_uploading(self, seconds: float) -> None:
         if not self._uploading or self._given_up:
             return
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._uploading.join(self._close_seconds)
-        with self._changed:
-            self._given_up = True
-            self._changed.notify_all()
+        try:
+            self._uploading.join(seconds)
+        finally:  # a Ctrl-C meanwhile ends the waiting for good
+            with self._changed:
+                self._given_up = True
+                self._changed.notify_all()
         self._uploading.join(_LAST_WORD_SECONDS)
         if self._uploading.is_alive() or self._queue:
             kept = f"{checkpoint.folder(self._run_dir)} keeps what is not"
-            print(f"checkpoint: not all is uploaded to {self._store} after {self._close_seconds:g} s; {kept}", flush=True)
+            print(f"checkpoint: not all is uploaded to {self._store} after {seconds:g} s; {kept}", flush=True)
 
 
 def finish(writer: Writer | None) -> None:

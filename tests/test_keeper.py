@@ -1,5 +1,6 @@
 """Saving beside the step loop: what is waited for, what is kept, and that a store's failures end nothing."""
 
+import contextlib
 import itertools
 import shutil
 import threading
@@ -365,6 +366,39 @@ def test_an_upload_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkey
     gate.set()
     kept = f"{checkpoint.folder(tmp_path)} keeps what is not"
     assert capsys.readouterr().out == f"checkpoint: not all is uploaded to s3://b/run after 0.2 s; {kept}\n"
+
+
+def test_a_second_interrupt_waits_for_no_upload(tmp_path, monkeypatch, capsys):
+    Store(monkeypatch, lambda _: away())
+    monkeypatch.setattr(archive, "FIRST_DELAY_SECONDS", 5.0)
+    writer = Writer(tmp_path, keep_last=1, store="s3://b/run", close_seconds=30)
+    waited: list[float | None] = []
+    writer.save(make(1), wait=True)
+    thread = writer._uploading
+    assert thread
+    join = thread.join
+    monkeypatch.setattr(thread, "join", lambda seconds=None: (waited.append(seconds), join(seconds))[1])
+    with pytest.raises(KeyboardInterrupt), contextlib.closing(writer):
+        raise KeyboardInterrupt
+    assert waited == [0.0, keeper._LAST_WORD_SECONDS]
+    assert steps(tmp_path) == [1]
+
+
+def test_an_interrupt_while_an_upload_is_waited_for_ends_the_waiting(tmp_path, monkeypatch, capsys):
+    Store(monkeypatch, lambda _: away())
+    writer = Writer(tmp_path, keep_last=1, store="s3://b/run", close_seconds=30)
+    writer.save(make(1), wait=True)
+    thread = writer._uploading
+    assert thread
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(thread, "join", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        writer.close()
+    monkeypatch.setattr(thread, "join", lambda *_: pytest.fail("it is given up"))
+    writer.close()
 
 
 def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, monkeypatch):
