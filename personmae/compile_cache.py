@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _HEADER = struct.Struct("<16sHHIQQQIHHHHHH")  # of a 64-bit ELF file
-_OFFSET_AND_SIZE = (8, 32)  # of a segment in the file, within its entry
+_OFFSET_AND_SIZE, _SEGMENT_BYTES = (8, 32), 56  # of a segment in the file, within its entry, and that entry's own
 _LITTLE_64 = b"\x7fELF\x02\x01"
 
 
@@ -42,11 +42,10 @@ def is_whole(path: Path) -> bool:
             return False
         file.seek(segments)
         table = file.read(segment_bytes * num_segments)
-    # offset and size in the file stand at 8 and 32 of each entry
-    ends = (
-        sum(struct.unpack_from("<Q", table, at + skip)[0] for skip in (8, 32)) for at in range(0, len(table), segment_bytes)
-    )
-    return all(end <= size for end in ends)
+    if not num_segments or segment_bytes < _SEGMENT_BYTES:  # nothing could be loaded
+        return False
+    starts = (number * segment_bytes for number in range(num_segments))
+    return all(sum(struct.unpack_from("<Q", table, start + skip)[0] for skip in _OFFSET_AND_SIZE) <= size for start in starts)
 
 
 def _folders() -> list[Path]:
@@ -70,7 +69,9 @@ def _damaged(folder: Path) -> Iterator[Path]:
     """Libraries that are not whole, and modules of which nothing was written."""
     for path in [*folder.rglob("*.so"), *folder.rglob("*.py")]:
         with contextlib.suppress(OSError):  # another process may have removed it, or it is another user's
-            if (path.suffix == ".so" and not is_whole(path)) or (path.suffix == ".py" and not path.stat().st_size):
+            if path.suffix == ".so" and not is_whole(path):
+                yield path
+            if path.suffix == ".py" and path.name != "__init__.py" and not path.stat().st_size:  # a package's is often empty
                 yield path
 
 

@@ -38,8 +38,10 @@ def test_a_library_is_whole_with_its_last_byte_only(tmp_path):
     assert compile_cache.is_whole(library(tmp_path / "whole.so"))
     for cut in (0, 1, 63, 64, 1000, 4096, size // 2, size - 64, size - 1):
         assert not compile_cache.is_whole(library(tmp_path / "cut.so", cut)), cut
-    (tmp_path / "cut.so").write_bytes(bytes(size))  # as after a power failure
-    assert not compile_cache.is_whole(tmp_path / "cut.so")
+    content = (tmp_path / "whole.so").read_bytes()
+    for kept in (0, 16, 40, 54, 56):  # the rest is zero, as after a power failure
+        (tmp_path / "cut.so").write_bytes(content[:kept] + bytes(size - kept))
+        assert not compile_cache.is_whole(tmp_path / "cut.so"), kept
 
 
 def test_the_libraries_of_numpy_and_of_torch_are_whole():
@@ -53,12 +55,16 @@ def test_the_libraries_of_numpy_and_of_torch_are_whole():
 def test_what_is_damaged_is_removed_and_told_and_all_else_stays(cache, tmp_path, capsys):
     whole = library(cache / "aa" / "caaa.so")
     cut = [library(cache / "bb" / "cbbb.main.so", 1000), library(tmp_path / "TRITON_CACHE_DIR" / "x" / "launcher.so", 0)]
-    empty, module = cache / "cc" / "cccc.py", cache / "dd" / "cddd.py"
-    for path in (empty, module):
+    empty, module, package = (
+        cache / "cc" / "cccc.py",
+        cache / "dd" / "cddd.py",
+        tmp_path / "TORCH_EXTENSIONS_DIR" / "__init__.py",
+    )
+    for path in (empty, module, package):
         path.parent.mkdir()
-        path.write_text("" if path == empty else "x = 1\n")
+        path.write_text("x = 1\n" if path == module else "")
     assert sorted(compile_cache.mend()) == sorted([*cut, empty])
-    assert [path.exists() for path in (whole, module, *cut, empty)] == [True, True, False, False, False]
+    assert [path.exists() for path in (whole, module, package, *cut, empty)] == [True] * 3 + [False] * 3
     assert capsys.readouterr().out.count("was cut short; it is removed and compiled again") == 3
     assert compile_cache.mend() == []
 
