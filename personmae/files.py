@@ -61,11 +61,11 @@ def cut_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """
     if not path.exists():
         return
-    offset = 0
-    for line in whole_lines(path):
-        if not _keeps(line, keep):
+    content, offset = path.read_bytes(), 0
+    while end := content.find(b"\n", offset) + 1:  # not splitlines(), which takes a carriage return off as well
+        if not _keeps(content[offset:end], keep):
             break
-        offset += len(line) + 1
+        offset = end
     os.truncate(path, offset)
 
 

@@ -24,7 +24,7 @@ def begin(run_dir: str | Path, record: dict[str, Any], *, first_step: int) -> No
     """Add a session to the run's record, whose other entries become ``record``.
 
     Raises:
-        OSError: it cannot be written; the old record is whole.
+        OSError: it cannot be read or written; the old record is whole.
     """
     path = Path(run_dir) / FILE
     session = {
@@ -91,7 +91,7 @@ def _sessions(path: Path) -> list[dict[str, Any]]:
     """Those before this one; a record of before there were sessions is one."""
     try:
         old = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # one that cannot be read at present must not be taken for none
         return []
     if not isinstance(old, dict):
         return []

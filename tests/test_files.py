@@ -62,15 +62,16 @@ def test_a_link_is_followed_and_a_device_is_written_to(tmp_path: Path) -> None:
         ('{"step": 1}\n{"step": 2}\n{"step": 3}\n', '{"step": 1}\n{"step": 2}\n'),
         ('{"step": 1}\n{"st', '{"step": 1}\n'),
         ('{"step": 1}\nx{"broken\n{"step": 2}\n{"step": 9}\n', '{"step": 1}\nx{"broken\n{"step": 2}\n'),
+        ('{"step": 1}\r\n{"step": 2}\r\n{"step": 9}\r\n', '{"step": 1}\r\n{"step": 2}\r\n'),
         ('{"step": 7}\n', ""),
         ("", ""),
     ],
 )
 def test_records_beyond_a_step_are_cut_off_and_what_a_kill_broke_too(tmp_path: Path, content: str, kept: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text(content)
+    path.write_bytes(content.encode())
     with full_disk():
         files.cut_lines(path, lambda record: record["step"] <= 2)
-    assert path.read_text() == kept
+    assert path.read_bytes() == kept.encode()
     files.cut_lines(tmp_path / "none.jsonl", lambda record: True)
     assert not (tmp_path / "none.jsonl").exists()

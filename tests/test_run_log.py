@@ -1,6 +1,7 @@
 """What a run writes down and shows: nothing is lost on the way, and what comes out can be read."""
 
 import contextlib
+import errno
 import json
 import re
 import shlex
@@ -214,3 +215,17 @@ def test_a_command_with_a_launcher_is_the_launchers_and_can_be_pasted(tmp_path: 
 def test_the_end_says_where_how_long_and_what_comes_next() -> None:
     told = progress.ending("pretrain", 3725, "checkpoint runs/a", "personmae finetune X init=runs/a")
     assert told == "pretrain: done in 01:02:05; checkpoint runs/a\nnext: personmae finetune X init=runs/a"
+
+
+def test_a_record_that_cannot_be_read_at_present_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_run(tmp_path, **RECORD, first_step=0)
+    before = (tmp_path / "run.json").read_text()
+
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            record_run(tmp_path, **RECORD, first_step=3)
+    assert (tmp_path / "run.json").read_text() == before
