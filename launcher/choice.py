@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher import kustomization, objects
 from launcher.kustomization import Object
-from personmae import config
+from personmae import config, locations
 from personmae.errors import UserError
 
 K8S = Path(__file__).resolve().parent.parent / "k8s"
@@ -169,7 +169,8 @@ def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
     kind = getattr(config, program.capitalize(), None)
     if kind is None:
         raise UserError(f"this version has no program '{program}' yet; choose another overlay")
-    settings = config.load(kind, choice.config, choice.overrides)
+    # A path is the pod's, with its home and its variables. A store is known here too, and is looked into.
+    settings = config.load(kind, choice.config, choice.overrides, locations.expand_location)
     places = {"checkpoint.store": settings.checkpoint.store}
     if isinstance(settings, config.Pretrain):
         places["data.shards"] = settings.data.shards

@@ -84,7 +84,9 @@ def render(choice: Choice) -> Rendered:
     spec["configMapGenerator"] = [
         {
             "name": "config",
-            "literals": [f"config.yaml={config.dump_yaml(in_pod(settings, variables, job['template']['spec']))}"],
+            "literals": [
+                f"config.yaml={config.dump_yaml(in_pod(settings, variables, job['template']['spec']), expanded=False)}"
+            ],
         },
         {"name": "run", "behavior": "merge", "literals": [f"{k}={v}" for k, v in literals.items()]},
     ]

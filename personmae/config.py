@@ -7,12 +7,13 @@ Here are the keys of ``pretrain``. ``config_downstream`` has those of fine-tunin
 ``config_file`` reads and writes the files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
+from personmae import locations
 from personmae.config_downstream import BenchmarkName, Finetune, Unsupervised, with_normalisation
 from personmae.config_errors import unknown_keys
 from personmae.config_file import Tree, config_hash, dump_yaml, flatten, override, read, validate
@@ -237,8 +238,10 @@ PROGRAMS: dict[str, type[Section]] = {"pretrain": Pretrain, "finetune": Finetune
 ConfigT = TypeVar("ConfigT", bound=Section)
 
 
-def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read ``path`` and its bases, apply ``section.key=value`` overrides, and validate.
+def load(
+    kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = (), expand: Callable[[str], str] = locations.expand
+) -> ConfigT:
+    """Read ``path`` and its bases, apply ``section.key=value`` overrides, and validate; ``expand`` is for places.
 
     Raises:
         OtherProgram: the file is one for another program.
@@ -248,7 +251,7 @@ def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -
     tree = read(path)
     try:
         override(tree, kind, overrides)
-        return validate(kind, tree)
+        return validate(kind, tree, expand)
     except UserError:
         program = _program_of(read(path), kind)
         if program and not (program == "suite" and "stages" in kind.model_fields):

@@ -5,7 +5,7 @@ Nothing here knows a key: the models of ``config.py`` do.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,13 +58,13 @@ def override(tree: Tree, kind: type[BaseModel], overrides: Sequence[str]) -> Non
         _merge(tree, _nest(keys, parse(kind_at(kind, keys), value, key)), _COMMAND_LINE)
 
 
-def validate(kind: type[ConfigT], tree: Tree) -> ConfigT:
-    """The model of a tree.
+def validate(kind: type[ConfigT], tree: Tree, expand: Callable[[str], str] = expand) -> ConfigT:
+    """The model of a tree; ``expand`` is what becomes of a place.
 
     Raises:
         UserError: a key is unknown, missing or has a wrong value.
     """
-    values = settle(kind, tree.values, lambda keys: config_errors.origin_of(keys, tree.origins, tree.file))
+    values = settle(kind, tree.values, lambda keys: config_errors.origin_of(keys, tree.origins, tree.file), expand)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -76,9 +76,10 @@ def config_hash(config: BaseModel) -> str:
     return hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def dump_yaml(config: BaseModel) -> str:
-    """The resolved configuration as YAML, in ASCII, that ``load`` reads back."""
-    values = escape_places(type(config), config.model_dump(mode="json"))
+def dump_yaml(config: BaseModel, *, expanded: bool = True) -> str:
+    """The resolved configuration as YAML, in ASCII, that ``load`` reads back; not ``expanded``: with paths still to expand."""
+    values = config.model_dump(mode="json")
+    values = escape_places(type(config), values) if expanded else values
     return yaml.dump(values, Dumper=yaml_text.Dumper, sort_keys=False)
 
 

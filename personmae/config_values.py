@@ -7,7 +7,7 @@ number for ``seed``. Fields marked with ``PLACE`` have ``~`` and ``$VAR`` in the
 import re
 import types
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -19,6 +19,13 @@ from personmae.yaml_text import Plain
 PLACE = "place"  # in a field's annotation: a path or a location
 Place = Annotated[str, PLACE]
 OriginOf = Callable[[Sequence[str]], str]
+
+
+class _Reader(NamedTuple):
+    """How values are read: where a key stands, for messages, and what becomes of a place."""
+
+    origin_of: OriginOf
+    expand: Callable[[str], str]
 
 
 def kind_at(model: type[BaseModel], keys: Sequence[str]) -> Any:
@@ -47,16 +54,22 @@ def parse(kind: Any, text: str, key: str) -> Any:
     return Plain(text.strip())
 
 
-def settle(model: type[BaseModel], values: dict[str, Any], origin_of: OriginOf) -> dict[str, Any]:
+def settle(
+    model: type[BaseModel],
+    values: dict[str, Any],
+    origin_of: OriginOf,
+    expand: Callable[[str], str] = locations.expand,
+) -> dict[str, Any]:
     """The values of a model's fields, each as its type wants it. Unknown keys stay, for pydantic to refuse.
 
     Args:
         origin_of: where a key stands, for messages.
+        expand: what becomes of a place.
 
     Raises:
         UserError: a number begins with 0, or a variable in a path is not set.
     """
-    return _settle(model, values, (), origin_of)
+    return _settle(model, values, (), _Reader(origin_of, expand))
 
 
 def escape_places(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
@@ -71,32 +84,32 @@ def escape_places(model: type[BaseModel], values: dict[str, Any]) -> dict[str, A
     return found
 
 
-def _settle(kind: Any, value: Any, keys: tuple[str, ...], origin_of: OriginOf) -> Any:
+def _settle(kind: Any, value: Any, keys: tuple[str, ...], reader: _Reader) -> Any:
     if isinstance(value, dict):
-        return _settled_section(kind, value, keys, origin_of)
+        return _settled_section(kind, value, keys, reader)
     items = items_of(kind)
     if items and isinstance(value, str):
         value = _split(value, items)
     if isinstance(value, list):
         return [
-            _settle(items[min(n, len(items) - 1)] if items else Any, item, (*keys, str(n)), origin_of)
+            _settle(items[min(n, len(items) - 1)] if items else Any, item, (*keys, str(n)), reader)
             for n, item in enumerate(value)
         ]
     try:
-        return _settled_scalar(kind, value)
+        return _settled_scalar(kind, value, reader)
     except UserError as error:
-        raise UserError(f"'{'.'.join(keys)}' in {origin_of(keys)}: {error}") from None
+        raise UserError(f"'{'.'.join(keys)}' in {reader.origin_of(keys)}: {error}") from None
 
 
-def _settled_section(kind: Any, values: dict[str, Any], keys: tuple[str, ...], origin_of: OriginOf) -> dict[str, Any]:
+def _settled_section(kind: Any, values: dict[str, Any], keys: tuple[str, ...], reader: _Reader) -> dict[str, Any]:
     if is_model(kind):
         kinds = {name: kind_of(field) for name, field in kind.model_fields.items()}
-        return {str(key): _settle(kinds.get(key, Any), value, (*keys, str(key)), origin_of) for key, value in values.items()}
+        return {str(key): _settle(kinds.get(key, Any), value, (*keys, str(key)), reader) for key, value in values.items()}
     of_all = get_args(kind)[1] if get_origin(kind) is dict else Any
-    return {str(key): _settle(of_all, value, (*keys, str(key)), origin_of) for key, value in values.items()}
+    return {str(key): _settle(of_all, value, (*keys, str(key)), reader) for key, value in values.items()}
 
 
-def _settled_scalar(kind: Any, value: Any) -> Any:
+def _settled_scalar(kind: Any, value: Any, reader: _Reader) -> Any:
     if not isinstance(value, str):
         return value
     if kind is Any:
@@ -106,7 +119,7 @@ def _settled_scalar(kind: Any, value: Any) -> Any:
     if isinstance(value, Plain) and value.is_null and (type(None) in members or _is_text(kind)) and not home:
         return None
     if _is_place(kind):
-        return locations.expand(str(value))
+        return reader.expand(str(value))
     if choice := [choice for member in members for choice in _choices(member) if str(choice) == value]:
         return choice[0]
     return str(value) if _is_text(kind) or not isinstance(value, Plain) else _number(members, value)

@@ -1,13 +1,22 @@
-"""Paths and locations as people write them: ``~`` is a home, ``$VAR`` or ``${VAR}`` a variable, ``$$`` a dollar."""
+"""Paths and locations as people write them: ``~`` is a home, ``$VAR`` or ``${VAR}`` a variable, ``$$`` a dollar.
+
+In a location with ``://`` this holds up to the next slash alone. What follows is a key, and may have any characters.
+"""
 
 import os
 import re
 
 from personmae.errors import UserError
 
+_STORE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _VARIABLE = re.compile(
     r"\$(?:(?P<dollar>\$)|(?P<bare>[A-Za-z_][A-Za-z0-9_]*)|\{(?P<braced>[A-Za-z_][A-Za-z0-9_]*)\}|(?P<bad>\{))"
 )
+
+
+def is_remote(text: str) -> bool:
+    """Whether a text names an object store rather than a directory."""
+    return _STORE.match(text) is not None
 
 
 def expand(text: str) -> str:
@@ -16,11 +25,24 @@ def expand(text: str) -> str:
     Raises:
         UserError: a variable is not set or empty, or there is no such home.
     """
+    if store := _STORE.match(text):
+        slash = text.find("/", store.end())
+        end = len(text) if slash < 0 else slash
+        return _VARIABLE.sub(lambda found: _value(text, found), text[:end]) + text[end:]
     return _VARIABLE.sub(lambda found: _value(text, found), _at_home(text))
+
+
+def expand_location(text: str) -> str:
+    """As ``expand`` where it is a location in a store, which is one on every host. A path is another host's, and stays."""
+    return expand(text) if is_remote(text) else text
 
 
 def escape(text: str) -> str:
     """What ``expand`` turns into the text again. A text that begins with ``~`` cannot come out of ``expand``."""
+    if is_remote(text):
+        bucket = re.match(r"[^/]*//[^/]*", text)
+        end = bucket.end() if bucket else 0
+        return text[:end].replace("$", "$$") + text[end:]
     return text.replace("$", "$$")
 
 

@@ -11,7 +11,8 @@ import yaml
 
 from launcher import kustomization, render
 from launcher.suite import Suite, is_suite
-from personmae import config
+from personmae import config, locations
+from personmae.commands.arguments import place
 from personmae.config_values import Place
 from personmae.errors import UserError
 from personmae.yaml_text import Plain, read_tree
@@ -258,12 +259,30 @@ def test_homes_and_variables_are_expanded_in_places_alone(path, monkeypatch):
     )
     settings = load(path)
     assert settings.run_dir == "/home/me/runs/b"
-    assert (settings.data.shards, settings.checkpoint.store) == ("s3://b/$x/a$", "s3://b/~")
+    assert (settings.data.shards, settings.checkpoint.store) == ("s3://b/$$x/a$", "s3://b/~")
     assert settings.engine.deepspeed.extra == {"path": "~/$BUCKET"}
     assert load(path, "run_dir=~", "data.cache_dir=~/$BUCKET-x").run_dir == "/home/me"
     path.with_name("tuned.yaml").write_text("run_dir: $BUCKET\nroot: ~/m\ninit: ${BUCKET}/r\n")
     tuned = config.load(config.Finetune, path.with_name("tuned.yaml"))
     assert (tuned.run_dir, tuned.root, tuned.init) == ("b", "/home/me/m", "b/r")
+
+
+@pytest.mark.parametrize("key", ["a$b", "a$$b", "$HOME", "${HOME}", "${A:-b}", "a$", "~/$NO_SUCH"])
+def test_a_key_of_a_store_is_taken_as_it_is_and_stays_so_when_it_is_written(path, key, monkeypatch):
+    """``s3://b/a$$b`` meant another object, and ``a$b`` was refused."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("BUCKET", "b")
+    settings = load(path, f"data.shards=s3://$BUCKET/{key}", "run_dir=/x/$$y")
+    assert settings.data.shards == f"s3://b/{key}"
+    path.write_text(config.dump_yaml(settings))
+    assert load(path) == settings
+    assert place(f"s3://$BUCKET/{key}") == f"s3://b/{key}"
+
+
+def test_a_variable_in_the_place_of_a_bucket_must_be_set(path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    assert "variable NO_SUCH is not set or empty" in refused(path, "data.shards=s3://$NO_SUCH/x")
+    assert locations.escape("s3://b") == "s3://b"
 
 
 def test_a_base_is_found_at_home(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from personmae import locations
 from personmae.data import mosaic
 from personmae.errors import UserError
 
@@ -58,7 +59,7 @@ _HINTS = {
 
 def is_remote(root: str | Path) -> bool:
     """Whether ``root`` names an object store rather than a directory."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(root)) is not None
+    return locations.is_remote(str(root))
 
 
 def split_s3(url: str) -> tuple[str, str]:

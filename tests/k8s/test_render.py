@@ -11,7 +11,7 @@ import yaml
 from choices import DIGEST, EXCLUSIVE, OVERLAYS, PRETRAIN, ROOT, by_name, choose
 
 from launcher import choice, kustomization, render
-from personmae import config
+from personmae import config, locations
 from personmae.errors import UserError
 
 Kustomize = Callable[[Path], dict[tuple[str, str], dict[str, Any]]]
@@ -39,6 +39,35 @@ def test_a_rendered_choice_is_what_kustomize_makes_of_it(
     render.write(rendered, tmp_path / "run")
     assert by_name(rendered.objects) == kustomize(tmp_path / "run")
     assert by_name(list(yaml.safe_load_all(render.to_yaml(rendered.objects)))) == by_name(rendered.objects)
+
+
+def test_paths_of_a_run_are_the_pods_and_stores_are_known_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The submitter's home was part of a run's name, and a variable of the pods had to be set on the submitter's machine."""
+    monkeypatch.delenv("OF_PODS", raising=False)
+    monkeypatch.setenv("BUCKET", "bucket")
+    overrides = [
+        "run_dir=~/run",
+        "data.cache_dir=$OF_PODS/x",
+        "data.shards=s3://$BUCKET/a$$b",
+        "checkpoint.store=s3://$BUCKET/r",
+    ]
+    names = set()
+    for home in ("/home/me", "/home/you"):
+        monkeypatch.setenv("HOME", home)
+        rendered = render.render(choose(overrides=overrides))
+        assert (rendered.settings.run_dir, rendered.settings.data.cache_dir) == ("~/run", "$OF_PODS/x")
+        assert home not in render.to_yaml(rendered.objects)
+        names.add(rendered.run)
+    assert len(names) == 1
+    assert rendered.workload["metadata"]["annotations"]["personmae/store"] == "s3://bucket/r"
+    (written,) = (o["data"]["config.yaml"] for o in rendered.objects if "config.yaml" in o.get("data", {}))
+    (tmp_path / "pod.yaml").write_text(written)
+    in_pod = config.load(config.Pretrain, tmp_path / "pod.yaml")
+    assert (in_pod.data.shards, in_pod.run_dir) == ("s3://bucket/a$$b", "/scratch/run")
+    kept = config.load(config.Pretrain, tmp_path / "pod.yaml", ["run_dir=~/$OF_PODS"], locations.expand_location)
+    (tmp_path / "pod.yaml").write_text(config.dump_yaml(kept, expanded=False))
+    monkeypatch.setenv("OF_PODS", "p")
+    assert config.load(config.Pretrain, tmp_path / "pod.yaml").run_dir == "/home/you/p"
 
 
 def test_the_choice_arrives_in_the_objects() -> None:

@@ -50,6 +50,19 @@ def choice(tmp_path: Path) -> Choice:
     return Choice(tmp_path / "suite.yaml", image=f"registry.test/personmae@{DIGEST}")
 
 
+def test_paths_of_a_suites_stages_are_the_pods(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OF_PODS", raising=False)
+    monkeypatch.setenv("BUCKET", "results")
+    stages = [{**STAGES[0], "set": ["data.shards=s3://b/l", "data.cache_dir={cache}", "run_dir=~/x"]}, *STAGES[1:]]
+    places = FILE["places"] | {"cache": "$OF_PODS/x"}
+    told = FILE | {"results": "s3://$BUCKET/a$$b", "places": places, "stages": stages}
+    choice.config.write_text(yaml.safe_dump(told))
+    dispatching, runs = suite.render_suite(choice)
+    assert runs[0].settings.data.cache_dir == "$OF_PODS/x"
+    assert [run.settings.checkpoint.store for run in runs] == [f"s3://results/a$$b/runs/{s['name']}" for s in stages]
+    assert json.loads(suite.plan_of(dispatching))["results"] == "s3://results/a$$b"
+
+
 class Cluster:
     """Jobs in memory, as the API server would hold them; they end when the test says so."""
 
