@@ -73,7 +73,7 @@ def run(
         progress.log(f"evaluating {path}" + (f", whose run is not finished: it is at {reached}" if reached else ""))
         device = torch.device("cuda" if dist.use_cuda() else "cpu")
         features = retrieval.model_features(
-            model.to(device), mean=settings["mean"], std=settings["std"], device=device, say=_say
+            model.to(device), mean=settings["mean"], std=settings["std"], device=device, say=progress.log
         )
         record = retrieval.measure(
             benchmark,
