@@ -159,12 +159,26 @@ def set_aside(run_dir: str | Path, steps: Iterable[int]) -> tuple[list[Path], di
 
 def move_aside(path: Path) -> Path:
     """Move a checkpoint's folder to ``PASSED_OVER`` beside it, under a name that is free; returns where it is now."""
-    folder, name = path.parent / PASSED_OVER, path.name.removeprefix(".old-")
-    folder.mkdir(exist_ok=True)
-    names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
-    target = next(folder / free for free in names if not os.path.lexists(folder / free))
+    target = free_place(path.parent, path.name.removeprefix(".old-"))
+    target.parent.mkdir(exist_ok=True)
     path.rename(target)
     return target
+
+
+def free_place(root: Path, name: str) -> Path:
+    """Where something of this name can lie in ``PASSED_OVER`` below the folder of a run's checkpoints."""
+    names = itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
+    return next(path for free in names if not os.path.lexists(path := root / PASSED_OVER / free))
+
+
+def tell_moved(places: Collection[str]) -> None:
+    """Say where the things are that were set aside."""
+    if places:
+        print(
+            f"checkpoint: kept, though this run does not go on from them: {', '.join(places)}; delete them when nobody wants "
+            "them",
+            flush=True,
+        )
 
 
 def _begin(partial: Path) -> OSError | None:

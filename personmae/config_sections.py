@@ -1,6 +1,5 @@
 """Sections of the configuration that more than one program has, and the kinds of their values."""
 
-import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -62,14 +61,13 @@ class Checkpoint(Section):
             raise ValueError("must be a location like s3://bucket/prefix, or null; a run's own directory is run_dir")
         return store.rstrip("/") if store else store
 
-    @property
-    def resumes(self) -> bool:
-        """Whether a run goes on from what is there; one that its agent starts again does, however it was first started."""
-        return self.resume == "auto" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
-
     def writer_arguments(self) -> dict[str, Any]:
         """Arguments of ``keeper.Writer``, but for where."""
         return self.model_dump(include={"keep_last", "keep_every", "store", "retry_seconds", "close_seconds"})
+
+    def start_arguments(self) -> dict[str, Any]:
+        """Arguments of ``start_anew.goes_on``, but for where."""
+        return self.model_dump(include={"resume", "store"})
 
     def resume_arguments(self) -> dict[str, Any]:
         """Arguments of ``resume_point.newest_for_all``, but for where."""

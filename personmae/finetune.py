@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personmae import checkpoint, compile_cache, config, dist, metrics, optim, precision, resume_point, run_lock
+from personmae import checkpoint, compile_cache, config, dist, metrics, optim, precision, resume_point, run_lock, start_anew
 from personmae.downstream import (
     RANDOM,
     augmented,
@@ -89,7 +89,7 @@ def run(settings: config.Finetune) -> None:
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
-    if settings.checkpoint.resumes and is_complete(settings, benchmark):
+    if start_anew.may_be_complete(settings.run_dir, settings.checkpoint.resume) and is_complete(settings, benchmark):
         if world.is_first:
             tell_complete(settings)
         meter.complete()
@@ -109,7 +109,7 @@ def run(settings: config.Finetune) -> None:
     held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
         with meter.restoring():
-            found = resume(state) if settings.checkpoint.resumes else None
+            found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
         if world.is_first:
             announce(state)
         log = metrics.RunLog(

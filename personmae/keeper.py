@@ -241,17 +241,9 @@ class Writer:
             self._tell_left({str(self._run_dir): error})
             return
         moved, unmoved = commit.set_aside(self._run_dir, [step for step in steps if not self._is_ours(step)])
-        self._tell_moved([str(path) for path in moved])
+        commit.tell_moved([str(path) for path in moved])
         undeleted = commit.delete(self._run_dir, [step for step in self._surplus(steps) if step not in needed])
         self._tell_left({str(path): error for path, error in (unmoved | undeleted).items()})
-
-    def _tell_moved(self, moved: list[str]) -> None:
-        if moved:
-            print(
-                f"checkpoint: kept, though this run does not go on from them: {', '.join(moved)}; delete them when nobody "
-                "wants them",
-                flush=True,
-            )
 
     def _tell_left(self, failures: Mapping[str, Exception]) -> None:
         """Count what could not be deleted or moved, and name each once; it is tried again after the next save."""
@@ -333,7 +325,7 @@ class Writer:
                     archive.delete(store, step)
             except Exception as error:
                 failures[f"{store}/{checkpoint.name_of(step)}"] = error
-        self._tell_moved(moved)
+        commit.tell_moved(moved)
         self._tell_left(failures)
 
     def _finish_uploading(self, seconds: float) -> None:

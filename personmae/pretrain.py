@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, compile_cache, config, dist, keeper, metrics, optim, precision, progress, run_lock
+from personmae import checkpoint, compile_cache, config, dist, keeper, metrics, optim, precision, progress, run_lock, start_anew
 from personmae.data import storage
 from personmae.data.stream import BatchReader, ShardSet, to_device
 from personmae.engine.base import Engine
@@ -66,7 +66,7 @@ def run(settings: config.Pretrain) -> None:
     try:
         held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
         with meter.restoring():
-            found = resume(state) if settings.checkpoint.resumes else None
+            found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
         if state.step >= state.total_steps:
             if world.is_first:
                 open_writer(settings, found, {}).close()  # the last checkpoint may not have got to the store

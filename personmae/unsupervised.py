@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personmae import checkpoint, config, dist, files, metrics, optim, precision, resume_point, run_lock
+from personmae import checkpoint, config, dist, files, metrics, optim, precision, resume_point, run_lock, start_anew
 from personmae.downstream import augmented, evaluate, identity, is_complete, keep_precision, record_run, tell_complete, tell_end
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
@@ -70,7 +70,7 @@ def run(settings: config.Unsupervised) -> None:
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
-    if settings.checkpoint.resumes and is_complete(settings, benchmark):
+    if start_anew.may_be_complete(settings.run_dir, settings.checkpoint.resume) and is_complete(settings, benchmark):
         if world.is_first:
             tell_complete(settings)
         meter.complete()
@@ -89,7 +89,7 @@ def run(settings: config.Unsupervised) -> None:
     held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
         with meter.restoring():
-            found = resume(state) if settings.checkpoint.resumes else None
+            found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
         if world.is_first:
             announce(state)
         log = metrics.RunLog(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from personmae import archive, checkpoint, commit, dist, resume_point
+from personmae import archive, checkpoint, commit, dist, resume_point, start_anew
 from personmae.checkpoint import Checkpoint
 from personmae.data import storage
 from personmae.errors import Unavailable, UserError
@@ -123,6 +123,37 @@ def test_a_run_started_anew_takes_the_place_of_the_old_one_in_the_store(tmp_path
     found = resume_point.newest(tmp_path / "elsewhere", store)
     assert found is not None
     assert found.read().step == 1
+
+
+def test_a_start_anew_leaves_nothing_to_go_on_from_in_the_store_either(tmp_path, store, objects, monkeypatch, capsys):
+    """Before the first step: an agent may start the ranks again before anything is saved."""
+    send(tmp_path / "old", store, 7, 8)
+    old = {key.replace("run/", "run/passed-over/"): file for key, file in objects().items() if "step-" in key}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "result.json").write_text("{}")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "market-1")
+    for number, again in enumerate((False, True)):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+        assert start_anew.may_be_complete(run, "none") is again
+        assert start_anew.goes_on(run, resume="none", store=store) is again
+        assert resume_point.newest_for_all(run, store) is None
+    assert {key: file for key, file in objects().items() if "step-" in key} == old
+    assert not (run / "result.json").exists()
+    told = capsys.readouterr().out
+    assert told.count("kept, though this run does not go on from them") == 1
+    assert all(told.count(f"{store}/passed-over/step-0000000{step}") == 1 for step in (7, 8))
+
+
+def test_a_store_that_cannot_move_what_it_holds_lets_no_run_begin_anew(tmp_path, store, objects, monkeypatch):
+    send(tmp_path / "old", store, 7)
+    before = objects()
+    monkeypatch.setattr(storage, "list_folders", lambda _: None)
+    monkeypatch.setattr(storage, "list_sizes", lambda _: None)
+    with pytest.raises(UserError, match="this store cannot move it; move it yourself"):
+        start_anew.goes_on(tmp_path / "run", resume="none", store=store)
+    assert objects() == before
+    assert not start_anew.may_be_complete(tmp_path / "run", "none")
 
 
 def test_moments_that_the_store_has_lost_are_made_anew_where_that_is_asked_for(tmp_path, store, s3_server):

@@ -23,6 +23,7 @@ MIDDLE = {
         "run_lock",
         "compile_cache",
         "resume_point",
+        "start_anew",
         "archive",
         "keeper",
         "snapshot",

@@ -1,5 +1,6 @@
 """Checkpoints that are there and cannot be used are not the same as none: no run starts anew over them, none is deleted."""
 
+import contextlib
 import errno
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from personmae import checkpoint, run_lock
+from personmae import checkpoint, pretrain, run_lock
 from personmae.__main__ import main
 from personmae.errors import Unavailable, UserError
 
@@ -205,10 +206,92 @@ def test_a_complete_run_without_its_moments_is_complete_and_an_unfinished_one_is
     assert checkpoint.read_encoder(run_dir)[0]
 
 
-def test_a_run_that_its_agent_starts_again_goes_on_though_it_was_first_started_anew(run_dir, go_on, capsys, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+class Killed(Exception):  # noqa: N818 - a way to end
+    """Ends a run as a crash would."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Have the next run end before the update after ``step`` steps."""
+
+    def dying(settings: Any, now: int, total_steps: int) -> float:
+        if now == step:
+            raise Killed
+        return 1.0
+
+    monkeypatch.setattr(pretrain, "lr_scale_at", dying)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize(
+    ("name", "died_at", "count", "goes_on_at"),
+    [
+        (None, 1, "1", 0),  # before its first checkpoint
+        (None, 3, "1", 2),
+        ("market-1", 3, "0", 2),  # the agent itself is started again, and its store is new
+    ],
+)
+def test_a_run_that_its_agent_starts_again_goes_on_from_its_own_and_never_from_what_it_set_aside(
+    run_dir, go_on, capsys, monkeypatch, damaged, name, died_at, count, goes_on_at
+):
+    if damaged:
+        for path in in_all(run_dir, "student.safetensors"):
+            flip(path)
+    before = {name.replace("checkpoints/", "checkpoints/passed-over/"): file for name, file in content(run_dir).items()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    if name:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
+        die_at(patch, died_at)
+        assert go_on("checkpoint.resume=none") == 1
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    capsys.readouterr()
     assert go_on("checkpoint.resume=none") == 0
-    assert "resuming at step 4 of 6" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "this start has begun anew before, so it goes on" in told
+    assert (f"resuming at step {goes_on_at} of 6" if goes_on_at else "pretrain: 6 steps") in told
+    assert before.items() <= content(run_dir).items()
+    assert steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in checkpoint.folders(run_dir)] == ["step-00000006", "step-00000004"]
+
+
+@pytest.mark.parametrize("environ", [{}, {"TORCHELASTIC_RUN_ID": "second", "TORCHELASTIC_RESTART_COUNT": "0"}])
+def test_another_start_begins_anew_once_more(run_dir, go_on, capsys, monkeypatch, environ):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    assert go_on("checkpoint.resume=none", "train.total_steps=2") == 0
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    assert go_on("checkpoint.resume=none", "train.total_steps=2") == 0
+    aside = checkpoint.folder(run_dir) / "passed-over"
+    assert sorted(path.name for path in aside.iterdir()) == [
+        "records",
+        "records.2",
+        "step-00000002",
+        "step-00000002.2",
+        "step-00000004",
+    ]
+
+
+def test_the_option_given_again_after_a_start_without_it_begins_anew(run_dir, go_on, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    for options in (["checkpoint.resume=none"], [], ["checkpoint.resume=none"]):
+        assert go_on("train.total_steps=2", *options) == 0
+    assert capsys.readouterr().out.count("kept, though this run does not go on from them") == 2
+
+
+def test_the_records_of_the_old_run_are_kept_when_a_run_is_started_anew(run_dir, go_on, capsys):
+    (run_dir / "clusters.jsonl").write_text('{"epoch": 0, "step": 0}\n')
+    (run_dir / "result.json").write_text('{"mAP": 0.5}\n')
+    names = ("metrics.jsonl", "clusters.jsonl", "run.json", "config.yaml", "result.json")
+    before = {name: (run_dir / name).read_bytes() for name in names}
+    assert b'"step": 6' in before["metrics.jsonl"]
+    assert go_on("checkpoint.resume=none") == 0
+    kept = checkpoint.folder(run_dir) / "passed-over" / "records"
+    assert {name: (kept / name).read_bytes() for name in names} == before
+    assert list((kept / "tensorboard").iterdir())
+    assert capsys.readouterr().out.count(str(kept)) == 1
+    assert not (run_dir / "result.json").exists()
+    assert len(json.loads((run_dir / "run.json").read_bytes())["sessions"]) == 1
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.EIO, Unavailable), (None, UserError)])
