@@ -116,7 +116,7 @@ def test_a_run_that_is_stopped_in_a_clustering_clusters_again(finished, benchmar
     run = warm.start(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None
     for _ in range(2):  # the second is that of epoch 1
-        assert any(line == "extracting 64 pictures ...\n" for line in run.stdout)
+        assert any(line.endswith("extracting 64 pictures ...\n") for line in run.stdout)
     run.send_signal(signal.SIGTERM)
     _, told = run.communicate(timeout=60)
     assert run.returncode == 75, told

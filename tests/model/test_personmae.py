@@ -1,6 +1,7 @@
 """From canvases to both losses: Eq. (3), (5), (7) and (8) alone, then the whole forward pass in float64 numpy."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from typing import Any
@@ -340,7 +341,8 @@ for name, expected in prepare().items():
 @pytest.mark.integration
 def test_compiled_drawing_and_cutting_equal_eager_ones(request):
     here = request.path.parent  # a process of its own: the shape checks of conftest.py are not for the compiler
-    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=here, capture_output=True, text=True, timeout=250)
+    environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=here, env=environ, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
 
 
