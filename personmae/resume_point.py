@@ -74,6 +74,8 @@ def newest_for_all(run_dir: str | Path, store: str | None = None, *, rebuild_mom
                 raise trouble
             raise (UserError if ended else Unavailable)(f"another host cannot read {offer[0].path}: see there")
         if path and not refused:
+            if not offer[0].moments:
+                dist.on_first_rank(lambda: search and search.set_aside_to(offer[0].path))
             return Found(path, offer[0].moments)
         if isinstance(trouble, Damaged):
             checkpoint.tell_passed_over(offer[0].path, f"on this host, {trouble}")
@@ -119,6 +121,26 @@ class _Search:
         else:
             self._passed.append((found.path, Fault("another host can neither see nor fetch it")))
         self._shared.add(found.path)
+
+    def set_aside_to(self, path: Path) -> None:
+        """Move what was passed over out of the way, up to the step of the one that is taken: a run counts those as its own.
+
+        What lies beyond moves with the first commit.
+
+        Raises:
+            OSError, UserError, Unavailable: something cannot be moved.
+        """
+        taken = checkpoint.step_of(path.name) or 0
+        moved = []
+        for where, _ in self._passed:
+            step = checkpoint.step_of(Path(where).name) or 0
+            if step > taken:
+                continue
+            if isinstance(where, Path):
+                moved += [commit.move_aside(where)] if os.path.lexists(where) and where != path else []
+            elif step < taken and (store := self._store):
+                moved.append(archive.reaching(lambda store=store, step=step: archive.set_aside(store, step)))
+        commit.tell_moved([str(place) for place in moved if place])
 
     def _share(self, store: str, path: Path) -> bool:
         """Upload a checkpoint that may never have got to the store; returns whether it is there now."""

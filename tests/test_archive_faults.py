@@ -167,6 +167,21 @@ def test_moments_that_the_store_has_lost_are_made_anew_where_that_is_asked_for(t
     assert found.read().tensors.keys() == {"student"}
 
 
+def test_what_is_passed_over_below_new_moments_is_kept_in_the_store_too(tmp_path, store, s3_server, objects):
+    send(tmp_path / "lost", store, 1, 2, 3)
+    for step, name in ((3, MOMENTS), (2, MOMENTS), (1, "student.safetensors")):
+        spoil(s3_server, step, name)
+    passed = {key.replace("run/", "run/passed-over/"): file for key, file in objects().items() if "step-00000003" not in key}
+    passed.pop("run/passed-over/LATEST")
+    found = resume_point.newest_for_all(tmp_path / "run", store, rebuild_moments=True)
+    assert found == Found(checkpoint.folder(tmp_path / "run") / "step-00000003", moments=False)
+    assert archive.steps(store) == [3]
+    writer = Writer(tmp_path / "run", keep_last=1, store=store, resumed=found and found.path)
+    writer.save(make(4), wait=True)
+    writer.close()
+    assert passed.items() <= objects().items()
+
+
 @pytest.mark.parametrize("total_steps", [3, 9])
 def test_only_a_complete_run_may_lack_its_moments_in_the_store(tmp_path, store, s3_server, total_steps):
     path = commit.write(tmp_path / "lost", make(3, total_steps), keep_last=1)

@@ -176,6 +176,31 @@ def test_moments_that_are_damaged_are_made_anew_where_that_is_asked_for(run_dir,
     assert saved.tensors["exp_avg"]
 
 
+@pytest.mark.parametrize("older", [MOMENTS, "student.safetensors", "unreadable"])
+def test_what_is_passed_over_below_one_with_new_moments_is_kept(run_dir, go_on, capsys, monkeypatch, older):
+    flip(in_all(run_dir, MOMENTS)[0])
+    second = checkpoint.folder(run_dir) / "step-00000002"
+    if older != "unreadable":
+        flip(second / older)
+    before = {name.replace("checkpoints/", "checkpoints/passed-over/"): file for name, file in content(run_dir).items()}
+    real = checkpoint._sha256
+
+    def failing(path: Path) -> str:
+        if older == "unreadable" and path.parent == second:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
+    monkeypatch.setattr(checkpoint, "_sha256", failing)
+    assert go_on("checkpoint.rebuild_moments=true", "checkpoint.keep_last=1") == 0
+    told = capsys.readouterr().out
+    assert "resuming at step 4 of 6" in told
+    kept = {name: file for name, file in before.items() if second.name in name}
+    assert kept
+    assert kept.items() <= content(run_dir).items()
+    assert told.count("kept, though this run does not go on from them") == 1
+    assert [path.name for path in checkpoint.folders(run_dir)] == ["step-00000006"]
+
+
 def test_moments_are_not_made_anew_where_an_older_checkpoint_is_whole(run_dir, go_on, capsys):
     flip(in_all(run_dir, MOMENTS)[0])
     assert go_on("checkpoint.rebuild_moments=true") == 0
