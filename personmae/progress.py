@@ -16,6 +16,11 @@ def duration(seconds: float) -> str:
     return (f"{days} d " if days else "") + f"{rest // 3600:02}:{rest // 60 % 60:02}:{rest % 60:02}"
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words: ``1 shard``, ``1,000 shards``."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def stamped(text: str) -> str:
     """Lines with the time of day before the first one, for logs."""
     return f"{time.strftime('%H:%M:%S')} {text}"

@@ -7,7 +7,7 @@ differ by nothing but their seed are one row. A run that is not finished is show
 import itertools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from personmae.errors import UserError
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 _NOT_THE_RECIPE = ("seed", "run_dir", "root", "init", "checkpoint.", "metrics.", "data.cache_dir", "train.log_every")
 _PRECISION = "train.precision"
+_MOST_NAMES = 3  # that stand side by side
 _EQUAL = 1e-6  # APs are recorded with six digits
 
 
@@ -29,6 +30,7 @@ class Row:
     """Runs with results on the same data that differ by nothing but their seed; mostly one."""
 
     runs: tuple[Run, ...]
+    label: str = ""  # where its own name is another row's too
 
     @property
     def results(self) -> list[Result]:
@@ -41,6 +43,8 @@ class Row:
     @property
     def name(self) -> str:
         """The run's name, or what the names have in common."""
+        if self.label:
+            return self.label
         names = [result.name for result in self.results]
         if len(names) == 1:
             return printable(names[0])
@@ -167,7 +171,29 @@ def group_results(runs: Sequence[Run]) -> list[Group]:
         if result := run.result:
             data = ("", result.benchmark_digest) if result.benchmark_digest else (result.benchmark, result.root)
             groups.setdefault(data, {}).setdefault(_recipe(run, runs), []).append(run)
-    return [Group(tuple(Row(tuple(same)) for same in recipes.values())) for recipes in groups.values()]
+    return [Group(_named([Row(tuple(same)) for same in recipes.values()])) for recipes in groups.values()]
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names with a number behind each that was there before: ``a``, ``a (2)``."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        found.append(name if name not in found else next(other for other in numbered if other not in [*found, *names]))
+    return found
+
+
+def _named(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """The rows with names of their own: ``ft-1, ft-2`` and ``ft-3, ft-4`` have ``ft`` in common."""
+    names = [row.name for row in rows]
+    whole = [_in_full(row) if names.count(row.name) > 1 else row.name for row in rows]
+    return tuple(replace(row, label=name) for row, name in zip(rows, distinct(whole), strict=True))
+
+
+def _in_full(row: Row) -> str:
+    """The names of its runs, the first and the last alone where they are many."""
+    names = [result.name for result in row.results]
+    return printable(", ".join(names) if len(names) <= _MOST_NAMES else f"{names[0]} to {names[-1]}")
 
 
 def find_pairs(group: Group) -> list[tuple[Row, Row]]:

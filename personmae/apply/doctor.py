@@ -25,6 +25,7 @@ from rich.text import Text
 
 from personmae import config, precision
 from personmae.errors import Incomplete, UserError
+from personmae.progress import counted
 
 PACKAGES = (
     "personmae",
@@ -350,8 +351,9 @@ def try_shards(root: str) -> tuple[Outcome, UserError | None]:
                 (height, width), _ = decode_onto(shards.jpeg(0), np.empty((256, 128, 3), np.uint8))
                 read = time.perf_counter()
                 first = shards.shards[0].num_bytes / 2**20
+                there = f"{counted(len(shards), 'picture')} in {counted(len(shards.shards), 'shard')}"
                 detail = (
-                    f"{len(shards):,} pictures in {len(shards.shards)} shards; listing and index {_ms(opened - start)}, "
+                    f"{there}; listing and index {_ms(opened - start)}, "
                     f"first picture ({height} x {width}, of a shard of {first:.1f} MiB) {_ms(read - opened)}"
                 )
             return Outcome(True, detail), None

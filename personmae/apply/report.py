@@ -19,12 +19,22 @@ from rich.table import Table
 
 from personmae import checkpoint, config, files, progress
 from personmae.apply import charts, pictures, sections
-from personmae.apply.comparison import SCORES, Group, compare_settings, data_notes, find_pairs, group_results, summarise
+from personmae.apply.comparison import (
+    SCORES,
+    Group,
+    compare_settings,
+    data_notes,
+    distinct,
+    find_pairs,
+    group_results,
+    summarise,
+)
 from personmae.apply.places import Lost, Place, printable
 from personmae.apply.runs import RankList, Result, Run, find_runs
 from personmae.data.decode import BadImage
 from personmae.data.synthetic import read_mark
 from personmae.errors import Incomplete, Unavailable, UserError
+from personmae.progress import counted
 from personmae.reid.datasets import describe, load_benchmark
 
 LOSSES = {"loss", "pixel_loss", "feature_loss"}
@@ -180,7 +190,7 @@ def count_shards(run: Run) -> str:
     """Samples, shards and bytes of a pre-training run's data."""
     with pictures.open_shards(_pretraining(run), run.directory) as shards:
         num_bytes = sum(shard.num_bytes for shard in shards.shards)
-        return f"{len(shards):,} images in {len(shards.shards)} shards, {num_bytes / 2**20:,.1f} MiB"
+        return f"{counted(len(shards), 'image')} in {counted(len(shards.shards), 'shard')}, {num_bytes / 2**20:,.1f} MiB"
 
 
 def count_benchmark(result: Result, place: Place) -> str:
@@ -204,12 +214,12 @@ def draw_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     for kind, title, fields in CHARTS:
         chosen = [run for run in runs if isinstance(run.settings, kind)]
         curves = {}
-        for run in chosen:
+        for run, run_name in zip(chosen, distinct([run.name for run in chosen]), strict=True):
             for field, label in fields.items():
                 points = [(record["step"], record[field]) for record in run.records if field in record]
                 if points:
-                    name = f"{run.name} {label}" if len(chosen) > 1 else label
-                    curves[name.strip() or run.name] = tuple(zip(*points, strict=True))
+                    name = f"{run_name} {label}" if len(chosen) > 1 else label
+                    curves[name.strip() or run_name] = tuple(zip(*points, strict=True))
         if curves:
             drawn.append((title, Markup(charts.draw_chart(title, curves, from_zero=not fields.keys() & LOSSES))))
     return drawn
@@ -289,8 +299,8 @@ def draw_rank_lists(chosen: Sequence[Run]) -> dict[str, list[pictures.Row]]:
     by_query = [{_below_root(run, e.query): e for e in run.rank_lists.entries} for run in chosen if run.rank_lists]
     queries = [query for query in by_query[0] if all(query in entries for entries in by_query)][:NUM_QUERIES]
     return {
-        _label(run): [_draw_row(run, entries[query]) for query in queries]
-        for run, entries in zip(chosen, by_query, strict=True)
+        label: [_draw_row(run, entries[query]) for query in queries]
+        for label, run, entries in zip(distinct([_label(run) for run in chosen]), chosen, by_query, strict=True)
     }
 
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from personmae.commands.arguments import Progress, place, positive
-from personmae.progress import ending, say, stamped
+from personmae.progress import counted, ending, say, stamped
 
 _SHARDS_WRITE = """\
 SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. Everything below it that holds images is taken:
@@ -144,16 +144,18 @@ def _shards_write(args: argparse.Namespace) -> None:
         )
     passed_over = f"; passed over: {outcome.passed_over}" if outcome.passed_over else ""
     if not outcome.finished:
-        others = f"{outcome.num_missing:,} shards of other parts are missing" if outcome.num_missing else "another part ends it"
-        print(f"part {part}: {outcome.num_pictures:,} images written to {args.destination}; {others}{passed_over}")
+        are = "is" if outcome.num_missing == 1 else "are"
+        missing = f"{counted(outcome.num_missing, 'shard')} of other parts {are} missing"
+        others = missing if outcome.num_missing else "another part ends it"
+        print(f"part {part}: {counted(outcome.num_pictures, 'image')} written to {args.destination}; {others}{passed_over}")
         return
     where = f"{args.destination.rstrip('/')}/{rejects.REJECTS}"
     left_out = rejects.read(args.destination)
     rejected = f"; {len(left_out):,} left out, listed in {where}: {rejects.summary(left_out)}" if left_out else ""
     if pass_mark_on(args.source, args.destination):
         passed_over += "; the people are synthetic"
-    what = "already complete: {} images in" if outcome.was_complete else "{} images written to"
-    print(f"{what.format(f'{outcome.num_pictures:,}')} {args.destination}{rejected}{passed_over}")
+    what = "already complete: {} in" if outcome.was_complete else "{} written to"
+    print(f"{what.format(counted(outcome.num_pictures, 'image'))} {args.destination}{rejected}{passed_over}")
     say(ending("shards write", time.monotonic() - began, f"the shards are in {args.destination}", _pretrain(args.destination)))
 
 
@@ -193,7 +195,8 @@ def _shards_stats(args: argparse.Namespace) -> None:
     with CacheDir(args.cache_dir) as cache, Progress("shards stats", "pictures") as progress:
         stats = shards.describe(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
     mean = stats.num_bytes / max(1, stats.num_samples)
-    print(f"{stats.num_samples:,} samples in {stats.num_shards} shards, {stats.num_bytes:,} bytes, {mean:,.0f} a sample")
+    there = f"{counted(stats.num_samples, 'sample')} in {counted(stats.num_shards, 'shard')}"
+    print(f"{there}, {stats.num_bytes:,} bytes, {mean:,.0f} a sample")
     for band, count in stats.heights.items():
         print(f"  height {band:>14} {count:>9,} {'#' * round(60 * count / stats.num_samples)}")
 

@@ -11,6 +11,7 @@ from personmae.data.containers import Picture
 from personmae.data.selection import Selection
 from personmae.data.shards import header_bytes, sample_bytes
 from personmae.data.sources import Source, told
+from personmae.progress import counted
 
 _FORMAT_VERSION = 1
 
@@ -51,7 +52,7 @@ class Plan:
 
     def __str__(self) -> str:
         others = told(self.source.passed_over)
-        line = f"{self.source.location}: {len(self.pictures):,} images for {len(self.starts):,} shards"
+        line = f"{self.source.location}: {counted(len(self.pictures), 'image')} for {counted(len(self.starts), 'shard')}"
         return f"{line}; passed over: {others}" if others else line
 
     @functools.cached_property

@@ -16,10 +16,12 @@ from personmae.apply.comparison import (
     compare_queries,
     compare_settings,
     data_notes,
+    distinct,
     find_pairs,
     group_results,
     summarise,
 )
+from personmae.apply.report import draw_cmc
 from personmae.apply.runs import Run, find_runs
 
 REAL = {"benchmark_digest": "e" * 16, "benchmark_title": "Market-1501", "synthetic": False}
@@ -63,6 +65,24 @@ def test_runs_that_differ_by_their_seed_are_one_row(make_run: MakeRun, tmp_path:
     (folded,) = [row for row in shown if row["name"] == "finetune_personmae"]
     assert folded["scores"][0] == {"text": "21.5", "spread": "20.4-22.4, 3 seeds", "best": False}
     assert folded["details"] == "seeds 0, 1, 2"
+
+
+def test_rows_whose_runs_begin_alike_keep_names_and_curves_of_their_own(make_run: MakeRun, tmp_path: Path) -> None:
+    """Both rows of two were called ft, and the CMC curve of one was drawn over by the other's."""
+    for number in range(1, 5):
+        make_run(f"ft-{number}", mAP=number / 10, overrides={"seed": number % 2, "optim": {"lr": 0.1 * ((number + 1) // 2)}})
+    make_run("ft", mAP=0.6, overrides={"optim": {"lr": 0.5}})
+    for folder in ("c", "d"):
+        record = make_run(folder, mAP=0.5, init=None) / "result.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"name": "colour"}))
+    _, (group,) = read(tmp_path)
+    assert sorted(row.name for row in group.rows) == ["colour", "colour (2)", "ft", "ft-1, ft-2", "ft-3, ft-4"]
+    ((_, drawing),) = draw_cmc([group])
+    assert all(f"{row.name}: " in drawing for row in group.rows)
+
+
+def test_a_number_behind_a_name_is_taken_by_no_other() -> None:
+    assert distinct(["a", "a", "a (2)", "b", "a"]) == ["a", "a (3)", "a (2)", "b", "a (4)"]
 
 
 def test_runs_whose_auto_came_to_another_precision_are_not_one_row(make_run: MakeRun, tmp_path: Path) -> None:

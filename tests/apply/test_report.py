@@ -114,7 +114,7 @@ def test_the_page_holds_everything_and_links_to_nothing(runs: Path, capsys: pyte
         assert expected in text
     assert "<strong>43.2</strong>" in text
     assert "differ: init (pretrain / random)" in text
-    assert "12 images in 1 shards" in text
+    assert "12 images in 1 shard," in text
     assert "as they were when it was evaluated" in text
     for setting in ("max_shift: 16", "GPU-9000", "a &lt;processor&gt;", "c0ffee", "torch 9.9"):
         assert setting in text
@@ -212,7 +212,7 @@ def test_a_report_from_another_folder_has_all_figures(
     text = (work / "runs" / "report.html").read_text(encoding="utf-8")
     assert text.count("<img ") == 8 * 5 + 4 * 11
     assert "The people are synthetic." in text
-    assert "12 images in 1 shards" in text
+    assert "12 images in 1 shard," in text
     assert "left out" not in text + "".join(capsys.readouterr())
 
 

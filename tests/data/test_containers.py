@@ -187,8 +187,8 @@ def test_the_command_tells_what_it_passes_over_at_the_plan_and_at_the_end(pictur
     put(tmp_path, "a.txt", "b.txt", "c.mat")
     assert main(["shards", "write", str(tmp_path), str(tmp_path / "out"), "--processes", "1"]) == 0
     out, err = capsys.readouterr()
-    assert f"shards write: {tmp_path}: 1 images for 1 shards; passed over: 2 .txt, 1 .mat" in err
-    assert out == f"1 images written to {tmp_path}/out; passed over: 2 .txt, 1 .mat\n"
+    assert f"shards write: {tmp_path}: 1 image for 1 shard; passed over: 2 .txt, 1 .mat" in err
+    assert out == f"1 image written to {tmp_path}/out; passed over: 2 .txt, 1 .mat\n"
 
 
 def test_a_complete_import_that_is_repeated_says_so_and_one_of_something_else_is_refused(pictures, tmp_path, capsys):
