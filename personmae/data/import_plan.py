@@ -13,7 +13,7 @@ from personmae.data.shards import header_bytes, sample_bytes
 from personmae.data.sources import Source, told
 from personmae.progress import counted
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2  # one more with each rule of what a shard holds: sizes are upright since 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,11 @@ def _already_complete(plan: Plan, destination: str) -> Outcome | None:
     if PLAN in names or INDEX not in names:
         return None
     done = json.loads(storage.read(root, DONE) or b"{}")
+    if done and done.get("format_version") != plan.record["format_version"]:
+        raise UserError(
+            f"an empty destination is required; {destination} already holds a complete import by another version: choose "
+            "another, or use it as it is with --if-missing"
+        )
     if differing := [name for name, value in plan.record.items() if done.get(name) != value]:
         what = "other images" if differing == ["pictures"] else " and ".join(name for name in differing if name != "pictures")
         raise UserError(
@@ -205,6 +210,11 @@ def _begin(plan: Plan, root: str, begun: bool, staging: Path) -> None:
     if recorded is None:
         raise FileNotFoundError(f"{PLAN} of {root} has gone: another host has finished the import, or somebody deleted it")
     there = json.loads(recorded)
+    if there.get("format_version") != plan.record["format_version"]:
+        raise UserError(
+            f"{root} holds an unfinished import by another version, whose rules for images differ; delete it and start again "
+            "with an empty destination"
+        )
     for name, value in plan.record.items():
         if there.get(name) != value:
             what = "other pictures" if name == "pictures" else f"{name}={there.get(name)} instead of {value}"
@@ -223,7 +233,7 @@ def _records(plan: Plan, root: str) -> dict[int, Record]:
             return None
         content = storage.read(root, _record_name(number))
         found = json.loads(content) if content else None
-        if found and found.get("plan", plan.digest) != plan.digest:
+        if found and found.get("plan") != plan.digest:
             return None
         if found and found["shard"] and sizes is not None:
             raw = found["shard"]["raw_data"]
@@ -273,7 +283,8 @@ def _write_index(plan: Plan, records: list[Record], root: str, staging: Path) ->
     shards = [record["shard"] for record in records if record["shard"]]
     left_out = [reject for record in records for reject in record["rejects"]]
     if not shards:
-        storage.delete(root, [*(_record_name(number) for number in range(len(plan.starts))), PLAN])
+        storage.delete(root, [_record_name(number) for number in range(len(plan.starts))])
+        storage.delete(root, [PLAN])  # after them, as in _conclude
         raise UserError(
             f"pictures that can be decoded are required; all {len(left_out):,} of {plan.source.location} were rejected: "
             f"{rejects.summary(left_out)}"

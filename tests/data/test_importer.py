@@ -289,6 +289,34 @@ def test_an_unfinished_import_goes_on_with_its_own_options_only(source, tmp_path
     assert importer.write(source, str(tmp_path / "out"), shard_bytes=1500) == 4
 
 
+def test_an_import_of_another_version_is_neither_gone_on_with_nor_mixed_with(source, tmp_path):
+    """Sizes as stored and upright ones stood in one set."""
+    interrupted(source, tmp_path / "out", after=2)
+    record = tmp_path / "out.partial" / importer.PLAN
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"format_version": 1}))
+    message = refused(source, tmp_path / "out", shard_bytes=1500)
+    assert f"{tmp_path}/out.partial holds an unfinished import by another version" in message
+    assert "start again with an empty destination" in message
+    record.unlink()
+    for path in (tmp_path / "out.partial").iterdir():
+        path.unlink()
+    (tmp_path / "out.partial").rmdir()
+    assert importer.write(source, str(tmp_path / "out"), shard_bytes=1500) == 4
+    done = tmp_path / "out" / importer.DONE
+    assert json.loads(done.read_text())["format_version"] > 1
+    done.write_text(json.dumps(json.loads(done.read_text()) | {"format_version": 1}))
+    assert "holds a complete import by another version" in refused(source, tmp_path / "out", shard_bytes=1500)
+
+
+def test_a_record_without_the_digest_of_its_plan_does_not_count(source, tmp_path):
+    interrupted(source, tmp_path / "out", after=2)
+    before = sorted((tmp_path / "out.partial").glob("import-*.json"))
+    told = json.loads(before[0].read_text())
+    told["shard"]["samples"] = 99
+    before[0].write_text(json.dumps({name: value for name, value in told.items() if name != "plan"}))
+    assert importer.write(source, str(tmp_path / "out"), shard_bytes=1500) == 4
+
+
 def test_an_unfinished_import_does_not_go_on_with_other_pictures(source, tmp_path):
     interrupted(source, tmp_path / "out", after=2)
     (source / "3.jpg").rename(source / "4.jpg")
