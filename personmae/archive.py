@@ -112,7 +112,8 @@ def delete(store: str, step: int) -> None:
     """Delete a checkpoint of a store, first what makes it one; nothing happens where a store cannot list."""
     root = f"{store}/{checkpoint.name_of(step)}"
     if names := storage.list_sizes(root):
-        storage.delete(root, sorted(names, key=lambda name: name != MANIFEST))
+        storage.delete(root, [name for name in names if name == MANIFEST])
+        storage.delete(root, [name for name in names if name != MANIFEST])
 
 
 def set_aside(store: str, step: int) -> str | None:

@@ -23,6 +23,7 @@ from personmae.errors import UserError
 
 READ_TIMEOUT_SECONDS = 15  # without a byte; a stalled connection is given up for another
 _BLOCK = 1 << 20
+_MOST_DELETED = 1000  # by one request, S3's own bound
 _making_client = threading.Lock()  # it takes a tenth of a second and ten megabytes: threads must not make one each
 
 # Answers of a server that another try may change, and what to call them in counts.
@@ -43,6 +44,8 @@ _PASSING_CODES = {
     "ExpiredTokenException": "expired",
     "RequestExpired": "expired",
 }
+# Answers of servers that delete one object at a time, or that want another checksum of a list than ours.
+_ONE_BY_ONE = {"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "InvalidRequest", "MalformedXML", "501", "405", "400"}
 _HINTS = {
     "ExpiredToken": "the credentials have expired; get new ones",
     "ExpiredTokenException": "the credentials have expired; get new ones",
@@ -319,12 +322,36 @@ def copy(root: str, name: str, to: str) -> None:
 
 
 def delete(root: str, names: list[str]) -> None:
-    """Remove files directly below an ``s3://`` location or a directory."""
+    """Remove files directly below an ``s3://`` location or a directory, in any order."""
     if not is_remote(root):
         for name in names:
             (Path(root) / name).unlink(missing_ok=True)
     elif is_s3(root):
         bucket, prefix = split_s3(root)
         with explained(root, "deleting below"):
-            for name in names:
-                s3_client().delete_object(Bucket=bucket, Key=f"{prefix}{name}")
+            for start in range(0, len(names), _MOST_DELETED):
+                _delete_objects(bucket, [f"{prefix}{name}" for name in names[start : start + _MOST_DELETED]])
+
+
+def _delete_objects(bucket: str, keys: list[str]) -> None:
+    """Remove objects by one request, or by one each at a server that knows no other.
+
+    Raises:
+        ClientError: one or more could not be removed; the first is named.
+    """
+    from botocore.exceptions import ClientError
+
+    client = s3_client()
+    try:
+        asked = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
+        errors = client.delete_objects(Bucket=bucket, Delete=asked).get("Errors", []) if len(keys) > 1 else None
+    except ClientError as error:
+        if error.response.get("Error", {}).get("Code") not in _ONE_BY_ONE:
+            raise
+        errors = None
+    if errors is None:
+        for key in keys:
+            client.delete_object(Bucket=bucket, Key=key)
+    elif errors:
+        told = {"Code": errors[0].get("Code", ""), "Message": f"{errors[0].get('Key')}: {errors[0].get('Message')}"}
+        raise ClientError({"Error": told}, "DeleteObjects")

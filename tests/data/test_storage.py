@@ -6,6 +6,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError
 from moto.backends import get_backend
 
 from personmae.data import importer, shards, storage
@@ -87,6 +88,41 @@ def test_listing_and_deleting_stay_directly_below_the_prefix(s3_server):
     assert storage.list_sizes(f"s3://{bucket}/set") == {"a": 2, "b": 2}
     storage.delete(f"s3://{bucket}/set", ["a", "b"])
     assert s3_server.keys(bucket) == ["other/d", "set/sub/c", "settings"]
+
+
+@pytest.mark.parametrize("refusal", [None, "NotImplemented", "AccessDenied"])
+def test_many_objects_are_deleted_by_few_requests_or_by_one_each_where_a_server_wants_it(s3_server, monkeypatch, refusal):
+    bucket = s3_server.bucket("many")
+    names = [f"n{number} &<é" for number in range(7)]
+    for name in names:
+        s3_server.client.put_object(Bucket=bucket, Key=f"set/{name}", Body=b"")
+    monkeypatch.setattr(storage, "_MOST_DELETED", 3)
+    asked: list[str] = []
+
+    def count(model, **_: object) -> None:
+        asked.append(model.name)
+        if refusal and model.name == "DeleteObjects":
+            raise ClientError({"Error": {"Code": refusal, "Message": "no"}}, model.name)
+
+    storage.s3_client().meta.events.register("before-call.s3", count)
+    if refusal == "AccessDenied":
+        with pytest.raises(UserError, match=r"deleting below s3://many/set was refused \(AccessDenied\)"):
+            storage.delete(f"s3://{bucket}/set", names)
+        assert len(s3_server.keys(bucket)) == 7
+        return
+    storage.delete(f"s3://{bucket}/set", names)
+    assert s3_server.keys(bucket) == []
+    assert asked.count("DeleteObject") == (7 if refusal else 1)
+    assert asked.count("DeleteObjects") == 2
+
+
+def test_what_a_server_keeps_of_many_objects_is_told(s3_server, monkeypatch):
+    bucket = s3_server.bucket("kept")
+    kept = {"Errors": [{"Key": "set/a", "Code": "AccessDenied", "Message": "locked"}]}
+    monkeypatch.setattr(storage.s3_client(), "delete_objects", lambda **_: kept)
+    with pytest.raises(UserError, match=r"deleting below s3://kept/set was refused \(AccessDenied\)") as caught:
+        storage.delete(f"s3://{bucket}/set", ["a", "b"])
+    assert "set/a: locked" in str(caught.value.__cause__)
 
 
 def test_a_listing_longer_than_a_page_is_complete(s3_server):
