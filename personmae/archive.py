@@ -5,11 +5,12 @@
 With each go the records of its run (``RECORDS``) as they are then, so that a run on an empty disk has its whole curves.
 """
 
+import contextlib
 import itertools
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -26,6 +27,7 @@ RETRY_SECONDS = 120.0  # for which a run that starts waits for a store that is a
 RECORDS = ("metrics.jsonl", "clusters.jsonl", "run.json", "config.yaml")  # of a run directory; no manifest lists them
 _NUM_FETCHES = 2  # of a file whose hash is wrong: the connection may have spoiled it
 _jitter = random.Random()
+_told = set[Path]()  # records that could not be copied
 _Result = TypeVar("_Result")
 
 
@@ -77,16 +79,21 @@ def send(store: str, path: Path, step: int, sent: set[str], *, anew: bool = Fals
             if (path / name).exists() or not checkpoint.is_moments(name):
                 storage.upload(root, name, path / name)
             sent.add(name)
-        for name, content in _records(path.parent.parent).items():
-            storage.write(root, name, content)
+        _send_records(root, path.parent.parent)
         storage.write(root, MANIFEST, manifest)
     storage.write(store, LATEST, checkpoint.name_of(step).encode())
 
 
-def _records(run_dir: Path) -> dict[str, bytes]:
-    """The records that a run directory has; of a file that is being written, the whole lines."""
-    found = {name: (run_dir / name).read_bytes() for name in RECORDS if (run_dir / name).is_file()}
-    return {name: _whole(content) if name.endswith(".jsonl") else content for name, content in found.items()}
+def _send_records(root: str, run_dir: Path) -> None:
+    """Copy the records that a run directory has; of a file that is being written, the whole lines.
+
+    What cannot be read or is refused is told and left out: it must keep no checkpoint from its store.
+    """
+    for name in RECORDS:
+        with _best_effort(run_dir / name):
+            if (run_dir / name).is_file():
+                content = (run_dir / name).read_bytes()
+                storage.write(root, name, _whole(content) if name.endswith(".jsonl") else content)
 
 
 def _whole(content: bytes) -> bytes:
@@ -96,16 +103,32 @@ def _whole(content: bytes) -> bytes:
 def bring_records(store: str, step: int, run_dir: Path) -> None:
     """Write the records that lie with a checkpoint of a store where a run directory has none, or fewer lines.
 
+    One that cannot be brought is told: the run goes on without it.
+
     Raises:
-        UserError: the store cannot be read.
+        UserError: the store cannot be reached at present.
     """
     for name in RECORDS:
         path = run_dir / name
-        theirs = patiently(lambda name=name: storage.read(f"{store}/{checkpoint.name_of(step)}", name))
-        ours = path.read_bytes() if path.exists() else None
-        fewer = name.endswith(".jsonl") and (theirs or b"").count(b"\n") > (ours or b"").count(b"\n")
-        if theirs is not None and (ours is None or fewer):
-            files.replace(path, theirs)
+        with _best_effort(path):
+            theirs = patiently(lambda name=name: storage.read(f"{store}/{checkpoint.name_of(step)}", name))
+            ours = path.read_bytes() if path.exists() else None
+            fewer = name.endswith(".jsonl") and (theirs or b"").count(b"\n") > (ours or b"").count(b"\n")
+            if theirs is not None and (ours is None or fewer):
+                files.replace(path, theirs)
+
+
+@contextlib.contextmanager
+def _best_effort(path: Path) -> Iterator[None]:
+    """Say once that a record is not copied, and why; where the store is away, what is copied with it must be tried again."""
+    try:
+        yield
+    except (OSError, UserError) as error:
+        if isinstance(error, UserError) and passing_reason(error):
+            raise
+        if path not in _told:
+            print(f"checkpoint: {path} is not copied with it: {error}", flush=True)
+        _told.add(path)
 
 
 def delete(store: str, step: int) -> None:

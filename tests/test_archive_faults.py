@@ -1,6 +1,8 @@
 """A store whose checkpoints cannot be used, or that cannot be reached: nothing of it is deleted, no run starts anew over it."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -234,6 +236,69 @@ def test_a_run_on_an_empty_disk_has_its_whole_records(tmp_path, store):
         "metrics.jsonl": "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3)),
         **{name: f"{name}\n" for name in ("run.json", "config.yaml", "clusters.jsonl")},
     }
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have reading a file fail."""
+    real = Path.read_bytes
+
+    def fail(path: Path) -> None:
+        def read(asked: Path) -> bytes:
+            if asked == path:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(asked))
+            return real(asked)
+
+        monkeypatch.setattr(Path, "read_bytes", read)
+
+    return fail
+
+
+def test_a_record_that_cannot_be_read_keeps_no_checkpoint_from_its_store(tmp_path, store, failing, capsys):
+    lost = tmp_path / "lost"
+    record_steps(lost, 1, 2, 3)
+    (lost / "clusters.jsonl").write_text("{}\n")
+    failing(lost / "clusters.jsonl")
+    writer = Writer(lost, keep_last=2, store=store)
+    for step in (1, 2):
+        writer.save(make(step), wait=True)
+        while writer._queue or writer._in_upload:
+            assert writer._uploading
+            assert writer._uploading.is_alive()
+    writer.close()
+    assert writer.uploaded == 2
+    assert storage.read(f"{store}/step-00000002", "metrics.jsonl") == (lost / "metrics.jsonl").read_bytes()
+    assert storage.read(f"{store}/step-00000002", "clusters.jsonl") is None
+    assert capsys.readouterr().out.count(f"{lost / 'clusters.jsonl'} is not copied with it: [Errno 5]") == 1
+
+
+def test_a_record_that_the_store_refuses_keeps_no_checkpoint_from_it(tmp_path, store, monkeypatch, capsys):
+    real = storage.write
+
+    def write(root: str, name: str, content: bytes) -> None:
+        if name == "run.json":
+            raise UserError("writing was refused (AccessDenied)")
+        real(root, name, content)
+
+    record_steps(tmp_path / "lost", 1)
+    (tmp_path / "lost" / "run.json").write_text("{}")
+    monkeypatch.setattr(storage, "write", write)
+    send(tmp_path / "lost", store, 1)
+    assert storage.read(f"{store}/step-00000001", "manifest.json") is not None
+    assert "run.json is not copied with it: writing was refused" in capsys.readouterr().out
+
+
+def test_a_record_that_cannot_be_brought_keeps_no_run_from_going_on(tmp_path, store, failing, capsys):
+    record_steps(tmp_path / "lost", 1, 2, 3)
+    (tmp_path / "lost" / "run.json").write_text("{}")
+    send(tmp_path / "lost", store, 3)
+    record_steps(tmp_path / "run", 1)
+    here = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    failing(tmp_path / "run" / "metrics.jsonl")
+    assert resume_point.newest(tmp_path / "run", store)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().encode() == here  # what cannot be read is not written over
+    assert (tmp_path / "run" / "run.json").read_text() == "{}"
+    assert "metrics.jsonl is not copied with it: [Errno 5]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("here", "expected"), [((1, 2), (1, 2, 3)), ((1, 2, 3, 4), (1, 2, 3, 4))])
