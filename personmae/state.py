@@ -141,12 +141,16 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
     told = f"the loss has jumped by step {at}, above {state.settings.train.spike_factor:g} times what it was before"
     if attempt >= most:
         raise Diverged(f"{told}, after {most} rollbacks; lower optim.base_lr, or look at the data")
-    kept = {*checkpoint.local_steps(run_dir), *(archive.steps(store) if store else ())} if state.world.is_first else set()
-    if not dist.any_rank(any(step <= spike.good_step for step in kept)):
-        raise Diverged(f"{told}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often")
-    if state.world.is_first:
+
+    def give_up() -> None:
+        kept = {*checkpoint.local_steps(run_dir), *_steps_in(store)}
+        if not any(step <= spike.good_step for step in kept):
+            raise Diverged(
+                f"{told}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often"
+            )
         _give_up(run_dir, store, [step for step in kept if step > spike.good_step], at)
-    dist.barrier()
+
+    dist.on_first_rank(give_up)  # whatever fails there, the others must not wait for it
     usual = state.usual_loss
     found = resume(state)
     if not found:
@@ -158,13 +162,26 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
     return found
 
 
+def _steps_in(store: str | None) -> list[int]:
+    return archive.reaching(lambda: archive.patiently(lambda: archive.steps(store))) if store else []
+
+
 def _give_up(run_dir: str, store: str | None, steps: list[int], at: int) -> None:
-    """Delete what a run has saved since its loss jumped, up to step ``at``; what lies beyond is not its own: moved aside."""
+    """Delete what a run has saved since its loss jumped, up to step ``at``; what lies beyond is not its own: moved aside.
+
+    Raises:
+        OSError, UserError, Unavailable: the first that cannot be, after all others; the run would go on from it.
+    """
     own, beyond = ([step for step in steps if (step <= at) is mine] for mine in (True, False))
-    commit.raise_first(commit.delete(run_dir, own))
-    commit.raise_first(commit.set_aside(run_dir, beyond)[1])
+    failures: list[Exception] = [*commit.delete(run_dir, own).values(), *commit.set_aside(run_dir, beyond)[1].values()]
     for step in steps if store else ():
-        (archive.delete if step in own else archive.set_aside)(store or "", step)
+        leave = archive.delete if step in own else archive.set_aside
+        try:
+            archive.reaching(lambda leave=leave, step=step: archive.patiently(lambda: leave(store or "", step)))
+        except Exception as error:  # each store's client has errors of its own
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def open_writer(settings: config.Pretrain, resumed: Path | None, team: dict[str, Any]) -> Writer:

@@ -2,17 +2,19 @@
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from closeness import largest
 
-from personmae import checkpoint, config, pretrain
-from personmae.errors import Diverged
+from personmae import archive, checkpoint, commit, config, dist, pretrain, state
+from personmae.errors import Diverged, UserError
 from personmae.model.personmae import prepare_batch
+from personmae.state import Run, Spiked, roll_back
 
 pytestmark = pytest.mark.integration
 SPIKE, EVERY, TOTAL = 13, 4, 24
@@ -94,8 +96,7 @@ def test_a_spike_is_undone_and_its_batches_are_left_out(shard_dir, tmp_path, mon
         np.testing.assert_array_equal(got, wanted, err_msg=f"batch {i}")
     newest = checkpoint.newest(run_dir)
     assert newest is not None
-    state = checkpoint.read(newest).state
-    assert (checkpoint.step_of(newest.name), state["cursor"]) == (TOTAL, TOTAL + 4)
+    assert (checkpoint.step_of(newest.name), checkpoint.read(newest).state["cursor"]) == (TOTAL, TOTAL + 4)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [*range(2, TOTAL + 1, 2)]
     assert largest(record["loss"] for record in records) < 2 * records[0]["loss"]
@@ -138,6 +139,54 @@ def test_without_an_earlier_checkpoint_the_run_ends(shard_dir, tmp_path, monkeyp
     settings = settings.model_copy(update={"checkpoint": config.Checkpoint(every_steps=1000)})
     with pytest.raises(Diverged, match=r"has no checkpoint from before; raise checkpoint\.keep_last"):
         pretrain.run(settings)
+
+
+@pytest.mark.parametrize("where", ["steps", "delete"])
+def test_a_store_that_fails_at_a_rollback_ends_all_ranks_alike(shard_dir, tmp_path, monkeypatch, where):
+    """The other ranks wait for the first: whatever it meets must reach them."""
+    shared: list[BaseException | None] = []
+
+    def on_first_rank(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as error:
+            shared.append(error)
+            raise
+
+    def refuse(*_: Any) -> Any:
+        raise UserError("refused (AccessDenied)")
+
+    monkeypatch.setattr(archive, "steps", lambda _: [])
+    monkeypatch.setattr(archive, where, refuse)
+    monkeypatch.setattr(dist, "on_first_rank", on_first_rank)
+    run_dir = tmp_path / "run"
+    for step in (8, 12, 14):
+        commit.write(run_dir, checkpoint.Checkpoint(step, {}, {}), keep_last=9)
+    settings = settings_for(shard_dir, run_dir)
+    settings = settings.model_copy(update={"checkpoint": config.Checkpoint(store="s3://nowhere/run")})
+    run = SimpleNamespace(settings=settings, step=16, cursor=16, usual_loss=1.0, world=SimpleNamespace(is_first=True))
+    with pytest.raises(UserError, match="refused"):
+        roll_back(cast("Run", run), Spiked(12), 0)
+    assert [str(error) for error in shared] == ["refused (AccessDenied)"]
+
+
+def test_one_that_cannot_be_given_up_keeps_no_other_and_ends_the_run(tmp_path, monkeypatch):
+    given_up: list[int] = []
+
+    def delete(_: str, step: int) -> None:
+        if step == 14:
+            raise UserError("refused (AccessDenied)")
+        given_up.append(step)
+
+    for step in (14, 15, 20, 21):
+        commit.write(tmp_path, checkpoint.Checkpoint(step, {}, {}), keep_last=9)
+    (checkpoint.folder(tmp_path) / "passed-over").write_text("in the way of what is moved")
+    monkeypatch.setattr(archive, "delete", delete)
+    monkeypatch.setattr(archive, "set_aside", lambda _, step: given_up.append(step))
+    with pytest.raises(OSError, match="passed-over"):
+        state._give_up(str(tmp_path), "s3://nowhere/run", [14, 15, 20, 21], at=16)
+    assert given_up == [15, 20, 21]
+    assert checkpoint.local_steps(tmp_path) == [20, 21]
 
 
 def test_after_too_many_skipped_steps_the_state_is_kept_for_a_look(shard_dir, tmp_path):
