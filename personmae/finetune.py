@@ -30,6 +30,7 @@ from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
 from personmae.guard import Guard
+from personmae.heartbeat import Phase
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
@@ -157,9 +158,10 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
     ours, due, shown = dist.share(state.order.shape[1]), False, True  # the first step is shown at once
     share_drop_path(state.module, state.order.shape[1], ours)
     left = state.order[state.step :]
+    working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
     try:
         for chosen, pictures in zip(left, load_ahead(images, left[:, ours]), strict=True):
-            meter.beat("step", state.step)
+            meter.beat(working, state.step)
             meter.enter("inputs")
             batch = {"images": augmented(state, pictures, len(chosen), ours), "labels": labels[chosen[ours]].to(world.device)}
             meter.enter("forward_backward")
@@ -168,7 +170,7 @@ def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, sto
             lr_scale = lr_scale_at(settings, state.step, total_steps)
             _, skipped = engine.step(lr_scale)
             guard.note(losses["loss"], skipped)
-            state.step += 1
+            state.step, working = state.step + 1, "step"
 
             meter.count(state.step, len(chosen))
             log.advance(state.step)

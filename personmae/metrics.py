@@ -3,6 +3,7 @@
 Also how much arithmetic a picture needs, and how much a GPU could do. What Prometheus is told stands in meter.py.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -118,16 +119,27 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._is_first:
-            (self._bar[0].console.print if self._bar else log)(text)
+            if self._bar:
+                self._bar[0].console.print(text, markup=False, emoji=False)  # a run's name may have brackets
+            else:
+                log(text)
 
     def close(self) -> None:
         """End the bar, flush the files, and write into ``run.json`` how it ended, by the exception on its way."""
-        if self._is_first:
-            if self._bar:
-                self._bar[0].stop()
-            self._file.close()
-            self._board.close()
-            sessions.end(self._dir, last_step=self._step, failure=sys.exception())
+        if not self._is_first:
+            return
+        failure = sys.exception()
+        try:
+            with contextlib.ExitStack() as closing:  # each, though another may raise on a full disk
+                closing.callback(self._board.close)
+                closing.callback(self._file.close)
+                if self._bar:
+                    closing.callback(self._bar[0].stop)
+        except BaseException as error:
+            failure = failure or error
+            raise
+        finally:
+            sessions.end(self._dir, last_step=self._step, failure=failure)
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, float]]:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -105,7 +106,7 @@ def show_plan(
     }
     table = Table(show_header=False)
     for name, value in ({"model": _count(num_params, num_encoder)} | facts | {"batch": str(plan)} | memory).items():
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     console = Console()
     console.print(table)
     worlds = Table("ranks", "micro-batches", "of images", title="world sizes that can take this batch")

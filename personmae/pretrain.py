@@ -3,6 +3,7 @@
 ``personmae pretrain CONFIG [a.b=c ...]`` and ``deepspeed launcher/pretrain.py --config CONFIG [a.b=c ...]`` both end here.
 """
 
+import contextlib
 import gc
 import itertools
 import shlex
@@ -191,10 +192,11 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
         save(state, writer, spread=bool(team))
         finish(writer)
     finally:
-        reader.close()
-        log.close()
-        if writer:
-            writer.close()  # last: it may raise
+        with contextlib.ExitStack() as closing:  # from the last to the first, each though another may raise
+            if writer:
+                closing.callback(writer.close)
+            closing.callback(log.close)
+            closing.callback(reader.close)
 
 
 def dry_run(settings: config.Pretrain, world_size: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_files import full_disk
 
 from personmae import metrics, progress, sessions
@@ -229,3 +231,33 @@ def test_a_record_that_cannot_be_read_at_present_is_not_written_over(tmp_path: P
         with pytest.raises(OSError, match="Input/output"):
             record_run(tmp_path, **RECORD, first_step=3)
     assert (tmp_path / "run.json").read_text() == before
+
+
+class FullBoard(NoBoard):
+    """A full disk below TensorBoard's file."""
+
+    def close(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_log_that_cannot_be_closed_says_so_in_the_record_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_run(tmp_path, **RECORD, first_step=0)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", FullBoard)
+    log = log_of(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    session = json.loads((tmp_path / "run.json").read_bytes())["sessions"][-1]
+    assert session["ended"]
+    assert session["outcome"] == "failed: OSError"
+
+
+def test_a_line_in_a_terminal_is_shown_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(metrics, "Console", lambda: Console(file=shown, force_terminal=True, width=120, no_color=True))
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", NoBoard)
+    log = log_of(tmp_path)
+    try:
+        log.say("saved in runs/[x]/[/bold] :smile:")
+    finally:
+        log.close()
+    assert "saved in runs/[x]/[/bold] :smile:" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())

@@ -16,7 +16,10 @@ import warm
 from programs import environment, launch, one_line_error, personmae
 
 from personmae import checkpoint
+from personmae.__main__ import main
 from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.meter import Meter
+from personmae.reid.heads import ReIDModel
 
 pytestmark = pytest.mark.integration
 
@@ -246,3 +249,24 @@ def test_a_run_that_is_stopped_in_its_evaluation_is_measured_when_it_goes_on(fin
 def test_pre_trained_weights_alone_cannot_be_evaluated(native_run: Path, benchmarks: Path) -> None:
     line = one_line_error(personmae("evaluate", native_run, "market1501", benchmarks / "market1501"))
     assert "a fine-tuned checkpoint is required" in line
+
+
+def test_the_first_step_of_a_compiled_run_has_the_time_that_compiling_takes(benchmarks, tmp_path, monkeypatch, restore_signals):
+    """An agent ends a rank that is silent for longer than its phase allows; a step's is 300 s."""
+
+    class Enough(Exception):  # noqa: N818 - it ends the run here
+        pass
+
+    phases: list[tuple[str, int]] = []
+
+    def beat(_: Meter, phase: str, step: int) -> None:
+        phases.append((phase, step))
+        if step == 2:
+            raise Enough
+
+    monkeypatch.setattr(Meter, "beat", beat)
+    monkeypatch.setattr(ReIDModel, "compile", lambda _: None)  # what it takes is not the matter here
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with contextlib.suppress(Enough):
+        main(["finetune", *arguments(benchmarks, tmp_path / "run", "train.compile=true")])
+    assert phases == [("compile", 0), ("step", 1), ("step", 2)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from personmae import checkpoint, pretrain, run_lock
+from personmae import checkpoint, keeper, metrics, pretrain, run_lock
 from personmae.__main__ import main
 from personmae.errors import Unavailable, UserError
 
@@ -339,3 +339,18 @@ def test_the_lock_is_free_after_every_refusal(run_dir, go_on):
         flip(path)
     assert go_on() == 78
     run_lock.lock(run_dir).close()
+
+
+def test_a_log_that_cannot_be_closed_keeps_no_checkpoint_from_being_waited_for(run_dir, go_on, monkeypatch, capsys):
+    closed: list[bool] = []
+    real, real_log = keeper.Writer.close, metrics.RunLog.close
+
+    def full(log: metrics.RunLog) -> None:
+        real_log(log)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(metrics.RunLog, "close", full)
+    monkeypatch.setattr(keeper.Writer, "close", lambda writer: (real(writer), closed.append(writer.busy)))
+    die_at(monkeypatch, 5)
+    assert go_on() == 78  # a full disk
+    assert closed == [False]

@@ -8,6 +8,7 @@ import torch
 from programs import one_line_error, personmae
 from torch.profiler import ProfilerActivity, profile
 
+from personmae.__main__ import main
 from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
 from personmae.model.teacher import Teacher
 from personmae.plan import admissible_world_sizes, count_kept
@@ -84,3 +85,13 @@ def test_a_dry_run_tells_batch_memory_and_worlds_and_writes_nothing(shard_dir: P
     assert not (tmp_path / "run").exists()
     line = one_line_error(personmae(*arguments, "train.global_batch_size=12", "--dry-run", "5"))
     assert "must be a multiple of the world size 5" in line
+
+
+@pytest.mark.integration
+def test_a_dry_run_names_a_run_with_brackets_as_it_is(shard_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.setenv("COLUMNS", "300")
+    run_dir = tmp_path / "[x]" / "[bold]"
+    arguments = ["pretrain", "configs/quickstart.yaml", f"data.shards={shard_dir}", f"run_dir={run_dir}"]
+    assert main([*arguments, "train.global_batch_size=8", "--dry-run", "1"]) == 0
+    assert str(run_dir) in capsys.readouterr().out
