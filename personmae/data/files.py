@@ -267,6 +267,8 @@ class _OpenObject(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
         wanted = max(0, min(len(view), self._num_bytes - self._at))
+        if not wanted:
+            return 0
         if not self._start <= self._at <= self._at + wanted <= self._start + len(self._block):
             ahead = min(max(wanted, _AHEAD), self._num_bytes - self._at)
             self._block, self._start = patiently(lambda: self._files.read(self._name, self._at, ahead)), self._at

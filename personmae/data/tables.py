@@ -1,7 +1,8 @@
 """Tables with a column of images: MDS shards that others wrote, compressed too, and parquet as Hugging Face publishes it.
 
 A table is listed from its index alone: how many images each block has and how large they are on average. An image's name is
-its place, since its row would have to be read for another. Blocks (a shard, a row group) are read whole, and a few are kept.
+its place, since its row would have to be read for another. MDS shards that are not compressed and have a column ``key``, as
+ours do, keep those names: they are read in passing. Blocks (a shard, a row group) are read whole, and a few are kept.
 """
 
 import bisect
@@ -28,6 +29,7 @@ from personmae.errors import UserError
 _PREFERRED = ("image", "jpeg", "jpg", "img", "png", "webp", "picture")
 _MDS_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 _MOST_BLOCKS = 3  # of a process
+_LONGEST_KEY = 1 << 16  # bytes; longer ones are damage
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 Images = Sequence[bytes | None]
 
@@ -70,13 +72,24 @@ class Table(Container):
     def load(self, number: int) -> Images:
         """The images of a block; None for a row that has none."""
 
+    def names(self) -> list[str] | None:
+        """The names that the rows have themselves, all different; None where they are named by their places."""
+        return None
+
     def pictures(self, passed_over: Counter[str]) -> list[Picture]:
         blocks = self.blocks
+        names = self.names() if blocks else None
         self.close()
         if not blocks:
             passed_over[f"{self.name.rpartition('.')[2]} files without a column of images (name it with --column)"] += 1
         return [
-            Picture(f"{block.prefix}{block.named_from + row:08}", block.num_bytes, block.first + row, self.name, exact=False)
+            Picture(
+                f"{self.prefix}{names[block.first + row]}" if names else f"{block.prefix}{block.named_from + row:08}",
+                block.num_bytes,
+                block.first + row,
+                self.name,
+                exact=False,
+            )
             for block in blocks
             for row in range(block.num_rows)
         ]
@@ -112,7 +125,7 @@ _recent = Recent[Images](_MOST_BLOCKS)
 
 @final
 class Mds(Table):
-    """The shards of an MDS index. A name is ``SHARD/ROW``."""
+    """The shards of an MDS index. A name is that of the column ``key``, or ``SHARD/ROW``."""
 
     @functools.cached_property
     def entries(self) -> list[dict[str, Any]]:
@@ -151,6 +164,26 @@ class Mds(Table):
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"a whole MDS index is required; {self.location} is not one: {error!r}; write it again") from error
 
+    def names(self) -> list[str] | None:
+        if any(entry.get("compression") or ("key", "str") not in _columns(entry) for entry in self.entries):
+            return None
+        found = [key for entry in self.entries for key in self._keys(entry)]
+        return found if all(found) and len(found) == len(set(found)) else None
+
+    def _keys(self, entry: dict[str, Any]) -> list[str]:
+        """The column ``key`` of a shard, with little else of it read; empty texts where the shard is damaged.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        shard, name = mds.shard_of(entry), self._name(entry["raw_data"]["basename"])
+        try:
+            with patiently(lambda: self.files.open(name)) as file:
+                offsets = np.frombuffer(file.read(4 * (shard.samples + 2)).ljust(4 * (shard.samples + 2), b"\0"), np.uint32)
+                return [_key_at(file, int(start), shard) for start in offsets[1:-1]]
+        except OSError as error:
+            raise UserError(f"{self.files.location}/{name} cannot be read: {error.strerror or error}; repair that") from error
+
     @functools.cached_property
     def _column(self) -> str | None:
         first = self.entries[0]
@@ -188,6 +221,22 @@ class Mds(Table):
                 return content
             return mosaic.load("streaming.base.compression").decompress(entry["compression"], content)
         raise FileNotFoundError(f"{entry['raw_data']['basename']} is no longer there")
+
+
+def _columns(entry: dict[str, Any]) -> set[tuple[str, str]]:
+    """The columns of a shard with their encodings."""
+    return set(zip(entry["column_names"], entry["column_encodings"], strict=True))
+
+
+def _key_at(file: BinaryIO, start: int, shard: mds.Shard) -> str:
+    """The key of the sample that begins at a byte."""
+    file.seek(start)
+    num_own = shard.column_sizes.count(None)
+    own = iter(np.frombuffer(file.read(4 * num_own).ljust(4 * num_own, b"\0"), np.uint32).tolist())
+    sizes = [next(own) if size is None else size for size in shard.column_sizes]
+    place = shard.columns.index("key")
+    file.seek(start + 4 * num_own + sum(sizes[:place]))
+    return file.read(min(sizes[place], _LONGEST_KEY)).decode("utf-8", "backslashreplace")
 
 
 def _data_of(entry: dict[str, Any]) -> list[dict[str, Any]]:

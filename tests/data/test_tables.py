@@ -1,6 +1,8 @@
 """MDS shards that others wrote and parquet files, as sources: whole images out of them, with little read at once."""
 
 import io
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +101,47 @@ def test_an_index_over_indices_counts_once_and_others_beside_it_too(jpegs, tmp_p
     assert +source.passed_over == {".json": 1}
 
 
-def test_our_own_shards_are_a_source_too(shard_dir, pictures, tmp_path):
+def test_our_own_shards_are_a_source_too_and_keep_their_names(shard_dir, pictures, tmp_path):
+    """They became SHARD/ROW, so that no list of names fitted them any more."""
     source = open_source(shard_dir)
+    original = {picture.key: open_source(pictures).read(picture) for picture in open_source(pictures).pictures()}
+    assert contents(shard_dir) == original
+    (tmp_path / "set" / "below").mkdir(parents=True)
+    for path in shard_dir.iterdir():
+        os.link(path, tmp_path / "set" / "below" / path.name)
+    assert list(contents(tmp_path / "set")) == [f"below/{key}" for key in original]
+    names = sorted(original)[3:20:4]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    command = [
+        "shards",
+        "write",
+        str(shard_dir),
+        str(tmp_path / "out"),
+        "--processes",
+        "1",
+        "--list",
+        str(tmp_path / "names.txt"),
+    ]
+    assert main(command) == 0
+    assert {name: original[name] for name in names} == contents(tmp_path / "out")
     assert len(source.pictures()) == 50
     assert +source.passed_over == {".json": 1}  # imported.json
+
+
+@pytest.mark.parametrize("names", [["a", "b", "a", "c"], ["a", "", "b", "c"]])
+def test_a_column_of_keys_that_do_not_tell_the_rows_apart_is_left_alone(jpegs, tmp_path, names):
+    with MDSWriter(out=str(tmp_path / "set"), columns={"image": "bytes", "key": "str"}) as writer:
+        for jpeg, name in zip(jpegs, names, strict=False):
+            writer.write({"image": jpeg, "key": name})
+    assert list(contents(tmp_path / "set")) == [f"shard.00000/{row:08}" for row in range(4)]
+
+
+def test_our_shards_that_are_cut_off_are_refused_by_their_hashes(shard_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("personmae.data.files.time.sleep", lambda seconds: None)
+    shutil.copytree(shard_dir, tmp_path / "set")
+    os.truncate(tmp_path / "set" / "shard.00001.mds", 200)
+    with pytest.raises(UserError, match=r"shard\.00001\.mds does not have the size and hash"):
+        importer.write(tmp_path / "set", str(tmp_path / "out"))
 
 
 def test_a_damaged_or_missing_shard_stops_the_import_and_names_it(jpegs, tmp_path, monkeypatch):
