@@ -2,7 +2,7 @@
 
 A table is listed from its index alone: how many images each block has and how large they are on average. An image's name is
 its place, since its row would have to be read for another. MDS shards that are not compressed and have a column ``key``, as
-ours do, keep those names: they are read in passing. Blocks (a shard, a row group) are read whole, and a few are kept.
+ours do, keep those names: they are read in passing. Blocks (a shard, some rows of a row group) are read whole. A few are kept.
 """
 
 import bisect
@@ -29,6 +29,8 @@ from personmae.errors import UserError
 _PREFERRED = ("image", "jpeg", "jpg", "img", "png", "webp", "picture")
 _MDS_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 _MOST_BLOCKS = 3  # of a process
+_BLOCK_BYTES = 1 << 25  # of a row group, on average; such groups may have gigabytes, and each process keeps blocks
+_BUFFER_BYTES = 1 << 20  # of a column, while its pages are read
 _LONGEST_KEY = 1 << 16  # bytes; longer ones are damage
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 Images = Sequence[bytes | None]
@@ -42,6 +44,8 @@ class Block(NamedTuple):
     num_rows: int
     num_bytes: int  # of an image, on average
     named_from: int  # the number in the name of its first image
+    group: int = 0  # of a parquet file, the row group
+    start: int = 0  # its row there
 
 
 class Table(Container):
@@ -271,6 +275,7 @@ class Parquet(Table):
         self._handle: BinaryIO | None = None
         self._file: Any = None
         self._identities: dict[int, str] = {}  # of the file that is open, for each image asks for one
+        self._rows: _Rows | None = None  # of the row group that is being read
 
     def _opened(self) -> Any:
         """The open file; its methods are called under the lock."""
@@ -280,7 +285,7 @@ class Parquet(Table):
         if self._file is None:
             self._handle = self.files.open(self.name)
             try:
-                self._file = ParquetFile(self._handle)
+                self._file = ParquetFile(self._handle, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             except pa.ArrowInvalid as error:
                 self.close()
                 raise UserError(f"a whole parquet file is required; {self.location} is not one: {error}") from error
@@ -298,7 +303,10 @@ class Parquet(Table):
                 own = (self._column, f"{self._column}.bytes")
                 size = sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema in own)
                 mean = max(1, size // max(1, group.num_rows))
-                blocks.append(Block(key_of(self.prefix), first, group.num_rows, mean, named_from=first))
+                step = max(1, _BLOCK_BYTES // mean)
+                for start in range(0, group.num_rows, step):
+                    row, count = first + start, min(step, group.num_rows - start)
+                    blocks.append(Block(key_of(self.prefix), row, count, mean, named_from=row, group=number, start=start))
                 first += group.num_rows
             return blocks
 
@@ -316,41 +324,79 @@ class Parquet(Table):
         return self.choose([field.name for field in schema if holds_images(field.type)])
 
     def identity(self, number: int) -> Hashable:
+        block = self.blocks[number]
         with self._opening:
-            if number not in self._identities:
-                self._identities[number] = str(self._opened().metadata.row_group(number).to_dict())
-            return self._identities[number]
+            if block.group not in self._identities:
+                self._identities[block.group] = str(self._opened().metadata.row_group(block.group).to_dict())
+            return block.start, block.num_rows, self._identities[block.group]
 
     def load(self, number: int) -> Images:
         import pyarrow as pa
-        import pyarrow.types as types
 
-        try:
-            with self._opening:
-                table = self._opened().read_row_group(number, columns=[str(self._column)], use_threads=False)
-        except pa.ArrowException as error:
-            raise OSError(f"row group {number} of {self.location} is damaged: {error}") from error
-        values = table.column(0).combine_chunks()
-        if types.is_struct(values.type):
-            values = values.field("bytes")
-        return _Values(values)
+        block = self.blocks[number]
+        with self._opening:
+            rows, self._rows = self._rows, None  # what fails half way is begun anew
+            try:
+                if rows is None or rows.group != block.group or rows.at > block.start:
+                    rows = _Rows(self._opened(), block, str(self._column))
+                while rows.at < block.start:
+                    rows.take(min(block.num_rows, block.start - rows.at))
+                found = rows.take(block.num_rows)
+            except pa.ArrowException as error:
+                raise OSError(f"row group {block.group} of {self.location} is damaged: {error}") from error
+            self._rows = rows
+        return found
 
     def close(self) -> None:
         with self._opening:
             if self._handle is not None:
                 self._handle.close()
-            self._handle = self._file = None
+            self._handle = self._file = self._rows = None
             self._identities.clear()
 
 
-class _Values(Sequence[bytes | None]):
-    """The values of an arrow array, each copied when it is asked for."""
+class _Rows:
+    """The images of one row group in order, some rows at a time, so that its column is never held whole."""
 
-    def __init__(self, array: Any):
-        self._array = array
+    def __init__(self, file: Any, block: Block, column: str):
+        self.group, self.at = block.group, 0  # the next row
+        self._batches = file.iter_batches(block.num_rows, row_groups=[block.group], columns=[column], use_threads=False)
+        self._left: Any = None  # the rest of the batch that was begun
+
+    def take(self, count: int) -> "_Values":
+        """The next images.
+
+        Raises:
+            OSError: there are not so many.
+        """
+        parts: list[Any] = []
+        while missing := count - sum(map(len, parts)):
+            values = self._next() if self._left is None else self._left
+            parts.append(values[:missing])
+            self._left = values[missing:] if len(values) > missing else None
+        self.at += count
+        return _Values(parts)
+
+    def _next(self) -> Any:
+        import pyarrow.types as types
+
+        batch = next(self._batches, None)
+        if batch is None:
+            raise OSError(f"row group {self.group} ends at row {self.at} already")
+        values = batch.column(0)
+        return values.field("bytes") if types.is_struct(values.type) else values
+
+
+class _Values(Sequence[bytes | None]):
+    """The values of arrow arrays one behind another, each copied when it is asked for; together they may exceed 2 GiB."""
+
+    def __init__(self, arrays: Sequence[Any]):
+        self._arrays = arrays
+        self._ends = list(itertools.accumulate(map(len, arrays)))
 
     def __len__(self) -> int:
-        return len(self._array)
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, row: Any) -> Any:
-        return self._array[row].as_py()
+        number = bisect.bisect_right(self._ends, row)
+        return self._arrays[number][row - self._ends[number]].as_py()

@@ -250,3 +250,45 @@ def test_a_row_group_is_described_once_however_many_of_its_images_are_read(jpegs
         asked.clear()
         assert [source.read(picture) for picture in pictures] == jpegs
     assert 0 < len(asked) <= 2 * 2  # for each group: it is described, and it is read
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary", "large"])
+def test_of_a_large_row_group_some_rows_are_held_at_a_time(jpegs, tmp_path, monkeypatch, kind):
+    """Three whole groups were kept in each process: 24 GB where they have 500 MB and 16 processes read them."""
+    many = [*jpegs, None, *(jpeg + b"1" for jpeg in jpegs), *(jpeg + b"2" for jpeg in jpegs)]
+    path = table(tmp_path / "a.parquet", many, kind, rows=len(many))
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", sum(map(len, jpegs)) // 4)
+    monkeypatch.setattr(tables, "_BUFFER_BYTES", 100)
+    held, load = [], tables.Parquet.load
+    monkeypatch.setattr(tables.Parquet, "load", lambda self, number: held.append(load(self, number)) or held[-1])
+    with open_source(path) as source:
+        pictures = source.pictures()
+        assert [picture.key for picture in pictures] == [f"a/{row:08}" for row in range(91)]
+        assert [source.read(picture) for picture in pictures if many[picture.offset]] == [jpeg for jpeg in many if jpeg]
+    assert len(held) > 8
+    assert max(sum(len(image or b"") for image in images) for images in held) < sum(map(len, jpegs)) / 2
+    with open_source(path) as source:  # from the end to the beginning, as another process may begin in the middle
+        pictures = source.pictures()
+        assert [source.read(picture) for picture in pictures[:59:-1]] == many[:59:-1]
+    with open_source(path) as source, pytest.raises(FileNotFoundError, match="its row has no bytes"):
+        source.read(source.pictures()[30])
+
+
+def test_the_first_rows_of_a_group_are_there_before_the_others_are_read(tmp_path, monkeypatch):
+    noise = [np.random.default_rng(row).bytes(5_000) for row in range(100)]
+    values = pa.array(noise, pa.binary())
+    pq.write_table(
+        pa.table({"image": values}), tmp_path / "a.parquet", data_page_size=5_000, write_batch_size=1, use_dictionary=False
+    )
+    monkeypatch.setattr(tables, "_BLOCK_BYTES", 50_000)
+    monkeypatch.setattr(tables, "_BUFFER_BYTES", 10_000)
+    with open_source(tmp_path / "a.parquet") as source:
+        first = source.pictures()[0]
+        assert source.read(first) == noise[0]
+        container: Any = source._containers["a.parquet"]
+        assert container._handle.tell() < 200_000 < (tmp_path / "a.parquet").stat().st_size
+
+
+def test_images_of_arrays_that_are_too_large_for_one_are_found():
+    values = tables._Values([pa.array([b"a", None]), pa.array([], pa.binary()), pa.array([b"c"])])
+    assert list(values) == [b"a", None, b"c"]
