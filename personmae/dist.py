@@ -14,7 +14,7 @@ import torch
 import torch.distributed as tdist
 
 from personmae import signals
-from personmae.errors import Diverged, Stopped, UserError
+from personmae.errors import Diverged, Stopped, Unavailable, UserError
 
 _TIMEOUT = timedelta(minutes=10)
 _PATIENCE = timedelta(hours=4)  # for what the first rank does alone, such as clustering or ranking
@@ -176,7 +176,7 @@ def broadcast(values: torch.Tensor) -> torch.Tensor:
 def on_first_rank(work: Callable[[], T]) -> T | None:
     """What ``work`` returns on rank 0, None on the others, which wait for it much longer than for a collective.
 
-    A user error, a stop or a divergence of rank 0 is raised on all ranks, so that all end alike.
+    A user error, a stop, a divergence or what is away at present is raised on all ranks, so that all end alike.
     """
     if not tdist.is_initialized() or tdist.get_world_size() == 1:
         return work()
@@ -187,7 +187,7 @@ def on_first_rank(work: Callable[[], T]) -> T | None:
     if is_first():
         try:
             result = work()
-        except (UserError, Stopped, Diverged) as error:
+        except (UserError, Unavailable, Stopped, Diverged) as error:
             failure[0] = type(error)(str(error))
         except Exception as error:
             failure[0] = RuntimeError(f"the first rank failed: {error!r}")

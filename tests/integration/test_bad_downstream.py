@@ -139,11 +139,13 @@ def test_an_evaluation_needs_no_training_pictures(market, tmp_path):
 FIRST_RANK = """
 import sys
 from personmae import dist
-from personmae.errors import UserError, leave, run_program
+from personmae.errors import Unavailable, UserError, leave, run_program
 
 def work():
     if sys.argv[1] == "user":
         raise UserError("only the first rank sees this")
+    if sys.argv[1] == "away":
+        raise Unavailable("only the first rank sees this")
     return "done"
 
 def program():
@@ -162,12 +164,12 @@ leave(0)  # as our programs do: a rank that shuts its interpreter down may die o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [("user", 78), ("well", 0)])
+@pytest.mark.parametrize(("how", "code"), [("user", 78), ("away", 1), ("well", 0)])
 def test_all_ranks_end_alike_when_the_first_alone_has_failed(tmp_path, how, code):
     (tmp_path / "ranks.py").write_text(FIRST_RANK)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "ranks.py", how]
     env = environment({"PYTHONPATH": str(ROOT)})
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
     assert [f"rank {rank} ends with {code}" in done.stdout for rank in (0, 1)] == [True, True], done.stdout + done.stderr
-    assert done.stderr.count("only the first rank sees this") == (how == "user")
+    assert done.stderr.count("only the first rank sees this") == (how != "well")
     assert "Traceback" not in done.stderr
