@@ -1,9 +1,11 @@
 """What people see of work under way: time stamps, durations, and the time to go by the recent rate."""
 
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 EVERY_SECONDS = 10.0  # a line at least so often
@@ -34,6 +36,25 @@ def say(text: str) -> None:
 def log(text: str) -> None:
     """Print a line of a program's log to standard output."""
     _print(text, sys.stdout)
+
+
+@contextmanager
+def repeated(announce: Callable[[str], None], text: Callable[[], str]) -> Iterator[None]:
+    """Announce a text at once, and as it is by then every ten seconds until the work within ends."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(EVERY_SECONDS):
+            announce(text())
+
+    announce(text())
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _print(text: str, stream: TextIO | None) -> None:

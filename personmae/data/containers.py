@@ -38,6 +38,8 @@ class Picture(NamedTuple):
 class Container(ABC):
     """One such file. ``read`` may be called by several threads."""
 
+    num_listed = 0  # images that ``pictures`` has found so far
+
     def __init__(self, files: Files, name: str, prefix: str):
         self.files, self.name = files, name
         self.prefix = prefix  # what its images' names begin with
@@ -101,6 +103,7 @@ class Tar(Container):
                     raise compressed(self.location)
                 for member in _members(file):
                     self._add(member, found, passed_over)
+                    self.num_listed = len(found)
         except tarfile.TarError as error:
             raise UserError(f"a whole tar is required; {self.location} is not one: {error}; write or copy it again") from error
         except OSError as error:
@@ -196,6 +199,7 @@ class Lmdb(Container):
                         found.append(Picture(key_of(self.prefix + text_of(bytes(key))), len(value), container=self.name))
                     else:
                         passed_over[f"LMDB entries {_pattern(bytes(key))}"] += 1
+                    self.num_listed = len(found)
         except lmdb.Error as error:
             raise UserError(f"an LMDB is required; {self.location} cannot be read as one: {error}") from error
         finally:

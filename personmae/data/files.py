@@ -20,6 +20,7 @@ from personmae.errors import UserError
 
 LOST = (FileNotFoundError, PermissionError, IsADirectoryError)  # of one file, and for good
 _AHEAD = 1 << 20  # bytes that are fetched at once while an object is read piece by piece
+_MOST_AHEAD = 8  # times as much, for what is read in order
 _PAUSES = (0.1, 1.0, 5.0)
 _Result = TypeVar("_Result")
 
@@ -250,6 +251,7 @@ class _OpenObject(io.RawIOBase):
     def __init__(self, files: BucketFiles, name: str, num_bytes: int):
         self._files, self._name, self._num_bytes = files, name, num_bytes
         self._at, self._start, self._block = 0, 0, b""
+        self._ahead = _AHEAD
 
     def readable(self) -> bool:
         return True
@@ -270,7 +272,9 @@ class _OpenObject(io.RawIOBase):
         if not wanted:
             return 0
         if not self._start <= self._at <= self._at + wanted <= self._start + len(self._block):
-            ahead = min(max(wanted, _AHEAD), self._num_bytes - self._at)
+            follows = self._start <= self._at < self._start + len(self._block) + self._ahead  # pieces in order
+            self._ahead = min(2 * self._ahead, _MOST_AHEAD * _AHEAD) if follows else _AHEAD
+            ahead = min(max(wanted, self._ahead), self._num_bytes - self._at)
             self._block, self._start = patiently(lambda: self._files.read(self._name, self._at, ahead)), self._at
         first = self._at - self._start
         piece = self._block[first : first + wanted]

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,15 @@ class Plan:
         return xxhash.xxh64_hexdigest(json.dumps(self.record))
 
 
-def make_plan(source: Source, selection: Selection, shard_bytes: int, max_side: int | None) -> Plan:
+def make_plan(
+    source: Source,
+    selection: Selection,
+    shard_bytes: int,
+    max_side: int | None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Plan:
     """List the source and cut the wanted pictures into shards as streaming's writer would: full, in order."""
-    pictures = selection.of(source.pictures())
+    pictures = selection.of(source.pictures(announce))
     empty = header_bytes(shard_bytes)
     starts, size = [0], empty
     for place, picture in enumerate(pictures):

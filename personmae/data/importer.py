@@ -71,7 +71,7 @@ def carry_out(
     A picture that cannot be decoded is left out and listed in ``rejects.jsonl``. One whose longer side exceeds ``max_side``
     pixels is shrunk to it and encoded again; all others are kept byte for byte. No file exceeds ``shard_bytes``, unless a
     single picture does or encoding again has made pictures larger. ``progress(done, total)`` counts pictures, ``announce``
-    gets a line about the plan. ``column`` is the one to read of tables.
+    gets lines about the listing and the plan. ``column`` is the one to read of tables.
 
     Where more than the share ``max_rejects`` is left out, the index is not written, and the same call with a larger share
     has nothing else left to do.
@@ -98,9 +98,10 @@ def carry_out(
     try:
         with _sigterm_as_interrupt():
             standing(destination)  # listing a source may take minutes
-            plan = make_plan(open_source(source, column), selection or Selection(), shard_bytes, max_side)
+            tell = announce or (lambda line: None)
+            plan = make_plan(open_source(source, column), selection or Selection(), shard_bytes, max_side, tell)
             plan = replace(plan, max_rejects=max_rejects)
-            (announce or (lambda line: None))(str(plan))
+            tell(str(plan))
             outcome = _import(plan, destination, part, num_processes, progress or (lambda done, total: None))
             return replace(outcome, passed_over=told(plan.source.passed_over))
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import itertools
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self, final
@@ -20,6 +20,7 @@ from personmae.data.containers import COMPRESSED_TARS, Container, Lmdb, Picture,
 from personmae.data.files import BucketFiles, File, Files, LocalFiles, key_of, name_of
 from personmae.data.tables import Mds, Parquet
 from personmae.errors import UserError
+from personmae.progress import repeated
 
 _LMDB_SUFFIXES = (".mdb", ".lmdb")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -54,16 +55,31 @@ class Source:
         """Whether it is still there."""
         return self._files.exists()
 
-    def pictures(self) -> list[Picture]:
+    def pictures(self, announce: Callable[[str], None] = lambda line: None) -> list[Picture]:
         """All images in an order that stays the same; no two have one key, and none is read.
+
+        ``announce`` gets a line at once, and one every ten seconds while it lasts.
 
         Raises:
             UserError: the source cannot be read, or holds none.
         """
         self.passed_over = Counter()
+        containers: list[Container] = []
+
+        def so_far() -> str:
+            done = sum(container.num_listed for container in containers)
+            return f"listing {self.location}" + (
+                f": {done:,} images so far in {len(containers):,} tars or the like" if done else ""
+            )
+
+        with repeated(announce, so_far):
+            return self._pictures(containers)
+
+    def _pictures(self, containers: list[Container]) -> list[Picture]:
+        """As ``pictures``; the containers are added to a list before they are looked into."""
         files = self._files.files(self.passed_over)
         parts = self._parts(files)
-        containers = [part for part in parts if isinstance(part, Container)]
+        containers += [part for part in parts if isinstance(part, Container)]
         with ThreadPoolExecutor(_NUM_LISTERS) as threads:
             listings = threads.map(_listing, containers)
             found = list(itertools.chain.from_iterable(self._merged(parts, listings)))

@@ -171,7 +171,10 @@ class Mds(Table):
     def names(self) -> list[str] | None:
         if any(entry.get("compression") or ("key", "str") not in _columns(entry) for entry in self.entries):
             return None
-        found = [key for entry in self.entries for key in self._keys(entry)]
+        found = list[str]()
+        for entry in self.entries:
+            found += self._keys(entry)
+            self.num_listed = len(found)
         return found if all(found) and len(found) == len(set(found)) else None
 
     def _keys(self, entry: dict[str, Any]) -> list[str]:

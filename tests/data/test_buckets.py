@@ -3,16 +3,20 @@
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from botocore.awsrequest import AWSResponse
 from botocore.exceptions import EndpointConnectionError
 from urllib3.response import HTTPResponse
 
+from personmae import progress
 from personmae.__main__ import main
 from personmae.data import files, importer, storage
 from personmae.data.files import BucketFiles
@@ -100,6 +104,53 @@ def test_tars_of_a_bucket_are_read_in_place(s3_server, pictures, tmp_path, monke
     single = open_source(f"s3://{name}/wds/001.tar")
     assert [picture.key for picture in single.pictures()] == [f"001/{path.name}" for path in paths[20:40]]
     assert single.location == f"s3://{name}/wds/001.tar"
+
+
+def test_small_members_of_a_tar_are_listed_by_few_requests_and_large_ones_by_little_reading(s3_server, monkeypatch):
+    monkeypatch.setattr(files, "_AHEAD", 10_240)
+    name = s3_server.bucket("listed")
+    asked: list[int] = []
+    read = BucketFiles.read
+    monkeypatch.setattr(
+        BucketFiles, "read", lambda self, n, at=0, size=None: asked.append(size or 0) or read(self, n, at, size)
+    )
+    for key, num_bytes, count in (("small.tar", 1000, 1000), ("large.tar", 500_000, 4)):
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as archive:
+            for number in range(count):
+                member = tarfile.TarInfo(f"{number}.jpg")
+                member.size = num_bytes
+                archive.addfile(member, io.BytesIO(bytes(num_bytes)))
+        s3_server.client.put_object(Bucket=name, Key=key, Body=content.getvalue())
+        asked.clear()
+        assert len(open_source(f"s3://{name}/{key}").pictures()) == count
+        if key == "small.tar":
+            assert len(asked) < len(content.getvalue()) / 10_240 / 5
+        else:
+            assert sum(asked) < 200_000
+
+
+def test_a_listing_tells_how_far_it_is(s3_server, pictures, monkeypatch):
+    """A bucket of tars was listed for minutes without a word."""
+    name, paths = s3_server.bucket("told"), sorted(pictures.glob("*.jpg"))
+    for number in range(2):
+        s3_server.client.put_object(Bucket=name, Key=f"{number}.tar", Body=packed(paths[number * 20 : number * 20 + 20]))
+    monkeypatch.setattr(progress, "EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(files, "_AHEAD", 1024)
+    lines: list[str] = []
+    read, asked = BucketFiles.read, []
+
+    def slow(self: BucketFiles, *of: Any) -> bytes:
+        asked.append(of)
+        until = time.monotonic() + 30
+        while len(asked) > 12 and not any("so far" in line for line in lines) and time.monotonic() < until:
+            time.sleep(0.01)
+        return read(self, *of)
+
+    monkeypatch.setattr(BucketFiles, "read", slow)
+    assert len(open_source(f"s3://{name}").pictures(lines.append)) == 40
+    assert lines[0] == f"listing s3://{name}"
+    assert re.fullmatch(rf"listing s3://{name}: \d+ images so far in 2 tars or the like", lines[-1])
 
 
 def test_members_of_a_tar_that_lie_side_by_side_are_one_request(s3_server, pictures, monkeypatch):
