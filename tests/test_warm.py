@@ -49,6 +49,8 @@ def test_it_reads_and_writes_pipes_and_dies_of_a_signal() -> None:
     echo = "import sys, time\nfor line in sys.stdin: print(line.upper(), end='', flush=True)\ntime.sleep(60)"
     pipe = subprocess.PIPE
     with warm.start(["-c", echo], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.write("hello\n")
         process.stdin.flush()
         assert process.stdout.readline() == "HELLO\n"
