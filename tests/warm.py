@@ -259,6 +259,7 @@ def serve(channel: socket.socket) -> dict[str, Any]:
         if not (pid := os.fork()):
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
             for number, end in enumerate(ends):
                 os.dup2(end, number)
             for fd in (alarm, woken, *ends, told, *statuses.values()):
