@@ -39,7 +39,7 @@ lock: $(INSTALLED) ## write the lock anew after a change of pyproject.toml; UPGR
 	$(UV) pip compile $(COMPILE) --all-extras --output-file requirements.txt pyproject.toml
 	echo checkov | $(UV) pip compile $(COMPILE) --output-file tests/k8s/checkov.txt -
 
-quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes on 2 CPU cores; interrupt and repeat it at will
+quickstart: $(INSTALLED) ## the main job on synthetic people; says at its start what it takes here; interrupt and repeat it at will
 	@$(BIN)/personmae doctor --quickstart
 	$(BIN)/personmae synth $(RUN)/data
 	$(BIN)/personmae shards write $(RUN)/data/pool $(RUN)/shards --shard-mb 8 --if-missing
@@ -49,7 +49,7 @@ quickstart: $(INSTALLED) ## the main job on synthetic people, under 10 minutes o
 	$(BIN)/personmae finetune configs/quickstart_personmae.yaml
 	$(BIN)/personmae report $(RUN)
 
-test: $(INSTALLED) ## the tests of every part, under 10 minutes on 2 CPU cores; they say what they skip and why
+test: $(INSTALLED) ## the tests of every part; they say what they skip and why
 	$(PYTEST) -m "not slow"
 
 test-all: $(INSTALLED) $(CHECKOV) ## those and the slow ones: kills, whole runs and launchers, compilers, rehearsals, real servers

@@ -68,7 +68,7 @@ def ending(output: str, clone: Path) -> dict:
     if counts := re.findall(r"(?m)^=*\s*((?:\d+ (?:passed|failed|skipped|deselected|errors?)(?:, )?)+)", output):
         found["tests"] = counts
     for result in sorted((clone / "runs" / "quickstart").glob("*/result.json")):
-        found.setdefault("mAP", {})[result.parent.name] = round(json.loads(result.read_text(encoding="utf-8"))["mAP"], 2)
+        found.setdefault("mAP", {})[result.parent.name] = round(json.loads(result.read_text(encoding="utf-8"))["mAP"] * 100, 1)
     return found
 
 

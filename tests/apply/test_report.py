@@ -198,7 +198,7 @@ def test_a_report_from_another_folder_has_all_figures(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every path in the runs is relative to the folder they were started in."""
-    work = tmp_path / "work"
+    work = tmp_path / "near"
     shutil.copytree(trained, work)
     _write_result(work / "runs" / "finetune_random", Path(), init="random")
     for path in (work / "runs").glob("*/*.*"):
@@ -208,7 +208,7 @@ def test_a_report_from_another_folder_has_all_figures(
     assert json.loads(lists.read_bytes())["root"] == "pictures"
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
-    assert main(["report", "../work/runs"]) == 0
+    assert main(["report", "../near/runs"]) == 0
     text = (work / "runs" / "report.html").read_text(encoding="utf-8")
     assert text.count("<img ") == 8 * 5 + 4 * 11
     assert "The people are synthetic." in text
