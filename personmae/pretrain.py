@@ -380,8 +380,8 @@ def announce(state: Run) -> None:
 
 def tell_end(settings: config.Pretrain, seconds: float) -> None:
     """Say where the encoder is, how long that took, and what to do with it."""
-    newest = checkpoint.newest(settings.run_dir)
-    where = f"the encoder is in {newest or settings.run_dir}"
+    folders = checkpoint.folders(settings.run_dir)
+    where = f"the encoder is in {folders[0] if folders else settings.run_dir}"
     progress.say(progress.ending("pretrain", seconds, where, following(settings)))
 
 
