@@ -12,6 +12,7 @@ TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
     f"personmae.reid.{name}"
     for name in (
         *("heads", "losses", "cluster", "memory", "ranking", "rerank", "sampler", "samples", "datasets", "transforms"),
+        "rows",
     )
 }
 MIDDLE = {

@@ -15,6 +15,7 @@ from personmae import dist
 from personmae.errors import Diverged, Stopped
 from personmae.progress import EVERY_SECONDS, Pace, duration
 from personmae.reid.heads import ReIDModel
+from personmae.reid.rows import standardise_per_camera
 from personmae.reid.transforms import ImageSet, normalise
 
 NUM_STRIPES = 6
@@ -94,16 +95,6 @@ def colour_histogram(
     if normalise_per_camera:
         features = standardise_per_camera(features, camids)
     return F.normalize(features, dim=1)
-
-
-def standardise_per_camera(features: Float[Tensor, "N F"], camids: Int[np.ndarray, " N"]) -> Float[Tensor, "N F"]:
-    """Subtract each camera's mean and divide by its standard deviation, channel by channel."""
-    standardised = torch.empty_like(features)
-    for camid in np.unique(camids):
-        rows = torch.from_numpy(camids == camid)
-        std, mean = torch.std_mean(features[rows], dim=0, correction=0)
-        standardised[rows] = (features[rows] - mean) / std.clamp(min=1e-6)  # an empty bin stays zero
-    return standardised
 
 
 def _batches(
