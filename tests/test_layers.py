@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
     f"personmae.reid.{name}"
     for name in (
-        *("heads", "losses", "cluster", "memory", "ranking", "rerank", "sampler", "samples", "datasets", "transforms"),
-        "rows",
+        *("heads", "losses", "cluster", "memory", "ranking", "rerank", "sampler", "samples", "transforms"),
+        *("benchmark", "datasets", "rows"),
     )
 }
 MIDDLE = {
@@ -34,10 +34,10 @@ MIDDLE = {
         "plan",
         "data",
     )
-} | {f"personmae.reid.{name}" for name in ("features", "retrieval")}
+} | {f"personmae.reid.{name}" for name in ("features", "probe", "retrieval")}
 PROGRAMS = {
     f"personmae.{name}"
-    for name in ("pretrain", "state", "downstream", "finetune", "unsupervised", "evaluate", "bench", "apply")
+    for name in ("pretrain", "pretrain_probe", "state", "downstream", "finetune", "unsupervised", "evaluate", "bench", "apply")
 }
 GROUND = {
     f"personmae.{name}"

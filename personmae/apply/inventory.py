@@ -3,7 +3,9 @@
 Every picture is decoded by the reader that training uses: nothing less tells one that is cut short from a whole one.
 """
 
+import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,6 +50,9 @@ def run(root: Path) -> None:
         print(*(f"  {line}" for line in [*described.table.splitlines(), described.note]), sep="\n", flush=True)
         bad = unreadable(found.benchmark)
         print(f"  {len(bad):,} files do not open as pictures" if bad else "  every file opens as a picture")
+        if pairs := repeated(found.benchmark):
+            first = " and ".join(pairs[0])
+            print(f"  warning: {len(pairs):,} training images are in query or gallery too, byte for byte (first: {first})")
         if bad:
             some = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
             problems.append(f"{len(bad):,} files of {found.root} are not pictures ({some}); replace them or remove them")
@@ -83,6 +88,24 @@ def unreadable(benchmark: Benchmark) -> list[str]:
             if done % TOLD_EVERY == 0 or (done == 1 and len(paths) > TOLD_EVERY):
                 print(f"  decoding pictures: {done:,} of {len(paths):,}", flush=True)
     return bad
+
+
+def repeated(benchmark: Benchmark) -> list[tuple[str, str]]:
+    """Training images with the bytes of a query or gallery image, each beside the first such one."""
+    by_size: dict[int, list[str]] = defaultdict(list)
+    for sample in (*benchmark.query, *benchmark.gallery):
+        by_size[os.path.getsize(sample.path)].append(sample.path)
+    alike = [(sample.path, os.path.getsize(sample.path)) for sample in benchmark.train]
+    alike = [(path, size) for path, size in alike if size in by_size]
+    sizes = {size for _, size in alike}
+    tested = {_digest(path): path for size in sizes for path in reversed(by_size[size])}
+    found = ((path, tested.get(_digest(path))) for path, _ in alike)
+    return [(path, other) for path, other in found if other]
+
+
+def _digest(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _below(folder: Path, depth: int) -> Iterator[Finding]:

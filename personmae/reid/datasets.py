@@ -6,20 +6,33 @@ benchmark or version is refused.
 """
 
 import difflib
-import hashlib
-import json
-import os
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
-
-import numpy as np
-from jaxtyping import Int
+from typing import Final
 
 from personmae.errors import UserError
+from personmae.reid.benchmark import (
+    DISTRACTOR_PID,
+    JUNK_PID,
+    SYNTHETIC_MARK,
+    TITLES,
+    Benchmark,
+    Counts,
+    Description,
+    count,
+    describe,
+    digest,
+    identity,
+    is_synthetic,
+    joined,
+    matched_queries,
+    pids_and_camids,
+    record,
+    title,
+    train_labels,
+)
 from personmae.reid.samples import (
     SPLITS,
     UNKNOWN_CAMID,
@@ -34,41 +47,28 @@ from personmae.reid.samples import (
     told,
 )
 
-JUNK_PID: Final = -1  # a bad detection: neither a match nor a mistake
-DISTRACTOR_PID: Final = 0  # people without an identity, in Market-1501: wrong answers for every query
-SYNTHETIC_MARK: Final = "synthetic.json"  # 'personmae synth' writes it into each set and beside all of them
+__all__ = [  # what is known of a benchmark once it is read is offered here too
+    "DISTRACTOR_PID",
+    "JUNK_PID",
+    "SYNTHETIC_MARK",
+    "TITLES",
+    "Benchmark",
+    "Counts",
+    "Description",
+    "Sample",
+    "count",
+    "describe",
+    "digest",
+    "identity",
+    "is_synthetic",
+    "load_benchmark",
+    "pids_and_camids",
+    "record",
+    "title",
+    "train_labels",
+]
+
 FOLDERS: Final = {"train": "bounding_box_train", "query": "query", "gallery": "bounding_box_test"}
-Counts = Mapping[str, tuple[int, int]]  # split to (images, identities)
-
-
-@dataclass(frozen=True, slots=True)
-class Benchmark:
-    """The three splits of one benchmark, in the order of file names or lists.
-
-    ``num_junk`` gallery files were left out. ``distractors`` says whether pid 0 stands for people without an identity;
-    elsewhere 0 is an identity like others. ``published`` is empty for a data set of the user's own. ``synthetic`` says
-    whether the people are drawn.
-    """
-
-    name: str
-    root: str
-    train: tuple[Sample, ...]
-    query: tuple[Sample, ...]
-    gallery: tuple[Sample, ...]
-    num_junk: int = 0
-    distractors: bool = False
-    published: Counts = field(default_factory=dict)
-    remark: str = ""
-    synthetic: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Description:
-    """What was found: a printable table, whether it is the published benchmark, and the difference in words."""
-
-    table: str
-    published: bool
-    note: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +99,6 @@ LAYOUTS: Final = {
 RELAID: Final = Layout(re.compile(r"(?P<pid>\d+)_(?:c|\d+_)(?P<camid>\d+)_\w+\.jpg"), "0000_c14_0030.jpg", ("MSMT17",))
 VERSIONS: Final = {"msmt17_v1": ("MSMT17_V1", "train", "test"), "msmt17_v2": ("MSMT17_V2", "mask_train_v2", "mask_test_v2")}
 NAMES: Final = (*LAYOUTS, "msmt17", *VERSIONS, "folder", "csv")
-TITLES: Final = {
-    "market1501": "Market-1501",
-    "occluded_duke": "Occluded-Duke",
-    "dukemtmc": "DukeMTMC-reID",
-    "cuhk03_np_detected": "CUHK03-NP (detected)",
-    "cuhk03_np_labeled": "CUHK03-NP (labeled)",
-    "msmt17": "MSMT17",
-    "msmt17_v1": "MSMT17_V1",
-    "msmt17_v2": "MSMT17_V2",
-}
-
 _MSMT17: Final = {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)}
 WITHOUT_VAL: Final = _MSMT17 | {"train": (30_248, 1_041)}
 PUBLISHED: Final[dict[str, Counts]] = {
@@ -151,145 +140,6 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, sp
         raise UserError(f"there is no benchmark {name!r}; the nearest is {near!r}, of {', '.join(NAMES)}")
     _check_usable(benchmark)
     return replace(benchmark, synthetic=is_synthetic(benchmark.root))
-
-
-def is_synthetic(root: str | Path) -> bool:
-    """Whether a set is marked as drawn: by a file in it, or by one beside it that counts its pictures.
-
-    A mark beside it that counts other folders says nothing: a real benchmark may be unpacked next to drawn ones.
-    """
-    root = Path(root).resolve()
-    if (root / SYNTHETIC_MARK).is_file():
-        return True
-    try:
-        counts = json.loads((root.parent / SYNTHETIC_MARK).read_bytes())["counts"]
-        return any(name.startswith(f"{root.name}/") for name in counts)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def train_labels(samples: Sequence[Sample]) -> Int[np.ndarray, " N"]:
-    """Class labels 0 ... n - 1 of the samples; classes follow the ascending order of pids, so they are stable."""
-    return np.unique(pids_and_camids(samples)[0], return_inverse=True)[1].astype(np.int64)
-
-
-def identity(benchmark: Benchmark) -> dict[str, int | str]:
-    """Counts of the training pictures and a digest of their paths below the root, classes and cameras, by dotted key."""
-    labels = train_labels(benchmark.train)
-    lines = [
-        f"{os.path.relpath(sample.path, benchmark.root)}\t{label}\t{sample.camid}\n"
-        for sample, label in zip(benchmark.train, labels.tolist(), strict=True)
-    ]
-    digest = hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:12]
-    return {"data.num_images": len(lines), "data.num_ids": int(labels.max()) + 1, "data.digest": digest}
-
-
-def digest(benchmark: Benchmark) -> str:
-    """What tells two test sets apart: names below the root, bytes, ids and cameras of all queries and gallery pictures.
-
-    Where the set lies does not matter, nor what its layout is called.
-
-    Raises:
-        UserError: a picture is gone.
-    """
-    lines = []
-    for split in ("query", "gallery"):
-        for sample in getattr(benchmark, split):
-            try:
-                num_bytes = os.stat(sample.path).st_size
-            except OSError as error:
-                raise UserError(f"cannot read {sample.path}: {error.strerror}; check the data set") from error
-            name = os.path.relpath(sample.path, benchmark.root)
-            lines.append(f"{split}\t{name}\t{num_bytes}\t{sample.pid}\t{sample.camid}\n")
-    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def record(benchmark: Benchmark) -> dict[str, Any]:
-    """What a result says of its data: the digest, whether people are drawn, images and identities by split, and a title.
-
-    Raises:
-        UserError: a picture is gone.
-    """
-    return {
-        "benchmark_digest": digest(benchmark),
-        "benchmark_title": title(benchmark),
-        "synthetic": benchmark.synthetic,
-        "counts": {split: list(found) for split, found in count(benchmark).items() if found[0]},
-    }
-
-
-def title(benchmark: Benchmark) -> str:
-    """What a table calls the data: a published benchmark by its name, everything else by what it is."""
-    layout = TITLES.get(benchmark.name)
-    if layout and not benchmark.synthetic and not _differences(count(benchmark), benchmark.published):
-        return layout
-    what = f"{layout} layout" if layout else "own data"
-    no_identity = {DISTRACTOR_PID} if benchmark.distractors else set()
-    num_ids = len({sample.pid for sample in (*benchmark.query, *benchmark.gallery)} - no_identity)
-    return f"{'synthetic people, ' if benchmark.synthetic else ''}{what}, {num_ids:,} identities"
-
-
-def pids_and_camids(samples: Sequence[Sample]) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
-    """The two label columns of the samples."""
-    pids = np.fromiter((sample.pid for sample in samples), dtype=np.int64, count=len(samples))
-    camids = np.fromiter((sample.camid for sample in samples), dtype=np.int64, count=len(samples))
-    return pids, camids
-
-
-def count(benchmark: Benchmark) -> dict[str, tuple[int, int]]:
-    """Images and identities of each split; distractors are images without an identity."""
-    no_identity = {DISTRACTOR_PID} if benchmark.distractors else set()
-    splits = {split: getattr(benchmark, split) for split in SPLITS}
-    return {split: (len(found), len({s.pid for s in found} - no_identity)) for split, found in splits.items()}
-
-
-def describe(benchmark: Benchmark) -> Description:
-    """Images, identities and cameras of each split, what is odd about them, and a comparison with the published numbers."""
-    counts, published = count(benchmark), benchmark.published
-    rows = [f"{'split':<8} {'images':>7} {'ids':>6} {'cameras':>7}"]
-    for split, (num_images, num_ids) in counts.items():
-        if not num_images:  # it was not asked for
-            continue
-        camids = {sample.camid for sample in getattr(benchmark, split)}
-        cameras = "unknown" if UNKNOWN_CAMID in camids else len(camids)
-        rows.append(f"{split:<8} {num_images:>7,} {num_ids:>6,} {cameras:>7}")
-    differences = _differences(counts, published)
-    if benchmark.synthetic:
-        found = [title(benchmark)]
-    elif not published:
-        found = ["a data set of your own, with no published counts"]
-    else:
-        found = [title(benchmark), *differences] if differences else ["the counts are the published ones"]
-    note = _joined(*found, benchmark.remark)
-    is_published = bool(published) and not differences and not benchmark.synthetic
-    return Description("\n".join([*rows, *_oddities(benchmark)]), is_published, f"{benchmark.name}: {note}")
-
-
-def _differences(counts: Counts, published: Counts) -> list[str]:
-    """How the splits that were read differ from the published ones, in words."""
-    lines = []
-    for split, found in counts.items():
-        wanted = published.get(split, found)
-        if found[0] and found != wanted:
-            lines.append("{} has {:,} images of {:,} ids, published {:,} images of {:,} ids".format(split, *found, *wanted))
-    return lines
-
-
-def _joined(*remarks: str) -> str:
-    return "; ".join(filter(None, remarks))
-
-
-def _oddities(benchmark: Benchmark) -> list[str]:
-    lines = []
-    if benchmark.distractors:
-        distractors = sum(sample.pid == DISTRACTOR_PID for sample in benchmark.gallery)
-        lines.append(f"gallery: {distractors:,} distractors among the images, {benchmark.num_junk:,} junk files left out")
-    if unmatched := len(benchmark.query) - len(_matched_queries(benchmark)):
-        lines.append(f"query: {unmatched:,} images have no match in the gallery and are left out of the scores")
-    single = sum(images == 1 for images in Counter(sample.pid for sample in benchmark.train).values())
-    if single:
-        lines.append(f"train: {single:,} ids have one image, which a batch repeats")
-    return lines
 
 
 def _in_market_folders(name: str, folder: Path, layout: Layout, splits: Sequence[str]) -> Benchmark:
@@ -364,7 +214,8 @@ def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) ->
         query=tuple(samples["query"]),
         gallery=tuple(samples["gallery"]),
         published=PUBLISHED[version] if train_on_val else WITHOUT_VAL,
-        remark=_joined("" if train_on_val else "list_val is left out of training", told(passed_over)),
+        remark=joined("" if train_on_val else "list_val is left out of training", told(passed_over)),
+        one_numbering=False,  # each part counts its people from 0
     )
 
 
@@ -382,16 +233,7 @@ def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val:
         raise UserError(f"train_on_val=false needs list_train.txt and list_val.txt, which {relaid} does not have")
     remark = "this layout does not tell V1 from V2, whose results cannot be compared"
     found = _in_market_folders(name, relaid, RELAID, splits)
-    return replace(found, remark=_joined(remark, found.remark))
-
-
-def _matched_queries(benchmark: Benchmark) -> list[Sample]:
-    """Queries with a gallery image of the same pid that is not removed; an unknown camera removes nothing."""
-    cameras: dict[int, set[int]] = {}
-    for sample in benchmark.gallery:
-        cameras.setdefault(sample.pid, set()).add(sample.camid)
-    left = {(s.pid, s.camid): cameras.get(s.pid, set()) - ({s.camid} - {UNKNOWN_CAMID}) for s in benchmark.query}
-    return [sample for sample in benchmark.query if left[sample.pid, sample.camid]]
+    return replace(found, remark=joined(remark, found.remark), one_numbering=False)
 
 
 def _check_usable(benchmark: Benchmark) -> None:
@@ -410,7 +252,7 @@ def _check_usable(benchmark: Benchmark) -> None:
                 f"{sample.path} is in query and in gallery, where it would match itself; "
                 "take it out of the gallery, or give both the same pid and camid, so that it is removed"
             )
-    if not _matched_queries(benchmark):
+    if not matched_queries(benchmark):
         removed = "" if benchmark.query[0].camid == UNKNOWN_CAMID else " from another camera"
         raise UserError(
             f"no query of {benchmark.root} has a gallery image of the same pid{removed}, "

@@ -21,7 +21,7 @@ UNKNOWN_CAMID: Final = -1
 SPLITS: Final = ("train", "query", "gallery")
 LITTER: Final = ("Thumbs.db", "desktop.ini")  # the first lies in the official Market-1501 folders
 CAMERA: Final = re.compile(r"_c(\d+)")
-LISTED: Final = re.compile(r"\d+/\d+_\d+_(?P<camid>\d+)_\w+\.jpg")  # of MSMT17
+LISTED: Final = re.compile(r"(?P<folder>\d+)/(?P<pid>\d+)_\d+_(?P<camid>\d+)_\w+\.jpg")  # of MSMT17
 LISTED_EXAMPLE: Final = "0000/0000_000_01_0303morning_0008_0.jpg"
 Row = tuple[str, str, int]  # path, identity as the user writes it, camid
 PassedOver = Counter[str]  # how many entries of each kind a reader has left out
@@ -97,10 +97,11 @@ def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[S
     """The pictures below ``folder`` that MSMT17's lists name, in their order; a line is "PID/PID_INDEX_CAMERA_... PID".
 
     Raises:
-        UserError: a list is missing, a line does not fit, or a picture is not ``present`` or is named twice.
+        UserError: a list is missing, a line does not fit, its pid is not that of the folder and of the name, or a picture is
+            not ``present`` or is named twice.
     """
     samples: dict[str, Sample] = {}
-    absent = []
+    absent, misnamed = [], []
     for file in files:
         for number, name, pid in _listed(file):
             match = match_name(name, LISTED, LISTED_EXAMPLE)
@@ -109,10 +110,17 @@ def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[S
             if name in samples:
                 raise UserError(f"{file}, line {number}, names {name} a second time; take the lists of MSMT17's archive")
             samples[name] = Sample(path=str(folder / name), pid=int(pid), camid=int(match["camid"]))
+            if not int(pid) == int(match["pid"]) == int(match["folder"]):
+                misnamed.append(f"{file}, line {number}: '{name} {pid}'")
             if name not in present:
                 absent.append(name)
+    lists = " and ".join(file.name for file in files)
+    if misnamed:
+        raise UserError(
+            f"{len(misnamed):,} of {len(samples):,} lines of {lists} give a pid that is not that of the folder and of the file "
+            f"name (first: {misnamed[0]}); the lists belong to other images: take those of the archive"
+        )
     if absent:
-        lists = " and ".join(file.name for file in files)
         raise UserError(
             f"{len(absent):,} of {len(samples):,} images of {lists} are not in {folder} (first: {absent[0]}); "
             "unpack the archive again"

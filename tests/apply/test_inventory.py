@@ -170,3 +170,21 @@ def test_a_place_without_a_benchmark_is_a_user_error(tmp_path, place):
     build(tmp_path / "a" / "b" / "c" / "d" / "e" / "f" / "g", MARKET)
     with pytest.raises(UserError, match=r"a folder of benchmarks is required|no benchmark lies in"):
         inventory.find(tmp_path / place)
+
+
+def test_training_images_that_lie_in_the_test_set_under_another_name_are_told(tmp_path, capsys):
+    root = build(tmp_path, MARKET)
+    colours = iter(range(0, 250, 25))
+    for folder, names in MARKET.items():
+        for name in names:
+            Image.new("RGB", (8, 16), (next(colours), 0, 0)).save(root / folder / name, quality=95)
+    inventory.run(root)
+    assert "byte for byte" not in capsys.readouterr().out
+    train, gallery = (
+        root / "bounding_box_train" / "0002_c3s2_000077_00.jpg",
+        root / "bounding_box_test" / "0001_c1s3_000552_00.jpg",
+    )
+    train.write_bytes(gallery.read_bytes())
+    inventory.run(root)
+    told = f"warning: 1 training images are in query or gallery too, byte for byte (first: {train} and {gallery})"
+    assert told in capsys.readouterr().out

@@ -353,3 +353,27 @@ def test_a_picture_that_has_gone_before_the_digest_is_named(tmp_path):
     gone.unlink()
     with pytest.raises(UserError, match=f"cannot read {gone}: No such file"):
         datasets.digest(benchmark)
+
+
+# --- people who are in train and in test ---
+
+
+def test_people_shared_by_train_and_test_are_told_with_their_number_and_an_example(tmp_path):
+    plain = load_benchmark("market1501", build(tmp_path / "plain", MARKET))
+    assert "warning" not in describe(plain).table
+    assert "shared_people" not in datasets.record(plain)
+    shared = MARKET | {TRAIN: [*MARKET[TRAIN], "0003_c4s1_000001_01.jpg", "0001_c2s1_000001_01.jpg"]}
+    root = build(tmp_path / "shared", shared)
+    benchmark = load_benchmark("market1501", root)
+    (line,) = [line for line in describe(benchmark).table.splitlines() if line.startswith("warning: ")]
+    assert "warning: 2 people are in train and in query or gallery (first: " in line
+    assert f"(first: {root / TRAIN}/0001_c2s1_000001_01.jpg and {root / QUERY}/0001_c6s3_000551_00.jpg)" in line
+    assert datasets.record(benchmark)["shared_people"] == 2
+    searched = load_benchmark("market1501", root, splits=("query", "gallery"))
+    assert "warning" not in describe(searched).table  # train was not read
+
+
+def test_the_layout_of_market_with_msmt17s_numbers_shares_nobody(tmp_path):
+    benchmark = load_benchmark("msmt17", build(tmp_path, RELAID))
+    assert {s.pid for s in benchmark.train} & {s.pid for s in benchmark.gallery}
+    assert "warning" not in describe(benchmark).table

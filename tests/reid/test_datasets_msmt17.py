@@ -191,3 +191,28 @@ def test_lists_may_name_images_of_another_format(tmp_path):
     lists = {part: [line.replace(".jpg", ".png") for line in lines] for part, lines in LISTS.items()}
     benchmark = load_benchmark("msmt17", build(tmp_path, V2, lists))
     assert [(s.pid, s.camid) for s in benchmark.gallery] == [(0, 14), (7, 15)]
+
+
+@pytest.mark.parametrize(
+    ("part", "line", "first"),
+    [
+        ("gallery", "0007/0007_001_15_0303evening_0001_0.jpg 8", "line 3"),  # the list's own number
+        ("gallery", "0007/0008_001_15_0303evening_0001_0.jpg 7", "line 3"),  # the name's
+        ("train", "0002/0001_001_15_0303evening_0001_0.jpg 1", "line 3"),  # the folder's
+    ],
+)
+def test_a_pid_that_is_not_that_of_the_folder_and_the_name_is_an_error_that_names_the_first(tmp_path, part, line, first):
+    wrong = [line, line.replace("_001_15_", "_002_15_")]
+    build(tmp_path, V1, LISTS | {part: LISTS[part] + wrong})
+    message = refused("msmt17_v1", tmp_path)
+    assert "\n" not in message
+    assert f"2 of {len(LISTS[part]) + 2 + (part == 'train')} lines of list_{part}.txt" in message
+    assert (
+        f"give a pid that is not that of the folder and of the file name (first: {tmp_path}/list_{part}.txt, {first}: "
+        in message
+    )
+    assert f"'{line}')" in message
+
+
+def test_equal_numbers_in_train_and_test_are_not_the_same_people(tmp_path):
+    assert "warning" not in describe(load_benchmark("msmt17_v1", build(tmp_path, V1))).table

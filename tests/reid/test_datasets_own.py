@@ -200,3 +200,13 @@ def test_a_query_in_the_gallery_is_refused_where_its_camera_would_not_remove_it(
     assert "images/4.jpg is in query and in gallery, where it would match itself" in line
     other = TABLES | {"gallery": TABLES["gallery"] + "images/4.jpg,dora,1\n"}
     assert "is in query and in gallery" in refused("csv", build_tables(tmp_path / "other", other))
+
+
+def test_people_and_images_in_train_and_test_are_told_of_own_data_too(tmp_path):
+    root = build_folders(tmp_path / "folders", FOLDERS | {"train": [*FOLDERS["train"], "dora/9_c2.jpg"]})
+    (line,) = [line for line in describe(load_benchmark("folder", root)).table.splitlines() if line.startswith("warning: ")]
+    assert "1 person is in train and in query or gallery" in line
+    assert f"(first: {root}/train/dora/9_c2.jpg and {root}/gallery/dora/1_c1.jpg)" in line
+    root = build_tables(tmp_path / "tables", TABLES | {"train": TABLES["train"] + "images/6.jpg,emma,1\n"})
+    (line,) = [line for line in describe(load_benchmark("csv", root)).table.splitlines() if line.startswith("warning: ")]
+    assert f"1 image is in train and in query or gallery (first: {root}/images/6.jpg)" in line  # as another person
