@@ -45,6 +45,7 @@ quickstart: $(INSTALLED) ## the main job on synthetic people; says at its start 
 	$(BIN)/personmae shards write $(RUN)/data/pool $(RUN)/shards --shard-mb 8 --if-missing
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_gpus 1 --log_level warning launcher/pretrain.py --config configs/quickstart.yaml
 	$(BIN)/personmae evaluate histogram market1501 $(RUN)/data/market1501 --out $(RUN)/histogram
+	$(BIN)/personmae evaluate thumbnail+histogram market1501 $(RUN)/data/market1501 --out $(RUN)/thumbnail_histogram
 	$(BIN)/personmae finetune configs/quickstart_random.yaml
 	$(BIN)/personmae finetune configs/quickstart_personmae.yaml
 	$(BIN)/personmae report $(RUN)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "seeds"
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart_seeds.json"
 SEEDS = (0, 1, 2)
+BASELINES = ("histogram", "thumbnail", "thumbnail+histogram")
 LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
 
 
@@ -44,7 +45,8 @@ def main() -> None:
     """Make the data, train everything that is not there yet, and write the summary."""
     personmae("synth", RUNS / "data")
     personmae("shards", "write", RUNS / "data" / "pool", RUNS / "shards", "--shard-mb", "8", "--if-missing")
-    personmae("evaluate", "histogram", "market1501", RUNS / "data" / "market1501", "--out", RUNS / "histogram")
+    for name in BASELINES:
+        personmae("evaluate", name, "market1501", RUNS / "data" / "market1501", "--out", RUNS / name)
     runs = []
     for seed in SEEDS:
         run_dir = RUNS / f"pretrain_seed{seed}"
@@ -64,7 +66,7 @@ def summarise(runs: list[dict]) -> dict:
     """Mean and spread by start and learning rate, and the best rate of each start."""
     run = json.loads((RUNS / "pretrain_seed0" / "run.json").read_text(encoding="utf-8"))
     summary: dict = {"commit": run["commit"], "hardware": run["hardware"], "versions": run["versions"]}
-    summary["histogram"] = json.loads((RUNS / "histogram" / "result.json").read_text(encoding="utf-8"))["mAP"]
+    summary |= {name: json.loads((RUNS / name / "result.json").read_text(encoding="utf-8"))["mAP"] for name in BASELINES}
     for start in ("random", "personmae"):
         by_lr = {lr: [r["mAP"] for r in runs if r["start"] == start and r["lr"] == lr] for lr in LEARNING_RATES}
         best = max(by_lr, key=lambda lr: statistics.mean(by_lr[lr]))

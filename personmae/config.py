@@ -143,6 +143,20 @@ class Data(Section):
     max_bad_ratio: Fraction = Field(default=0.01, description="share of unreadable pictures above which the run stops")
 
 
+class Probe(Section):
+    benchmark: BenchmarkName | None = Field(
+        default=None,
+        description="what frozen features find on it is logged at multiples of checkpoint.every_steps and at the end",
+    )
+    root: Place | None = Field(default=None, description="directory of that benchmark")
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> "Probe":
+        if (self.benchmark is None) != (self.root is None):
+            raise ValueError(f"benchmark={self.benchmark} and root={self.root} belong together: give both or neither")
+        return self
+
+
 class Deepspeed(Section):
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=0, description="what is sharded: 1 moments, 2 gradients too, 3 parameters too"
@@ -181,6 +195,7 @@ class Pretrain(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
+    probe: Probe = Probe()
 
     @model_validator(mode="after")
     def _hides_some_patches(self) -> "Pretrain":
@@ -228,7 +243,7 @@ class Pretrain(Section):
 
     def identity(self) -> dict[str, Any]:
         """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""
-        values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint", "metrics"})
+        values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint", "metrics", "probe"})
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
         values["train"] = {name: values["train"][name] for name in ("global_batch_size", "epochs", "total_steps", "precision")}
         return flatten(values)

@@ -1,121 +1,222 @@
-"""A fine-tuned checkpoint and a benchmark to mAP, CMC and mINP, with the field's protocol."""
+"""A model, frozen features or a baseline, and a benchmark, to mAP, CMC and mINP with the field's protocol."""
 
 import shlex
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from personmae import checkpoint, dist, metrics, progress
 from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer
-from personmae.reid import retrieval
-from personmae.reid.datasets import describe, load_benchmark
+from personmae.reid import probe, retrieval
+from personmae.reid.datasets import Benchmark, describe, load_benchmark
+from personmae.reid.features import Extractor
 from personmae.reid.heads import Neck, Pool, ReIDModel, build_head, trained_size
+from personmae.reid.samples import SPLITS
 
-HISTOGRAM = "histogram"
-HISTOGRAM_SIZE = (128, 64)  # (height, width) in pixels the pictures are brought to
+RANDOM = "random"
+DEFAULT_SIZE, DEFAULT_IMG_SIZE = "base", (256, 128)  # of random weights: those of the configuration's own defaults
+BASELINE_SIZE = (128, 64)  # (height, width) in pixels that images are brought to for what is not trained
+_IN_WORDS = {"none": "as they are", "standardise": "standardised per camera", "whiten": "whitened per camera"}
+_PRETRAINED_ONLY = {"pool": "--pool is for pre-trained encoders", "probe": "--probe is for pre-trained encoders"}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How features are found and compared.
+
+    ``pool`` takes a pre-trained encoder as it is, its tokens pooled so ("rows" are means of rows of patches); what it finds
+    is a lower bound, not a ReID system. ``per_camera`` changes features before they are compared, without labels; baselines
+    are standardised where it is None. ``probe`` has both readings of frozen rows instead. The last three are of random
+    weights, which are drawn on the spot.
+    """
+
+    pool: Pool | Literal["rows"] | None = None
+    per_camera: retrieval.PerCamera | None = None
+    probe: bool = False
+    rerank: str = "none"
+    size: str | None = None
+    img_size: tuple[int, int] | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is evaluated: an extractor with the preprocessing of its weights, in words, and what a record says of its source.
+
+    ``encoder`` is there where it is pre-trained alone, or random.
+    """
+
+    name: str
+    init: str
+    model: Extractor | None
+    encoder: VisionTransformer | None
+    settings: dict[str, Any]
+    source: dict[str, Any]
 
 
 def run(
-    where: str,
-    benchmark_name: str,
-    root: str,
-    *,
-    out: Path | None,
-    pool: Pool | None = None,
-    rerank: str = "none",
-    unfinished: bool = False,
+    where: str, benchmark_name: str, root: str, *, out: Path | None, options: Options | None = None, unfinished: bool = False
 ) -> None:
-    """Print one row of the table; with ``out`` also write ``result.json`` and ``rank_lists.json`` there.
+    """Print a row of the table, two of a probe; with ``out`` also write ``result.json`` and ``rank_lists.json`` there.
 
-    ``pool`` takes a pre-trained encoder as it is, its tokens pooled so; what it finds is a lower bound, not a ReID system.
-    A run whose training has not reached its end is taken only with ``unfinished``, or where its checkpoint is named itself;
-    that is told, and the record has how far it had come.
-    The benchmark needs no training pictures.
+    ``where`` is a run or a checkpoint, "random", or the name of a baseline. A run whose training has not reached its end is
+    taken only with ``unfinished``, or where its checkpoint is named itself; that is told, and the record has how far it had
+    come. The benchmark needs no training images but for a probe.
 
     Raises:
-        UserError: the checkpoint or the benchmark cannot be read.
+        UserError: the checkpoint or the benchmark cannot be read, or the options do not go together.
         OSError: ``out`` cannot be written to; found before anything is computed.
     """
-    began = time.monotonic()
-    if where == HISTOGRAM and pool:
-        raise UserError("--pool is for pre-trained encoders; 'histogram' has no tokens: leave it out")
+    began, options = time.monotonic(), options or Options()
+    _require_fitting(where, options)
     if out:
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
-    benchmark = load_benchmark(benchmark_name, root, splits=("query", "gallery"))
+    benchmark = load_benchmark(benchmark_name, root, splits=SPLITS if options.probe else ("query", "gallery"))
     described = describe(benchmark)
     print(described.table, described.note, sep="\n")
-    num_threads = dist.usable_cores()
-    if where == HISTOGRAM:
-        name, init = "colour histogram", "colour alone, normalised per camera"
-        source: dict[str, Any] = {}
-        record = retrieval.measure(
-            benchmark,
-            retrieval.histogram_features,
-            img_size=HISTOGRAM_SIZE,
-            num_threads=num_threads,
-            rerank=rerank,
-            say=progress.log,
-        )
+    if where in retrieval.BASELINES:
+        record = _measure_baseline(where, benchmark, options)
     else:
-        path = checkpoint.locate(where)
-        if not unfinished:
-            checkpoint.require_finished(where, path, " give --unfinished,")
-        model, settings, init = load(where, path, pool)
-        name = Path(where).name
-        source = {"checkpoint": str(path), "step": checkpoint.step_of(path.name), "digest": checkpoint.digest(path)}
-        if reached := checkpoint.unfinished(path):
-            source["unfinished"] = reached
-        progress.log(f"evaluating {path}" + (f", whose run is not finished: it is at {reached}" if reached else ""))
-        device = torch.device("cuda" if dist.use_cuda() else "cpu")
-        features = retrieval.model_features(
-            model.to(device), mean=settings["mean"], std=settings["std"], device=device, say=progress.log
-        )
-        record = retrieval.measure(
-            benchmark,
-            features,
-            img_size=tuple(settings["img_size"]),
-            num_threads=num_threads,
-            device=device,
-            rerank=rerank,
-            say=progress.log,
-        )
-    assert record  # one process
-    record |= {"name": name, "init": init, "commit": metrics.git_commit()} | source
-    print(retrieval.table_row(record))
+        record = _measure(_find(where, options, unfinished), benchmark, options)
+    record |= {"commit": metrics.git_commit()}
+    for row in _rows(record):
+        print(retrieval.table_row(row))
     if out:
         retrieval.write_record(out, record)
-        seconds, where = time.monotonic() - began, f"the result is in {out / 'result.json'}"
+        seconds, told = time.monotonic() - began, f"the result is in {out / 'result.json'}"
         following = f"personmae report {shlex.quote(str(out.resolve().parent))}"
-        progress.say(progress.ending("evaluate", seconds, where, following))
+        progress.say(progress.ending("evaluate", seconds, told, following))
 
 
-def load(where: str, path: Path, pool: Pool | None = None) -> tuple[ReIDModel, dict[str, Any], str]:
-    """The model of a checkpoint in evaluation mode, the settings that belong to its weights, and what it was trained from.
+def _require_fitting(where: str, options: Options) -> None:
+    """Raise a UserError where an option is not for what is evaluated, or not beside another."""
+    if where in retrieval.BASELINES:
+        for name in ("pool", "probe"):
+            if getattr(options, name):
+                raise UserError(f"{_PRETRAINED_ONLY[name]}; {where!r} has no tokens: leave it out")
+    drawn = {"size": options.size, "img-size": options.img_size, "seed": options.seed}
+    if where != RANDOM and (given := [f"--{name}" for name, value in drawn.items() if value is not None]):
+        raise UserError(f"{', '.join(given)} is for 'random' weights; {where} has its own: leave it out")
+    if options.probe and (options.pool or options.per_camera or options.rerank != "none"):
+        raise UserError("--probe says itself what is compared; leave out --pool, --per-camera and --rerank")
+    if where == RANDOM and not (options.probe or options.pool):
+        raise UserError("'random' weights have no head; give --probe, or --pool mean, to see what their tokens find")
 
-    ``path`` is the checkpoint that ``where`` names.
+
+def _measure_baseline(name: str, benchmark: Benchmark, options: Options) -> dict[str, Any]:
+    """The record of a search without any training."""
+    how = options.per_camera or "standardise"
+    record = retrieval.measure(
+        benchmark,
+        retrieval.baseline_features(name, how),
+        img_size=BASELINE_SIZE,
+        num_threads=dist.usable_cores(),
+        rerank=options.rerank,
+        say=progress.log,
+    )
+    assert record  # one process
+    return record | {"name": name if how == "standardise" else f"{name}, {how}", "init": f"no training, {_IN_WORDS[how]}"}
+
+
+def _measure(subject: Subject, benchmark: Benchmark, options: Options) -> dict[str, Any]:
+    """The record of a search by a model, or of a probe."""
+    settings = subject.settings
+    device = torch.device("cuda" if dist.use_cuda() else "cpu")
+    img_size: tuple[int, int] = tuple(settings["img_size"])
+    shared: dict[str, Any] = {"device": device, "num_threads": dist.usable_cores(), "say": progress.log}
+    named = {"name": subject.name, "init": subject.init} | subject.source
+    if options.probe:
+        assert subject.encoder
+        encoder, inputs = subject.encoder.to(device), {name: settings[name] for name in ("mean", "std")}
+        record = probe.measure(benchmark, encoder, img_size=img_size, **inputs, **shared)
+        named |= {"name": f"{subject.name}, rows"}
+    else:
+        assert isinstance(subject.model, torch.nn.Module)
+        features = retrieval.model_features(
+            subject.model.to(device), mean=settings["mean"], std=settings["std"], device=device, say=progress.log
+        )
+        if (how := options.per_camera or "none") != "none":
+            features = retrieval.for_each_camera(features, how)
+            named["init"] += f", {_IN_WORDS[how]}"
+        record = retrieval.measure(benchmark, features, img_size=img_size, rerank=options.rerank, **shared)
+    assert record  # one process
+    return record | named
+
+
+def _rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is printed: the record itself, and beside a probe's rows its discriminants."""
+    if "probe" not in record:
+        return [record]
+    name = record["name"].removesuffix(", rows")
+    return [record, record | record["probe"]["lda"] | {"name": f"{name}, LDA"}]
+
+
+def _find(where: str, options: Options, unfinished: bool) -> Subject:
+    """The model at ``where``, or one of random weights.
 
     Raises:
-        UserError: it is a pre-trained one without ``pool``, or a fine-tuned one with it.
+        UserError: there is none, it is not finished, or it is not of the kind that the options are for.
     """
-    record = checkpoint.read_state(path)
+    if where == RANDOM:
+        return _draw(options)
+    path = checkpoint.locate(where)
+    if not unfinished:
+        checkpoint.require_finished(where, path, " give --unfinished,")
+    source = {"checkpoint": str(path), "step": checkpoint.step_of(path.name), "digest": checkpoint.digest(path)}
+    if reached := checkpoint.unfinished(path):
+        source["unfinished"] = reached
+    progress.log(f"evaluating {path}" + (f", whose run is not finished: it is at {reached}" if reached else ""))
+    name, record = Path(where).name, checkpoint.read_state(path)
     if "head" in record:
-        if pool:
-            raise UserError(f"--pool is for pre-trained encoders; {path} is fine-tuned and has a head of its own: leave it out")
-        return load_model(checkpoint.read(path, moments=False), path), record["model"], record["init"]
-    if not pool:
+        for option, told in _PRETRAINED_ONLY.items():
+            if getattr(options, option):
+                raise UserError(f"{told}; {path} is fine-tuned and has a head of its own: leave it out")
+        model = load_model(checkpoint.read(path, moments=False), path)
+        return Subject(name, record["init"], model, None, record["model"], source)
+    if not (options.pool or options.probe):
         raise UserError(
             f"a fine-tuned checkpoint is required; {path} is pre-trained only: run 'personmae finetune' first, or see with "
-            "--pool mean what its features find without"
+            "--probe, or --pool mean, what its features find without"
         )
     weights, settings = checkpoint.read_encoder(path)
     encoder = VisionTransformer(**SIZES[settings["size"]], patch_size=settings["patch_size"])
     checkpoint.load_strictly(encoder, weights, path)
-    return ReIDModel(encoder, Neck(encoder, pool=pool)).eval(), settings, f"{where}, {pool} of its tokens"
+    return _frozen(name, where, encoder, settings, options, source)
+
+
+def _draw(options: Options) -> Subject:
+    """Random weights: what features of the same kind find without any training."""
+    size, img_size, seed = options.size or DEFAULT_SIZE, options.img_size or DEFAULT_IMG_SIZE, options.seed or 0
+    torch.manual_seed(seed)
+    encoder = VisionTransformer(**SIZES[size])
+    if any(side % encoder.patch_size for side in img_size):
+        raise UserError(f"--img-size must be multiples of {encoder.patch_size} pixels; got {img_size[0]}x{img_size[1]}")
+    settings = {"img_size": img_size, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    told = f"random {size}, seed {seed}"
+    return _frozen(RANDOM, told, encoder, settings, options, {"random": {"size": size, "img_size": img_size, "seed": seed}})
+
+
+def _frozen(
+    name: str, start: str, encoder: VisionTransformer, settings: dict[str, Any], options: Options, source: dict[str, Any]
+) -> Subject:
+    """An encoder as it is, its tokens pooled or read by a probe."""
+    encoder.eval()
+    img_size = tuple(settings["img_size"])
+    if options.probe:
+        return Subject(name, f"{start}, frozen, rows whitened per camera", None, encoder, settings, source)
+    if options.pool == "rows":
+        return Subject(
+            name, f"{start}, middle rows of its tokens", probe.FrozenRows(encoder, img_size), encoder, settings, source
+        )
+    assert options.pool  # or it would have been refused
+    model = ReIDModel(encoder, Neck(encoder, pool=options.pool)).eval()
+    return Subject(name, f"{start}, {options.pool} of its tokens", model, encoder, settings, source)
 
 
 def load_model(saved: checkpoint.Checkpoint, path: Path) -> ReIDModel:

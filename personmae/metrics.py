@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,6 +99,14 @@ class RunLog:
             if name not in ("step", "time"):
                 self._board.add_scalar(name, value, step)
         self.show(step, values, images_per_step=images_per_step)
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """What is done meanwhile takes no time from the steps, as far as their images per second are recorded."""
+        start = time.monotonic()
+        yield
+        if self._is_first:
+            self._last_time += time.monotonic() - start
 
     def show(self, step: int, values: dict[str, float], *, images_per_step: int) -> None:
         """Show a step with rate and time to go of the last minute; nothing is recorded."""

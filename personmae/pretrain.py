@@ -30,6 +30,7 @@ from personmae.model.teacher import Teacher
 from personmae.model.vit import SIZES
 from personmae.plan import show_plan
 from personmae.precision import Precision
+from personmae.pretrain_probe import Prober
 from personmae.state import Run, Spiked, last_step_counted, open_writer, resume, roll_back, save
 
 PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,048
@@ -56,13 +57,14 @@ def run(settings: config.Pretrain) -> None:
     model = build_model(settings, chosen).to(world.device)
     view = View(**settings.view_arguments())
     teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device) if settings.loss.feature_weight else None
+    prober = Prober(settings, model.encoder, world) if settings.probe.benchmark else None
     prepare = choose_prepare(model, **settings.prepare_arguments())
     if settings.train.compile:
         compile_cache.mend()
         compile_parts(model, teacher, settings.train.cuda_graphs)
     engine = build_engine(settings, model, plan)
 
-    state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)), chosen)
+    state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)), chosen, prober=prober)
     held = None
     try:
         held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
@@ -174,16 +176,20 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
             meter.count(step, state.plan.global_batch_size)
             log.advance(step)
             shown |= step == first + 1
-            logged = step % settings.train.log_every == 0 or step == total_steps
+            in_turn = step % settings.train.log_every == 0 or step == total_steps
+            prober = state.prober if schedule.by_step(step) or step == total_steps else None
+            probed = prober.run(engine, step, log, meter, stop) if prober else {}
+            logged = in_turn or prober is not None
             if shown and not logged:
                 means = mean_over_ranks(losses | {"grad_norm": grad_norm}) | {"lr": lr_scale * peak_lr(settings)}
                 log.show(step, means, images_per_step=state.plan.global_batch_size)
             if logged:
                 means = mean_over_ranks(losses | {"grad_norm": grad_norm, "skipped_steps": guard.num_skipped})
-                means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()}
+                means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()} | probed
                 log.log(step, means, images_per_step=state.plan.global_batch_size)
                 last_step_counted(guard, state)  # like the lines above, the only wait for the device
                 num_bad = tell_bad_samples(reader, num_bad)
+            if in_turn:  # a probe changes nothing of what the guard compares
                 if guard.spiked():
                     raise Spiked(good)
                 good, state.usual_loss = step, guard.usual

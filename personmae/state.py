@@ -14,6 +14,7 @@ from personmae.keeper import Writer
 from personmae.model.personmae import View
 from personmae.model.teacher import Teacher
 from personmae.precision import Precision
+from personmae.pretrain_probe import Prober
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Run:
     step: int = 0  # updates done
     cursor: int = 0  # global batches of the sample order that are behind; more than ``step`` after a rollback
     usual_loss: float | None = None  # what the guard against jumps compares with
+    prober: Prober | None = None  # what frozen features find, where that is asked for
 
 
 class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run

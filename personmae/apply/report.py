@@ -41,6 +41,7 @@ LOSSES = {"loss", "pixel_loss", "feature_loss"}
 CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by the words for them
     (config.Pretrain, "pre-training: loss, total and pixel", {"loss": "total", "pixel_loss": "pixel"}),
     (config.Pretrain, "pre-training: feature loss", {"feature_loss": ""}),
+    (config.Pretrain, "pre-training: mAP of frozen rows", {"probe_rows_map": "no labels", "probe_lda_map": "LDA"}),
     (config.Pretrain, "pre-training: images per second", {"images_per_second": ""}),
     (config.Finetune, "fine-tuning: loss", {"loss": ""}),
     (config.Finetune, "fine-tuning: accuracy on its batches", {"accuracy": ""}),
@@ -159,6 +160,9 @@ def print_tables(groups: Sequence[Group]) -> None:
         for row in shown["rows"]:
             table.add_row(*_cells(row))
         console.print(table)
+        for row in shown["frozen"]:
+            told = f"{row['name']}, frozen, mAP / Rank-1 %: rows {row['rows']}, LDA {row['lda']}"
+            console.print(told, markup=False, highlight=False)
         for queries in shown["queries"]:
             console.print(f"{queries.ours.name} beside {queries.theirs.name}: {queries}", markup=False, highlight=False)
 

@@ -32,6 +32,13 @@ def _as_text(value: Any) -> str:
 Text = Annotated[str, PlainValidator(_as_text)]
 
 
+class Scores(BaseModel):
+    """What one reading of a probe found; scores in [0, 1]."""
+
+    mAP: float  # noqa: N815
+    rank1: float
+
+
 class Result(BaseModel):
     """What ``finetune`` and ``evaluate`` measured; scores in [0, 1]. What older records lack is None or empty."""
 
@@ -59,6 +66,7 @@ class Result(BaseModel):
     step: int | None = None
     unfinished: str | None = None  # how far an evaluated run had come, such as "step 3 of 4"
     identity: dict[str, Any] = {}
+    probe: dict[str, Scores] = {}  # of frozen features: rows, whose scores stand above too, and lda
 
 
 class RankList(BaseModel):

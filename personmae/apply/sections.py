@@ -17,7 +17,18 @@ Step = tuple[str, str]  # why, and the command to type
 
 def table_of(group: Group) -> dict[str, Any]:
     """One table of results, in per cent, with its comparison query by query."""
-    return {"title": group.title, "rows": [_row(group, row) for row in group.rows], "queries": compare_queries(group)}
+    return {
+        "title": group.title,
+        "rows": [_row(group, row) for row in group.rows],
+        "frozen": [_frozen(row) for row in group.rows if row.first.probe],
+        "queries": compare_queries(group),
+    }
+
+
+def _frozen(row: Row) -> dict[str, str]:
+    """A probe of frozen features, mAP and Rank-1 of both readings in per cent."""
+    found = {"name": row.name.removesuffix(", rows"), "started": row.started.partition(", frozen")[0]}
+    return found | {reading: f"{100 * s.mAP:.1f} / {100 * s.rank1:.1f}" for reading, s in row.first.probe.items()}
 
 
 def _row(group: Group, row: Row) -> dict[str, Any]:

@@ -88,6 +88,12 @@ def counting(text: str) -> int:
     raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
 
 
+def size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels from "256x128"."""
+    height, _, width = text.partition("x")
+    return counting(height), counting(width)
+
+
 class Progress:
     """A bar on a terminal, lines elsewhere: the first at once, then one every ten seconds, with the rate of the last minute
     and the time to go. Called with (done, total)."""

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from personmae.commands.arguments import counting, place, positive
+from personmae.commands.arguments import counting, place, positive, size
 from personmae.errors import UserError
 from personmae.progress import log, say
 
@@ -15,11 +15,6 @@ def names(text: str) -> tuple[str, ...]:
 
 def counts(text: str) -> tuple[int, ...]:
     return tuple(counting(part) for part in text.split(","))
-
-
-def size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    return counting(height), counting(width)
 
 
 _REPORT = """\

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from personmae.commands.arguments import counting, place
+from personmae.commands.arguments import counting, place, size
 from personmae.errors import UserError
 from personmae.progress import log
 
@@ -65,19 +65,38 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
         raise UserError(f"--dry-run is for pretrain; {name} has no plan to print: leave it out")
 
 
+_EVALUATE = """\
+CHECKPOINT is a run of finetune or unsupervised, or one of its checkpoints. It is one of pretrain with --pool or --probe.
+'random' is an encoder of random weights, the control of both. Three baselines need no training: 'histogram', 'thumbnail'
+and 'thumbnail+histogram'. A model has to beat the last one.
+
+--probe takes seconds and trains nothing. It compares rows of patch tokens in two ways. "rows" whitens them per camera and
+needs no labels. "LDA" knows the training identities and no camera. docs/method.md defines both.
+"""
+
+
 def add_evaluate(verbs: argparse._SubParsersAction) -> None:
-    verb = verbs.add_parser("evaluate", help="a trained model (or 'histogram') on a benchmark -> mAP, CMC, mINP")
-    verb.add_argument(
-        "checkpoint",
-        type=place,
-        metavar="CHECKPOINT",
-        help="a run of finetune or unsupervised, one of pretrain with --pool, a checkpoint of these, or 'histogram'",
+    verb = verbs.add_parser(
+        "evaluate",
+        help="a trained model, frozen features or a baseline on a benchmark -> mAP, CMC, mINP",
+        description=_EVALUATE,
     )
+    verb.add_argument("checkpoint", type=place, metavar="CHECKPOINT", help="a run, a checkpoint, 'random' or a baseline")
     verb.add_argument("benchmark", metavar="BENCHMARK", help="its name, e.g. market1501 or folder; see configs/README.md")
     verb.add_argument("root", type=place, metavar="ROOT", help="directory of the benchmark")
     verb.add_argument("--out", type=Path, metavar="DIR", help="write result.json and rank_lists.json there")
     verb.add_argument(
-        "--pool", choices=["mean", "cls", "cls_mean"], help="take a pre-trained encoder as it is, its tokens pooled so"
+        "--probe", action="store_true", help="what the frozen rows of a pre-trained encoder find, read in two ways"
+    )
+    verb.add_argument(
+        "--pool",
+        choices=["mean", "cls", "cls_mean", "rows"],
+        help="take a pre-trained encoder as it is, its tokens pooled so; rows are means of the middle of each row",
+    )
+    verb.add_argument(
+        "--per-camera",
+        choices=["none", "standardise", "whiten"],
+        help="what is done to features within each camera, without labels (default none, of baselines standardise)",
     )
     verb.add_argument(
         "--rerank",
@@ -88,12 +107,17 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--unfinished", action="store_true", help="take a run whose training has not reached its end; the record says so"
     )
+    drawn = verb.add_argument_group("of 'random'")
+    drawn.add_argument("--size", choices=["micro", "small", "base", "large"], help="of the encoder (default base)")
+    drawn.add_argument("--img-size", type=size, metavar="HxW", help="pixels (default 256x128)")
+    drawn.add_argument("--seed", type=int, help="of its weights (default 0)")
 
     def run(args: argparse.Namespace) -> None:
         log("evaluate: starting ...")
         from personmae import evaluate
 
-        options = {name: vars(args)[name] for name in ("out", "pool", "rerank", "unfinished")}
-        evaluate.run(args.checkpoint, args.benchmark, args.root, **options)
+        names = ("pool", "per_camera", "probe", "rerank", "size", "img_size", "seed")
+        options = evaluate.Options(**{name: vars(args)[name] for name in names})
+        evaluate.run(args.checkpoint, args.benchmark, args.root, out=args.out, options=options, unfinished=args.unfinished)
 
     verb.set_defaults(run=run)

@@ -1,31 +1,43 @@
-"""Search features of a whole image set: from a model, and from colour alone, the baseline that a model has to beat."""
+"""Search features of a whole image set: from a model, and without any training, the baselines that a model has to beat."""
 
 import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from personmae import dist
 from personmae.errors import Diverged, Stopped
 from personmae.progress import EVERY_SECONDS, Pace, duration
-from personmae.reid.heads import ReIDModel
-from personmae.reid.rows import standardise_per_camera
+from personmae.reid.rows import standardise_per_camera as standardise_per_camera
 from personmae.reid.transforms import ImageSet, normalise
 
 NUM_STRIPES = 6
 NUM_BINS = 8
 BIN_RANGE = 3.0  # bins cover this many standard deviations to either side of the picture's mean
 SIDE_SHARE = 3 / 16  # of the width, left out on either side: there is more background than person
+THUMBNAIL_SIZE = (16, 4)  # (height, width) in pixels of what is left of the middle half of an image
+
+
+@runtime_checkable
+class Extractor(Protocol):
+    """What turns normalised images (B, 3, H, W) into features (B, ``feature_dim``)."""
+
+    feature_dim: int
+    training: bool
+
+    def features(self, images: Tensor) -> Tensor: ...
+    def train(self, mode: bool = True) -> Any: ...
+    def eval(self) -> Any: ...
 
 
 def extract(
-    model: ReIDModel,
+    model: Extractor,
     image_set: ImageSet,
     *,
     batch_size: int,
@@ -36,7 +48,7 @@ def extract(
     stopped: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Float[Tensor, "N F"]:
-    """L2-normalised fp32 features on the CPU, in the order of the set; ``dtype`` below fp32 is used through autocast.
+    """The model's features in fp32 on the CPU, in the order of the set; ``dtype`` below fp32 is used through autocast.
 
     Called by all ranks together: each works on its share, and all get the whole. The model is put into evaluation mode and
     back. ``stopped`` is asked before each batch, ``say`` is told every few seconds how far this rank is.
@@ -77,24 +89,24 @@ def told(say: Callable[[str], None], work: str) -> Iterator[None]:
     say(f"{work}: {time.monotonic() - start:.1f} s")
 
 
-def colour_histogram(
-    image_set: ImageSet, camids: Int[np.ndarray, " N"], *, normalise_per_camera: bool, batch_size: int = 256
-) -> Float[Tensor, "N F"]:
-    """L2-normalised colour histograms: six horizontal stripes of the middle, 8 bins for each of RGB, square-rooted.
+def colour_histogram(image_set: ImageSet, *, batch_size: int = 256) -> Float[Tensor, "N F"]:
+    """Colour histograms: six horizontal stripes of the middle, 8 bins for each of RGB, square-rooted (F = 144).
 
-    Each picture's channels are standardised first. docs/decisions.md says how it was chosen.
-
-    With ``normalise_per_camera`` each bin is standardised within each camera, which takes out the camera's own colours;
-    give query and gallery as one set, so that both are standardised alike.
+    Each image's channels are standardised first. docs/decisions.md says how it was chosen.
 
     Raises:
         UserError: an image cannot be read.
     """
-    parts = [_stripe_histograms(images) for _, images in _batches(image_set, batch_size)]
-    features = torch.cat(parts).sqrt()
-    if normalise_per_camera:
-        features = standardise_per_camera(features, camids)
-    return F.normalize(features, dim=1)
+    return torch.cat([_stripe_histograms(images) for _, images in _batches(image_set, batch_size)]).sqrt()
+
+
+def thumbnail(image_set: ImageSet, *, batch_size: int = 256) -> Float[Tensor, "N F"]:
+    """The middle half of each image's width, shrunk to 16 x 4 pixels, which are means over areas (F = 3 * 64, 0 ... 255).
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    return torch.cat([_shrunk_middle(images) for _, images in _batches(image_set, batch_size)])
 
 
 def _batches(
@@ -110,6 +122,12 @@ def _batches(
             pace.mark(done)
             say(f"extracting: {done:,} of {total:,} images, {duration(pace.left(total) or 0)} to go")
         yield slice(done, stop - part.start), image_set.load(range(start, stop))
+
+
+def _shrunk_middle(images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
+    side = images.shape[3] // 4
+    middle = images[..., side : images.shape[3] - side].float()
+    return F.adaptive_avg_pool2d(middle, THUMBNAIL_SIZE).flatten(1)
 
 
 def _stripe_histograms(images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:

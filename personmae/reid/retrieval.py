@@ -6,24 +6,31 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from personmae import dist, files
 from personmae.errors import Stopped, UserError
 from personmae.reid import datasets, ranking
 from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
-from personmae.reid.features import colour_histogram, extract, require_finite, told
-from personmae.reid.heads import ReIDModel
+from personmae.reid.features import Extractor, colour_histogram, extract, require_finite, thumbnail, told
 from personmae.reid.rerank import alpha_query_expansion, k_reciprocal
+from personmae.reid.rows import standardise_per_camera, whiten_per_camera
 from personmae.reid.transforms import ImageSet
 
 NUM_RANK_LISTS, TOP_K = 12, 10
 RERANKINGS = {"none": ranking.cosine, "aqe": alpha_query_expansion, "k_reciprocal": k_reciprocal}
-Features = Callable[[ImageSet, np.ndarray], Tensor]  # (images, camids) to (N, F), L2-normalised
+Features = Callable[[ImageSet, np.ndarray], Tensor]  # (images, camids) to (N, F)
+PerCamera = Literal["none", "standardise", "whiten"]
+BASELINES: Final[dict[str, tuple[Callable[[ImageSet], Tensor], ...]]] = {  # without any training
+    "histogram": (colour_histogram,),
+    "thumbnail": (thumbnail,),
+    "thumbnail+histogram": (thumbnail, colour_histogram),
+}
 
 
 def measure(
@@ -57,14 +64,21 @@ def measure(
 
     def rank() -> dict[str, Any]:
         with told(say, f"ranking {len(benchmark.query):,} x {len(benchmark.gallery):,}"):
-            found = _rank(benchmark, vectors.to(device), rerank, stopped)
+            found = rank_all(benchmark, vectors.to(device), rerank=rerank, stopped=stopped)
         return found | {"seconds": time.monotonic() - start}
 
     return dist.on_first_rank(rank)
 
 
-def _rank(benchmark: Benchmark, vectors: Tensor, rerank: str, stopped: Callable[[], bool]) -> dict[str, Any]:
-    """The record, out of the features of query and gallery."""
+def rank_all(
+    benchmark: Benchmark, vectors: Tensor, *, rerank: str = "none", stopped: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """The record of ``measure`` but for its duration, out of the features (N, F) of all queries and then all gallery images.
+
+    Raises:
+        UserError: a feature is not finite, or no query can be scored.
+        Stopped: ``stopped`` was true.
+    """
     query, gallery = vectors.tensor_split([len(benchmark.query)])
     compared = RERANKINGS[rerank](query, gallery)
 
@@ -110,7 +124,7 @@ def _rank_list(query: Sample, found: list[Sample]) -> dict[str, Any]:
 
 
 def model_features(
-    model: ReIDModel,
+    model: Extractor,
     *,
     mean: Sequence[float],
     std: Sequence[float],
@@ -134,9 +148,25 @@ def model_features(
     return features
 
 
-def histogram_features(images: ImageSet, camids: np.ndarray) -> Tensor:
-    """Colour alone, each camera's own cast taken out: the baseline a model has to beat."""
-    return colour_histogram(images, camids, normalise_per_camera=True)
+def baseline_features(name: str, how: PerCamera = "standardise") -> Features:
+    """One of ``BASELINES``, each camera's own colours taken out; of two parts each has half of the cosine."""
+
+    def features(images: ImageSet, camids: np.ndarray) -> Tensor:
+        return torch.cat([per_camera(part(images), camids, how) for part in BASELINES[name]], dim=1)
+
+    return features
+
+
+def for_each_camera(features: Features, how: PerCamera) -> Features:
+    """Features of query and gallery together, brought by ``per_camera`` to what all cameras have alike."""
+    return lambda images, camids: per_camera(features(images, camids), camids, how)
+
+
+def per_camera(features: Tensor, camids: np.ndarray, how: PerCamera) -> Tensor:
+    """Features (N, F) of length one: as they are, standardised or whitened within each camera, without any label."""
+    if how == "whiten":
+        return whiten_per_camera(features, camids)
+    return F.normalize(standardise_per_camera(features, camids) if how == "standardise" else features, dim=1)
 
 
 def write_record(out: Path, record: dict[str, Any]) -> None:

@@ -95,7 +95,8 @@ def principal_axes(features: Float[np.ndarray, "N F"], dim: int) -> tuple[Float[
     """Mean and the first ``dim`` principal axes of a set, or as many as there are; the same on every call."""
     from sklearn.decomposition import PCA
 
-    solver = "covariance_eigh" if features.shape[1] <= EXACT_CHANNELS else "randomized"
+    num_images, num_channels = features.shape
+    solver = "randomized" if num_channels > EXACT_CHANNELS else "full" if num_images < num_channels else "covariance_eigh"
     with np.errstate(divide="ignore", invalid="ignore"):  # features that do not differ have no variance to share out
         found = PCA(min(dim, *features.shape), svd_solver=solver, random_state=0).fit(features)
     return np.asarray(found.mean_), np.asarray(found.components_)

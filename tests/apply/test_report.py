@@ -306,3 +306,21 @@ def test_a_frame_says_right_and_wrong_without_touching_its_picture() -> None:
     assert tuple(right[0, 0]) == pictures.GREEN
     assert tuple(wrong[-1, 0]) == pictures.RED
     assert (right[10:-10, 10:-10] == 200).all()
+
+
+def test_a_probe_of_frozen_features_has_a_table_of_its_own(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Frozen features" not in report.run(runs).read_text()
+    found = {"rows": {"mAP": 0.1234, "rank1": 0.2}, "lda": {"mAP": 0.236, "rank1": 0.4}}
+    init = "runs/pretrain, frozen, rows whitened per camera"
+    _write_result(runs / "probe", runs, name="pretrain, rows", init=init, mAP=0.1234, probe=found)
+    records = runs / "pretrain" / "metrics.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    lines[-1] |= {"probe_rows_map": 0.1, "probe_lda_map": 0.2}
+    records.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    text = report.run(runs).read_text()
+    assert "Frozen features, mAP / Rank-1 %" in text
+    for cell in ("12.3 / 20.0", "23.6 / 40.0"):
+        assert f'<td class="number">{cell}</td>' in text
+    assert '<td class="wide">runs/pretrain</td>' in text
+    assert "pre-training: mAP of frozen rows" in text
+    assert "pretrain, frozen, mAP / Rank-1 %: rows 12.3 / 20.0, LDA 23.6" in capsys.readouterr().out

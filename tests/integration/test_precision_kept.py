@@ -1,13 +1,10 @@
 """A run that is resumed where ``auto`` would choose the other precision keeps its own, and says so."""
 
 import shutil
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import ROOT
 
 from personmae import checkpoint, commit
 from personmae.__main__ import main
@@ -19,16 +16,9 @@ OLD_KEYS = ("precision", "precision_by_hand")
 
 
 @pytest.fixture(autouse=True)
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the checkout, on the CPU; handlers of signals are given back."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", *NO_BF16):
+def here(monkeypatch: pytest.MonkeyPatch, in_checkout: None) -> None:
+    for name in NO_BF16:
         monkeypatch.delenv(name, raising=False)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

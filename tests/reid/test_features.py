@@ -1,4 +1,4 @@
-"""Extraction over a set, and the colour baseline against a loop."""
+"""Extraction over a set, and the baselines without training against loops."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from closeness import assert_allclose
 
 from personmae.errors import Diverged, Stopped
 from personmae.model.vit import VisionTransformer
-from personmae.reid.features import colour_histogram, extract, require_finite, standardise_per_camera
+from personmae.reid.features import colour_histogram, extract, require_finite, thumbnail
 from personmae.reid.heads import BNNeck, ReIDModel
 from personmae.reid.transforms import ImageSet, normalise
 
@@ -87,32 +87,22 @@ def slow_histogram(rgb: np.ndarray) -> np.ndarray:
 
 
 def test_colour_histogram_equals_the_loop(image_set):
-    features = colour_histogram(image_set, np.ones(7, dtype=np.int64), normalise_per_camera=False, batch_size=3)
+    features = colour_histogram(image_set, batch_size=3)
     assert features.shape == (7, 6 * 3 * 8)
     images = image_set.load(range(7)).permute(0, 2, 3, 1).numpy()
     expected = np.stack([slow_histogram(np.ascontiguousarray(image)) for image in images])
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert_allclose(features.numpy(), expected, atol=1e-6)
 
 
-def test_standardising_takes_out_each_cameras_mean_and_scale():
-    rng = np.random.default_rng(0)
-    camids = np.array([1, 2, 1, 2, 5, 1, 2, 5])
-    features = rng.standard_normal((8, 4)) * camids[:, None] + camids[:, None]
-    expected = np.empty_like(features)
-    for i, camid in enumerate(camids):
-        same = features[camids == camid]
-        expected[i] = (features[i] - same.mean(0)) / same.std(0)
-    assert_allclose(standardise_per_camera(torch.from_numpy(features), camids).numpy(), expected, atol=1e-9)
-
-
-def test_per_camera_histograms_have_length_one_and_average_out(image_set):
-    camids = np.array([1, 1, 1, 2, 2, 2, 2])
-    features = colour_histogram(image_set, camids, normalise_per_camera=True)
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(7))
-    assert features.isfinite().all()
-    plain = colour_histogram(image_set, camids, normalise_per_camera=False)
-    assert not torch.allclose(features, plain)
+def test_a_thumbnail_is_the_middle_half_in_means_over_areas(image_set):
+    features = thumbnail(image_set, batch_size=3)
+    images = image_set.load(range(7)).numpy()  # 64 x 32: cells of 4 x 4 pixels, from column 8 on
+    expected = [
+        [image[c, 4 * y : 4 * y + 4, 8 + 4 * x : 12 + 4 * x].mean() for c in range(3) for y in range(16) for x in range(4)]
+        for image in images
+    ]
+    assert features.shape == (7, 192)
+    assert_allclose(features.numpy(), np.array(expected), rtol=1e-6)
 
 
 def test_extraction_stops_before_the_next_batch_and_puts_the_model_back(model, image_set):

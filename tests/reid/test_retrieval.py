@@ -1,6 +1,7 @@
 """A search on a benchmark of real files: what the record holds, re-ranked or not."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from closeness import assert_allclose
 
 from personmae.errors import Stopped, UserError
 from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, Sample, identity
+from personmae.reid.transforms import ImageSet
 
 IMG_SIZE = (32, 16)
 NUM_PIDS, PER_PID = 6, 5
@@ -37,7 +40,7 @@ def benchmark(query: list[Sample], gallery: list[Sample]) -> Benchmark:
 
 
 def measure(of: Benchmark, **settings) -> dict:
-    record = retrieval.measure(of, retrieval.histogram_features, img_size=IMG_SIZE, num_threads=2, **settings)
+    record = retrieval.measure(of, retrieval.baseline_features("histogram"), img_size=IMG_SIZE, num_threads=2, **settings)
     assert record
     return record
 
@@ -174,3 +177,45 @@ def test_what_differs_is_named_with_data_in_counts_and_classes(samples: list[Sam
     renamed = before | identity(trained_on([replace(samples[0], camid=9), *samples[1:]]))
     with pytest.raises(UserError, match="30 training pictures of 6 ids, as now, but with other names, ids or cameras"):
         retrieval.require_same("a/checkpoint", renamed, before)
+
+
+def standardised(features: np.ndarray, camids: np.ndarray) -> np.ndarray:
+    """Of length one, by the definition: each camera's mean and deviation taken out of every channel."""
+    found = np.zeros_like(features)
+    for camid in set(camids.tolist()):
+        own = features[camids == camid]
+        found[camids == camid] = (own - own.mean(0)) / np.maximum(own.std(0), 1e-6)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def test_a_baseline_of_two_parts_gives_each_half_of_the_cosine(samples: list[Sample]):
+    camids = np.array([sample.camid for sample in samples])
+    with ThreadPoolExecutor(1) as pool:
+        images = ImageSet([sample.path for sample in samples], IMG_SIZE, pool=pool)
+        cosines = []
+        for name in ("thumbnail", "histogram", "thumbnail+histogram"):
+            parts = [part(images).double().numpy() for part in retrieval.BASELINES[name]]
+            expected = np.mean([standardised(part, camids) @ standardised(part, camids).T for part in parts], axis=0)
+            unit = torch.nn.functional.normalize(retrieval.baseline_features(name)(images, camids).double(), dim=1)
+            assert_allclose(unit @ unit.T, expected, atol=1e-5)
+            cosines.append(expected)
+    assert_allclose(cosines[2], (cosines[0] + cosines[1]) / 2, atol=1e-12)
+
+
+def test_features_are_compared_as_they_are_standardised_or_whitened(samples: list[Sample]):
+    """Each camera adds its own offset, which is all that is seen until it is taken out."""
+    rng = np.random.default_rng(0)
+    people, offsets = rng.standard_normal((NUM_PIDS, 8)), 50 * rng.standard_normal((2, 8))
+    of = split(samples)
+    seen = [people[s.pid] + offsets[s.camid] + 0.1 * rng.standard_normal(8) for s in (*of.query, *of.gallery)]
+
+    def features(*_: object) -> torch.Tensor:
+        return torch.tensor(np.stack(seen), dtype=torch.float32)
+
+    found = {}
+    for how in ("none", "standardise", "whiten"):
+        changed = retrieval.for_each_camera(features, how)
+        record = retrieval.measure(of, changed, img_size=IMG_SIZE, num_threads=1)
+        assert record
+        found[how] = record["mAP"]
+    assert found["none"] < 0.6 < 0.95 < min(found["standardise"], found["whiten"])

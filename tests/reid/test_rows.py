@@ -32,18 +32,21 @@ def test_rows_of_bf16_tokens_are_summed_in_fp32():
 
 
 def whitened_by_definition(features: np.ndarray, camids: np.ndarray, dim: int, shrinkage: float) -> np.ndarray:
-    """Float64, one image at a time; where a camera has few images it is described by all."""
-    of = [features if (camids == c).sum() < 4 else features[camids == c] for c in camids]
-    standard = np.stack([(x - own.mean(0)) / own.std(0) for x, own in zip(features, of, strict=True)])
+    """Float64, camera by camera; where a camera has few images it is described by all."""
+    standard, found = np.empty_like(features), np.empty((len(features), min(dim, *features.shape)))
+    for camid in set(camids.tolist()):
+        seen = camids == camid
+        own = features if seen.sum() < 4 else features[seen]
+        standard[seen] = (features[seen] - own.mean(0)) / own.std(0)
     centred = standard - standard.mean(0)
     reduced = centred @ np.linalg.svd(centred, full_matrices=False)[2][:dim].T
-    found = []
-    for x, camid in zip(reduced, camids, strict=True):
-        own = reduced if (camids == camid).sum() < 16 else reduced[camids == camid]
+    for camid in set(camids.tolist()):
+        seen = camids == camid
+        own = reduced if seen.sum() < 16 else reduced[seen]
         covariance = np.cov(own.T, bias=True)
         shrunk = (1 - shrinkage) * covariance + shrinkage * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-        found.append((x - own.mean(0)) @ scipy.linalg.fractional_matrix_power(shrunk, -0.5))
-    return np.stack([x / np.linalg.norm(x) for x in found])
+        found[seen] = (reduced[seen] - own.mean(0)) @ scipy.linalg.fractional_matrix_power(shrunk, -0.5)
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
 
 
 def seen_by_cameras(counts: dict[int, int], width: int) -> tuple[np.ndarray, np.ndarray]:
