@@ -136,7 +136,7 @@ def _dense_distances(features: torch.Tensor, k1: int, k2: int) -> np.ndarray:
     num_images = len(features)
     nearest = torch.cat([(rows @ features.T).topk(k1).indices for rows in features.split(CHUNK)]).numpy()
     encoding = np.zeros((num_images, num_images), np.float32)
-    whole, half = (_reciprocal_sets(nearest[:, :k]) for k in (k1, round(k1 / 2)))
+    whole, half = (_reciprocal_sets(nearest[:, :k]) for k in (k1, round(k1 / 2) + 1))
     for i, members in enumerate(whole):
         expanded = [half[j] for j in members if len(np.intersect1d(half[j], members)) > 2 / 3 * len(half[j])]
         columns = torch.from_numpy(np.unique(np.concatenate([members, *expanded])))

@@ -117,16 +117,17 @@ def k_reciprocal_encoding(
 ) -> sparse.csr_array:
     """Weights (N, N) of the images near each image, fp32; a row sums to one.
 
-    ``k1`` and ``k2`` count the image itself. The set of an image is R(k1), those of its k1 nearest that have it among their
-    own, and R(half_k1) of each member that shares more than two thirds of it; ``half_k1`` is k1 / 2 by default. Weights are
-    exp(-d), d = 2 - 2 cos or that divided by the image's ``spread``. Last, each row becomes the mean over its k2 nearest.
+    ``k1``, ``k2`` and ``half_k1`` count the image itself. The set of an image is R(k1), those of its k1 nearest that have it
+    among their own, and R(half_k1) of each member that shares more than two thirds of it. ``half_k1`` is round(k1 / 2) + 1 by
+    default, as in the code of cluster-contrast. Weights are exp(-d), d = 2 - 2 cos or that divided by the image's ``spread``.
+    Last, each row becomes the mean over its k2 nearest.
 
     Raises:
         UserError: a feature is not finite.
     """
     features = _unit_length(features)
     nearest = neighbours(features, k1)
-    members = _expanded_sets(nearest, round(k1 / 2) if half_k1 is None else half_k1)
+    members = _expanded_sets(nearest, round(k1 / 2) + 1 if half_k1 is None else half_k1)
     encoding = _weighted(members, features.cpu().numpy(), None if spread is None else spread.cpu().numpy())
     if k2 > 1:
         encoding = _mean_of_nearest(encoding, nearest[:, :k2])

@@ -78,7 +78,7 @@ def slow_distances(encoding: np.ndarray) -> np.ndarray:
 
 
 def slow_labels(features: torch.Tensor, k1: int, k2: int, eps: float, min_samples: int) -> np.ndarray:
-    distances = slow_distances(slow_encoding(features, k1, k2, round(k1 / 2)))
+    distances = slow_distances(slow_encoding(features, k1, k2, round(k1 / 2) + 1))
     found = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit_predict(np.maximum(distances, 0))
     names: dict[int, int] = {-1: -1}
     return np.array([names.setdefault(label, len(names) - 1) for label in found.tolist()])
@@ -123,7 +123,7 @@ def test_the_encoding_is_that_of_the_definition(k1, k2, half):
     encoding = k_reciprocal_encoding(features, k1, k2, half_k1=half)
     assert encoding.dtype == np.float32
     assert encoding.has_sorted_indices
-    slow = slow_encoding(features, k1, k2, round(k1 / 2) if half is None else half)
+    slow = slow_encoding(features, k1, k2, round(k1 / 2) + 1 if half is None else half)
     np.testing.assert_array_equal(encoding.toarray() > 0, slow > 0)
     assert_allclose(encoding.toarray(), slow, rtol=2e-7)
     assert_allclose(encoding.sum(axis=1), 1, rtol=1e-6)
@@ -133,7 +133,7 @@ def test_a_spread_divides_the_distances_of_its_image():
     features, _ = crowd(90, 8, 1.2)
     spread = torch.linspace(0.5, 4, 90)
     fast = k_reciprocal_encoding(features, 15, 4, spread=spread).toarray()
-    assert_allclose(fast, slow_encoding(features, 15, 4, 8, spread.numpy()), rtol=1e-6)
+    assert_allclose(fast, slow_encoding(features, 15, 4, 9, spread.numpy()), rtol=1e-6)
 
 
 @pytest.mark.usefixtures("blocks")
