@@ -1,17 +1,44 @@
-"""The cluster memory of unsupervised ReID (cluster-contrast, arXiv 2103.11568): one vector per cluster, in fp32.
+"""What unsupervised ReID compares features with: a vector in fp32 for each cluster (cluster-contrast, arXiv 2103.11568), or for
+each camera of a cluster (camera-aware proxies, arXiv 2012.10674).
 
-The loss only reads it. Training calls ``update`` after the step with the whole global batch in its order, so that the memory
+The loss only reads them. Training calls ``update`` after the step with the whole global batch in its order, so that the memory
 is the same for any number of ranks and of accumulated micro-batches. K images of each of P clusters take K small steps.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 Mode = Literal["mean", "hard"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proxies:
+    """Pairs of a cluster and a camera that have an image, ordered by cluster and then by camera.
+
+    Attributes:
+        labels: pair of each image, -1 for an outlier.
+        clusters: cluster of each pair.
+        cameras: camera of each pair; images of an unknown camera, which is -1, are of one more.
+    """
+
+    labels: Int[np.ndarray, " N"]
+    clusters: Int[np.ndarray, " Q"]
+    cameras: Int[np.ndarray, " Q"]
+
+
+def camera_proxies(labels: Int[np.ndarray, " N"], camids: Int[np.ndarray, " N"]) -> Proxies:
+    """Split each cluster by camera."""
+    kept = labels >= 0
+    pairs, places = np.unique(np.stack([labels[kept], camids[kept]]), axis=1, return_inverse=True)
+    found = np.full(len(labels), -1, np.int64)
+    found[kept] = places.reshape(-1)  # numpy 2.0 gives them another shape
+    return Proxies(found, *pairs)
 
 
 def mean_centroids(features: Float[Tensor, "N F"], labels: Int[Tensor, " N"]) -> Float[Tensor, "C F"]:
@@ -77,6 +104,48 @@ class ClusterMemory:
         """One step of different clusters."""
         moved = self.momentum * self.centroids[labels] + (1 - self.momentum) * features
         self.centroids[labels] = F.normalize(moved, dim=1)
+
+
+class CameraMemory(ClusterMemory):
+    """One centroid for each camera of a cluster, its proxy, and the loss of camera-aware proxies.
+
+    Labels are places of proxies; ``clusters`` and ``cameras`` (Q,) are those of each. The loss is a weighted sum of two.
+    Within a camera: cross-entropy over the camera's proxies. Across cameras: all proxies of the cluster against the
+    ``num_negatives`` most similar ones of other clusters; minus the mean over the former of their log-softmax over both.
+    """
+
+    def __init__(
+        self,
+        centroids: Float[Tensor, "Q F"],
+        clusters: Int[Tensor, " Q"],
+        cameras: Int[Tensor, " Q"],
+        *,
+        temperature: float = 0.07,
+        momentum: float = 0.2,
+        mode: Mode = "mean",
+        intra_weight: float = 1.0,
+        inter_weight: float = 0.5,
+        num_negatives: int = 50,
+    ):
+        super().__init__(centroids, temperature=temperature, momentum=momentum, mode=mode)
+        self.clusters, self.cameras = clusters, cameras
+        self.intra_weight, self.inter_weight, self.num_negatives = intra_weight, inter_weight, num_negatives
+
+    def loss(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+        """The weighted sum of the loss within cameras and the one across them; the memory stays as it is."""
+        with torch.autocast(features.device.type, enabled=False):
+            scores = F.normalize(features.float(), dim=1) @ self.centroids.T / self.temperature
+            same_camera = self.cameras == self.cameras[labels, None]
+            intra = F.cross_entropy(scores.masked_fill(~same_camera, -torch.inf), labels)
+            return self.intra_weight * intra + self.inter_weight * self._across_cameras(scores, labels)
+
+    def _across_cameras(self, scores: Float[Tensor, "B Q"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
+        positive = self.clusters == self.clusters[labels, None]
+        others = scores.detach().masked_fill(positive, -torch.inf)
+        nearest = others.topk(min(self.num_negatives, others.shape[1]), dim=1).indices
+        compared = positive.scatter(1, nearest, True)  # where there are fewer others, positive ones are among the nearest
+        log_shares = scores.masked_fill(~compared, -torch.inf).log_softmax(dim=1)
+        return -(log_shares.masked_fill(~positive, 0).sum(dim=1) / positive.sum(dim=1)).mean()
 
 
 def _turns(labels: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
