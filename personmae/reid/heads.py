@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from personmae.errors import UserError
 from personmae.model.vit import VisionTransformer, grid_coords, patchify
+from personmae.reid.rows import Columns, row_features
 
 RowSplit = Literal["adaptive", "chunk"]
 Pool = Literal["cls", "mean", "cls_mean"]
+NeckPool = Literal["mean", "cls", "cls_mean", "rows"]
 Classifier = Literal["linear", "circle", "arc"]  # the last two give cosines, to which the loss adds its margin
 MGN_PARTS: Final = (1, 2, 3)  # horizontal parts of each branch; one part is the whole person
 
@@ -65,21 +67,49 @@ class BNNeck(nn.Module):
 
 
 class Neck(nn.Module):
-    """Pooled tokens and batch normalisation with its bias frozen: the head without classes of unsupervised training."""
+    """Pooled tokens and batch normalisation with its bias frozen: the head without classes of unsupervised training.
+
+    ``pool`` is as in BNNeck, or "rows": the means of the patch tokens of each row, from top to bottom (h D), over all columns
+    or the middle ones. Rows need their number, ``num_rows``: the pictures are of one size.
+    """
 
     num_blocks = 0
 
-    def __init__(self, encoder: VisionTransformer, *, pool: Pool = "mean", bn_group_size: int | None = None):
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        *,
+        pool: NeckPool = "mean",
+        columns: Columns = "middle",
+        num_rows: int | None = None,
+        bn_group_size: int | None = None,
+    ):
         super().__init__()
-        self.pool: Pool = pool
-        self.feature_dim = pooled_dim(encoder, pool)
+        self.pool: NeckPool = pool
+        self.columns: Columns = columns
+        self.num_rows = num_rows
+        self.feature_dim = encoder.embed_dim * (num_rows or 0) if pool == "rows" else pooled_dim(encoder, pool)
+        if not self.feature_dim:
+            raise ValueError("num_rows is required where the tokens are pooled by rows")
         self.bn = GroupedBatchNorm(self.feature_dim, bn_group_size)
 
     def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:
         return {"logits": [], "embeddings": [self.features(tokens, grid)]}
 
     def features(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Float[Tensor, "B F"]:
-        return self.bn(pooled(tokens, self.pool))
+        """After the normalisation.
+
+        Raises:
+            UserError: the pictures have another number of rows than the head.
+        """
+        if self.pool != "rows":
+            return self.bn(pooled(tokens, self.pool))
+        if grid[0] != self.num_rows:
+            raise UserError(
+                f"features of {self.num_rows} rows need pictures of {self.num_rows} rows of patches; these have {grid[0]}: "
+                "use the img_size of the training"
+            )
+        return self.bn(row_features(tokens[:, 1:], grid, self.columns))
 
 
 class Branch(nn.Module):
@@ -302,16 +332,20 @@ def build_head(
     kind: Literal["mgn", "bnneck", "neck"],
     embed_dim: int = 256,
     split: RowSplit = "adaptive",
-    pool: Pool = "cls",
+    pool: NeckPool = "cls",
+    columns: Columns = "middle",
+    num_rows: int | None = None,
     classifier: Classifier = "linear",
     bn_group_size: int | None = None,
 ) -> BNNeck | MGN | Neck:
-    """The head that a configuration describes; ``embed_dim`` and ``split`` are MGN's, ``pool`` is of the others."""
+    """The head of a configuration; ``embed_dim`` and ``split`` are MGN's, ``columns`` and ``num_rows`` the neck's."""
     if kind == "mgn":
         return MGN(encoder, num_classes, embed_dim=embed_dim, split=split, bn_group_size=bn_group_size, classifier=classifier)
     if kind == "bnneck":
+        if pool == "rows":
+            raise ValueError("the bnneck head pools no rows")
         return BNNeck(encoder, num_classes, pool=pool, bn_group_size=bn_group_size, classifier=classifier)
-    return Neck(encoder, pool=pool, bn_group_size=bn_group_size)
+    return Neck(encoder, pool=pool, columns=columns, num_rows=num_rows, bn_group_size=bn_group_size)
 
 
 def encoder_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

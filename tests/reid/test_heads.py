@@ -14,6 +14,7 @@ from personmae.reid.heads import (
     Neck,
     PartEmbedding,
     ReIDModel,
+    build_head,
     describe_start,
     encoder_weights,
     layer_id,
@@ -266,6 +267,36 @@ def test_the_neck_has_no_classes_and_normalises_what_is_searched_with():
     assert not any("classifier" in name for name in module_names(model))
     tokens = encoded(base, images(), (8, 4))
     torch.testing.assert_close(outputs["embeddings"][0], nn.BatchNorm1d(DIM)(tokens[:, 1:].mean(1)))
+
+
+@pytest.mark.parametrize(("columns", "taken"), [("all", slice(0, 4)), ("middle", slice(1, 3))])
+def test_the_neck_pools_rows_from_top_to_bottom(columns, taken):
+    base = encoder()
+    model = ReIDModel(base, Neck(base, pool="rows", columns=columns, num_rows=8))
+    maps = encoded(base, images(), (8, 4))[:, 1:].unflatten(1, (8, 4))
+    expected = torch.cat([maps[:, row, taken].mean(dim=1) for row in range(8)], dim=1)
+    assert model.feature_dim == 8 * DIM
+    torch.testing.assert_close(model(images())["embeddings"][0], nn.BatchNorm1d(8 * DIM)(expected))
+    model = ReIDModel(base, Neck(base, pool="rows", columns=columns, num_rows=8)).eval()
+    torch.testing.assert_close(model.features(images()), expected / expected.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
+def test_rows_are_of_one_size_of_pictures():
+    base = encoder()
+    model = ReIDModel(base, Neck(base, pool="rows", num_rows=8))
+    with pytest.raises(UserError, match="features of 8 rows need pictures of 8 rows of patches; these have 16"):
+        model(images(4, (256, 128)))
+    with pytest.raises(ValueError, match="num_rows is required"):
+        Neck(base, pool="rows")
+
+
+def test_a_head_of_rows_is_built_again_from_what_its_checkpoint_says():
+    base = encoder()
+    head = build_head(base, 0, kind="neck", pool="rows", columns="all", num_rows=8)
+    assert isinstance(head, Neck)
+    assert (head.pool, head.columns, head.num_rows, head.feature_dim) == ("rows", "all", 8, 8 * DIM)
+    with pytest.raises(ValueError, match="pools no rows"):
+        build_head(base, 3, kind="bnneck", pool="rows")
 
 
 @pytest.mark.parametrize("build", [mgn, bnneck])
