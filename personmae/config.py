@@ -14,7 +14,15 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from personmae import locations
-from personmae.config_downstream import BenchmarkName, Finetune, Unsupervised, with_normalisation
+from personmae.config_downstream import (
+    BenchmarkName,
+    Cluster,
+    Finetune,
+    Memory,
+    Unsupervised,
+    completed_identity,
+    with_normalisation,
+)
 from personmae.config_errors import unknown_keys
 from personmae.config_file import Tree, config_hash, dump_yaml, flatten, override, read, validate
 from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Precision, Range, Section, Size, Triple
@@ -25,8 +33,10 @@ __all__ = [
     "PROGRAMS",
     "BenchmarkName",
     "Checkpoint",
+    "Cluster",
     "Finetune",
     "Fraction",
+    "Memory",
     "Metrics",
     "Model",
     "OtherProgram",
@@ -37,6 +47,7 @@ __all__ = [
     "Size",
     "Triple",
     "Unsupervised",
+    "completed_identity",
     "config_hash",
     "dump_yaml",
     "flatten",

@@ -1,13 +1,16 @@
 """Keys of ``finetune`` and ``unsupervised``."""
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from personmae.config_file import flatten
 from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Precision, Section
 from personmae.config_values import Place
+from personmae.yaml_text import Plain
 
 BenchmarkName = Literal[
     "market1501",
@@ -99,8 +102,16 @@ class Finetune(Section):
 
 
 class Feature(Section):
-    pool: Literal["mean", "cls", "cls_mean"] = Field(
-        default="mean", description="token pooling; pre-training gives the class token no loss of its own"
+    pool: Literal["mean", "cls", "cls_mean", "rows"] = Field(
+        default="mean",
+        description="token pooling; pre-training gives the class token no loss of its own; rows: a mean for each row",
+    )
+    columns: Literal["all", "middle"] = Field(
+        default="middle", description="of rows: all columns, or the middle half of the width"
+    )
+    whiten_retrieval: bool = Field(
+        default=False,
+        description="whiten query and gallery per camera in the evaluation, with cluster.whiten_dim and whiten_shrinkage",
     )
 
 
@@ -109,17 +120,38 @@ class Cluster(Section):
     k2: int = Field(default=6, gt=0, description="neighbours over which an encoding is averaged")
     eps: float = Field(default=0.6, gt=0, lt=1, description="largest Jaccard distance of neighbours in a cluster")
     min_samples: int = Field(default=4, gt=0, description="pictures that near together begin a cluster")
-    per_camera: bool = Field(
-        default=False, description="compare features standardised within each camera: a weak encoder else clusters by camera"
+    per_camera: Literal["none", "standardise", "whiten"] = Field(
+        default="none", description="what is taken out of features within each camera: a weak encoder else clusters by camera"
     )
+    whiten_dim: int = Field(default=64, gt=0, description="principal components that whitening keeps")
+    whiten_shrinkage: Fraction = Field(
+        default=0.3, description="share of the identity in a camera's covariance, against too few images of it"
+    )
+    drop_one_camera: bool = Field(default=False, description="take clusters that only one camera has seen for outliers")
+
+    @field_validator("per_camera", mode="before")
+    @classmethod
+    def _was_a_truth_value(cls, value: Any) -> Any:
+        truth = Plain(value).value
+        if not isinstance(truth, bool):
+            return value
+        new = "standardise" if truth else "none"
+        _print_new_name(f"cluster.per_camera={str(value).lower()}", f"cluster.per_camera={new}")
+        return new
 
 
 class Memory(Section):
+    kind: Literal["cluster", "camera"] = Field(
+        default="cluster", description="a centroid for each cluster, or for each camera of a cluster (camera proxies)"
+    )
     mode: Literal["mean", "hard"] = Field(
         default="mean", description="which pictures of a batch move a centroid: all in turn, or the least similar"
     )
     momentum: Fraction = Field(default=0.1, description="what a centroid keeps of itself at each move")
     temperature: float = Field(default=0.05, gt=0, description="by which similarities to centroids are divided")
+    intra_weight: float = Field(default=1.0, ge=0, description="camera proxies: weight of the loss within an image's camera")
+    inter_weight: float = Field(default=0.5, ge=0, description="camera proxies: weight of the loss across cameras")
+    num_negatives: int = Field(default=50, gt=0, description="camera proxies: most similar ones of other clusters it looks at")
 
 
 class UnsupervisedBatch(Section):
@@ -128,12 +160,16 @@ class UnsupervisedBatch(Section):
 
 
 class UnsupervisedOptim(Section):
-    kind: Literal["sgd"] = Field(default="sgd", description="the optimizer")
+    kind: Literal["sgd", "adamw"] = Field(default="sgd", description="the optimizer")
     lr: float = Field(default=7e-3, gt=0, description="learning rate at the start")
     momentum: Fraction = Field(default=0.9, description="of SGD")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.999), description="of AdamW")
     weight_decay: float = Field(default=5e-4, ge=0, description="biases and norms have none")
-    decay_every_epochs: int = Field(default=20, gt=0, description="epochs between two cuts of the rate")
-    decay: Fraction = Field(default=0.1, description="by which the rate is multiplied then")
+    schedule: Literal["step", "cosine"] = Field(
+        default="step", description="cuts of the rate, or half a cosine down to 0 over the whole run"
+    )
+    decay_every_epochs: int = Field(default=20, gt=0, description="step: epochs between two cuts of the rate")
+    decay: Fraction = Field(default=0.1, description="step: by which the rate is multiplied then")
     max_norm: float | None = Field(default=None, gt=0, description="gradient clipping; default none")
 
 
@@ -182,9 +218,25 @@ class Unsupervised(Section):
 DownstreamT = TypeVar("DownstreamT", bound=Finetune | Unsupervised)
 
 
+def completed_identity(kind: type[Finetune | Unsupervised], saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved identity in the words of today, with options that it does not know at their defaults."""
+    if not saved:
+        return saved
+    found = kind(run_dir="-", root="-", init="-").identity() | saved
+    if isinstance(per_camera := saved.get("cluster.per_camera"), bool):
+        found["cluster.per_camera"] = "standardise" if per_camera else "none"
+    return found
+
+
 def with_normalisation(settings: DownstreamT, mean: Sequence[float], std: Sequence[float]) -> DownstreamT:
     """The settings with the normalisation that came with the weights."""
     return settings.model_copy(update={"model": settings.model.model_copy(update={"mean": tuple(mean), "std": tuple(std)})})
+
+
+@functools.cache
+def _print_new_name(old: str, new: str) -> None:
+    """Once in a process, on stderr: a configuration may be printed on the other stream."""
+    print(f"note: {old} is called {new} now", file=sys.stderr, flush=True)
 
 
 def _downstream_identity(settings: Finetune | Unsupervised) -> dict[str, Any]:

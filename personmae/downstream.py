@@ -73,6 +73,14 @@ def identity(settings: Settings, benchmark: Benchmark, precision: str, known: di
     return settings.identity() | {"train.precision": precision, "init": init} | datasets.identity(benchmark)
 
 
+def require_same(where: str | Path, settings: Settings, ours: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raise a UserError unless what lies at ``where`` is of the run with the identity ``ours``, which is that of ``settings``.
+
+    Options that the ``saved`` identity does not know came later; their defaults compute what was computed before them.
+    """
+    retrieval.require_same(where, ours, config.completed_identity(type(settings), saved))
+
+
 def keep_precision(state: Run, saved: dict[str, Any]) -> None:
     """Go on in the precision of the ``saved`` identity, unless one is given by hand; the module reads it at each call."""
     state.precision = state.precision.resumed(saved.get("train.precision"))
@@ -93,7 +101,7 @@ def is_complete(settings: Settings, benchmark: Benchmark) -> bool:
     wanted = settings.train.precision
     precision = known.get("train.precision", AUTO) if wanted == AUTO else wanted  # a result stays one on every machine
     where = Path(settings.run_dir) / "result.json"
-    retrieval.require_same(where, identity(settings, benchmark, precision, known), known)
+    require_same(where, settings, identity(settings, benchmark, precision, known), known)
     return True
 
 
@@ -130,6 +138,13 @@ def following(settings: Settings) -> str:
     return f"personmae report {shlex.quote(str(Path(settings.run_dir).parent))}"
 
 
+def whitening_of(settings: Settings) -> dict[str, Any] | None:
+    """How the features of query and gallery are whitened per camera before they are compared; None where they are not."""
+    if not isinstance(settings, config.Unsupervised) or not settings.feature.whiten_retrieval:
+        return None
+    return {"dim": settings.cluster.whiten_dim, "shrinkage": settings.cluster.whiten_shrinkage}
+
+
 def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
     settings, kept = state.settings, state.model_settings
@@ -147,6 +162,8 @@ def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSigna
         trained_steps=state.step,
         say=log.say,
     )
+    if whitening := whitening_of(settings):
+        features = retrieval.for_each_camera(features, "whiten", **whitening)
     try:
         record = retrieval.measure(
             state.benchmark,
@@ -163,6 +180,6 @@ def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSigna
     if record is None:
         return
     record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
-    record["identity"] = state.identity
+    record |= {"identity": state.identity, "whiten": whitening_of(settings)}
     retrieval.write_record(Path(settings.run_dir), record)
     log.say(retrieval.table_row(record))

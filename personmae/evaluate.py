@@ -141,7 +141,9 @@ def _measure(subject: Subject, benchmark: Benchmark, options: Options) -> dict[s
         features = retrieval.model_features(
             subject.model.to(device), mean=settings["mean"], std=settings["std"], device=device, say=progress.log
         )
-        if (how := options.per_camera or "none") != "none":
+        if whitening := subject.source.get("whiten"):
+            features = retrieval.for_each_camera(features, "whiten", **whitening)
+        elif (how := options.per_camera or "none") != "none":
             features = retrieval.for_each_camera(features, how)
             named["init"] += f", {_IN_WORDS[how]}"
         record = retrieval.measure(benchmark, features, img_size=img_size, rerank=options.rerank, **shared)
@@ -177,6 +179,8 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
         for option, told in _PRETRAINED_ONLY.items():
             if getattr(options, option):
                 raise UserError(f"{told}; {path} is fine-tuned and has a head of its own: leave it out")
+        if record.get("whiten") and not options.per_camera:
+            source["whiten"] = record["whiten"]  # as the run was evaluated at its own end
         model = load_model(checkpoint.read(path, moments=False), path)
         return Subject(name, record["init"], model, None, record["model"], source)
     if not (options.pool or options.probe):

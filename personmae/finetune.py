@@ -23,6 +23,7 @@ from personmae.downstream import (
     is_complete,
     keep_precision,
     record_run,
+    require_same,
     tell_complete,
     tell_end,
 )
@@ -35,7 +36,6 @@ from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
 from personmae.precision import Precision
-from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids, train_labels
 from personmae.reid.features import told
 from personmae.reid.heads import (
@@ -337,7 +337,7 @@ def resume(state: Run) -> Path | None:
         return None
     saved = found.read()
     keep_precision(state, saved.state.get("identity", {}))
-    retrieval.require_same(found.path, state.identity, saved.state.get("identity", {}))
+    require_same(found.path, state.settings, state.identity, saved.state.get("identity", {}))
     tensors = dict(saved.tensors)
     state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
     state.step = saved.step

@@ -23,6 +23,7 @@ from personmae.meter import RunNumbers
 from personmae.progress import EVERY_SECONDS, Pace, duration, log
 
 METRICS: Final = "metrics.jsonl"
+CLUSTERS: Final = "clusters.jsonl"  # a line for each clustering of an unsupervised run
 
 
 class RunLog:

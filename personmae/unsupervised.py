@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personmae import checkpoint, config, dist, files, metrics, optim, precision, resume_point, run_lock, start_anew
-from personmae.downstream import augmented, evaluate, identity, is_complete, keep_precision, record_run, tell_complete, tell_end
+from personmae import checkpoint, config, dist, metrics, optim, precision, resume_point, run_lock, start_anew
+from personmae.clustering import build_memory, find_clusters, memory_targets, require_cameras, trim_clusters
+from personmae.downstream import (
+    augmented,
+    evaluate,
+    identity,
+    is_complete,
+    keep_precision,
+    record_run,
+    require_same,
+    tell_complete,
+    tell_end,
+    whitening_of,
+)
 from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
-from personmae.errors import Stopped, UserError
+from personmae.errors import Stopped
 from personmae.guard import Guard
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
 from personmae.precision import Precision
-from personmae.reid import cluster, retrieval
 from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids
-from personmae.reid.features import extract, require_finite, standardise_per_camera, told
+from personmae.reid.features import told
 from personmae.reid.heads import Neck, ReIDModel, describe_start, encoder_weights, settings_from, trained_size
-from personmae.reid.memory import ClusterMemory, mean_centroids
+from personmae.reid.memory import ClusterMemory
 from personmae.reid.sampler import cluster_batches
 from personmae.reid.transforms import ImageSet, load_ahead
 
@@ -70,6 +81,7 @@ def run(settings: config.Unsupervised) -> None:
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
+    require_cameras(settings, benchmark)
     if start_anew.may_be_complete(settings.run_dir, settings.checkpoint.resume) and is_complete(settings, benchmark):
         if world.is_first:
             tell_complete(settings)
@@ -212,7 +224,10 @@ class ClusterContrast(nn.Module):
 def batches(
     state: Run, images: ImageSet, ours: slice, log: metrics.RunLog, stopped: Callable[[], bool]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``ours`` of the pictures and the clusters (P * K,) of every global batch that is left, clustering before each epoch."""
+    """``ours`` of the pictures, and the memory's centroids of all (P * K,), of every global batch that is left.
+
+    Each epoch begins with a clustering.
+    """
     settings, camids = state.settings, pids_and_camids(state.benchmark.train)[1]
     per_epoch = settings.train.iters_per_epoch
     while state.step < state.total_steps:
@@ -229,67 +244,10 @@ def batches(
             seed=settings.seed,
             epoch=epoch,
         )
-        labels, left = torch.from_numpy(state.labels), planned[done:]
+        targets = torch.from_numpy(memory_targets(state.labels, camids, settings.memory))
+        left = planned[done:]
         for chosen, pictures in zip(left, load_ahead(images, [chosen[ours] for chosen in left]), strict=True):
-            yield pictures, labels[chosen].to(state.world.device)
-
-
-def find_clusters(state: Run, images: ImageSet, epoch: int, log: metrics.RunLog, stopped: Callable[[], bool]) -> None:
-    """Label the pictures by the clusters of their features, and begin the memory with the clusters' means.
-
-    Raises:
-        UserError: there are fewer clusters than a batch needs.
-        Stopped: ``stopped`` was true on a rank; the state is as it was.
-        Diverged: a feature is not finite.
-    """
-    settings, model = state.settings, state.module.model
-    dist.average_buffers(model)
-    with told(log.say, f"extracting {len(images):,} pictures"):
-        features = extract(
-            model,
-            images,
-            batch_size=settings.train.extract_batch_size,
-            device=state.world.device,
-            mean=state.model_settings["mean"],
-            std=state.model_settings["std"],
-            dtype=state.module.compute_dtype,
-            stopped=stopped,
-            say=log.say,
-        )
-    require_finite(features, state.step)
-    pids, camids = pids_and_camids(state.benchmark.train)
-
-    def find() -> Tensor:
-        compared = standardise_per_camera(features, camids) if settings.cluster.per_camera else features
-        options = settings.cluster.model_dump(exclude={"per_camera"})
-        return torch.from_numpy(cluster.pseudo_labels(compared.to(state.world.device), **options))
-
-    with told(log.say, f"clustering {len(images):,} pictures"):
-        found = dist.on_first_rank(find)
-    labels = dist.broadcast(torch.zeros(len(images), dtype=torch.int64) if found is None else found).numpy()
-    if dist.any_rank(stopped()):
-        raise Stopped("after a clustering")
-    quality = cluster.quality(labels, pids)
-    shown = {name: value for name, value in asdict(quality).items() if value is not None}
-    log.say(f"epoch {epoch}: " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-    if state.world.is_first:
-        with (Path(settings.run_dir) / "clusters.jsonl").open("a", encoding="utf-8") as file:
-            file.write(files.to_json({"epoch": epoch, "step": state.step, **shown}) + "\n")
-    if quality.num_clusters < settings.batch.num_ids:
-        change = "raise" if 2 * quality.num_outliers > len(labels) else "lower"  # few clusters of all are too large ones
-        raise UserError(
-            f"batch.num_ids={settings.batch.num_ids} clusters a batch are required, and epoch {epoch} has "
-            f"{quality.num_clusters} with {quality.num_outliers} of {len(labels)} pictures in none; "
-            f"{change} cluster.eps={settings.cluster.eps:g}, lower batch.num_ids, or start from a better encoder"
-        )
-    state.labels = labels
-    centroids = mean_centroids(features.to(state.world.device), torch.from_numpy(labels).to(state.world.device))
-    state.module.memory = ClusterMemory(centroids, **settings.memory.model_dump())
-
-
-def trim_clusters(run_dir: Path, step: int) -> None:
-    """Leave those lines of ``clusters.jsonl`` that a run which goes on at ``step`` will not write again."""
-    files.cut_lines(run_dir / "clusters.jsonl", lambda record: record["step"] < step)
+            yield pictures, targets[chosen].to(state.world.device)
 
 
 def build(settings: config.Unsupervised, chosen: Precision) -> tuple[ClusterContrast, dict[str, Any]]:
@@ -303,10 +261,18 @@ def build(settings: config.Unsupervised, chosen: Precision) -> tuple[ClusterCont
     weights, record = read_start(settings.init)
     model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
     checkpoint.load_strictly(encoder, weights, settings.init)
-    head = Neck(encoder, pool=settings.feature.pool, bn_group_size=settings.train.bn_group_size)
+    head = Neck(encoder, **head_options(settings), bn_group_size=settings.train.bn_group_size)
     model = ReIDModel(encoder, head, trained_size=trained_size(model_settings))
     module = ClusterContrast(model, compute_dtype=chosen.dtype)
     return module, model_settings
+
+
+def head_options(settings: config.Unsupervised) -> dict[str, Any]:
+    """What the head pools, as a checkpoint keeps it."""
+    if settings.feature.pool != "rows":
+        return {"pool": settings.feature.pool}
+    num_rows = settings.model.img_size[0] // settings.model.patch_size
+    return {"pool": "rows", "columns": settings.feature.columns, "num_rows": num_rows}
 
 
 def read_start(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -335,14 +301,18 @@ def warn_of_same_data(settings: config.Unsupervised, benchmark: Benchmark) -> No
 
 
 def build_engine(settings: config.Unsupervised, module: ClusterContrast) -> Engine:
-    """The plain engine with SGD."""
+    """The plain engine."""
     groups = optim.param_groups(module.named_parameters(), lr=settings.optim.lr, weight_decay=settings.optim.weight_decay)
-    optimizer = optim.sgd(groups, settings.optim.momentum)
+    adamw = settings.optim.kind == "adamw"
+    optimizer = optim.adamw(groups, settings.optim.betas) if adamw else optim.sgd(groups, settings.optim.momentum)
     return NativeEngine(module, optimizer, grad_accum_steps=1, max_norm=settings.optim.max_norm)
 
 
 def lr_scale_at(settings: config.Unsupervised, step: int) -> float:
-    """The step's share of the first learning rate: ``decay`` for each ``decay_every_epochs``."""
+    """The step's share of the first learning rate: ``decay`` for each ``decay_every_epochs``, or half a cosine down to 0."""
+    if settings.optim.schedule == "cosine":
+        total = settings.train.epochs * settings.train.iters_per_epoch
+        return optim.lr_scale_at(step, total, warmup_steps=0, min_ratio=0.0)
     epoch = step // settings.train.iters_per_epoch
     return settings.optim.decay ** (epoch // settings.optim.decay_every_epochs)
 
@@ -360,7 +330,8 @@ def save(state: Run, writer: Writer | None) -> None:
         "num_updates": saved.num_updates,
         "num_classes": 0,
         "init": state.settings.init,
-        "head": {"kind": "neck", "pool": state.settings.feature.pool},
+        "head": {"kind": "neck", **head_options(state.settings)},
+        "whiten": whitening_of(state.settings),
         "model": state.model_settings,
         "benchmark": state.benchmark.name,
         "root": str(Path(state.benchmark.root).resolve()),
@@ -379,12 +350,14 @@ def resume(state: Run) -> Path | None:
         return None
     saved = found.read()
     keep_precision(state, saved.state.get("identity", {}))
-    retrieval.require_same(found.path, state.identity, saved.state.get("identity", {}))
+    require_same(found.path, state.settings, state.identity, saved.state.get("identity", {}))
     tensors = dict(saved.tensors)
     clusters = tensors.pop("clusters")
     state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
     state.step, state.labels = saved.step, clusters["labels"].numpy()
-    state.module.memory = ClusterMemory(clusters["centroids"].to(state.world.device), **state.settings.memory.model_dump())
+    camids = pids_and_camids(state.benchmark.train)[1]
+    centroids = clusters["centroids"].to(state.world.device)
+    state.module.memory = build_memory(centroids, state.labels, camids, state.settings.memory)
     found.tell(state.step, state.total_steps)
     return found.path
 

@@ -12,7 +12,7 @@ TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
     f"personmae.reid.{name}"
     for name in (
         *("heads", "losses", "cluster", "memory", "ranking", "rerank", "sampler", "samples", "transforms"),
-        *("benchmark", "datasets", "rows"),
+        *("benchmark", "datasets", "rows", "cluster_quality"),
     )
 }
 MIDDLE = {
@@ -37,7 +37,10 @@ MIDDLE = {
 } | {f"personmae.reid.{name}" for name in ("features", "probe", "retrieval")}
 PROGRAMS = {
     f"personmae.{name}"
-    for name in ("pretrain", "pretrain_probe", "state", "downstream", "finetune", "unsupervised", "evaluate", "bench", "apply")
+    for name in (
+        *("pretrain", "pretrain_probe", "state", "downstream", "clustering", "finetune", "unsupervised", "evaluate"),
+        *("bench", "apply"),
+    )
 }
 GROUND = {
     f"personmae.{name}"

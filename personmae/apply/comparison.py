@@ -161,7 +161,12 @@ class Queries:
 
 def comparable(one: Row, other: Row) -> bool:
     """Whether both are finished and ranked alike; a row is comparable with itself."""
-    return not one.unfinished and not other.unfinished and one.first.rerank == other.first.rerank
+    return not one.unfinished and not other.unfinished and _ranked(one) == _ranked(other)
+
+
+def _ranked(row: Row) -> tuple[str, bool]:
+    """How its ranking was made, besides by the features."""
+    return row.first.rerank, row.first.whiten is not None
 
 
 def group_results(runs: Sequence[Run]) -> list[Group]:
@@ -198,7 +203,7 @@ def _in_full(row: Row) -> str:
 
 def find_pairs(group: Group) -> list[tuple[Row, Row]]:
     """The (pre-trained, random) fine-tuning of one table, the best mAP of each kind; empty where one is missing."""
-    rows = [row for row in group.rows if row.is_finetuning and not row.unfinished and row.first.rerank == "none"]
+    rows = [row for row in group.rows if row.is_finetuning and not row.unfinished and _ranked(row) == ("none", False)]
     kinds = [[row for row in rows if row.from_random is random] for random in (False, True)]
     return [(max(kinds[0], key=_by_map), max(kinds[1], key=_by_map))] if all(kinds) else []
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jinja2
 from markupsafe import Markup
@@ -46,6 +46,24 @@ CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by
     (config.Finetune, "fine-tuning: loss", {"loss": ""}),
     (config.Finetune, "fine-tuning: accuracy on its batches", {"accuracy": ""}),
     (config.Unsupervised, "without labels: loss", {"loss": ""}),
+)
+CLUSTER_CHARTS = (  # the same of clusters.jsonl; older runs have nmi of all these scores
+    (config.Unsupervised, "clusters, and images in none", {"num_clusters": "clusters", "num_outliers": "in none"}),
+    (
+        config.Unsupervised,
+        "clusters and people",
+        {
+            "ami_people": "adjusted mutual information",
+            "pair_precision": "pair precision",
+            "recall_across_cameras": "recall across cameras",
+            "nmi": "NMI, not adjusted for chance",
+        },
+    ),
+    (
+        config.Unsupervised,
+        "clusters and cameras",
+        {"ami_cameras": "adjusted mutual information", "one_camera_share": "clusters of one camera"},
+    ),
 )
 NUM_GROUPS = 8  # images of Figure 3
 NUM_QUERIES = 6  # rank lists on the page
@@ -214,18 +232,27 @@ def count_benchmark(result: Result, place: Place) -> str:
 
 def draw_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
     """(title, drawing) of every chart there is data for; runs of a kind share a chart."""
+    return [*_drawn(CHARTS, runs, "records"), *_drawn(CLUSTER_CHARTS, runs, "clusters")]
+
+
+def _drawn(
+    wanted: Sequence[tuple[type, str, dict[str, str]]], runs: Sequence[Run], source: Literal["records", "clusters"]
+) -> list[tuple[str, Markup]]:
+    """Those of one file of each run."""
     drawn = []
-    for kind, title, fields in CHARTS:
+    for kind, title, fields in wanted:
         chosen = [run for run in runs if isinstance(run.settings, kind)]
         curves = {}
         for run, run_name in zip(chosen, distinct([run.name for run in chosen]), strict=True):
             for field, label in fields.items():
-                points = [(record["step"], record[field]) for record in run.records if field in record]
+                points = [(record["step"], record[field]) for record in getattr(run, source) if field in record]
                 if points:
                     name = f"{run_name} {label}" if len(chosen) > 1 else label
                     curves[name.strip() or run_name] = tuple(zip(*points, strict=True))
         if curves:
-            drawn.append((title, Markup(charts.draw_chart(title, curves, from_zero=not fields.keys() & LOSSES))))
+            below = any(value < 0 for _, values in curves.values() for value in values)
+            from_zero = not below and not fields.keys() & LOSSES
+            drawn.append((title, Markup(charts.draw_chart(title, curves, from_zero=from_zero))))
     return drawn
 
 

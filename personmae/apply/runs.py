@@ -7,14 +7,14 @@
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, PlainValidator, ValidationError
 
-from personmae import checkpoint, config, metrics
+from personmae import checkpoint, config, files, metrics
 from personmae.apply.places import Place
 from personmae.errors import UserError
 
@@ -57,6 +57,7 @@ class Result(BaseModel):
     seconds: float
     commit: str | None = None
     rerank: str = "none"
+    whiten: dict[str, Any] | None = None  # how features were whitened per camera, where they were
     cmc: list[float] = []
     benchmark_digest: str | None = None
     benchmark_title: Text | None = None
@@ -116,6 +117,7 @@ class Run:
     rank_lists: RankLists | None
     queries: Queries | None
     progress: Progress | None
+    clusters: Sequence[dict[str, float]] = ()  # what unsupervised training knows of each of its clusterings
 
     @property
     def from_random(self) -> bool:
@@ -200,8 +202,11 @@ def read_run(directory: Path) -> Run:
     try:
         info = json.loads(_text(directory / "run.json") or "{}")
         records = [_with_nan(record) for record in metrics.read_records(directory)]
+        clusters = [_with_nan(json.loads(line)) for line in files.whole_lines(directory / metrics.CLUSTERS)]
     except ValueError as error:
-        raise UserError(f"run.json and metrics.jsonl of {directory} must be JSON; {error}; repair or remove them") from error
+        raise UserError(
+            f"run.json, metrics.jsonl and clusters.jsonl of {directory} must be JSON; {error}; repair or remove them"
+        ) from error
     settings, result = read_settings(path) if path.is_file() else None, _parse(Result, directory / "result.json")
     return Run(
         name=directory.resolve().name,
@@ -214,6 +219,7 @@ def read_run(directory: Path) -> Run:
         rank_lists=_parse(RankLists, directory / "rank_lists.json"),
         queries=_parse(Queries, directory / "queries.json"),
         progress=_trained(directory, settings, records, info, result) if settings else _evaluated(result),
+        clusters=clusters,
     )
 
 

@@ -11,6 +11,7 @@ from personmae import config
 from personmae.apply.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs
 from personmae.apply.places import printable
 from personmae.apply.runs import RANDOM, Run
+from personmae.reid.cluster_quality import follows_cameras
 
 Step = tuple[str, str]  # why, and the command to type
 
@@ -61,6 +62,8 @@ def _details(row: Row) -> str:
         told.append(f"seeds {', '.join(map(str, row.seeds))}")
     if row.first.rerank != "none":
         told.append(f"re-ranked: {row.first.rerank}")
+    if row.first.whiten:
+        told.append("features whitened per camera")
     if len(commits := {run.info.get("commit") for run in row.runs}) > 1:
         told.append(f"from {len(commits)} commits")
     return printable("; ".join(told))
@@ -72,9 +75,17 @@ def tags(runs: Sequence[Run], groups: Sequence[Group]) -> list[tuple[str, bool]]
     if pairs := [pair for group in groups for pair in find_pairs(group)]:
         fewest = min(len(set(row.seeds)) for pair in pairs for row in pair)
         found.append(("one seed" if fewest == 1 else f"{fewest} seeds", fewest == 1))
+    if any(_follows_cameras(run) for run in runs):
+        found.append(("clusters follow cameras", True))
     if any(run.unfinished for run in runs):
         found.append(("unfinished", True))
     return found
+
+
+def _follows_cameras(run: Run) -> bool:
+    """Whether the last clusters of an unsupervised training do; older runs do not tell."""
+    last = run.clusters[-1] if run.clusters else {}
+    return follows_cameras(last.get("ami_cameras"), last.get("one_camera_share"))
 
 
 def facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from personmae import checkpoint, files, metrics, progress
 from personmae.errors import UserError
-from personmae.reid.cluster import ClusterQuality, pseudo_labels, quality
+from personmae.reid.cluster import pseudo_labels
+from personmae.reid.cluster_quality import ClusterQuality, quality
 
 OURS = "pseudo_labels"
 USUAL = "dense N x N"  # matrices, filled image by image, as cluster-contrast and its ports compute it
@@ -169,12 +170,16 @@ def _status(name: str) -> int:
 def _print(bench: ClusterBench, found: dict[str, Measured], record: dict[str, Any]) -> None:
     cores, features = record["hardware"]["cores"], record["feature_bytes"] / 1e6
     title = f"{bench.num_images:,} images, {features:,.0f} MB of features, {cores} cores"
-    table = Table("way", "seconds", "MB more", "MB in all", "clusters", "outliers", "NMI", title=title)
+    table = Table("way", "seconds", "MB more", "MB in all", "clusters", "outliers", "AMI", title=title)
     for column in table.columns[1:]:
         column.justify = "right"
     for name, values in found.items():
         scores = values.quality
-        counts = (f"{scores.num_clusters:,}", f"{scores.num_outliers:,}", "" if scores.nmi is None else f"{scores.nmi:.4f}")
+        counts = (
+            f"{scores.num_clusters:,}",
+            f"{scores.num_outliers:,}",
+            "" if scores.ami_people is None else f"{scores.ami_people:.4f}",
+        )
         sizes = (f"{values.more_bytes / 1e6:,.0f}", f"{values.peak_bytes / 1e6:,.0f}")
         table.add_row(name, f"{values.seconds:.2f}", *sizes, *counts)
     console = Console()

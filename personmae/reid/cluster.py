@@ -9,7 +9,6 @@ adding compares the same number with ``eps``.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from scipy import sparse
 from torch import Tensor
 
 from personmae.errors import UserError
+from personmae.reid.cluster_quality import of_one_camera
 
 _BLOCK = 1 << 22  # similarities held at once
 _ROWS = 256  # images compared with all at once at least; fewer slow the product down
@@ -27,20 +27,6 @@ _NUM_SPARE = 16  # candidates beyond k, against ties and rounding at the k-th
 _SET_ROWS = 4096  # sets expanded at once
 _PAIRS = 1 << 20  # weights compared at once
 _SUMS = 1 << 16  # sums kept at once; they should fit the processor's cache
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterQuality:
-    """Counts, and agreement with the true people. Both scores are over the images in clusters whose pid is known.
-
-    ``nmi`` is normalised mutual information in [0, 1], ``ari`` the adjusted Rand index in [-0.5, 1]; None where there is
-    no such image.
-    """
-
-    num_clusters: int
-    num_outliers: int
-    nmi: float | None
-    ari: float | None
 
 
 def pseudo_labels(
@@ -62,16 +48,13 @@ def pseudo_labels(
     return _numbered_by_first_member(found)
 
 
-def quality(labels: Int[np.ndarray, " N"], pids: Int[np.ndarray, " N"] | None = None) -> ClusterQuality:
-    """How good pseudo-labels are; ``pids`` are the true people, -1 where unknown."""
-    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+def without_one_camera(labels: Int[np.ndarray, " N"], camids: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+    """The labels with the images of each cluster that only one camera has seen as outliers; the others are numbered anew.
 
-    known = np.zeros(len(labels), bool) if pids is None else (labels >= 0) & (pids >= 0)
-    nmi = ari = None
-    if pids is not None and known.any():
-        nmi = float(normalized_mutual_info_score(pids[known], labels[known]))
-        ari = float(adjusted_rand_score(pids[known], labels[known]))
-    return ClusterQuality(len(np.unique(labels[labels >= 0])), int((labels < 0).sum()), nmi, ari)
+    A cluster with an image of an unknown camera, which is -1, stays.
+    """
+    dropped = of_one_camera(labels, camids)[labels] & (labels >= 0) if (labels >= 0).any() else np.zeros(len(labels), bool)
+    return _numbered_by_first_member(np.where(dropped, -1, labels))
 
 
 def neighbours(features: Float[Tensor, "N F"], k: int) -> Int[np.ndarray, "N k"]:
@@ -256,9 +239,9 @@ def _csr(indices: Int[np.ndarray, " n"], counts: Int[np.ndarray, " N"], dtype: t
 
 def _numbered_by_first_member(labels: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     members = labels[labels >= 0]
-    first = np.unique(members, return_index=True)[1]
+    _, first, places = np.unique(members, return_index=True, return_inverse=True)
     numbered = np.full(len(labels), -1, np.int64)
-    numbered[labels >= 0] = np.argsort(np.argsort(first))[members]
+    numbered[labels >= 0] = np.argsort(np.argsort(first))[places]
     return numbered
 
 

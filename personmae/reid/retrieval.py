@@ -157,15 +157,15 @@ def baseline_features(name: str, how: PerCamera = "standardise") -> Features:
     return features
 
 
-def for_each_camera(features: Features, how: PerCamera) -> Features:
+def for_each_camera(features: Features, how: PerCamera, **whitening: Any) -> Features:
     """Features of query and gallery together, brought by ``per_camera`` to what all cameras have alike."""
-    return lambda images, camids: per_camera(features(images, camids), camids, how)
+    return lambda images, camids: per_camera(features(images, camids), camids, how, **whitening)
 
 
-def per_camera(features: Tensor, camids: np.ndarray, how: PerCamera) -> Tensor:
+def per_camera(features: Tensor, camids: np.ndarray, how: PerCamera, *, dim: int = 64, shrinkage: float = 0.3) -> Tensor:
     """Features (N, F) of length one: as they are, standardised or whitened within each camera, without any label."""
     if how == "whiten":
-        return whiten_per_camera(features, camids)
+        return whiten_per_camera(features, camids, dim=dim, shrinkage=shrinkage)
     return F.normalize(standardise_per_camera(features, camids) if how == "standardise" else features, dim=1)
 
 

@@ -152,6 +152,56 @@ def test_a_run_without_labels_has_its_row_and_its_curve(runs: Path, trained: Pat
     assert "without labels: loss" in text
 
 
+def _write_clusters(folder: Path, **scores: float) -> None:
+    lines = [{"epoch": e, "step": 2 * e, "num_clusters": 50 + e, "num_outliers": 9 - e, **scores} for e in (0, 1)]
+    (folder / "clusters.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+@pytest.fixture
+def usl(runs: Path, trained: Path) -> Path:
+    """A run without labels beside the others."""
+    folder = runs / "usl"
+    _write_result(folder, trained, init=str(runs / "pretrain"), mAP=0.1234, whiten={"dim": 64, "shrinkage": 0.3})
+    _write_finetuning(folder, "pretrain")
+    settings = config.Unsupervised.model_validate({"run_dir": str(folder), "root": "somewhere", "init": "pretrain"})
+    (folder / "config.yaml").write_text(config.dump_yaml(settings))
+    return folder
+
+
+def test_clusters_are_drawn_with_what_they_share_with_people_and_cameras(runs: Path, usl: Path) -> None:
+    _write_clusters(usl, ami_people=0.2, pair_precision=0.3, recall_across_cameras=0.4, ami_cameras=0.1, one_camera_share=0.05)
+    text = report.run(runs).read_text()
+    for words in ("num_clusters", "NMI, not adjusted"):
+        assert words not in text
+    for words in ("clusters: 50 at 0 to 51 at 2", "in none: 9 at 0 to 8 at 2"):
+        assert words in text
+    for words in ("Chart of clusters and people", "pair precision: 0.3 at 0", "recall across cameras: 0.4 at 0"):
+        assert words in text
+    for words in ("Chart of clusters and cameras", "clusters of one camera: 0.05 at 0"):
+        assert words in text
+    assert "clusters follow cameras" not in text
+    assert "features whitened per camera" in text
+
+
+def test_a_page_warns_where_clusters_follow_cameras(runs: Path, usl: Path) -> None:
+    _write_clusters(usl, ami_cameras=0.4, one_camera_share=0.8)
+    assert '<li class="warn">clusters follow cameras</li>' in report.run(runs).read_text()
+
+
+def test_a_run_of_an_older_version_shows_the_score_it_had(runs: Path, usl: Path) -> None:
+    _write_clusters(usl, nmi=0.7, ari=0.01)
+    text = report.run(runs).read_text()
+    assert "Chart of clusters and people" in text
+    assert "NMI, not adjusted for chance: 0.7 at 0" in text
+    assert "clusters and cameras" not in text
+
+
+def test_clusters_that_are_no_json_are_named(runs: Path, usl: Path) -> None:
+    (usl / "clusters.jsonl").write_text("{epoch\n")
+    with pytest.raises(UserError, match=r"clusters\.jsonl of .*usl must be JSON"):
+        report.run(runs)
+
+
 def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(runs / "pretrain" / "checkpoints")
     (runs / "pretrain" / "config.yaml").write_text(

@@ -11,12 +11,19 @@ from typing import Any
 import pytest
 import torch
 import warm
-from programs import environment, launch, one_line_error, personmae
+from programs import ROOT, environment, launch, one_line_error, personmae
 
-from personmae import checkpoint
+from personmae import checkpoint, config, precision, unsupervised
 from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.evaluate import load_model
+from personmae.reid.heads import MGN
 
 pytestmark = pytest.mark.integration
+BY_CAMERA = [  # eps is no .5: with k2 = 3 that is where two of three shared neighbours put a pair, to rounding
+    *("feature.pool=rows", "feature.whiten_retrieval=true", "cluster.per_camera=whiten", "cluster.whiten_dim=8"),
+    *("cluster.drop_one_camera=true", "memory.kind=camera", "optim.kind=adamw", "optim.schedule=cosine", "optim.lr=1e-3"),
+    *("cluster.eps=0.53", "batch.num_ids=2", "batch.num_instances=8"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,10 @@ def final_state(run_dir: Path) -> checkpoint.Checkpoint:
 def test_clusters_are_told_from_the_first_epoch_and_the_model_can_be_evaluated(finished, benchmarks, tmp_path):
     epochs = [json.loads(line) for line in (finished / "clusters.jsonl").read_text().splitlines()]
     assert [epoch["epoch"] for epoch in epochs] == [0, 1]
-    assert all(epoch["num_clusters"] >= 4 and 0 <= epoch["nmi"] <= 1 for epoch in epochs)
+    for epoch in epochs:
+        assert epoch["num_clusters"] >= 4
+        assert -1 <= epoch["ami_cameras"] <= 1 >= epoch["ami_people"] > -1
+        assert all(0 <= epoch[name] <= 1 for name in ("pair_precision", "recall_across_cameras", "one_camera_share"))
     again = personmae("evaluate", finished, "market1501", benchmarks / "market1501", "--out", tmp_path)
     assert again.returncode == 0, again.stderr
     assert result(tmp_path)["mAP"] == pytest.approx(result(finished)["mAP"], abs=1e-6)
@@ -143,10 +153,78 @@ def test_a_complete_run_needs_its_start_no_longer_and_a_new_one_begins_its_list_
     assert (run_dir / "clusters.jsonl").read_text() == (finished / "clusters.jsonl").read_text()
 
 
+@pytest.fixture(scope="module")
+def by_camera(benchmarks: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted adaptation with rows, whitening per camera and camera proxies."""
+    run_dir = tmp_path_factory.mktemp("by_camera") / "run"
+    done = personmae("unsupervised", *arguments(benchmarks, source, run_dir, *BY_CAMERA))
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_a_run_by_camera_is_evaluated_as_it_was_trained(by_camera, benchmarks, tmp_path):
+    epochs = [json.loads(line) for line in (by_camera / "clusters.jsonl").read_text().splitlines()]
+    assert [epoch["num_clusters"] >= 2 for epoch in epochs] == [True, True]
+    saved = final_state(by_camera)
+    assert saved.state["head"] == {"kind": "neck", "pool": "rows", "columns": "middle", "num_rows": 8}
+    assert len(saved.tensors["clusters"]["centroids"]) > epochs[-1]["num_clusters"]  # one for each camera of a cluster
+    assert saved.tensors.keys() >= {"exp_avg", "exp_avg_sq"}
+    whitened = {"dim": 8, "shrinkage": 0.3}
+    assert (saved.state["whiten"], result(by_camera)["whiten"]) == (whitened, whitened)
+    again = personmae("evaluate", by_camera, "market1501", benchmarks / "market1501", "--out", tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert result(tmp_path)["mAP"] == pytest.approx(result(by_camera)["mAP"], abs=1e-6)
+    assert result(tmp_path)["whiten"] == whitened
+
+
+def test_a_run_by_camera_goes_on_within_an_epoch(by_camera, benchmarks, source, tmp_path):
+    first = [*BY_CAMERA, "checkpoint.every_steps=3"]
+    run_dir = tmp_path / "run"
+    assert personmae("unsupervised", *arguments(benchmarks, source, run_dir, *first)).returncode == 0
+    (run_dir / "result.json").unlink()
+    shutil.rmtree(checkpoint.folder(run_dir) / checkpoint.name_of(8))
+    done = personmae("unsupervised", *arguments(benchmarks, source, run_dir, *first))
+    assert "resuming at step 6 of 8" in done.stdout, done.stderr
+    ours, theirs = final_state(run_dir), final_state(by_camera)
+    assert ours.step == theirs.step == 8
+    for kind, tensors in theirs.tensors.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(ours.tensors[kind][name], tensor), (kind, name)
+
+
+def test_an_adaptation_starts_from_the_rows_of_the_branch_that_sees_the_whole_person(benchmarks, source, tmp_path):
+    """Of the MGN model's three copies of the last block, as the mean of tokens does: the same tokens, pooled by rows."""
+    overrides = arguments(benchmarks, source, tmp_path, "feature.pool=rows")[1:]
+    settings = config.load(config.Unsupervised, ROOT / "configs/quickstart_usl.yaml", overrides)
+    module, _ = unsupervised.build(settings, precision.choose("fp32", "cpu"))
+    images = torch.randn(3, 3, 128, 64, generator=torch.Generator().manual_seed(0))
+    newest = checkpoint.newest(source)
+    assert newest is not None
+    mgn = load_model(checkpoint.read(newest), newest)
+    assert isinstance(mgn.head, MGN)
+    with torch.no_grad():
+        tokens = mgn.head.branches[0](mgn.encode(images)[0])
+        found = module.model.eval().features(images)
+    rows = tokens[:, 1:].unflatten(1, (8, 4))[:, :, 1:3].mean(dim=2).flatten(1)
+    torch.testing.assert_close(found, rows / rows.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_two_ranks_end_with_the_memory_and_the_weights_of_one(finished, benchmarks, source, tmp_path):
+    require_same_on_two_ranks(finished, benchmarks, source, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_ranks_by_camera_end_with_the_memory_and_the_weights_of_one(benchmarks, source, tmp_path):
+    changed = [*BY_CAMERA, "optim.kind=sgd"]  # AdamW moves biases of keys by the sign of what is rounding alone
+    alone = tmp_path / "alone"
+    assert personmae("unsupervised", *arguments(benchmarks, source, alone, *changed)).returncode == 0
+    require_same_on_two_ranks(alone, benchmarks, source, tmp_path, *changed)
+
+
+def require_same_on_two_ranks(finished: Path, benchmarks: Path, source: Path, tmp_path: Path, *overrides: str) -> None:
     options = ["--standalone", "--nproc-per-node", "2", "launcher/unsupervised.py", "--config"]
-    done = launch("torchrun", *options, *arguments(benchmarks, source, tmp_path / "run"))
+    done = launch("torchrun", *options, *arguments(benchmarks, source, tmp_path / "run", *overrides))
     assert done.returncode == 0, done.stdout + done.stderr
     ours, theirs = final_state(tmp_path / "run"), final_state(finished)
     assert torch.equal(ours.tensors["clusters"]["labels"], theirs.tensors["clusters"]["labels"])

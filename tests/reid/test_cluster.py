@@ -17,9 +17,9 @@ from personmae.reid.cluster import (
     minimum_sums,
     neighbours,
     pseudo_labels,
-    quality,
     radius_graph,
     similarities,
+    without_one_camera,
 )
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -237,34 +237,12 @@ def test_features_that_are_not_finite_are_refused():
             check(features)
 
 
-def test_quality_is_one_for_the_true_people_under_other_names():
-    pids = np.array([7, 7, 3, 3, 9, 9, 9])
-    perfect = quality(np.array([0, 0, 1, 1, 2, 2, 2]), pids)
-    assert (perfect.num_clusters, perfect.num_outliers) == (3, 0)
-    assert (perfect.nmi, perfect.ari) == (pytest.approx(1), pytest.approx(1))
+def test_images_of_a_cluster_that_one_camera_has_seen_become_outliers():
+    labels = np.array([0, 1, 1, 0, 2, 2, -1, 3, 3])
+    camids = np.array([5, 1, 2, 5, 1, -1, 3, 2, 2])
+    assert without_one_camera(labels, camids).tolist() == [-1, 0, 0, -1, 1, 1, -1, -1, -1]
 
 
-def test_quality_equals_its_definition():
-    rng = np.random.default_rng(0)
-    labels, pids = rng.integers(-1, 4, 60), rng.integers(-1, 5, 60)
-    found = quality(labels, pids)
-    assert (found.num_clusters, found.num_outliers) == (4, np.count_nonzero(labels < 0))
-    known = (labels >= 0) & (pids >= 0)
-    a, b, n = labels[known], pids[known], np.count_nonzero(known)
-    table = np.array([[np.count_nonzero((a == i) & (b == j)) for j in range(5)] for i in range(4)])
-    rows, columns = table.sum(axis=1), table.sum(axis=0)
-
-    def pairs(counts: np.ndarray) -> float:
-        return float((counts * (counts - 1) / 2).sum())
-
-    expected = pairs(rows) * pairs(columns) / (n * (n - 1) / 2)
-    assert found.ari == pytest.approx((pairs(table) - expected) / ((pairs(rows) + pairs(columns)) / 2 - expected))
-    joint = table / n
-    entropies = [-(p * np.log(p)).sum() for p in (rows / n, columns / n, joint[joint > 0])]
-    assert found.nmi == pytest.approx((entropies[0] + entropies[1] - entropies[2]) / ((entropies[0] + entropies[1]) / 2))
-
-
-@pytest.mark.parametrize("pids", [None, np.full(4, -1), np.array([-1, -1, -1, 5])])
-def test_without_known_people_in_clusters_there_are_counts_alone(pids):
-    found = quality(np.array([0, 0, 1, -1]), pids)
-    assert (found.num_clusters, found.num_outliers, found.nmi, found.ari) == (2, 1, None, None)
+def test_where_nothing_is_left_all_images_are_outliers():
+    assert without_one_camera(np.array([0, 0, 1]), np.array([1, 1, 2])).tolist() == [-1, -1, -1]
+    assert without_one_camera(np.array([-1, -1]), np.array([1, 2])).tolist() == [-1, -1]

@@ -14,6 +14,7 @@ from closeness import assert_allclose
 from personmae.errors import Stopped, UserError
 from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, Sample, identity
+from personmae.reid.rows import whiten_per_camera
 from personmae.reid.transforms import ImageSet
 
 IMG_SIZE = (32, 16)
@@ -219,3 +220,14 @@ def test_features_are_compared_as_they_are_standardised_or_whitened(samples: lis
         assert record
         found[how] = record["mAP"]
     assert found["none"] < 0.6 < 0.95 < min(found["standardise"], found["whiten"])
+
+
+def test_whitened_features_are_those_of_query_and_gallery_together(samples: list[Sample]):
+    camids = np.array([sample.camid for sample in samples])
+    drawn = torch.randn(len(samples), 9, generator=torch.Generator().manual_seed(0))
+    features = retrieval.for_each_camera(lambda _images, _camids: drawn, "whiten", dim=4, shrinkage=0.2)
+    with ThreadPoolExecutor(1) as pool:
+        images = ImageSet([sample.path for sample in samples], IMG_SIZE, pool=pool, cache_bytes=0)
+        found = features(images, camids)
+    assert torch.equal(found, whiten_per_camera(drawn, camids, dim=4, shrinkage=0.2))
+    assert found.shape == (len(samples), 4)
