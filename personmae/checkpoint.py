@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from personmae.errors import Unavailable, UserError, is_passing
+from personmae.positions import x_first
 from personmae.snapshot import Fingerprint, Tensors
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
+FORMAT = 2  # in the state of a checkpoint; what has none is of before positions were x first (``positions.py``)
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # what optimizers keep: a run can go on without, weights do not need it
 _FOLDER = re.compile(r"(?:\.old-)?step-(\d{8,})")
 _LOST = (errno.EISDIR, getattr(errno, "EUCLEAN", errno.EISDIR))  # a file that will not come back
@@ -216,7 +218,18 @@ def read(path: Path, *, moments: bool = True) -> Checkpoint:
     for file in sorted(path.glob("*.safetensors")):
         if moments or not is_moments(file.name):
             tensors.setdefault(_kind_of(file), {}).update(load_file(file))
-    return Checkpoint(state["step"], tensors, state)
+    return Checkpoint(state["step"], {kind: _of_today(found, state) for kind, found in tensors.items()}, state)
+
+
+def _of_today(tensors: Tensors, state: dict[str, Any]) -> Tensors:
+    """Tensors of a checkpoint as they are written today.
+
+    Raises:
+        UserError: it was written by a later version.
+    """
+    if (written := state.get("format", 1)) > FORMAT:
+        raise UserError(f"checkpoints of format {FORMAT} or less can be read, this one has format {written}; update personmae")
+    return x_first(tensors, state["model"]) if written == 1 and "size" in state.get("model", {}) else tensors
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -235,7 +248,8 @@ def _content(path: Path) -> bytes:
 def read_kind(path: Path, kind: str) -> Tensors:
     """All tensors of one kind; empty where the checkpoint has none."""
     files = [file for file in sorted(path.glob("*.safetensors")) if _kind_of(file) == kind]
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return _of_today(tensors, read_state(path)) if tensors else {}
 
 
 def _kind_of(file: Path) -> str:

@@ -63,7 +63,8 @@ def commit(
             raise failure
         if rank == 0:
             files = _collect(partial, world_size)
-            files[STATE] = _write_synced(partial / STATE, to_json({"step": step} | state, indent=1))
+            record = {"step": step} | state | {"format": checkpoint.FORMAT}
+            files[STATE] = _write_synced(partial / STATE, to_json(record, indent=1))
             _write_synced(partial / MANIFEST, json.dumps(files, indent=1))
             _sync_folder(partial)
             put_in_place(partial, final, keep_earlier=keep_earlier)

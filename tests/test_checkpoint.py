@@ -46,7 +46,7 @@ def test_what_is_read_is_what_was_written_bit_by_bit(tmp_path):
     assert path == tmp_path / "checkpoints" / "step-00000012"
     read = checkpoint.read(path)
     assert read.step == 12
-    assert read.state == {"step": 12} | written.state
+    assert read.state == {"step": 12, "format": checkpoint.FORMAT} | written.state
     assert read.tensors.keys() == written.tensors.keys()
     for kind, tensors in written.tensors.items():
         assert read.tensors[kind].keys() == tensors.keys()

@@ -77,7 +77,7 @@ def test_a_save_returns_at_once_and_is_written_as_the_state_was(tmp_path):
         state.state["nested"]["step"] = "changed"
     saved = read_newest(tmp_path)
     assert saved.tensors["student"]["w"].tolist() == [1.0] * 4
-    assert saved.state == {"step": 1, "seed": 3, "nested": {"step": 1}}
+    assert saved.state == {"step": 1, "seed": 3, "nested": {"step": 1}, "format": checkpoint.FORMAT}
 
 
 def test_a_second_save_waits_for_the_first_and_both_are_there(tmp_path, monkeypatch):

@@ -32,6 +32,9 @@ MIDDLE = {
         "metrics",
         "meter",
         "plan",
+        "floor",
+        "hiding",
+        "positions",
         "data",
     )
 } | {f"personmae.reid.{name}" for name in ("features", "probe", "retrieval")}
@@ -39,7 +42,7 @@ PROGRAMS = {
     f"personmae.{name}"
     for name in (
         *("pretrain", "pretrain_probe", "state", "downstream", "clustering", "finetune", "unsupervised", "evaluate"),
-        *("bench", "apply"),
+        *("bench", "apply", "dry_run"),
     )
 }
 GROUND = {

@@ -118,10 +118,10 @@ def load(
 
 
 def sincos(coords: Float[Tensor, "*N 2"], dim: int) -> Float[Tensor, "*N D"]:
-    """2-D sin-cos positions of (y, x) in units of patches: half of the channels each."""
+    """2-D sin-cos positions of (y, x) in units of patches: half of the channels each, x first."""
     omega = 1.0 / 10000 ** (torch.arange(dim // 4, dtype=torch.float32, device=coords.device) / (dim // 4))
     y, x = coords[..., 0, None] * omega, coords[..., 1, None] * omega
-    return torch.cat([y.sin(), y.cos(), x.sin(), x.cos()], dim=-1)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=-1)
 
 
 def grid_coords(grid: tuple[int, int]) -> Float[Tensor, "L 2"]:

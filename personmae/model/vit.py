@@ -55,12 +55,12 @@ def grid_coords(grid: tuple[int, int], device: torch.device | None = None) -> Fl
 
 
 def sincos_embedding(coords: Float[Tensor, "*N 2"], dim: int) -> Float[Tensor, "*N D"]:
-    """Fixed 2-D sin-cos embedding of real coordinates: the first half of the channels is y, the second x.
+    """Fixed 2-D sin-cos embedding of real coordinates (y, x): the first half of the channels is x, the second y, as in MAE.
 
     Each half is [sin(c w_i), cos(c w_i)] with w_i = 10000^(-4i/dim), i = 0 ... dim/4 - 1. ``dim`` is a multiple of 4.
     """
     exponent = torch.arange(dim // 4, dtype=torch.float32, device=coords.device) / (dim / 4)
-    angle = coords.float()[..., None] * (10000.0**-exponent)  # (*N, 2, dim/4)
+    angle = coords.float().flip(-1)[..., None] * (10000.0**-exponent)  # (*N, 2, dim/4)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
 
 

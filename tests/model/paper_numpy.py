@@ -68,14 +68,14 @@ def eq4_coords(grid: tuple[int, int], s_h: int, s_w: int, patch_size: int) -> Ar
 
 
 def sincos(coords: Array, dim: int) -> Array:
-    """Sin-cos of both coordinates: sin(row), cos(row), sin(column), cos(column), a quarter of the channels each."""
+    """Sin-cos of both coordinates: sin(column), cos(column), sin(row), cos(row), a quarter of the channels each."""
     out = np.zeros((len(coords), dim))
     for n, (row, column) in enumerate(coords):
         for i in range(dim // 4):
             frequency = 1 / 10000 ** (i / (dim / 4))
-            out[n, i], out[n, dim // 4 + i] = math.sin(row * frequency), math.cos(row * frequency)
-            out[n, dim // 2 + i] = math.sin(column * frequency)
-            out[n, 3 * dim // 4 + i] = math.cos(column * frequency)
+            out[n, i], out[n, dim // 4 + i] = math.sin(column * frequency), math.cos(column * frequency)
+            out[n, dim // 2 + i] = math.sin(row * frequency)
+            out[n, 3 * dim // 4 + i] = math.cos(row * frequency)
     return out
 
 
@@ -138,9 +138,14 @@ def encode(patches: Array, coords: Array, weights: Weights, depth: int, heads: i
     return vit_blocks(np.concatenate([weights["cls_token"][0], tokens]), weights, "blocks", depth, heads)
 
 
-def decode(tokens: Array, coords: Array, weights: Weights, depth: int, heads: int) -> Array:
-    """Visible tokens and N mask tokens with RegionB's positions through the blocks; the prediction at the mask tokens."""
+def decode(tokens: Array, coords: Array, weights: Weights, depth: int, heads: int, seen_at: Array | None = None) -> Array:
+    """Visible tokens and N mask tokens with RegionB's positions through the blocks; the prediction at the mask tokens.
+
+    As in MAE the visible tokens, but for the class token, are given the positions ``seen_at`` too.
+    """
     visible = linear(tokens, weights, "embed")
+    if seen_at is not None:
+        visible = np.concatenate([visible[:1], visible[1:] + sincos(seen_at, visible.shape[1])])
     wanted = weights["mask_token"][0] + sincos(coords, visible.shape[1])
     out = vit_blocks(np.concatenate([visible, wanted]), weights, "blocks", depth, heads)
     return linear(layer_norm(out[-len(coords) :], weights, "norm"), weights, "head")
