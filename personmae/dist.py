@@ -77,12 +77,24 @@ def threads_per_rank(world: World) -> int:
     return max(1, usable_cores() // world.local_world_size)
 
 
+def compute_threads(world: World) -> int:
+    """Threads for a rank's arithmetic on a CPU: ``OMP_NUM_THREADS`` where somebody has set it, else its share of the cores.
+
+    torchrun sets it to 1 where a host has several ranks and nobody has set it: that does not count.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    by_torchrun = given == "1" and "TORCHELASTIC_RUN_ID" in os.environ and world.local_world_size > 1
+    if given.isdigit() and int(given) and not by_torchrun:
+        return int(given)
+    return max(1, usable_cores() // world.local_world_size)
+
+
 def start(world: World) -> None:
     """Join the process group (nccl and gloo on GPUs, gloo on CPUs) and share this host's cores among its ranks."""
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
-        torch.set_num_threads(max(1, usable_cores() // world.local_world_size))
+        torch.set_num_threads(compute_threads(world))
         _keep_freed_memory()
     if tdist.is_initialized():
         return

@@ -120,3 +120,27 @@ def test_a_group_of_one_needs_no_address(environ):
     environ.delenv("MASTER_PORT", raising=False)
     done = warm.run(["-c", ALONE])
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "local_ranks", "by_torchrun", "wanted"),
+    [
+        (None, 1, False, 6),
+        (None, 3, False, 2),
+        (None, 12, False, 1),
+        ("4", 3, False, 4),
+        ("1", 1, False, 1),
+        ("1", 3, True, 2),  # torchrun's own default
+        ("1", 1, True, 1),  # which it sets for several ranks alone
+        ("3", 3, True, 3),
+        ("0", 2, False, 3),
+        ("4,2", 2, False, 3),
+        ("", 2, False, 3),
+    ],
+)
+def test_threads_are_a_share_of_the_cores_unless_somebody_says_how_many(environ, given, local_ranks, by_torchrun, wanted):
+    environ.setattr(dist, "usable_cores", lambda: 6)
+    for name, value in (("OMP_NUM_THREADS", given), ("TORCHELASTIC_RUN_ID", "x" if by_torchrun else None)):
+        environ.setenv(name, value) if value is not None else environ.delenv(name, raising=False)
+    world = dist.World(0, local_ranks, 0, local_ranks, torch.device("cpu"))
+    assert dist.compute_threads(world) == wanted
