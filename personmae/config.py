@@ -61,6 +61,9 @@ class Decoders(Section):
     depth: int = Field(default=2, gt=0, description="ViT blocks in each decoder")
     pixel_dim: int | None = Field(default=None, gt=0, multiple_of=64, description="width; default min(512, embed_dim)")
     feature_dim: int | None = Field(default=None, gt=0, multiple_of=64, description="width; default embed_dim")
+    visible_positions: bool = Field(
+        default=False, description="visible tokens get their position again, as in MAE; in the paper mask tokens alone have one"
+    )
 
 
 class Regions(Section):
@@ -81,14 +84,44 @@ class Regions(Section):
 
 
 class Mask(Section):
-    kind: Literal["block", "random"] = Field(default="block", description="how the hidden patches are drawn")
+    kind: Literal["block", "random", "person"] = Field(
+        default="block",
+        description="how the hidden patches are drawn; person: blocks that hide the same share of the middle columns each time",
+    )
     ratio: float = Field(default=0.75, gt=0, lt=1, description="share of RegionA's patches that is hidden; r of Eq. (3)")
+    block_ratio: Fraction | None = Field(
+        default=None, description="share of the patches that blocks may hide, the rest of ratio is random; default all of it"
+    )
     min_block: int = Field(default=4, gt=0, description="smallest block, in patches")
+
+    @model_validator(mode="after")
+    def _blocks_are_part_of_it(self) -> "Mask":
+        if self.block_ratio is not None and self.block_ratio > self.ratio:
+            raise ValueError(f"block_ratio={self.block_ratio} must be at most ratio={self.ratio}; lower it or leave it out")
+        if self.block_ratio is not None and self.kind == "random":
+            raise ValueError(f"block_ratio={self.block_ratio} needs blocks, and kind=random has none; leave it out")
+        return self
 
 
 class Loss(Section):
-    feature_weight: float = Field(default=1.0, ge=0, description="lambda of Eq. (8); 0 leaves the teacher out")
+    feature_weight: float = Field(default=1.0, ge=0, description="lambda of Eq. (8); 0 leaves the feature decoder out")
     beta: float = Field(default=2.0, gt=0, description="beta of the smooth-L1 of Eq. (7)")
+    identity_weight: float = Field(
+        default=0.0, ge=0, description="of a loss on the class tokens of both regions, beyond the paper; 0 for none"
+    )
+    identity_dim: int = Field(default=256, gt=0, description="width of the embeddings that it compares")
+    identity_group: int = Field(
+        default=64, gt=1, description="neighbouring images whose spread it looks at; a divisor of the micro-batch"
+    )
+
+
+class Target(Section):
+    features: Literal["layer_norm", "raw", "position_centred", "image_centred"] = Field(
+        default="layer_norm",
+        description="what of the teacher's tokens is predicted: normalised, as they are, normalised less the mean at their "
+        "position, or less the mean of their image too",
+    )
+    reduction: Literal["mean", "sum"] = Field(default="mean", description="over the channels of Eq. (7), which has no 1 / D")
 
 
 class Teacher(Section):
@@ -200,6 +233,7 @@ class Pretrain(Section):
     regions: Regions = Regions()
     mask: Mask = Mask()
     loss: Loss = Loss()
+    target: Target = Target()
     teacher: Teacher = Teacher()
     optim: Optim = Optim()
     train: Train = Train()
@@ -233,6 +267,7 @@ class Pretrain(Section):
             "mask_kind": mask.kind,
             "mask_ratio": mask.ratio,
             "min_block": mask.min_block,
+            "block_ratio": mask.block_ratio,
         }
 
     def model_arguments(self) -> dict[str, Any]:
@@ -245,7 +280,16 @@ class Pretrain(Section):
             "feature_dim": self.decoders.feature_dim,
             "feature_weight": self.loss.feature_weight,
             "beta": self.loss.beta,
+            "reduction": self.target.reduction,
+            "visible_positions": self.decoders.visible_positions,
+            "identity_weight": self.loss.identity_weight,
+            "identity_dim": self.loss.identity_dim,
+            "identity_group": self.loss.identity_group,
         }
+
+    def teacher_arguments(self) -> dict[str, Any]:
+        """Arguments of ``model.teacher.Teacher``, without what it is of."""
+        return {"features": self.target.features, "class_token": self.loss.identity_weight > 0}
 
     def prepare_arguments(self) -> dict[str, Any]:
         """Arguments of ``model.personmae.choose_prepare``."""
@@ -258,6 +302,12 @@ class Pretrain(Section):
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
         values["train"] = {name: values["train"][name] for name in ("global_batch_size", "epochs", "total_steps", "precision")}
         return flatten(values)
+
+    @staticmethod
+    def identity_before() -> dict[str, Any]:
+        """What ``identity`` has come to hold since there are checkpoints, as it was before: the defaults."""
+        sections = {"decoders": Decoders(), "mask": Mask(), "loss": Loss(), "target": Target()}
+        return flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
 
 
 PROGRAMS: dict[str, type[Section]] = {"pretrain": Pretrain, "finetune": Finetune, "unsupervised": Unsupervised}

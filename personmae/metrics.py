@@ -85,14 +85,16 @@ class RunLog:
         """Whether people have seen nothing for ten seconds; rank 0's clock decides, and what is shown comes from all ranks."""
         return self._is_first and self._pace.seconds_since_mark >= EVERY_SECONDS
 
-    def log(self, step: int, values: dict[str, float], *, images_per_step: int) -> None:
-        """Write one record, with images per second since the last one, and show it."""
+    def log(
+        self, step: int, values: dict[str, float], *, images_per_step: int, constants: dict[str, float] | None = None
+    ) -> None:
+        """Write one record, with images per second since the last one, and show it; ``constants`` are written alone."""
         if not self._is_first:
             return
         now = time.monotonic()
         rate = (step - self._last_step) * images_per_step / max(1e-9, now - self._last_time)
         self._last_time, self._last_step = now, step
-        record = {"step": step, "time": time.time(), **values, "images_per_second": rate}
+        record = {"step": step, "time": time.time(), **values, **(constants or {}), "images_per_second": rate}
         self._file.write(files.to_json(record) + "\n")
         if self._numbers:
             self._numbers.show(step, values, rate)
@@ -228,10 +230,11 @@ def pretrain_flops(
     decoder_depth: int,
     pixel_dim: int,
     feature_dim: int | None,
+    identity_dim: int | None = None,
 ) -> float:
     """Operations that an image needs in a step of pre-training: student and decoders three times (forward, and backward as
     two), the teacher once. What activation checkpointing computes again is not counted. ``feature_dim`` is None without
-    a teacher."""
+    feature decoder, ``identity_dim`` without identity head; without both there is no teacher."""
     pixels = 3 * patch_size**2
     encode = 2.0 * num_visible * pixels * embed_dim
     student = transformer_flops(1 + num_visible, embed_dim, depth)
@@ -239,6 +242,9 @@ def pretrain_flops(
     teacher = 0.0
     if feature_dim is not None:
         decode += _decoder_flops(1 + num_visible, num_patches, embed_dim, feature_dim, decoder_depth, embed_dim)
+    if identity_dim is not None:  # two embeddings, and a covariance of each
+        decode += 2 * 2.0 * (embed_dim * identity_dim + 2 * identity_dim**2)
+    if feature_dim is not None or identity_dim is not None:
         teacher = 2.0 * num_patches * pixels * embed_dim + transformer_flops(1 + num_patches, embed_dim, depth)
     return 3 * (student + decode) + 2 * encode + teacher  # nothing asks for the gradient of the patches
 

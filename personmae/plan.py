@@ -1,5 +1,7 @@
 """What a pre-training run comes to, told before a GPU is waited for: batch, memory, and the world sizes that would do."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,13 +34,13 @@ class Kept(NamedTuple):
     per_image: int
 
 
-def count_kept(model: PersonMAE, view: View) -> Kept:
+def count_kept(model: PersonMAE, view: View, teacher_arguments: Mapping[str, Any] = MappingProxyType({})) -> Kept:
     """What the forward pass keeps, inputs included and parameters not, with the model's activation checkpointing.
 
     Counted on the CPU with a few images, as what is still there once it is done. It bounds what a GPU needs: its attention
     keeps no probabilities, and a compiled model computes some things again.
     """
-    teacher = Teacher(model.encoder, view.grid, model.compute_dtype) if model.feature_decoder is not None else None
+    teacher = Teacher(model.encoder, view.grid, model.compute_dtype, **teacher_arguments) if model.needs_teacher else None
     few, more = (_count_kept(model, teacher, view, num_images) for num_images in _PROBE_IMAGES)
     per_image = (more - few) // (_PROBE_IMAGES[1] - _PROBE_IMAGES[0])
     return Kept(max(0, few - per_image * _PROBE_IMAGES[0]), per_image)
@@ -86,7 +88,14 @@ def _storages(tree: Any) -> dict[StorageWeakRef, int]:
 
 
 def show_plan(
-    model: PersonMAE, view: View, *, global_batch_size: int, max_micro_batch_size: int, world_size: int, facts: dict[str, str]
+    model: PersonMAE,
+    view: View,
+    *,
+    global_batch_size: int,
+    max_micro_batch_size: int,
+    world_size: int,
+    facts: dict[str, str],
+    teacher_arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Print the plan of a run for ``world_size`` ranks, below what is known of it already (``facts``).
 
@@ -95,9 +104,9 @@ def show_plan(
     """
     plan = dist.plan_batch(global_batch_size, world_size, max_micro_batch_size)
     num_params, num_encoder = (sum(p.numel() for p in m.parameters()) for m in (model, model.encoder))
-    num_teacher = num_encoder if model.feature_decoder is not None else 0
+    num_teacher = num_encoder if model.needs_teacher else 0
     states = _FP32 * (4 * num_params + num_teacher)
-    kept = count_kept(model, view)
+    kept = count_kept(model, view, teacher_arguments)
     activations = kept.fixed + kept.per_image * plan.micro_batch_size
     memory = {
         "memory of a rank": f"{_gib(states + activations)}, and what the libraries take:",

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import itertools
 import shlex
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,18 +19,27 @@ from personmae.data import storage
 from personmae.data.stream import BatchReader, ShardSet, to_device
 from personmae.engine.base import Engine
 from personmae.errors import Stopped, UserError
+from personmae.floor import FloorEstimate, floor_warning
 from personmae.guard import Guard
 from personmae.heartbeat import Phase
 from personmae.keeper import Schedule, Writer, finish
 from personmae.meter import Meter
 from personmae.model import teacher as ema
 from personmae.model.personmae import Batch, PersonMAE, View, choose_prepare, compile_parts
-from personmae.model.teacher import Teacher
 from personmae.model.vit import SIZES
-from personmae.plan import show_plan
-from personmae.precision import Precision
 from personmae.pretrain_probe import Prober
-from personmae.state import Run, Spiked, last_step_counted, open_writer, resume, roll_back, save
+from personmae.state import (
+    Run,
+    Spiked,
+    build_model,
+    build_teacher,
+    count_steps,
+    last_step_counted,
+    open_writer,
+    resume,
+    roll_back,
+    save,
+)
 
 PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,048
 
@@ -56,7 +64,7 @@ def run(settings: config.Pretrain) -> None:
     torch.manual_seed(settings.seed)
     model = build_model(settings, chosen).to(world.device)
     view = View(**settings.view_arguments())
-    teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device) if settings.loss.feature_weight else None
+    teacher = build_teacher(settings, model, plan, view)
     prober = Prober(settings, model.encoder, world) if settings.probe.benchmark else None
     prepare = choose_prepare(model, **settings.prepare_arguments())
     if settings.train.compile:
@@ -91,7 +99,7 @@ def run(settings: config.Pretrain) -> None:
                     meter.run.rollbacks.inc()
         meter.complete(settings.run_dir, settings.checkpoint.store)
         if world.is_first:
-            tell_end(settings, time.monotonic() - began)
+            tell_end(state, time.monotonic() - began)
     finally:
         shards.close()
         engine.close()
@@ -124,6 +132,7 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
         usual=state.usual_loss,
     )
     step = saved = good = first = state.step
+    estimate = FloorEstimate(state.floor, steps_left=total_steps - step, global_batch_size=state.plan.global_batch_size)
     log.say("reading the first pictures" + (", then compiling, which takes minutes" if settings.train.compile else "") + " ...")
     num_bad, due = 0, False
     copies = torch.cuda.Stream() if world.device.type == "cuda" else None
@@ -156,8 +165,9 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
                 if settings.train.cuda_graphs:
                     torch.compiler.cudagraph_mark_step_begin()  # what a replay wrote before may be written over
                 inputs = prepare(*batch, state.view)
+                estimate.note(inputs)
                 if teacher:
-                    inputs["target"] = teacher(inputs["patches_b"])
+                    inputs["target"] = teacher.look(inputs["patches_b"])
                 meter.enter("forward_backward")
                 parts.append(engine.forward_backward(inputs, last_micro=micro == state.plan.grad_accum_steps - 1))
             meter.enter("optimizer")
@@ -167,8 +177,13 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
             if teacher:
                 with engine.full_params(engine.module.get_submodule("encoder")) as params:
                     teacher.update(params, momentum_at(settings, step, total_steps), skipped)
+                if teacher.centre is not None:
+                    dist.average_buffers(teacher.centre)
             guard.note(losses["loss"], skipped)
             step, state.step, state.cursor, working = step + 1, step + 1, state.cursor + 1, "step"
+            if sounded := estimate.step():
+                state.floor = sounded
+                log.say(f"pretrain: {sounded}")
             if step == first + 1:  # set up and compiled: going over all that again takes 0.2 s of a rank while others wait
                 gc.collect()
                 gc.freeze()
@@ -186,7 +201,8 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
             if logged:
                 means = mean_over_ranks(losses | {"grad_norm": grad_norm, "skipped_steps": guard.num_skipped})
                 means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()} | probed
-                log.log(step, means, images_per_step=state.plan.global_batch_size)
+                constants = {"floor_position": state.floor.position, "floor_hue": state.floor.hue} if state.floor else {}
+                log.log(step, means, images_per_step=state.plan.global_batch_size, constants=constants)
                 last_step_counted(guard, state)  # like the lines above, the only wait for the device
                 num_bad = tell_bad_samples(reader, num_bad)
             if in_turn:  # a probe changes nothing of what the guard compares
@@ -203,41 +219,6 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
                 closing.callback(writer.close)
             closing.callback(log.close)
             closing.callback(reader.close)
-
-
-def dry_run(settings: config.Pretrain, world_size: int) -> None:
-    """Open the data and print what the run would come to on ``world_size`` ranks; nothing is written or trained.
-
-    Raises:
-        UserError: the data cannot be read, or the ranks cannot share the batch.
-    """
-    with tempfile.TemporaryDirectory() as cache, ShardSet(settings.data.shards, cache) as shards:
-        num_samples, total_steps = len(shards), count_steps(settings, len(shards))
-    images = total_steps * settings.train.global_batch_size
-    chosen = precision.choose(settings.train.precision, str(dist.read_world().device))
-    other = "" if chosen.by_hand else ". Elsewhere auto may choose the other: give train.precision to plan for that machine"
-    facts = {
-        "size": f"{settings.model.size} at {settings.model.img_size[0]}x{settings.model.img_size[1]}",
-        "data": f"{num_samples:,} samples at {settings.data.shards}",
-        "run": f"{total_steps:,} steps, {images:,} images, {images / num_samples:.1f} epochs, in {settings.run_dir}",
-        "engine": settings.engine.name,
-        "precision": str(chosen).removeprefix("precision ") + other,
-    }
-    show_plan(
-        build_model(settings, chosen),
-        View(**settings.view_arguments()),
-        global_batch_size=settings.train.global_batch_size,
-        max_micro_batch_size=settings.train.max_micro_batch_size,
-        world_size=world_size,
-        facts=facts,
-    )
-
-
-def build_model(settings: config.Pretrain, chosen: Precision) -> PersonMAE:
-    """Student and decoders, freshly initialised."""
-    model = PersonMAE(**settings.model_arguments(), compute_dtype=chosen.dtype)
-    model.encoder.activation_checkpointing = settings.train.activation_checkpointing
-    return model
 
 
 def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan) -> Engine:
@@ -345,15 +326,6 @@ def momentum_at(settings: config.Pretrain, step: int, total_steps: int) -> float
     )
 
 
-def count_steps(settings: config.Pretrain, num_samples: int) -> int:
-    """``total_steps``, or what ``epochs`` comes to."""
-    if settings.train.total_steps:
-        return settings.train.total_steps
-    if not settings.train.epochs:
-        raise UserError("train.epochs or train.total_steps is required; both are empty")
-    return max(1, round(settings.train.epochs * (num_samples // settings.train.global_batch_size)))
-
-
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
     """Means of scalars over ranks, read from the device in one copy."""
     stacked = torch.stack([value.float() for value in values.values()])
@@ -384,10 +356,12 @@ def announce(state: Run) -> None:
     )
 
 
-def tell_end(settings: config.Pretrain, seconds: float) -> None:
-    """Say where the encoder is, how long that took, and what to do with it."""
-    folders = checkpoint.folders(settings.run_dir)
+def tell_end(state: Run, seconds: float) -> None:
+    """Say where the encoder is, how long that took, what to do with it, and whether it has learned too little."""
+    settings, folders = state.settings, checkpoint.folders(state.settings.run_dir)
     where = f"the encoder is in {folders[0] if folders else settings.run_dir}"
+    if state.floor and (told := floor_warning(state.floor, metrics.read_records(settings.run_dir))):
+        progress.say(told)
     progress.say(progress.ending("pretrain", seconds, where, following(settings)))
 
 
@@ -433,6 +407,7 @@ def flops_per_image(settings: config.Pretrain) -> float:
         decoder_depth=settings.decoders.depth,
         pixel_dim=settings.decoders.pixel_dim or min(512, width),
         feature_dim=(settings.decoders.feature_dim or width) if settings.loss.feature_weight else None,
+        identity_dim=settings.loss.identity_dim if settings.loss.identity_weight else None,
     )
 
 

@@ -9,9 +9,10 @@ from personmae import archive, checkpoint, commit, config, dist, resume_point
 from personmae.data.stream import ShardSet
 from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, UserError
+from personmae.floor import Floor
 from personmae.guard import Guard
 from personmae.keeper import Writer
-from personmae.model.personmae import View
+from personmae.model.personmae import PersonMAE, View
 from personmae.model.teacher import Teacher
 from personmae.precision import Precision
 from personmae.pretrain_probe import Prober
@@ -34,6 +35,7 @@ class Run:
     cursor: int = 0  # global batches of the sample order that are behind; more than ``step`` after a rollback
     usual_loss: float | None = None  # what the guard against jumps compares with
     prober: Prober | None = None  # what frozen features find, where that is asked for
+    floor: Floor | None = None  # what the pixel loss is compared with; on the first rank
 
 
 class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
@@ -58,11 +60,14 @@ def portable(state: Run, *, spread: bool = False) -> checkpoint.Checkpoint | Non
     tensors = {"student": engine_state.params, **engine_state.moments}
     if state.teacher:
         tensors["teacher"] = own_part(state.teacher.encoder.state_dict(), spread=spread)
+        if state.teacher.centre is not None:
+            tensors["centre"] = own_part(state.teacher.centre.state_dict(), spread=spread)
     record = {
         "total_steps": state.total_steps,
         "images_seen": state.step * settings.train.global_batch_size,
         "cursor": state.cursor,
         "usual_loss": state.usual_loss,
+        "floor": state.floor and state.floor._asdict(),
         "num_updates": engine_state.num_updates,
         "identity": identity(settings, state.shards, state.precision),
         **state.precision.record(),
@@ -79,7 +84,7 @@ def resume(state: Run) -> Path | None:
     if not found:
         return None
     saved = found.read()
-    theirs = saved.state.get("identity", {})
+    theirs = config.Pretrain.identity_before() | saved.state.get("identity", {})
     keep_precision(state, theirs.get("train.precision"))
     ours = identity(state.settings, state.shards, state.precision)
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
@@ -89,13 +94,16 @@ def resume(state: Run) -> Path | None:
             "checkpoint.resume=none"
         )
     tensors = dict(saved.tensors)
-    student, teacher = tensors.pop("student"), tensors.pop("teacher", {})
+    student, teacher, centre = (tensors.pop(kind, {}) for kind in ("student", "teacher", "centre"))
     state.engine.load_portable(PortableState(student, tensors, saved.state["num_updates"]))
     if state.teacher:
         checkpoint.load_strictly(state.teacher.encoder, teacher, found.path)
+        if state.teacher.centre is not None:
+            checkpoint.load_strictly(state.teacher.centre, centre, found.path)
     state.step = saved.step
     state.cursor = saved.state.get("cursor", saved.step)
     state.usual_loss = saved.state.get("usual_loss")
+    state.floor = Floor(**saved.state["floor"]) if saved.state.get("floor") else None
     found.tell(state.step, state.total_steps)
     return found.path
 
@@ -194,3 +202,37 @@ def open_writer(settings: config.Pretrain, resumed: Path | None, team: dict[str,
 def model_record(model: config.Model) -> dict[str, Any]:
     """What must travel with the weights: architecture and preprocessing."""
     return model.model_dump(mode="json")
+
+
+def build_model(settings: config.Pretrain, chosen: Precision) -> PersonMAE:
+    """Student and decoders, freshly initialised."""
+    model = PersonMAE(**settings.model_arguments(), compute_dtype=chosen.dtype)
+    model.encoder.activation_checkpointing = settings.train.activation_checkpointing
+    return model
+
+
+def count_steps(settings: config.Pretrain, num_samples: int) -> int:
+    """``total_steps``, or what ``epochs`` comes to."""
+    if settings.train.total_steps:
+        return settings.train.total_steps
+    if not settings.train.epochs:
+        raise UserError("train.epochs or train.total_steps is required; both are empty")
+    return max(1, round(settings.train.epochs * (num_samples // settings.train.global_batch_size)))
+
+
+def build_teacher(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan, view: View) -> Teacher | None:
+    """The teacher that the losses need, if they need one.
+
+    Raises:
+        UserError: the groups of the identity loss do not fill a micro-batch.
+    """
+    size, group = plan.micro_batch_size, settings.loss.identity_group
+    if settings.loss.identity_weight and size % group:
+        raise UserError(
+            f"loss.identity_group={group} must divide a rank's micro-batch, which is {size} ({plan}); give another, or another "
+            "train.max_micro_batch_size"
+        )
+    if not model.needs_teacher:
+        return None
+    teacher = Teacher(model.encoder, view.grid, model.compute_dtype, **settings.teacher_arguments())
+    return teacher.to(model.encoder.cls_token.device)

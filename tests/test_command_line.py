@@ -261,7 +261,7 @@ def test_keys_lists_every_key_with_type_default_and_meaning(capsys):
     )
     assert re.search(r"data\.shards +path +required ", rows["data.shards"])
     assert re.search(r"optim\.lr +number > 0 or null +null ", rows["optim.lr"])
-    assert re.search(r"mask\.kind +block\|random +block ", rows["mask.kind"])
+    assert re.search(r"mask\.kind +block\|random\|person +block ", rows["mask.kind"])
     assert re.search(r"seed +int >= 0, < 2\^63 +0 ", rows["seed"])
 
 

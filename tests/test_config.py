@@ -62,6 +62,8 @@ def test_the_defaults_are_the_papers(path):
     assert (settings.model.size, settings.model.img_size, settings.model.patch_size) == ("base", (256, 128), 16)
     assert (settings.mask.kind, settings.mask.ratio, settings.regions.max_shift) == ("block", 0.75, 64)
     assert (settings.loss.feature_weight, settings.loss.beta, settings.decoders.depth) == (1.0, 2.0, 2)
+    assert (settings.mask.block_ratio, settings.decoders.visible_positions, settings.loss.identity_weight) == (None, False, 0.0)
+    assert (settings.target.features, settings.target.reduction) == ("layer_norm", "mean")
     assert (settings.teacher.momentum, settings.teacher.ramp_fraction) == ((0.999, 0.9999), 0.2)
     assert settings.optim.base_lr * settings.train.global_batch_size / 256 == pytest.approx(1.2e-3)
     assert (settings.train.epochs, settings.optim.weight_decay, settings.optim.warmup_fraction) == (100, 0.05, 0.2)
@@ -158,6 +160,11 @@ def test_a_wrong_type_names_key_origin_and_value(path):
     [
         ("mask.ratio=1.0", "less than 1"),
         ("mask.ratio=0", "greater than 0"),
+        ("mask.block_ratio=0.8", "block_ratio=0.8 must be at most ratio=0.75; lower it or leave it out"),
+        ("mask={kind: random, block_ratio: 0.5}", "block_ratio=0.5 needs blocks, and kind=random has none; leave it out"),
+        ("mask.kind=people", "'block', 'random' or 'person'"),
+        ("target.features=normed", "'layer_norm', 'raw', 'position_centred' or 'image_centred'"),
+        ("loss.identity_group=1", "greater than 1"),
         ("model.size=huge", "'micro', 'small', 'base' or 'large'"),
         ("train.global_batch_size=0", "greater than 0"),
         ("train.global_batch_size=2.5", "integer"),
@@ -253,3 +260,12 @@ def test_overrides_may_stand_before_and_behind_options_but_other_words_may_not(c
     with pytest.raises(SystemExit, match="78"):
         parser.parse_args(["c.yaml", "--gpu=8x"])
     assert "unrecognized arguments: word" in capsys.readouterr().err
+
+
+def test_settings_that_came_later_are_filled_in_as_a_run_of_before_had_them(path):
+    settings = config.load(config.Pretrain, path)
+    now, before = settings.identity(), config.Pretrain.identity_before()
+    assert before.items() <= now.items()
+    assert {key.split(".")[0] for key in before} == {"decoders", "loss", "mask", "target"}
+    other = config.load(config.Pretrain, path, ["mask.block_ratio=0.5", "target.features=raw"]).identity()
+    assert {key for key in before if other[key] != before[key]} == {"mask.block_ratio", "target.features"}

@@ -269,16 +269,17 @@ def test_an_unknown_gpu_has_no_utilisation() -> None:
     assert metrics.peak_flops("NVIDIA A100-SXM4-80GB", "fp32") is None
 
 
-@pytest.mark.parametrize("feature_weight", [1.0, 0.0])
-def test_the_arithmetic_of_a_picture_is_what_torch_counts(feature_weight: float) -> None:
+@pytest.mark.parametrize(("feature_weight", "identity_dim"), [(1.0, None), (0.0, None), (1.0, 64), (0.0, 64)])
+def test_the_arithmetic_of_a_picture_is_what_torch_counts(feature_weight: float, identity_dim: int | None) -> None:
     size, grid, num_visible = "micro", (16, 8), 32
-    model = PersonMAE(size=size, feature_weight=feature_weight)
-    teacher = Teacher(model.encoder, grid)
+    identity = {"identity_weight": 1.0, "identity_dim": identity_dim, "identity_group": 2} if identity_dim else {}
+    model = PersonMAE(size=size, feature_weight=feature_weight, **identity)
+    teacher = Teacher(model.encoder, grid, class_token=identity_dim is not None)
     coords = grid_coords(grid).expand(2, -1, -1)
     batch = {"patches_a": torch.randn(2, num_visible, 768), "patches_b": torch.randn(2, 128, 768)}
     batch |= {"coords_a": coords[:, :num_visible], "coords_b": coords}
     with FlopCounterMode(display=False) as counter:
-        if feature_weight:
+        if model.needs_teacher:
             batch["target"] = teacher(batch["patches_b"])
         model(batch)["loss"].backward()
     width = SIZES[size]["embed_dim"]
@@ -291,6 +292,7 @@ def test_the_arithmetic_of_a_picture_is_what_torch_counts(feature_weight: float)
         decoder_depth=2,
         pixel_dim=width,
         feature_dim=width if feature_weight else None,
+        identity_dim=identity_dim,
     )
     assert 2 * ours == pytest.approx(counter.get_total_flops(), rel=1e-3)
 

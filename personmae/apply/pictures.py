@@ -126,6 +126,13 @@ def hide_patches(region: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B L"], vi
     return _to_bytes(unpatchify(patches, view.grid, view.patch_size))
 
 
+def draw_map(shares: Float[Tensor, "h w"], cell: int = 24) -> Picture:
+    """A grid of shares in [0, 1] as squares of ``cell`` pixels, the darker the larger; thin lines keep them apart."""
+    grey = (255 * (1 - shares.numpy())).round().astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
+    grey[::cell], grey[:, ::cell] = GREY, GREY
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
 def _to_pixels(patches: Float[Tensor, "B L P"], view: View) -> Float[Tensor, "B 3 H W"]:
     """Invert ``normalise`` and ``patchify``."""
     mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (view.mean, view.std))

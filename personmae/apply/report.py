@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from personmae import checkpoint, config, files, progress
+from personmae import checkpoint, config, files, hiding, progress
 from personmae.apply import charts, pictures, sections
 from personmae.apply.comparison import (
     SCORES,
@@ -34,14 +34,25 @@ from personmae.apply.runs import RankList, Result, Run, find_runs
 from personmae.data.decode import BadImage
 from personmae.data.synthetic import read_mark
 from personmae.errors import Incomplete, Unavailable, UserError
+from personmae.model.personmae import View
 from personmae.progress import counted
 from personmae.reid.datasets import describe, load_benchmark
 
-LOSSES = {"loss", "pixel_loss", "feature_loss"}
+LOSSES = {"loss", "pixel_loss", "feature_loss", "identity_loss"}
 CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by the words for them
-    (config.Pretrain, "pre-training: loss, total and pixel", {"loss": "total", "pixel_loss": "pixel"}),
+    (
+        config.Pretrain,
+        "pre-training: loss, total and pixel",
+        {
+            "loss": "total",
+            "pixel_loss": "pixel",
+            "floor_position": "floor of the pixel loss: positions alone",
+            "floor_hue": "floor: mean hue too",
+        },
+    ),
     (config.Pretrain, "pre-training: feature loss", {"feature_loss": ""}),
     (config.Pretrain, "pre-training: mAP of frozen rows", {"probe_rows_map": "no labels", "probe_lda_map": "LDA"}),
+    (config.Pretrain, "pre-training: identity loss", {"identity_loss": ""}),
     (config.Pretrain, "pre-training: images per second", {"images_per_second": ""}),
     (config.Finetune, "fine-tuning: loss", {"loss": ""}),
     (config.Finetune, "fine-tuning: accuracy on its batches", {"accuracy": ""}),
@@ -295,13 +306,28 @@ def _cache_dir(run: Run) -> str | None:
 
 
 def region_of(run: Run, section: Section) -> dict[str, Any]:
-    """Figure 3 of a run for the template."""
+    """Figure 3 of a run for the template, with what its masks hide."""
+    mark = read_mark(_pretraining(run).data.shards) if section.content else None
     return {
         "name": printable(run.name),
         "unfinished": run.unfinished,
         "missing": section.missing,
         "groups": embed_groups(section.content),
-        "synthetic": bool(section.content) and read_mark(_pretraining(run).data.shards) is not None,
+        "synthetic": mark is not None,
+        "hiding": hiding_of(run, mark),
+    }
+
+
+def hiding_of(run: Run, mark: bytes | None) -> dict[str, str]:
+    """How often a run's masks hide each patch, as the address of an image and in words; of drawn people also what is seen."""
+    settings = run.settings
+    assert isinstance(settings, config.Pretrain)
+    view = View(**settings.view_arguments())
+    shares, seen = hiding.hiding_map(view, settings.seed), hiding.seen_of_drawn(view, settings.seed, mark)
+    return {
+        "address": pictures.data_uri(pictures.draw_map(shares)),
+        "words": hiding.describe_map(shares),
+        "seen": hiding.describe_seen(seen) if seen is not None else "",
     }
 
 

@@ -8,11 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real, UInt8
+from jaxtyping import Bool, Float, Int, Real, UInt8
 from torch import Tensor, nn
 
 from personmae.errors import UserError
 from personmae.model import masking, regions
+from personmae.model.identity import IdentityHead, identity_loss
 from personmae.model.regions import RegionDraws
 from personmae.model.teacher import Teacher
 from personmae.model.vit import (
@@ -28,6 +29,7 @@ from personmae.model.vit import (
 )
 
 Batch = dict[str, Tensor]
+Reduction = Literal["mean", "sum"]  # of the feature loss, over channels
 Cutter = Literal["torch", "triton"]  # who cuts the regions: torch's operations, or the kernel of ``kernel.py``
 
 
@@ -46,6 +48,7 @@ class View:
     mask_kind: str
     mask_ratio: float
     min_block: int
+    block_ratio: float | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -78,6 +81,14 @@ class Draws(NamedTuple):
     ids_keep: Int[Tensor, "B K"]  # ascending indices of RegionA's visible patches
 
 
+def draw_mask(keys: Int[Tensor, " B"], view: View) -> Bool[Tensor, "B L"]:
+    """M of Eq. (3): True where a patch of RegionA is hidden."""
+    if view.mask_kind == "random":
+        return masking.random_mask(keys, view.grid, view.mask_ratio)
+    draw = {"block": masking.block_mask, "person": masking.person_mask}[view.mask_kind]
+    return draw(keys, view.grid, view.mask_ratio, min_block=view.min_block, block_ratio=view.block_ratio)
+
+
 def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: View) -> Draws:
     """Draw regions and masks from the samples' keys; ``native_size`` is (height, width) before decoding."""
     drawn = regions.draw_regions(
@@ -88,10 +99,7 @@ def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: V
         crop_ratio=view.crop_ratio,
         flip_prob=view.flip_prob,
     )
-    if view.mask_kind == "block":
-        mask = masking.block_mask(keys, view.grid, view.mask_ratio, min_block=view.min_block)  # M of Eq. (3)
-    else:
-        mask = masking.random_mask(keys, view.grid, view.mask_ratio)
+    mask = draw_mask(keys, view)
     num_visible = mask.shape[1] - masking.num_hidden(view.grid, view.mask_ratio)
     return Draws(drawn, masking.ids_visible(mask, num_visible))
 
@@ -170,7 +178,8 @@ def require_kernel(device: torch.device) -> None:
 class Decoder(nn.Module):
     """Predicts all of RegionB from the encoded visible tokens: mask tokens with positions, ViT blocks, one linear layer.
 
-    Only the mask tokens carry a position; the visible tokens keep the one they were encoded with (Sec. III-E).
+    Only the mask tokens carry a position; the visible tokens keep the one they were encoded with (Sec. III-E). As MAE has it
+    they are given theirs once more: that is what ``coords_a`` is for. The class token never has one.
     """
 
     def __init__(self, encoder_dim: int, dim: int, depth: int, out_dim: int):
@@ -182,9 +191,17 @@ class Decoder(nn.Module):
         self.head = nn.Linear(dim, out_dim)
         init_weights(self)
 
-    def forward(self, tokens: Float[Tensor, "B T D"], coords_b: Float[Tensor, "B L 2"]) -> Float[Tensor, "B L out_dim"]:
+    def forward(
+        self,
+        tokens: Float[Tensor, "B T D"],
+        coords_b: Float[Tensor, "B L 2"],
+        coords_a: Float[Tensor, "B K 2"] | None = None,
+    ) -> Float[Tensor, "B L out_dim"]:
+        dim = self.mask_token.shape[-1]
         visible = self.embed(tokens).float()  # like the positions; see VisionTransformer.embed
-        wanted = self.mask_token + sincos_embedding(coords_b, self.mask_token.shape[-1])
+        if coords_a is not None:
+            visible = torch.cat([visible[:, :1], visible[:, 1:] + sincos_embedding(coords_a, dim)], dim=1)
+        wanted = self.mask_token + sincos_embedding(coords_b, dim)
         x = run_blocks(self.blocks, torch.cat([visible, wanted], dim=1), num_out=coords_b.shape[1])
         return self.head(self.norm(x))
 
@@ -202,15 +219,29 @@ def pixel_loss(pred: Float[Tensor, "B L P"], target: Float[Tensor, "B L P"]) -> 
     return F.mse_loss(pred.float(), target)
 
 
-def feature_loss(pred: Float[Tensor, "B L D"], target: Float[Tensor, "B L D"], beta: float) -> Float[Tensor, ""]:
-    """Eq. (7): smooth L1 to the teacher's features, as a mean over patches, channels and samples."""
-    return F.smooth_l1_loss(pred.float(), target.float(), beta=beta)
+def feature_loss(
+    pred: Float[Tensor, "B L D"], target: Float[Tensor, "B L D"], beta: float, reduction: Reduction = "mean"
+) -> Float[Tensor, ""]:
+    """Eq. (7): smooth L1 to the teacher's features, as a mean over patches and samples, and a mean or a sum over channels."""
+    loss = F.smooth_l1_loss(pred.float(), target.float(), beta=beta)
+    return loss * target.shape[-1] if reduction == "sum" else loss
+
+
+def spread_over_images(target: Float[Tensor, "B L D"]) -> Float[Tensor, ""]:
+    """Standard deviation of the features at a position, by the mean variance over images; 0 where a teacher has collapsed.
+
+    The unbiased variance, whose mean does not depend on how many images are looked at together; of one image it is 0.
+    """
+    centred = target - target.mean(dim=0)
+    return (centred.square().sum(dim=0) / max(1, len(target) - 1)).mean().sqrt()
 
 
 class PersonMAE(nn.Module):
     """The online encoder, both decoders and both losses: one ``forward(batch)`` holds the whole loss computation.
 
-    ``feature_weight`` is lambda of Eq. (8); at 0 there is no feature decoder and no target is needed.
+    ``feature_weight`` is lambda of Eq. (8); at 0 there is no feature decoder. ``identity_weight`` is that of the loss on both
+    regions' class tokens, which the paper does not have (``identity.py``); at 0 there is no such head. With both at 0 no
+    target is needed.
     """
 
     def __init__(
@@ -221,38 +252,62 @@ class PersonMAE(nn.Module):
         decoder_depth: int = 2,
         pixel_dim: int | None = None,
         feature_dim: int | None = None,
+        visible_positions: bool = False,
         feature_weight: float = 1.0,
         beta: float = 2.0,
+        reduction: Reduction = "mean",
+        identity_weight: float = 0.0,
+        identity_dim: int = 256,
+        identity_group: int = 64,
         compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.feature_weight, self.beta, self.compute_dtype = feature_weight, beta, compute_dtype
+        self.reduction: Reduction = reduction
+        self.visible_positions, self.identity_weight, self.identity_group = visible_positions, identity_weight, identity_group
         self.encoder = VisionTransformer(**SIZES[size], patch_size=patch_size)
         dim = self.encoder.embed_dim
         self.pixel_decoder = Decoder(dim, pixel_dim or min(512, dim), decoder_depth, 3 * patch_size**2)
         self.feature_decoder = Decoder(dim, feature_dim or dim, decoder_depth, dim) if feature_weight > 0 else None
+        self.identity_head = IdentityHead(dim, identity_dim) if identity_weight > 0 else None
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a batch must have the teacher's ``target``."""
+        return self.feature_decoder is not None or self.identity_head is not None
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses of one batch of ``cut_batch``, with the teacher's ``target`` (B, L, D) in it where lambda > 0.
+        """Losses of one batch of ``cut_batch``, with the teacher's ``target`` (B, L, D) in it where one is needed.
 
-        A batch may bring its ``pixel_target`` (B, L, P) along, as the kernel's does.
+        With an identity head the target is (B, 1 + L, D), the class token first. A batch may bring its ``pixel_target``
+        (B, L, P) along, as the kernel's does.
         """
+        coords_b, coords_a = batch["coords_b"], batch["coords_a"] if self.visible_positions else None
         with torch.autocast(batch["patches_a"].device.type, self.compute_dtype, self.compute_dtype != torch.float32):
             tokens = self.encoder(batch["patches_a"], batch["coords_a"])  # Eq. (3), normalised
-            pixels = self.pixel_decoder(tokens, batch["coords_b"])  # Z_b
-            features = self.feature_decoder(tokens, batch["coords_b"]) if self.feature_decoder else None  # Y_b
+            pixels = self.pixel_decoder(tokens, coords_b, coords_a)  # Z_b
+            features = self.feature_decoder(tokens, coords_b, coords_a) if self.feature_decoder else None  # Y_b
+            embeddings = None
+            if self.identity_head:  # both at once: one call of a module for each of an engine's hooks
+                embeddings = self.identity_head(torch.cat([tokens[:, 0], batch["target"][:, 0].to(tokens.dtype)]))
         loss_p = pixel_loss(pixels, batch["pixel_target"] if "pixel_target" in batch else pixel_target(batch["patches_b"]))
-        if features is None:
+        if not self.needs_teacher:
             return {"loss": loss_p, "pixel_loss": loss_p}
-        loss_f = feature_loss(features, batch["target"], self.beta)
-        loss = loss_p + self.feature_weight * loss_f  # Eq. (8)
-        target = batch["target"]
-        target_std = (target - target.mean(dim=0)).square().mean(dim=0).sqrt().mean()  # falls to 0 if the teacher collapses
-        return {"loss": loss, "pixel_loss": loss_p, "feature_loss": loss_f, "target_std": target_std}
+        target, parts = batch["target"] if embeddings is None else batch["target"][:, 1:], {"pixel_loss": loss_p}
+        loss = loss_p
+        if features is not None:
+            parts["feature_loss"] = feature_loss(features, target, self.beta, self.reduction)
+            loss = loss + self.feature_weight * parts["feature_loss"]  # Eq. (8)
+        if embeddings is not None:
+            ours, theirs = embeddings.chunk(2)
+            parts["identity_loss"] = identity_loss(ours, theirs, self.identity_group)
+            loss = loss + self.identity_weight * parts["identity_loss"]
+        return {"loss": loss, **parts, "target_std": spread_over_images(target)}
 
     def predict_pixels(self, batch: Batch) -> Float[Tensor, "B L P"]:
         """Z_b: the predicted normalised patches of RegionB."""
-        return self.pixel_decoder(self.encoder(batch["patches_a"], batch["coords_a"]), batch["coords_b"])
+        tokens = self.encoder(batch["patches_a"], batch["coords_a"])
+        return self.pixel_decoder(tokens, batch["coords_b"], batch["coords_a"] if self.visible_positions else None)
 
 
 def compile_parts(model: PersonMAE, teacher: Teacher | None, cuda_graphs: bool = False) -> None:

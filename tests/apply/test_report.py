@@ -98,7 +98,7 @@ def test_the_page_holds_everything_and_links_to_nothing(runs: Path, capsys: pyte
     page = report.run(runs)
     text = page.read_text()
     addresses = re.findall(r'(?:src|href)="([^#"]*)"', text)
-    assert len(addresses) == 8 * 5 + 4 * 2 * 11  # groups, rank lists
+    assert len(addresses) == 8 * 5 + 4 * 2 * 11 + 1  # groups, rank lists, the map of what masks hide
     assert all(address.startswith("data:image/") for address in addresses)
     assert text.count("<svg") == 5 + 1  # curves of training, and CMC
     assert re.findall(r"url\((?!#)", text) == []
@@ -110,6 +110,8 @@ def test_the_page_holds_everything_and_links_to_nothing(runs: Path, capsys: pyte
         "13.2 points more",
         "uses the target's own patch statistics",
         "RegionB, the target",
+        "How often each patch of RegionA is hidden, the darker the more often: the middle ",
+        "floor of the pixel loss: positions alone: ",
     ):
         assert expected in text
     assert "<strong>43.2</strong>" in text
@@ -260,7 +262,7 @@ def test_a_report_from_another_folder_has_all_figures(
     monkeypatch.chdir(tmp_path / "other")
     assert main(["report", "../near/runs"]) == 0
     text = (work / "runs" / "report.html").read_text(encoding="utf-8")
-    assert text.count("<img ") == 8 * 5 + 4 * 11
+    assert text.count("<img ") == 8 * 5 + 4 * 11 + 1
     assert "The people are synthetic." in text
     assert "12 images in 1 shard," in text
     assert "left out" not in text + "".join(capsys.readouterr())
@@ -278,7 +280,7 @@ def test_names_that_are_no_utf8_survive(runs: Path, trained: Path, tmp_path: Pat
     assert main(["report", str(runs)]) == 0
     text = (runs / "report.html").read_text(encoding="utf-8")
     assert '<th scope="row">caf\ufffd' in text
-    assert text.count("<img ") == 8 * 5 + 4 * 2 * 11
+    assert text.count("<img ") == 8 * 5 + 4 * 2 * 11 + 1
 
 
 def test_a_baseline_alone_makes_a_page(runs: Path) -> None:
@@ -374,3 +376,9 @@ def test_a_probe_of_frozen_features_has_a_table_of_its_own(runs: Path, capsys: p
     assert '<td class="wide">runs/pretrain</td>' in text
     assert "pre-training: mAP of frozen rows" in text
     assert "pretrain, frozen, mAP / Rank-1 %: rows 12.3 / 20.0, LDA 23.6" in capsys.readouterr().out
+
+
+def test_a_map_is_the_darker_the_larger_the_share() -> None:
+    drawn = pictures.draw_map(torch.tensor([[0.0, 1.0], [0.5, 0.25]]), cell=8)
+    assert drawn.shape == (16, 16, 3)
+    assert [int(drawn[y, x, 0]) for y, x in ((4, 4), (4, 12), (12, 4), (12, 12))] == [255, 0, 128, 191]

@@ -44,9 +44,11 @@ def some_results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """The plain loop, an engine of each kind on two ranks, and one that goes on from another's state."""
     folder = tmp_path_factory.mktemp("some_engines")
     clipped: dict[str, Any] = {"max_norm": MAX_NORM, "poison": POISONED}
-    launch([task_of("plain", "plain", folder), task_of("plain-clipped", "plain", folder, **clipped)], 1, folder)
+    plain = [task_of("plain", "plain", folder), task_of("plain-clipped", "plain", folder, **clipped)]
+    launch([*plain, task_of("plain-identity", "plain", folder, identity=True)], 1, folder)
     two = [task_of(f"{engine}-2", engine, folder) for engine in SOME_ENGINES]
     two += [task_of(f"{engine}-2-clipped", engine, folder, **clipped) for engine in SOME_ENGINES]
+    two += [task_of(f"{engine}-2-identity", engine, folder, identity=True) for engine in SOME_ENGINES]
     launch(two, 2, folder)
     pairs = zip(SOME_ENGINES, SOME_ENGINES[1:] + SOME_ENGINES[:1], strict=True)
     names = [(f"{a}-2-then-{b}-1", b, str(folder / f"{a}-2-{MIDDLE}.safetensors")) for a, b in pairs]

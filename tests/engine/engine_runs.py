@@ -36,7 +36,7 @@ class Results:
 def task_of(name: str, engine: str, folder: Path, **settings: Any) -> dict[str, Any]:
     """A run of the scenario from its beginning to its end, unless ``settings`` say otherwise."""
     common = {"max_norm": None, "activation_checkpointing": "none", "compiled": False, "load": None, "first": 0, "last": STEPS}
-    common |= {"poison": {}, "together": None, "killed_rank": None}
+    common |= {"poison": {}, "together": None, "killed_rank": None, "identity": False}
     return common | {"engine": engine, "out": str(folder / name)} | settings
 
 

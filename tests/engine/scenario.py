@@ -29,6 +29,7 @@ SOME_ENGINES = ("native", "zero2", "zero3", "fsdp")
 COMPILED = ("native", "zero2", "fsdp")  # of each kind one; stage 3 refuses
 STEPS, MIDDLE = 8, 4
 ACCUM, GLOBAL_BATCH, GRID, NUM_VISIBLE = 2, 8, (4, 2), 3
+IDENTITY_GROUP = 2  # a micro-batch of two ranks has one, of one rank two
 LR, MOMENTUM, BETAS, WEIGHT_DECAY = 1e-3, 0.9, (0.9, 0.95), 0.05
 KINDS = ("params", "exp_avg", "exp_avg_sq", "teacher")
 Tensors = dict[str, Tensor]
@@ -50,9 +51,9 @@ def micro_batch(step: int, micro: int, rank: int = 0, world_size: int = 1) -> Te
     return {name: tensor[rank * share : (rank + 1) * share].clone() for name, tensor in batch.items()}
 
 
-def build_model(activation_checkpointing: str = "none", *, compiled: bool = False) -> PersonMAE:
+def build_model(activation_checkpointing: str = "none", *, compiled: bool = False, identity: bool = False) -> PersonMAE:
     torch.manual_seed(0)
-    model = PersonMAE(size="micro")
+    model = PersonMAE(size="micro", identity_weight=float(identity), identity_dim=16, identity_group=IDENTITY_GROUP)
     model.encoder.activation_checkpointing = activation_checkpointing  # type: ignore[assignment]
     if compiled:  # what the program does, but for the kernels, which take a minute to build
         model.compile(backend="aot_eager")
@@ -81,10 +82,12 @@ def build_engine(name: str, model: PersonMAE, *, max_norm: float | None, world_s
     return DeepSpeedEngine(model, build_optimizer(model), **plan, extra=extra)
 
 
-def run_plain(*, max_norm: float | None, poison: dict[str, str]) -> tuple[dict[str, Any], dict[int, Tensors]]:
+def run_plain(
+    *, max_norm: float | None, poison: dict[str, str], identity: bool = False
+) -> tuple[dict[str, Any], dict[int, Tensors]]:
     """The reference: gradients of both micro-batches, AdamW and the average, written out."""
-    model = build_model()
-    optimizer, teacher = build_optimizer(model), Teacher(model.encoder, GRID)
+    model = build_model(identity=identity)
+    optimizer, teacher = build_optimizer(model), Teacher(model.encoder, GRID, class_token=identity)
     told: dict[str, list[float]] = {"losses": [], "norms": [], "skipped": []}
     states = {}
     for step in range(STEPS):
@@ -123,8 +126,9 @@ class Run:
 
     def __init__(self, task: dict[str, Any], rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
-        self.model = build_model(task["activation_checkpointing"], compiled=task["compiled"])
-        self.teacher = Teacher(self.model.encoder, GRID)
+        identity = task["identity"]
+        self.model = build_model(task["activation_checkpointing"], compiled=task["compiled"], identity=identity)
+        self.teacher = Teacher(self.model.encoder, GRID, class_token=identity)
         self.engine = build_engine(task["engine"], self.model, max_norm=task["max_norm"], world_size=world_size)
 
     def snapshot(self) -> Tensors | None:
@@ -230,9 +234,9 @@ def main(plan_file: str) -> None:
     run, made_for = None, None
     for task in json.loads(Path(plan_file).read_text()):
         if task["engine"] == "plain":
-            told, states = run_plain(max_norm=task["max_norm"], poison=task["poison"])
+            told, states = run_plain(max_norm=task["max_norm"], poison=task["poison"], identity=task["identity"])
         else:
-            wanted = [task[key] for key in ("engine", "max_norm", "activation_checkpointing", "compiled")]
+            wanted = [task[key] for key in ("engine", "max_norm", "activation_checkpointing", "compiled", "identity")]
             if run is None or made_for != wanted or not task["load"]:
                 if run:
                     run.engine.close()

@@ -30,6 +30,13 @@ def test_clipping_and_skipped_steps_are_those_of_the_plain_loop(some_results: Re
     assert told["skips_agree"]
 
 
+@pytest.mark.parametrize("engine", SOME_ENGINES)
+def test_the_identity_loss_trains_on_two_ranks_as_it_does_on_one(some_results: Results, engine: str) -> None:
+    assert_same_losses(some_results, f"{engine}-2-identity", "plain-identity")
+    assert_same_state(some_results, f"{engine}-2-identity", "plain-identity")
+    assert some_results.told("plain-identity")["losses"][0] > some_results.told("plain")["losses"][0] + 0.1
+
+
 @pytest.mark.parametrize(("first", "then"), [*zip(SOME_ENGINES, SOME_ENGINES[1:] + SOME_ENGINES[:1], strict=True)])
 def test_the_state_of_one_on_two_ranks_goes_on_in_another_on_one(some_results: Results, first: str, then: str) -> None:
     name = f"{first}-2-then-{then}-1"

@@ -1,5 +1,6 @@
 """Eq. (6): the momentum encoder and its target."""
 
+import numpy as np
 import paper_numpy as paper
 import pytest
 import torch
@@ -177,3 +178,84 @@ def test_horizon_scaling_stops_at_one_half():
 
 def test_no_ramp_means_the_final_momentum_from_the_second_step_on():
     assert momentum_at(1, 100, momentum=(0.9, 0.99), ramp_fraction=0.0) == pytest.approx(0.99)
+
+
+# --- other targets than the normalised tokens ---
+
+
+def tokens_of(teacher: Teacher, x: torch.Tensor) -> paper.Array:
+    """Patch tokens after the last block in float64 numpy, (B, L, D)."""
+    weights = {name: t.double().numpy() for name, t in teacher.encoder.state_dict().items()}
+    coords = grid_coords(GRID).double().numpy()
+    return np.stack([paper.encode(sample, coords, weights, 2, 2)[1:] for sample in x.double().numpy()])
+
+
+def test_the_raw_target_is_the_last_blocks_output_itself():
+    teacher, x = Teacher(encoder(), GRID, features="raw"), patches()
+    assert_allclose(teacher(x).double().numpy(), tokens_of(teacher, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", ["position_centred", "image_centred"])
+def test_a_centred_target_lacks_the_mean_of_all_batches_so_far_at_its_position(features):
+    teacher, student = Teacher(encoder(), GRID, features=features), encoder(1)
+    batches = [torch.randn(3, 32, 768, generator=torch.Generator().manual_seed(i)) for i in range(14)]
+    mean = np.zeros((32, 32))
+    for number, x in enumerate(batches):
+        plain = paper.layer_norm(tokens_of(teacher, x), eps=1e-5)
+        if features == "image_centred":
+            plain = plain - plain.mean(axis=1, keepdims=True)
+        assert_allclose(teacher.look(x).double().numpy(), plain - mean, rtol=0, atol=3e-4, err_msg=str(number))
+        share = max(0.1, 1 / (number + 1))  # a plain mean at first, then a running one
+        mean = (1 - share) * mean + share * plain.mean(axis=0)
+        teacher.update(list(student.parameters()), 0.9)
+    assert teacher.centre is not None
+    assert int(teacher.centre.num_updates) == 14
+
+
+def test_micro_batches_and_ranks_move_the_centre_as_the_whole_batch_does():
+    x = patches(12)
+    whole, parts = (Teacher(encoder(), GRID, features="position_centred") for _ in range(2))
+    ranks = [Teacher(encoder(), GRID, features="position_centred") for _ in range(2)]
+    same = list(encoder().parameters())
+    whole.look(x)
+    for i in range(0, 12, 3):
+        parts.look(x[i : i + 3])
+    for rank, teacher in enumerate(ranks):
+        teacher.look(x[6 * rank : 6 * rank + 6])
+    for teacher in (whole, parts, *ranks):
+        teacher.update(same, 1.0)
+    means = [teacher.centre.mean for teacher in (whole, parts, *ranks) if teacher.centre is not None]
+    torch.testing.assert_close(means[1], means[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close((means[2] + means[3]) / 2, means[0], rtol=0, atol=1e-6)  # dist.average_buffers
+    assert means[0].abs().max() > 0.1
+
+
+def test_what_is_only_looked_at_or_not_finite_leaves_the_centre_where_it_is():
+    teacher, same = Teacher(encoder(), GRID, features="position_centred"), list(encoder().parameters())
+    assert teacher.centre is not None
+    teacher(patches())
+    teacher.update(same, 1.0)
+    assert int(teacher.centre.num_updates) == 0
+    teacher.look(patches())
+    teacher.update(same, 1.0)
+    before = teacher.centre.mean.clone()
+    assert before.any()
+    teacher.look(torch.full((1, 32, 768), float("nan")))
+    teacher.update(same, 1.0)
+    assert torch.equal(teacher.centre.mean, before)
+
+
+def test_the_class_token_comes_first_and_is_the_online_encoders():
+    student, x = encoder(), patches()
+    teacher, plain = Teacher(student, GRID, class_token=True), Teacher(student, GRID)
+    target = teacher(x)
+    assert target.shape == (2, 33, 32)
+    assert torch.equal(target[:, 1:], plain(x))
+    torch.testing.assert_close(target[:, 0], student(x, grid_coords(GRID).expand(2, -1, -1))[:, 0])
+
+
+def test_the_papers_teacher_keeps_no_centre_and_looks_as_it_encodes():
+    teacher, x = Teacher(encoder(), GRID), patches()
+    assert teacher.centre is None
+    assert torch.equal(teacher.look(x), teacher(x))
+    assert [name for name, _ in teacher.named_buffers()] == ["coords"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from personmae.data.pedestrians.body import VIEWS
 from personmae.data.pedestrians.camera import Camera, background, expose, make_camera
-from personmae.data.pedestrians.canvas import MAX_CANVAS, WRINKLE_STEPS, Canvas, Image
+from personmae.data.pedestrians.canvas import LABELS_PER_FIGURE, MAX_CANVAS, SHADOW, WRINKLE_STEPS, Canvas, Image
 from personmae.data.pedestrians.chance import Rng, pick, rng_of
 from personmae.data.pedestrians.figure import Pose, draw_person
 from personmae.data.pedestrians.occluders import OCCLUDERS, draw_occluder
@@ -35,18 +35,32 @@ def _camera(seed: int, benchmark: str, index: int) -> Camera:
 
 def draw_shot(settings: SynthSettings, shot: Shot) -> tuple[Image, int]:
     """The picture of a shot, BGR uint8 (H, W, 3), and its JPEG quality."""
-    seed, split = settings.seed, shot.split
-    camera = _camera(seed, split.split("_")[0], shot.camera)
-    rng = rng_of(seed, split, "image", shot.subject, shot.image)
-    size = MARKET_SIZE if split.startswith("market") else _native_size(rng, camera)
-    sensor = camera.resolution if size[0] * camera.resolution >= 48 else 1.0
-    seen = (max(16, round(size[0] * sensor)), max(8, round(size[1] * sensor)))
+    camera, rng, size, seen = _taken(settings, shot)
     scene = background(camera, seen, rng)
     figure = _draw_figures(settings, shot, camera, seen, rng)
     image = expose(camera, _blend(figure, scene), rng)
     if seen != size:
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR_EXACT)
     return image, camera.quality  # type: ignore[return-value]
+
+
+def draw_silhouette(settings: SynthSettings, shot: Shot) -> Image:
+    """Where the picture of a shot shows its person: 255 there, 0 elsewhere and where something hides it, uint8 (H, W)."""
+    camera, rng, size, seen = _taken(settings, shot)
+    background(camera, seen, rng)  # for what it draws
+    label = _draw_labels(settings, shot, camera, seen, rng).label
+    figure = ((label > SHADOW) & (label < LABELS_PER_FIGURE)).astype(np.uint8) * 255
+    return cv2.resize(figure, size[::-1], interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+
+
+def _taken(settings: SynthSettings, shot: Shot) -> tuple[Camera, Rng, tuple[int, int], tuple[int, int]]:
+    """The camera of a shot, its random numbers, and the picture's (height, width) as it is stored and as the sensor sees it."""
+    seed, split = settings.seed, shot.split
+    camera = _camera(seed, split.split("_")[0], shot.camera)
+    rng = rng_of(seed, split, "image", shot.subject, shot.image)
+    size = MARKET_SIZE if split.startswith("market") else _native_size(rng, camera)
+    sensor = camera.resolution if size[0] * camera.resolution >= 48 else 1.0
+    return camera, rng, size, (max(16, round(size[0] * sensor)), max(8, round(size[1] * sensor)))
 
 
 def _native_size(rng: Rng, camera: Camera) -> tuple[int, int]:
@@ -57,7 +71,17 @@ def _native_size(rng: Rng, camera: Camera) -> tuple[int, int]:
 
 
 def _draw_figures(settings: SynthSettings, shot: Shot, camera: Camera, size: tuple[int, int], rng: Rng) -> Image:
-    """Person and occluders as premultiplied BGRA of ``size``, drawn at twice that size where it is small."""
+    """Person and occluders as premultiplied BGRA of ``size``."""
+    canvas = _draw_labels(settings, shot, camera, size, rng)
+    offset = int(rng.integers(WRINKLE_STEPS)), int(rng.integers(WRINKLE_STEPS))
+    figures = canvas.render(softness=max(1, round(canvas.label.shape[0] * SHADING_BLUR)), wrinkle_offset=offset)
+    if canvas.label.shape[0] != size[0]:
+        return cv2.resize(figures, size[::-1], interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
+    return cv2.GaussianBlur(figures, (3, 3), 0)  # type: ignore[return-value]
+
+
+def _draw_labels(settings: SynthSettings, shot: Shot, camera: Camera, size: tuple[int, int], rng: Rng) -> Canvas:
+    """Person and occluders on a canvas of ``size``, or of twice that size where it is small."""
     oversampling = 2 if size[0] * 4 <= MAX_CANVAS else 1
     canvas = Canvas(size[0] * oversampling, size[1] * oversampling)
     _draw_subject(settings, shot, camera, canvas, rng)
@@ -66,11 +90,7 @@ def _draw_figures(settings: SynthSettings, shot: Shot, camera: Camera, size: tup
         hidden = rng.uniform(*CHANCE_OCCLUSION) if rng.random() < settings.occluded_fraction else 0.0
     if hidden:
         _draw_in_front(settings, shot, camera, canvas, hidden)
-    offset = int(rng.integers(WRINKLE_STEPS)), int(rng.integers(WRINKLE_STEPS))
-    figures = canvas.render(softness=max(1, round(canvas.label.shape[0] * SHADING_BLUR)), wrinkle_offset=offset)
-    if oversampling == 2:
-        return cv2.resize(figures, size[::-1], interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
-    return cv2.GaussianBlur(figures, (3, 3), 0)  # type: ignore[return-value]
+    return canvas
 
 
 def _draw_subject(settings: SynthSettings, shot: Shot, camera: Camera, canvas: Canvas, rng: Rng) -> None:
