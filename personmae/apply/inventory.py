@@ -1,4 +1,4 @@
-"""``personmae doctor --data``: the ReID benchmarks of a folder, what is wrong with them, and whether their pictures open.
+"""``personmae doctor --data``: the ReID benchmarks of a folder, what is wrong with them, and what their crops look like.
 
 Every picture is decoded by the reader that training uses: nothing less tells one that is cut short from a whole one.
 """
@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
+from personmae.data import crop_statistics
+from personmae.data.crop_statistics import Crops
 from personmae.errors import UserError
 from personmae.images import SUFFIXES
-from personmae.reid.datasets import FOLDERS, LAYOUTS, RELAID, VERSIONS, Benchmark, describe, load_benchmark
-from personmae.reid.samples import SPLITS, match_name
+from personmae.reid.datasets import FOLDERS, LAYOUTS, RELAID, VERSIONS, Benchmark, describe, load_benchmark, pids_and_camids
+from personmae.reid.samples import SPLITS, UNKNOWN_CAMID, match_name
 from personmae.reid.transforms import decode_image
 
 DEPTH = 2  # folders below the given one that are looked into
@@ -34,13 +36,20 @@ class Finding:
 
 
 def run(root: Path) -> None:
-    """Print the counts of every benchmark at ``root`` or below beside the published ones, and whether its pictures open.
+    """Print the counts of every benchmark at ``root`` or below beside the published ones, whether its images open, and statistics.
+
+    A folder of crops without a benchmark has its statistics printed alone.
 
     Raises:
-        UserError: there is no benchmark, or one cannot be used; everything else is printed first.
+        UserError: there is neither, or one cannot be used; everything else is printed first.
     """
     problems = []
-    for found in find(root):
+    findings = find(root)
+    if not findings:
+        paths = crops_below(root)
+        print(f"{len(paths):,} images below {root}, no benchmark", flush=True)
+        print_statistics(crop_statistics.read_crops(paths))
+    for found in findings:
         print(f"{found.name} at {found.root}")
         if found.benchmark is None:
             print(f"  cannot be used: {found.problem}")
@@ -56,26 +65,45 @@ def run(root: Path) -> None:
         if bad:
             some = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
             problems.append(f"{len(bad):,} files of {found.root} are not pictures ({some}); replace them or remove them")
+        elif found.benchmark.train:
+            pids, camids = pids_and_camids(found.benchmark.train)
+            known = camids if (camids != UNKNOWN_CAMID).all() else None
+            paths = [sample.path for sample in found.benchmark.train]
+            print_statistics(crop_statistics.read_crops(paths, pids, known))
     if problems:
         more = f"; and {len(problems) - 1} more, see above" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}")
 
 
+def print_statistics(crops: Crops) -> None:
+    """Print what crops look like, beside those that the configurations were tuned on."""
+    print(f"  what {len(crops.images):,} training crops look like (shares, of pixels in 0..1; mAP in %):", flush=True)
+    print(*(f"  {line}" for line in crop_statistics.table({"these": crop_statistics.statistics(crops)}).splitlines()), sep="\n")
+
+
 def find(root: Path) -> list[Finding]:
-    """The benchmarks at ``root``, or else up to two folders below it.
+    """The benchmarks at ``root``, or else up to two folders below it; none where nothing looks like one.
 
     Raises:
-        UserError: there is no such folder, or nothing in it looks like a benchmark.
+        UserError: there is no such folder.
     """
     if not root.is_dir():
-        raise UserError(f"a folder of benchmarks is required; {root} is none")
-    findings = list(_below(root, DEPTH))
-    if not findings:
-        raise UserError(
-            f"no benchmark lies in {root} or up to {DEPTH} folders below it; known are Market-1501's folders "
-            f"({', '.join(FOLDERS.values())}), MSMT17's lists, SPLIT/IDENTITY/*.jpg and SPLIT.csv for {', '.join(SPLITS)}"
-        )
-    return findings
+        raise UserError(f"a folder of benchmarks or of crops is required; {root} is none")
+    return list(_below(root, DEPTH))
+
+
+def crops_below(root: Path) -> list[Path]:
+    """All images below a folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    if paths := sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES):
+        return paths
+    raise UserError(
+        f"no image lies below {root}, and no benchmark up to {DEPTH} folders below it; known are Market-1501's folders "
+        f"({', '.join(FOLDERS.values())}), MSMT17's lists, SPLIT/IDENTITY/*.jpg and SPLIT.csv for {', '.join(SPLITS)}"
+    )
 
 
 def unreadable(benchmark: Benchmark) -> list[str]:

@@ -44,12 +44,18 @@ def add_synth(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--pool-images", type=int, default=20_000, help="size of the unlabelled pool (default 20000)")
     verb.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    verb.add_argument(
+        "--cameras",
+        choices=["usual", "hard"],
+        default="usual",
+        help="usual: as like to published benchmarks as drawn people come; hard: strong colour casts (default usual)",
+    )
 
     def run(args: argparse.Namespace) -> None:
         from personmae.data.synthetic import SynthSettings, write_synthetic
 
         began = time.monotonic()
-        settings = SynthSettings(seed=args.seed, pool_images=args.pool_images)
+        settings = SynthSettings(seed=args.seed, pool_images=args.pool_images, cameras=args.cameras)
         with Progress("synth", "pictures") as progress:
             counts = write_synthetic(args.out, settings, num_processes=args.processes, progress=progress)
         for split, count in counts.items():

@@ -26,7 +26,7 @@ from personmae.data.pedestrians.picture import draw_shot
 from personmae.data.pedestrians.plan import Shot, SynthSettings, plan
 from personmae.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 COMPLETION_MARK = "synthetic.json"
 CHUNK_IMAGES = 250
 

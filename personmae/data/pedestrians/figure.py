@@ -67,12 +67,16 @@ def draw_person(
     x: float,
     top: float,
     scale: float,
+    stretch: float = 1.0,
     pitch: float = 0.0,
     light: float = 0.3,
     slot: int = 0,
 ) -> None:
-    """Draw one person with the head's top at (x, top) pixels, ``scale`` pixels tall, into label range ``slot`` 0..2."""
-    pen = Pen(canvas, x, top, scale, identity.build, 1, pitch, light, slot * LABELS_PER_FIGURE)
+    """Draw one person with the head's top at (x, top) pixels, ``scale`` pixels tall, into label range ``slot`` 0..2.
+
+    ``stretch`` widens the person, as a resized box does.
+    """
+    pen = Pen(canvas, x, top, scale, identity.build * stretch, 1, pitch, light, slot * LABELS_PER_FIGURE)
     _set_palette(pen, identity)
     if pose.view in (FRONT, BACK):
         _draw_frontal(pen, identity, pose)

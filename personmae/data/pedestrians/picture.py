@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from personmae.data.pedestrians.body import VIEWS
-from personmae.data.pedestrians.camera import Camera, background, expose, make_camera
+from personmae.data.pedestrians.camera import TIMES_OF_DAY, Camera, background, expose, make_camera
 from personmae.data.pedestrians.canvas import LABELS_PER_FIGURE, MAX_CANVAS, SHADOW, WRINKLE_STEPS, Canvas, Image
 from personmae.data.pedestrians.chance import Rng, pick, rng_of
 from personmae.data.pedestrians.figure import Pose, draw_person
@@ -18,7 +18,7 @@ from personmae.data.pedestrians.wardrobe import domain_of, identity_of, sample_i
 
 MARKET_SIZE = (128, 64)  # height, width in pixels of every Market-1501 crop
 NATIVE_HEIGHT = (60, 500)  # pixels, the range of native crops
-NATIVE_ASPECT = (0.36, 0.5)  # width / height
+NATIVE_ASPECT = (0.34, 0.5)  # width / height
 MEDIAN_HEIGHT, HEIGHT_SPREAD = 150, 0.42  # of the log-normal law of native heights
 CHANCE_OCCLUSION = (0.12, 0.5)  # share hidden in ordinary pictures that are occluded
 TURNING_FRACTION = 0.15  # of pictures show another view than the rest of their track
@@ -26,11 +26,12 @@ SHADING_BLUR = 0.011  # of the canvas height
 
 
 @lru_cache(maxsize=64)
-def _camera(seed: int, benchmark: str, index: int) -> Camera:
+def _camera(seed: int, kind: str, benchmark: str, index: int) -> Camera:
     """Camera ``index`` of ``pool``, ``market`` or ``duke``: train and test of a benchmark share their cameras."""
     domain = {"market": "summer", "duke": "winter"}.get(benchmark, ("summer", "winter")[index % 2])
     stream = {"market": "market_train", "duke": "duke_train"}.get(benchmark, "pool")
-    return make_camera(rng_of(seed, stream, "camera", index), domain, index // 2 if benchmark == "pool" else index)
+    place = index // 2 if benchmark == "pool" else index
+    return make_camera(rng_of(seed, stream, "camera", index), domain, place, kind)
 
 
 def draw_shot(settings: SynthSettings, shot: Shot) -> tuple[Image, int]:
@@ -38,7 +39,8 @@ def draw_shot(settings: SynthSettings, shot: Shot) -> tuple[Image, int]:
     camera, rng, size, seen = _taken(settings, shot)
     scene = background(camera, seen, rng)
     figure = _draw_figures(settings, shot, camera, seen, rng)
-    image = expose(camera, _blend(figure, scene), rng)
+    time_of_day = int(rng_of(settings.seed, shot.split, "track", shot.subject, shot.camera).integers(TIMES_OF_DAY))
+    image = expose(camera, _blend(figure, scene), rng, time_of_day)
     if seen != size:
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR_EXACT)
     return image, camera.quality  # type: ignore[return-value]
@@ -103,7 +105,9 @@ def _draw_subject(settings: SynthSettings, shot: Shot, camera: Camera, canvas: C
         scale *= 0.9
     pose = _sample_pose(settings, shot, camera, rng)
     if shot.framing != "junk" or shot.subject % 2 == 0:
-        place = {"x": width * (0.5 + shift), "top": height * bottom - scale, "scale": scale}
+        # Boxes of all shapes are brought to that of the stored image, which makes people wider in some.
+        stretch = width / height / rng.uniform(*NATIVE_ASPECT) if shot.split.startswith("market") else 1.0
+        place = {"x": width * (0.5 + shift), "top": height * bottom - scale, "scale": scale, "stretch": stretch}
         draw_person(canvas, identity, pose, **place, pitch=camera.pitch, light=camera.light)
 
 
@@ -118,7 +122,7 @@ def _sample_pose(settings: SynthSettings, shot: Shot, camera: Camera, rng: Rng) 
 
 def _detector_box(rng: Rng, framing: str, cut_fraction: float) -> tuple[float, float, float]:
     """Where head and soles are in the box (0 top edge, 1 lower edge), and how far the person is off centre."""
-    top, bottom, shift = rng.uniform(0.01, 0.09), rng.uniform(0.92, 0.995), rng.uniform(-0.09, 0.09)
+    top, bottom, shift = rng.uniform(-0.02, 0.12), rng.uniform(0.9, 1.04), rng.uniform(-0.13, 0.13)
     if framing == "junk":
         return pick(rng, ((0.55, 1.5, 0.2), (-0.9, 0.2, -0.2), (0.0, 1.0, 0.55), (-0.2, 1.6, -0.5)))
     chance = rng.random() + (cut_fraction if framing == "whole" else 0.0)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from personmae.data.pedestrians.camera import CAMERAS
 from personmae.data.pedestrians.chance import rng_of
 from personmae.data.pedestrians.wardrobe import domain_of
 from personmae.errors import UserError
@@ -36,6 +37,7 @@ class SynthSettings:
     queries_per_id: int = 4  # at most one per camera
     occluded_fraction: float = 0.15  # of ordinary pictures
     cut_fraction: float = 0.12  # of ordinary pictures: the box cuts the person
+    cameras: str = "usual"  # or hard: without white balance, with strong colour casts
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -47,6 +49,8 @@ class SynthSettings:
             ids = getattr(self, f"{name}_train_ids") + getattr(self, f"{name}_test_ids")
             if ids > MAX_PIDS:
                 raise UserError(f"synth.{name}_train_ids + {name}_test_ids must be at most {MAX_PIDS}, got {ids}")
+        if self.cameras not in CAMERAS:
+            raise UserError(f"synth.cameras must be one of {', '.join(CAMERAS)}, got {self.cameras!r}")
         for name in ("occluded_fraction", "cut_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"synth.{name} must be in [0, 1], got {getattr(self, name)}")

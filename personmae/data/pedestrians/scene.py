@@ -9,6 +9,7 @@ from personmae.data.pedestrians.canvas import Bgr, Image
 from personmae.data.pedestrians.chance import Rng
 
 SCENE_SIZE = (352, 1024)  # height, width of a background in pixels; a person in it is about 200 pixels tall
+SATURATION = 22  # of 64
 
 
 def paint_scene(kind: str, rng: Rng) -> Image:
@@ -24,8 +25,14 @@ def paint_scene(kind: str, rng: Rng) -> Image:
     ground(scene[horizon:], rng)
     for _ in range(int(rng.integers(5, 11))):
         things(scene, horizon, rng)
-    scene = _mottle(scene, rng)
+    scene = _mottle(_muted(scene), rng)
     return cv2.GaussianBlur(scene, (3, 3), 0)  # type: ignore[return-value]
+
+
+def _muted(scene: Image) -> Image:
+    """Less saturated: streets are greyer than the paint box."""
+    grey = cv2.cvtColor(scene, cv2.COLOR_BGR2GRAY).astype(np.int16)[..., None]
+    return np.clip(grey + ((scene.astype(np.int16) - grey) * SATURATION >> 6), 0, 255).astype(np.uint8)
 
 
 def _mottle(scene: Image, rng: Rng) -> Image:

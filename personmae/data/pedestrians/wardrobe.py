@@ -10,11 +10,12 @@ from typing import NamedTuple
 from personmae.data.pedestrians.canvas import Bgr
 from personmae.data.pedestrians.chance import Rng, pick, pick_weighted, rng_of
 
+LEAST_VIVID = 0.05  # share of a named colour's saturation that every garment has
 LOOK_ALIKES, GROUP = 3, 5  # of every five identities three differ from each other in one detail only
 
 # fmt: off
 _COLOURS: dict[str, Bgr] = {
-    "black": (38, 34, 34), "charcoal": (70, 66, 64), "grey": (135, 132, 130), "white": (232, 232, 235),
+    "black": (22, 20, 20), "charcoal": (58, 54, 52), "grey": (135, 132, 130), "white": (246, 246, 248),
     "navy": (92, 48, 34), "blue": (185, 98, 48), "sky": (222, 178, 122), "denim": (135, 95, 70), "red": (48, 42, 190),
     "wine": (52, 34, 112), "pink": (175, 140, 232), "orange": (45, 120, 235), "yellow": (60, 205, 235),
     "green": (70, 145, 60), "olive": (55, 95, 95), "mint": (180, 215, 150), "beige": (150, 185, 208),
@@ -22,18 +23,18 @@ _COLOURS: dict[str, Bgr] = {
 }
 # What is drawn how often: name -> weight.
 _BRIGHT = {
-    "white": 2, "sky": 1, "red": 1, "pink": 1, "orange": 1, "yellow": 1, "green": 1, "mint": 1, "beige": 1,
-    "blue": 1, "purple": 1, "grey": 1, "black": 1, "navy": 1,
+    "white": 8, "black": 6, "grey": 3, "navy": 2, "charcoal": 2, "sky": 2, "blue": 1, "red": 2, "pink": 1, "orange": 1,
+    "yellow": 1, "green": 1, "mint": 1, "beige": 2, "purple": 1,
 }
 _DARK = {
-    "black": 2, "charcoal": 2, "navy": 2, "grey": 1, "brown": 1, "olive": 1, "wine": 1, "beige": 1, "blue": 1,
-    "red": 1, "green": 1, "purple": 1,
+    "black": 8, "charcoal": 3, "navy": 3, "grey": 2, "brown": 2, "olive": 1, "wine": 1, "beige": 2, "blue": 1,
+    "red": 1, "green": 1, "purple": 1, "white": 2,
 }
 _LEGS = {
-    "denim": 2, "navy": 1, "black": 1, "charcoal": 1, "grey": 1, "beige": 1, "olive": 1, "brown": 1,
-    "white": 1, "wine": 1, "sky": 1,
+    "black": 6, "denim": 3, "navy": 3, "charcoal": 2, "grey": 2, "beige": 3, "white": 2, "olive": 1, "brown": 1,
+    "wine": 1, "sky": 2,
 }
-_SHOES = {"black": 2, "white": 1, "brown": 1, "red": 1, "grey": 1}
+_SHOES = {"black": 2, "white": 2, "brown": 1, "red": 1, "grey": 1}
 _SKINS = ((175, 200, 232), (150, 180, 222), (120, 155, 205), (90, 125, 180), (60, 88, 135), (45, 62, 95))
 _HAIRS = (
     (28, 26, 28), (36, 40, 52), (45, 66, 96), (80, 130, 175), (110, 180, 215), (165, 165, 168), (40, 62, 140),
@@ -51,7 +52,7 @@ _DECORATIONS = {
     "backprint": 1, "open": 2,
 }
 _LOWER_DECORATIONS = {"none": 6, "sidestripe": 1, "checks": 1}
-_BAGS = {"none": 3, "backpack": 2, "shoulder": 2, "handbag": 2, "shopping": 1, "umbrella": 1}
+_BAGS = {"none": 6, "backpack": 5, "shoulder": 4, "handbag": 4, "shopping": 2, "umbrella": 1}
 _HAIRSTYLES = {"short": 3, "bald": 1, "bob": 1, "long": 2, "ponytail": 1, "bun": 1}
 _HEADWEAR = {
     "summer": {"none": 6, "cap": 2, "hat": 1},
@@ -97,8 +98,11 @@ class Identity:
 
 
 def _colour(rng: Rng, names: dict[str, int]) -> Bgr:
-    """A named colour, a little off."""
-    b, g, r = (min(max(c + int(rng.integers(-14, 15)), 8), 248) for c in _COLOURS[pick_weighted(rng, names)])
+    """A named colour, a little off and mostly muted: few clothes are as vivid as their colour's name."""
+    vivid = LEAST_VIVID + (1 - LEAST_VIVID) * rng.random() ** 2
+    named = _COLOURS[pick_weighted(rng, names)]
+    grey = sum(named) / 3
+    b, g, r = (min(max(round(grey + (c - grey) * vivid) + int(rng.integers(-9, 10)), 8), 248) for c in named)
     return b, g, r
 
 
