@@ -36,7 +36,7 @@ class Finding:
 
 
 def run(root: Path) -> None:
-    """Print the counts of every benchmark at ``root`` or below beside the published ones, whether its images open, and statistics.
+    """Print every benchmark at ``root`` or below: counts beside the published ones, whether images open, and statistics.
 
     A folder of crops without a benchmark has its statistics printed alone.
 

@@ -219,7 +219,12 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("doctor", help="what this machine has, and which commands would fail and why")
     what = verb.add_mutually_exclusive_group()
     what.add_argument("--shards", type=place, help="also try to read shards at a directory or s3://bucket/prefix")
-    what.add_argument("--data", metavar="PATH", type=Path, help="instead: count the benchmarks in a folder, open their files, what crops look like")
+    what.add_argument(
+        "--data",
+        metavar="PATH",
+        type=Path,
+        help="instead: count the benchmarks in a folder, open their files, what crops look like",
+    )
     what.add_argument("--quickstart", action="store_true", help="instead: how long 'make quickstart' takes on this machine")
     verb.add_argument("--config", type=Path, metavar="FILE", help="also what a configuration comes to here")
 

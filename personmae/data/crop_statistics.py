@@ -22,6 +22,7 @@ SIZE: Final = (128, 64)  # (height, width) in pixels
 PATCH: Final = 16
 THUMBNAIL: Final = (16, 4)  # (height, width) of the middle half of an image
 MAX_PEOPLE, MAX_IMAGES, MAX_QUERIES = 300, 5000, 800
+MIN_PER_CAMERA = 10
 LUMINANCE: Final = np.array([0.299, 0.587, 0.114], np.float32)
 
 MARKET: Final[Mapping[str, float]] = {  # of 300 people (4,954 images) of the training set
@@ -79,11 +80,18 @@ def _load(paths: Sequence[str | Path]) -> UInt8[np.ndarray, "N 128 64 3"]:
 
 
 def statistics(crops: Crops) -> dict[str, float]:
-    """The rows of ``MARKET`` for these crops, in its order; mAP in %, all others as shares or of pixels in 0..1."""
+    """The rows of ``MARKET`` for these crops, in its order; mAP in %, all others as shares or of pixels in 0..1.
+
+    Cameras with fewer than ten images are left out where cameras are compared.
+    """
     pixels = crops.images.astype(np.float32) / 255
     found = energies(pixels) | looks(pixels)
-    if crops.pids is not None and crops.camids is not None and len(np.unique(crops.camids)) > 1:
-        found |= cameras(pixels, crops.camids) | neighbours(crops.images, crops.pids, crops.camids)
+    if crops.pids is not None and crops.camids is not None:
+        known, counts = np.unique(crops.camids, return_counts=True)
+        large = np.isin(crops.camids, known[counts >= MIN_PER_CAMERA])
+        if len(np.unique(crops.camids[large])) > 1:
+            found |= cameras(pixels[large], crops.camids[large])
+            found |= neighbours(crops.images[large], crops.pids[large], crops.camids[large])
     return {name: found[name] for name in MARKET if name in found}
 
 
@@ -100,7 +108,7 @@ def energies(pixels: Float[np.ndarray, "N 128 64 3"]) -> dict[str, float]:
         "energy: patch's colour": hues - hue,
         "energy: texture": rest - hues[..., None],
     }
-    energy = float((target**2).mean())
+    energy = max(float((target**2).mean()), 1e-12)  # of plain images there is none
     return {name: float((part**2).mean()) / energy for name, part in parts.items()}
 
 
@@ -148,7 +156,7 @@ def _share_between(values: Float[np.ndarray, "N K"], camids: Int[np.ndarray, " N
     """Share of the variance of ``values`` that lies between cameras."""
     mean = values.mean(0)
     own = [(camids == camid, values[camids == camid].mean(0)) for camid in np.unique(camids)]
-    return float(sum(mask.mean() * ((centre - mean) ** 2).sum() for mask, centre in own) / values.var(0).sum())
+    return float(sum(mask.mean() * ((centre - mean) ** 2).sum() for mask, centre in own) / max(values.var(0).sum(), 1e-12))
 
 
 def neighbours(

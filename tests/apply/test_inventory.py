@@ -164,12 +164,19 @@ def test_junk_is_not_opened_as_nothing_reads_it(tmp_path):
     inventory.run(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["nowhere", "empty", "a/b/c/d"])
-def test_a_place_without_a_benchmark_is_a_user_error(tmp_path, place):
+@pytest.mark.parametrize("place", ["nowhere", "empty"])
+def test_a_place_without_images_is_a_user_error(tmp_path, place):
     (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"a folder of benchmarks or of crops is required|no image lies below"):
+        inventory.run(tmp_path / place)
+
+
+def test_crops_without_a_benchmark_nearby_have_their_statistics_alone(tmp_path, capsys):
     build(tmp_path / "a" / "b" / "c" / "d" / "e" / "f" / "g", MARKET)
-    with pytest.raises(UserError, match=r"a folder of benchmarks is required|no benchmark lies in"):
-        inventory.find(tmp_path / place)
+    inventory.run(tmp_path / "a" / "b" / "c" / "d")
+    out = capsys.readouterr().out
+    assert f"5 images below {tmp_path}/a/b/c/d, no benchmark" in out
+    assert "energy: texture" in out
 
 
 def test_training_images_that_lie_in_the_test_set_under_another_name_are_told(tmp_path, capsys):

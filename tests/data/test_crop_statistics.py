@@ -89,9 +89,8 @@ def within(row: str, found: float) -> bool:
     return abs(found - aim) <= (0.02 if small else aim / 5)
 
 
-@pytest.mark.parametrize("seed", [0, 7])
-def test_drawn_people_are_like_those_of_market1501(seed: int) -> None:
-    found = statistics(drawn(SynthSettings(seed=seed), "market1501/bounding_box_train", 2400))
+def test_drawn_people_are_like_those_of_market1501() -> None:
+    found = statistics(drawn(SynthSettings(), "market1501/bounding_box_train", 2400))
     assert list(found) == list(MARKET)
     assert {row: (value, MARKET[row]) for row, value in found.items() if not within(row, value)} == {}
 
@@ -106,7 +105,8 @@ def test_the_pool_is_like_market1501_in_what_needs_no_camera() -> None:
 def test_hard_cameras_are_told_by_their_colour_and_usual_ones_hardly() -> None:
     few = {"market_train_ids": 60, "pool_images": 1}
     usual, hard = (
-        statistics(drawn(SynthSettings(**few, cameras=kind), "market1501/bounding_box_train", 480)) for kind in ("usual", "hard")
+        statistics(drawn(SynthSettings(**few, cameras=kind), "market1501/bounding_box_train", 480))
+        for kind in ("usual", "hard")
     )
     assert hard["camera told from colour"] > 0.8 > usual["camera told from colour"]
     assert hard["hue variance between cameras"] > 5 * usual["hue variance between cameras"]
@@ -126,5 +126,5 @@ def test_doctor_prints_the_statistics_of_a_folder_of_crops(tmp_path: Path, capsy
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match="bad.jpg"):
+    with pytest.raises(UserError, match=r"bad\.jpg"):
         crop_statistics.read_crops([tmp_path / "bad.jpg"])

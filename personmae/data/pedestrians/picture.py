@@ -58,7 +58,7 @@ def draw_silhouette(settings: SynthSettings, shot: Shot) -> Image:
 def _taken(settings: SynthSettings, shot: Shot) -> tuple[Camera, Rng, tuple[int, int], tuple[int, int]]:
     """The camera of a shot, its random numbers, and the picture's (height, width) as it is stored and as the sensor sees it."""
     seed, split = settings.seed, shot.split
-    camera = _camera(seed, split.split("_")[0], shot.camera)
+    camera = _camera(seed, settings.cameras, split.split("_")[0], shot.camera)
     rng = rng_of(seed, split, "image", shot.subject, shot.image)
     size = MARKET_SIZE if split.startswith("market") else _native_size(rng, camera)
     sensor = camera.resolution if size[0] * camera.resolution >= 48 else 1.0
