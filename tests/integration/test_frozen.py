@@ -1,15 +1,20 @@
 """Frozen features, baselines and the probe by their commands, and the probe beside a pre-training that it must not change."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import ROOT
+import torch
+from programs import ROOT, launch
 
-from personmae import checkpoint
+from personmae import checkpoint, config, dist, metrics, precision
 from personmae.__main__ import main
 from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.meter import Meter
+from personmae.pretrain import build_engine, build_model
+from personmae.pretrain_probe import Prober
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("in_checkout")]
 SCORES = ("mAP", "rank1", "rank5", "rank10", "mINP")
@@ -25,12 +30,16 @@ def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / "market1501"
 
 
-def pretrain(shards: Path, run_dir: Path, *overrides: str) -> None:
+def pretraining(shards: Path, run_dir: Path, *overrides: str) -> list[str]:
     """Four steps, saved after two of them."""
     small = ["train.global_batch_size=4", "train.total_steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=9"]
     where = [f"data.shards={shards}", f"run_dir={run_dir}", "data.num_threads=1", "data.shuffle_block_size=32"]
     common = ["engine.name=native", "train.precision=fp32", "train.log_every=1"]
-    assert main(["pretrain", "configs/quickstart.yaml", *common, *where, *small, *overrides]) == 0
+    return ["configs/quickstart.yaml", *common, *where, *small, *overrides]
+
+
+def pretrain(shards: Path, run_dir: Path, *overrides: str) -> None:
+    assert main(["pretrain", *pretraining(shards, run_dir, *overrides)]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +166,19 @@ def test_a_step_that_is_not_logged_otherwise_is_logged_with_its_probe_and_a_run_
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [["engine.name=fsdp"], ["engine.name=deepspeed", "engine.deepspeed.zero_stage=3"]])
+def test_two_ranks_that_share_the_parameters_log_the_probe_of_all_of_them(shard_dir, market, tmp_path, engine):
+    on = ["probe.benchmark=market1501", f"probe.root={market}", *engine]
+    options = ["--standalone", "--nproc-per-node", "2", "launcher/pretrain.py", "--config"]
+    done = launch("torchrun", *options, *pretraining(shard_dir, tmp_path / "run", *on))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert evaluate(tmp_path / "run", "market1501", market, "--probe", "--out", tmp_path / "out") == 0
+    found, logged = read(tmp_path / "out")["probe"], records(tmp_path / "run")[-1]
+    assert logged["probe_rows_map"] == pytest.approx(found["rows"]["mAP"], abs=1e-4)
+    assert logged["probe_lda_map"] == pytest.approx(found["lda"]["mAP"], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -169,3 +191,24 @@ def test_a_probe_that_cannot_be_measured_is_told_before_the_first_step(shard_dir
     assert main(["pretrain", "configs/quickstart.yaml", *where]) == 78
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_probe_that_is_stopped_or_finds_no_numbers_is_left_out_and_ends_nothing(market, shard_dir, tmp_path, capsys):
+    path, *overrides = pretraining(shard_dir, tmp_path, "probe.benchmark=market1501", f"probe.root={market}")
+    settings = config.load(config.Pretrain, path, overrides)
+    world, stop, meter = dist.read_world(), dist.StopSignal(), Meter("pretrain")
+    model = build_model(settings, precision.choose("fp32", "cpu"))
+    engine = build_engine(settings, model, dist.plan_batch(4, 1, 4))
+    prober = Prober(settings, model.encoder, world)
+    log = metrics.RunLog(tmp_path, is_first=True, title="pretrain", total_steps=4, first_step=0)
+    assert set(prober.run(engine, 2, log, meter, stop)) == {"probe_rows_map", "probe_lda_map"}
+    with torch.no_grad():
+        model.encoder.norm.weight[0] = float("nan")
+    assert prober.run(engine, 2, log, meter, stop) == {}
+    assert "the probe is left out: " in (told := capsys.readouterr().out)
+    assert "features are not finite" in told
+    signal.raise_signal(signal.SIGTERM)
+    assert prober.run(engine, 2, log, meter, stop) == {}
+    assert "the probe is left out: while features were extracted" in capsys.readouterr().out
+    log.close()
+    meter.close(lambda: True)
