@@ -243,6 +243,17 @@ def test_a_re_ranked_result_is_shown_and_not_compared(make_run: MakeRun, tmp_pat
     assert shown["finetune_personmae"]["scores"][0]["best"]
 
 
+def test_a_whitened_result_is_shown_and_not_compared(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("finetune_random", mAP=0.3)
+    make_run("finetune_personmae", init="pretrain", mAP=0.4)
+    make_run("whitened", init=None, mAP=0.9, whiten={"dim": 64, "shrinkage": 0.3})
+    _, (group,) = read(tmp_path)
+    assert "More than both" not in headline(tmp_path)
+    shown = {row["name"]: row for row in sections.table_of(group)["rows"]}
+    assert shown["whitened"]["details"] == "features whitened per camera"
+    assert shown["finetune_personmae"]["scores"][0]["best"]
+
+
 def test_settings_that_differ_are_named_but_seeds_of_several_are_not(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("finetune_random", mAP=0.3, overrides={"optim": {"lr": 0.25}})
     make_run("finetune_personmae", init="pretrain", mAP=0.4)
