@@ -198,7 +198,9 @@ class Unsupervised(Section):
     )
     root: Place = Field(min_length=1, description="directory of the benchmark")
     train_on_val: bool = Field(default=True, description="MSMT17: whether list_val belongs to training")
-    init: Place = Field(min_length=1, description="a pre-training run (USL), a fine-tuned one (UDA), or a checkpoint of either")
+    init: Place = Field(
+        min_length=1, description="a pre-training run (USL), a fine-tuned one (UDA), a checkpoint of one, or 'random'"
+    )
     model: Model = Model()
     feature: Feature = Feature()
     cluster: Cluster = Cluster()

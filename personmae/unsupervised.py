@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from personmae import checkpoint, config, dist, metrics, optim, precision, resume_point, run_lock, start_anew
 from personmae.clustering import build_memory, find_clusters, memory_targets, require_cameras, trim_clusters
 from personmae.downstream import (
+    RANDOM,
     augmented,
     evaluate,
     identity,
@@ -258,9 +259,10 @@ def build(settings: config.Unsupervised, chosen: Precision) -> tuple[ClusterCont
         patch_size=settings.model.patch_size,
         drop_path_rate=settings.train.drop_path_rate,
     )
-    weights, record = read_start(settings.init)
-    model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
-    checkpoint.load_strictly(encoder, weights, settings.init)
+    if settings.init != RANDOM:
+        weights, record = read_start(settings.init)
+        model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
+        checkpoint.load_strictly(encoder, weights, settings.init)
     head = Neck(encoder, **head_options(settings), bn_group_size=settings.train.bn_group_size)
     model = ReIDModel(encoder, head, trained_size=trained_size(model_settings))
     module = ClusterContrast(model, compute_dtype=chosen.dtype)
@@ -292,6 +294,8 @@ def read_start(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def warn_of_same_data(settings: config.Unsupervised, benchmark: Benchmark) -> None:
     """Say so where the start was fine-tuned on the pictures that are now to be learned from without labels."""
+    if settings.init == RANDOM:
+        return
     source = checkpoint.read_state(checkpoint.locate(settings.init))
     if (source.get("benchmark"), source.get("root")) == (benchmark.name, str(Path(benchmark.root).resolve())):
         print(
@@ -368,7 +372,7 @@ def announce(state: Run) -> None:
     record_run(state)
     print(f"unsupervised: {state.precision}")
     warn_of_same_data(settings, state.benchmark)
-    if not state.step:
+    if settings.init != RANDOM and not state.step:
         print(f"unsupervised: {describe_start(state.module.model, settings.init, settings.model.img_size)}")
     millions = sum(p.numel() for p in state.module.parameters()) / 1e6
     going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"

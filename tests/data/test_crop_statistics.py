@@ -1,6 +1,7 @@
 """What crops look like: known cases for each statistic, and drawn people beside Market-1501."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -103,7 +104,7 @@ def test_the_pool_is_like_market1501_in_what_needs_no_camera() -> None:
 
 
 def test_hard_cameras_are_told_by_their_colour_and_usual_ones_hardly() -> None:
-    few = {"market_train_ids": 60, "pool_images": 1}
+    few: dict[str, Any] = {"market_train_ids": 60, "pool_images": 1}
     usual, hard = (
         statistics(drawn(SynthSettings(**few, cameras=kind), "market1501/bounding_box_train", 480))
         for kind in ("usual", "hard")

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from people import few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
 from personmae import checkpoint, commit
-from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.data.synthetic import write_synthetic
 
 pytestmark = pytest.mark.integration
 TINY = ["batch.num_ids=4", "train.epochs=1", "train.precision=fp32"]
@@ -20,8 +21,7 @@ CLUSTERS = ["cluster.k1=8", "cluster.k2=3", "cluster.eps=0.3", "cluster.min_samp
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of 8 identities to train and to test on."""
     out = tmp_path_factory.mktemp("synth") / "data"
-    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
-    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    settings = few_people()
     write_synthetic(out, settings, num_processes=1)
     return out / "market1501"
 

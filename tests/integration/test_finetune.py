@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import warm
+from people import few_people
 from programs import environment, launch, one_line_error, personmae
 
 from personmae import checkpoint
 from personmae.__main__ import main
-from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.data.synthetic import write_synthetic
 from personmae.meter import Meter
 from personmae.reid.heads import ReIDModel
 
@@ -28,8 +29,7 @@ pytestmark = pytest.mark.integration
 def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both benchmarks, 8 identities each to train and to test on."""
     out = tmp_path_factory.mktemp("synth") / "data"
-    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
-    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    settings = few_people()
     write_synthetic(out, settings, num_processes=1)
     return out
 

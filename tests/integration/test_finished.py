@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from people import few_people
 
 from personmae import checkpoint, commit
 from personmae.__main__ import main
-from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.data.synthetic import write_synthetic
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -26,8 +27,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, restore_signals: None) -> None:
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of 8 identities to train and to test on."""
     out = tmp_path_factory.mktemp("synth") / "data"
-    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
-    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    settings = few_people()
     write_synthetic(out, settings, num_processes=1)
     return out / "market1501"
 

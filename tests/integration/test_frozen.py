@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from people import few_people
 from programs import ROOT, launch
 
 from personmae import checkpoint, config, dist, metrics, precision
 from personmae.__main__ import main
-from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.data.synthetic import write_synthetic
 from personmae.meter import Meter
 from personmae.pretrain import build_engine, build_model
 from personmae.pretrain_probe import Prober
@@ -24,8 +25,7 @@ SCORES = ("mAP", "rank1", "rank5", "rank10", "mINP")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of 6 identities to train and to test on."""
     out = tmp_path_factory.mktemp("synth") / "data"
-    few = {f"{name}_{split}_ids": 6 for name in ("market", "occluded_duke") for split in ("train", "test")}
-    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=2, market_junk=1, **few)
+    settings = few_people(6, distractors=2, junk=1)
     write_synthetic(out, settings, num_processes=1)
     return out / "market1501"
 

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from people import few_people
 
 from personmae import checkpoint, commit
 from personmae.__main__ import main
-from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.data.synthetic import write_synthetic
 
 pytestmark = pytest.mark.integration
 NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # read by us at each start, by oneDNN once a process
@@ -25,8 +26,7 @@ def here(monkeypatch: pytest.MonkeyPatch, in_checkout: None) -> None:
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of 4 identities to train and to test on."""
     out = tmp_path_factory.mktemp("synth") / "data"
-    few = {f"{name}_{split}_ids": 4 for name in ("market", "occluded_duke") for split in ("train", "test")}
-    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=2, market_junk=1, **few)
+    settings = few_people(4, distractors=2, junk=1)
     write_synthetic(out, settings, num_processes=1)
     return out / "market1501"
 

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 import warm
+from people import few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
 from personmae import checkpoint, config, precision, unsupervised
-from personmae.data.synthetic import SynthSettings, write_synthetic
+from personmae.data.synthetic import write_synthetic
 from personmae.evaluate import load_model
 from personmae.reid.heads import MGN
 
@@ -30,13 +31,12 @@ BY_CAMERA = [  # eps is no .5: with k2 = 3 that is where two of three shared nei
 def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both benchmarks, 8 identities each to train and to test on."""
     out = tmp_path_factory.mktemp("synth") / "data"
-    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
-    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    settings = few_people()
     write_synthetic(out, settings, num_processes=1)
     return out
 
 
-def arguments(benchmarks: Path, init: Path, run_dir: Path, *overrides: str) -> list[str]:
+def arguments(benchmarks: Path, init: Path | str, run_dir: Path, *overrides: str) -> list[str]:
     return [
         "configs/quickstart_usl.yaml",
         f"root={benchmarks / 'market1501'}",
@@ -240,6 +240,17 @@ def test_a_pre_trained_encoder_is_a_start_too(benchmarks, native_run, tmp_path):
     done = personmae("unsupervised", *arguments(benchmarks, native_run, tmp_path / "run"), "train.epochs=1")
     assert done.returncode == 0, done.stderr
     assert 0 < result(tmp_path / "run")["mAP"] <= 1
+
+
+def test_random_weights_are_a_start_too_as_a_control(benchmarks, tmp_path):
+    control = [*arguments(benchmarks, "random", tmp_path / "run"), "train.epochs=1", "cluster.eps=0.2"]
+    done = personmae("unsupervised", *control)
+    assert done.returncode == 0, done.stderr
+    assert "from random" in done.stdout
+    assert 0 < result(tmp_path / "run")["mAP"] <= 1
+    assert personmae("unsupervised", *control).returncode == 0  # complete
+    other = personmae("unsupervised", *control, "seed=1")
+    assert other.returncode == 78, other.stdout
 
 
 @pytest.mark.parametrize(

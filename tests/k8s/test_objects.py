@@ -113,11 +113,12 @@ def test_a_tar_that_leaves_its_folder_is_refused(bucket: Any, tmp_path: Path) ->
 
 @pytest.mark.integration
 def test_a_benchmark_leaves_its_result_in_the_bucket(s3_server: Any, tmp_path: Path) -> None:
-    from personmae.data.synthetic import SynthSettings, write_synthetic
+    from people import few_people
+
+    from personmae.data.synthetic import write_synthetic
 
     s3_server.bucket("results")
-    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
-    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    settings = few_people()
     write_synthetic(tmp_path / "data", settings, num_processes=1)
     given = [
         f"root={tmp_path / 'data/market1501'}",

@@ -22,10 +22,11 @@ TRAINING = ["batch.num_ids=4", "train.epochs=2", "train.precision=fp32", "train.
 @pytest.fixture
 def bucket(s3_server: Any, tmp_path: Path) -> str:
     """A bucket with a small benchmark as a tar."""
-    from personmae.data.synthetic import SynthSettings, write_synthetic
+    from people import few_people
 
-    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
-    settings = SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few)
+    from personmae.data.synthetic import write_synthetic
+
+    settings = few_people()
     write_synthetic(tmp_path / "data", settings, num_processes=1)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:

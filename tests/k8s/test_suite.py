@@ -332,7 +332,9 @@ def test_the_api_server_is_asked_without_the_proxy_of_the_bucket(
 @pytest.mark.integration
 @pytest.mark.slow
 def test_a_suite_runs_locally_from_shards_to_the_table_and_again_without_work(shard_dir: Path, tmp_path: Path) -> None:
-    from personmae.data.synthetic import SynthSettings, write_synthetic
+    from people import few_people
+
+    from personmae.data.synthetic import write_synthetic
 
     ours = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ours
@@ -340,10 +342,9 @@ def test_a_suite_runs_locally_from_shards_to_the_table_and_again_without_work(sh
     def local(*args: object) -> subprocess.CompletedProcess[str]:
         return warm.run(["-m", "launcher.submit", "submit", "--local", *map(str, args)], env=environ, timeout=240)
 
-    few = {f"{name}_{split}_ids": 8 for name in ("market", "occluded_duke") for split in ("train", "test")}
     write_synthetic(
         tmp_path / "data",
-        SynthSettings(pool_images=4, pool_identities=2, market_distractors=4, market_junk=3, **few),
+        few_people(),
         num_processes=1,
     )
     small = ["batch.num_ids=4", "train.epochs=2", "train.precision=fp32", "train.drop_path_rate=0.0"]
