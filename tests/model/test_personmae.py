@@ -440,7 +440,7 @@ for view in (VIEW, replace(VIEW, mask_kind="person", block_ratio=0.6)):
 def test_compiled_drawing_and_cutting_equal_eager_ones(request):
     here = request.path.parent  # a process of its own: the shape checks of conftest.py are not for the compiler
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=here, env=environ, capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=here, env=environ, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
 
 
