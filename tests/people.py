@@ -2,6 +2,13 @@
 
 from personmae.data.pedestrians.plan import SynthSettings
 
+# What the quickstart's USL takes for its 300 people finds no clusters among so few.
+FEW_CLUSTERS = (
+    *("cluster.k1=8", "cluster.k2=3", "cluster.eps=0.3", "cluster.min_samples=2", "cluster.per_camera=standardise"),
+    *("cluster.drop_one_camera=false", "feature.pool=mean", "feature.whiten_retrieval=false"),
+    *("memory.temperature=0.05", "memory.momentum=0.1", "optim.kind=sgd", "optim.schedule=step", "optim.lr=2e-3"),
+)
+
 
 def few_people(num_ids: int = 8, *, distractors: int = 4, junk: int = 3) -> SynthSettings:
     """Settings with so many identities each to train and to test on, in either benchmark."""

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from people import few_people
+from people import FEW_CLUSTERS, few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
 from personmae import checkpoint, commit
@@ -14,7 +14,7 @@ from personmae.data.synthetic import write_synthetic
 
 pytestmark = pytest.mark.integration
 TINY = ["batch.num_ids=4", "train.epochs=1", "train.precision=fp32"]
-CLUSTERS = ["cluster.k1=8", "cluster.k2=3", "cluster.eps=0.3", "cluster.min_samples=2", "train.iters_per_epoch=2"]
+CLUSTERS = [*FEW_CLUSTERS, "train.iters_per_epoch=2"]
 
 
 @pytest.fixture(scope="module")

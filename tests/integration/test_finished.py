@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from people import few_people
+from people import FEW_CLUSTERS, few_people
 
 from personmae import checkpoint, commit
 from personmae.__main__ import main
@@ -15,7 +15,7 @@ from personmae.data.synthetic import write_synthetic
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
 TINY = ["batch.num_ids=4", "train.epochs=1", "train.precision=fp32", "model.img_size=[64,32]"]
-CLUSTERS = ["cluster.k1=8", "cluster.k2=3", "cluster.eps=0.3", "cluster.min_samples=2", "train.iters_per_epoch=2"]
+CLUSTERS = [*FEW_CLUSTERS, "train.iters_per_epoch=2"]
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from people import few_people
+from people import FEW_CLUSTERS, few_people
 
 from personmae import checkpoint, commit
 from personmae.__main__ import main
@@ -111,7 +111,7 @@ def test_an_encoder_of_another_picture_size_is_told_and_of_another_architecture_
 ) -> None:
     assert main(pretraining(shard_dir, tmp_path / "start", "train.precision=fp32")) == 0
     usl = ["batch.num_ids=2", "batch.num_instances=2", "train.bn_group_size=4", "train.epochs=1", "train.iters_per_epoch=1"]
-    usl += ["cluster.k1=8", "cluster.k2=3", "cluster.eps=0.99", "cluster.min_samples=2", "cluster.per_camera=none"]
+    usl += [*FEW_CLUSTERS, "cluster.eps=0.99", "cluster.per_camera=none"]
     programs = {
         "finetune": ["configs/quickstart_random.yaml", *finetuning(market, tmp_path / "tuned")[4:]],
         "unsupervised": ["configs/quickstart_usl.yaml", *usl],

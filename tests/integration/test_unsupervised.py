@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import warm
-from people import few_people
+from people import FEW_CLUSTERS, few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
 from personmae import checkpoint, config, precision, unsupervised
@@ -42,10 +42,7 @@ def arguments(benchmarks: Path, init: Path | str, run_dir: Path, *overrides: str
         f"root={benchmarks / 'market1501'}",
         f"init={init}",
         f"run_dir={run_dir}",
-        "cluster.k1=8",
-        "cluster.k2=3",
-        "cluster.eps=0.3",
-        "cluster.min_samples=2",
+        *FEW_CLUSTERS,
         "batch.num_ids=4",
         "train.epochs=2",
         "train.iters_per_epoch=4",
