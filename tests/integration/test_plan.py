@@ -68,7 +68,9 @@ def test_selective_checkpointing_keeps_less_than_none_and_more_than_full():
 @pytest.mark.integration
 def test_a_dry_run_tells_batch_memory_and_worlds_and_writes_nothing(shard_dir: Path, tmp_path: Path):
     arguments = ["pretrain", "configs/quickstart.yaml", f"data.shards={shard_dir}", f"run_dir={tmp_path / 'run'}"]
-    done = personmae(*arguments, "train.global_batch_size=12", "train.max_micro_batch_size=4", "train.total_steps=1600", "--dry-run", "3")
+    done = personmae(
+        *arguments, "train.global_batch_size=12", "train.max_micro_batch_size=4", "train.total_steps=1600", "--dry-run", "3"
+    )
     assert done.returncode == 0, done.stderr
     assert "12 images a step = 3 ranks x 1 micro-batches x 4 images" in done.stdout
     assert "50 samples" in done.stdout
