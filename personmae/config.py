@@ -90,7 +90,8 @@ class Mask(Section):
     )
     ratio: float = Field(default=0.75, gt=0, lt=1, description="share of RegionA's patches that is hidden; r of Eq. (3)")
     block_ratio: Fraction | None = Field(
-        default=None, description="share of the patches that blocks may hide, the rest of ratio is random; default all of it"
+        default=None,
+        description="share of the patches that blocks may hide, the rest of ratio is random; default all; not for random",
     )
     min_block: int = Field(default=4, gt=0, description="smallest block, in patches")
 
@@ -98,8 +99,6 @@ class Mask(Section):
     def _blocks_are_part_of_it(self) -> "Mask":
         if self.block_ratio is not None and self.block_ratio > self.ratio:
             raise ValueError(f"block_ratio={self.block_ratio} must be at most ratio={self.ratio}; lower it or leave it out")
-        if self.block_ratio is not None and self.kind == "random":
-            raise ValueError(f"block_ratio={self.block_ratio} needs blocks, and kind=random has none; leave it out")
         return self
 
 

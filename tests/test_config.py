@@ -161,7 +161,6 @@ def test_a_wrong_type_names_key_origin_and_value(path):
         ("mask.ratio=1.0", "less than 1"),
         ("mask.ratio=0", "greater than 0"),
         ("mask.block_ratio=0.8", "block_ratio=0.8 must be at most ratio=0.75; lower it or leave it out"),
-        ("mask={kind: random, block_ratio: 0.5}", "block_ratio=0.5 needs blocks, and kind=random has none; leave it out"),
         ("mask.kind=people", "'block', 'random' or 'person'"),
         ("target.features=normed", "'layer_norm', 'raw', 'position_centred' or 'image_centred'"),
         ("loss.identity_group=1", "greater than 1"),

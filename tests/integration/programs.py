@@ -12,6 +12,7 @@ import warm
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 SETTINGS = [
+    *("decoders.depth=2", "mask.block_ratio=null"),  # the paper's, which the golden losses are of
     "train.global_batch_size=16",
     f"train.total_steps={STEPS}",
     "train.log_every=1",
