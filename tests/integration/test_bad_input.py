@@ -58,7 +58,8 @@ def test_a_truncated_shard_is_refused_before_the_first_step(shard_dir: Path, tmp
 
 
 def test_a_global_batch_larger_than_the_data_is_refused(shard_dir: Path, tmp_path: Path) -> None:
-    line = one_line_error(personmae(*PRETRAIN, f"data.shards={shard_dir}", f"run_dir={tmp_path / 'run'}"))
+    where = [f"data.shards={shard_dir}", f"run_dir={tmp_path / 'run'}"]
+    line = one_line_error(personmae(*PRETRAIN, *where, "train.global_batch_size=128"))
     assert "one global batch needs 128 samples" in line
     assert "holds 50" in line
 

@@ -99,6 +99,11 @@ def test_losses_and_gradients_are_ours_on_the_same_weights(usual: Any) -> None:
         torch.testing.assert_close(theirs[name].grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def rms(difference: torch.Tensor) -> float:
+    """By elements Adam makes whole steps of rounding, where a gradient is nearly nothing."""
+    return difference.square().mean().sqrt().item()
+
+
 def test_four_updates_of_student_and_teacher_come_to_the_same(usual: Any) -> None:
     model = new_model()
     trainer, teacher = new_trainer(usual, model), Teacher(model.encoder, VIEW.grid)
@@ -115,11 +120,11 @@ def test_four_updates_of_student_and_teacher_come_to_the_same(usual: Any) -> Non
     for name, parameter in model.named_parameters():
         if not name.endswith("qkv.bias"):  # a key's bias has no gradient but noise, of which Adam makes whole steps
             found = dict(trainer.model.named_parameters())[name]
-            torch.testing.assert_close(found, parameter, rtol=1e-3, atol=LR / 50, msg=name)
+            assert rms(found - parameter) < LR / 100, name  # the four updates are of 2 LR
     averages = dict(trainer.teacher.named_parameters())
     for name, parameter in teacher.encoder.named_parameters():
         if not name.endswith("qkv.bias"):
-            torch.testing.assert_close(averages[name], parameter, rtol=1e-3, atol=LR / 100, msg=name)
+            assert rms(averages[name] - parameter) < LR / 200, name
 
 
 def test_autocast_changes_its_losses_no_more_than_ours(usual: Any) -> None:

@@ -426,21 +426,29 @@ from personmae.model.personmae import cut_batch, draw_batch
 from test_personmae import VIEW, a_batch
 canvas, size, _ = a_batch()
 native, keys = size * 2, torch.arange(len(size)) * 977 + 13
-for view in (VIEW, replace(VIEW, mask_kind="person", block_ratio=0.6)):
-    def prepare():
-        return cut_batch(canvas, size, draw_batch(keys, native, view), view)
-    compiled = torch.compile(prepare)()
-    for name, expected in prepare().items():
-        torch.testing.assert_close(compiled[name], expected, rtol=0, atol=1e-4)
+view = replace(VIEW, **{changes})
+def prepare():
+    return cut_batch(canvas, size, draw_batch(keys, native, view), view)
+compiled = torch.compile(prepare)()
+for name, expected in prepare().items():
+    torch.testing.assert_close(compiled[name], expected, rtol=0, atol=1e-4)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_compiled_drawing_and_cutting_equal_eager_ones(request):
+@pytest.mark.parametrize("changes", [{}, {"mask_kind": "person", "block_ratio": 0.6}], ids=["block", "person"])
+def test_compiled_drawing_and_cutting_equal_eager_ones(request, changes):
     here = request.path.parent  # a process of its own: the shape checks of conftest.py are not for the compiler
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=here, env=environ, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED.format(changes=changes)],
+        cwd=here,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr
 
 
