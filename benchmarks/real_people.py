@@ -150,6 +150,7 @@ class Bench:
 
     def learners(self, seed: int) -> Iterator[tuple[str, str]]:
         """What learns without labels on the training half, by name."""
+        yield "USL from random", "random"
         yield "USL from personmae", str(self.work / f"personmae_seed{seed}")
         if self.args.drawn:
             yield "USL from drawn", str(self.args.drawn.resolve())

@@ -108,11 +108,12 @@ def make_camera(rng: Rng, domain: str, index: int, kind: str = "usual") -> Camer
 
 def _set_exposure(scene: Image, kind: Domain) -> Image:
     """Exposure, white balance and contrast: the scene's mean colour and deviation come near to what a camera aims at."""
-    pixels = scene.astype(np.float64)
-    mean = pixels.mean(axis=(0, 1))
-    contrast = (CONTRAST / pixels.std(axis=(0, 1))) ** kind.automatic  # of each colour
+    mean, deviation = scene.mean(axis=(0, 1)), scene.std(axis=(0, 1))
+    contrast = (CONTRAST / deviation) ** kind.automatic  # of each colour
     aim = mean + kind.automatic * (kind.grey - mean)
-    return np.clip(np.rint(aim + (pixels - mean) * contrast), 0, 255).astype(np.uint8)
+    levels = aim + (np.arange(256)[:, None] - mean) * contrast
+    curve = np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+    return cv2.LUT(scene, curve.reshape(256, 1, 3))  # type: ignore[return-value]
 
 
 def _exposure(kind: Domain, rng: Rng, index: int) -> Image:
