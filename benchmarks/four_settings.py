@@ -11,37 +11,19 @@ Occluded-Duke's. ``benchmarks/results/four_settings.json`` has each seed, and th
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from quickstart_runs import MAE, MODEL, ROOT, brief, personmae, read
 from scipy.stats import t as student
 
 from personmae import metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "settings"
 RESULTS = ROOT / "benchmarks" / "results" / "four_settings.json"
 TARGET, SOURCE = RUNS / "data" / "market1501", RUNS / "data" / "occluded_duke"
 DATA_SEED = 5  # the quickstart's is 0
-SCORES = ("mAP", "rank1")
 BASELINES = ("histogram", "thumbnail", "thumbnail+histogram")
-MAE = ("mask.kind=random", "regions.max_shift=0", "loss.feature_weight=0")
-
-
-def personmae(*args: str | Path) -> None:
-    """Run a verb; its output goes to the terminal."""
-    subprocess.run([sys.executable, "-m", "personmae", *map(str, args)], cwd=ROOT, check=True)
-
-
-def read(run_dir: Path) -> dict:
-    return json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-
-
-def brief(record: dict) -> dict[str, float]:
-    """Scores in per cent."""
-    return {score: round(100 * record[score], 2) for score in SCORES}
 
 
 def evaluate(name: str, subject: str | Path, *options: str) -> dict:
@@ -74,7 +56,7 @@ def settings_of(seed: int, *, mae: bool) -> Iterator[tuple[str, dict[str, float]
     if mae:
         starts["MAE-like"] = pretrained("mae", seed, *MAE)
     for start, init in starts.items():
-        options = ["--size", "micro", "--img-size", "128x64", "--seed", str(seed)] if init == "random" else []
+        options = [*MODEL, "--seed", str(seed)] if init == "random" else []
         for kind, scores in evaluate(f"probe_{start}_seed{seed}", init, "--probe", *options)["probe"].items():
             yield f"frozen, {kind}, {start}", brief(scores)
         yield (

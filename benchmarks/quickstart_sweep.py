@@ -10,17 +10,15 @@ the choice is made here and confirmed on others by ``four_settings.py``.
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from quickstart_runs import MAE, MODEL, ROOT, brief, personmae, read
 
 from personmae import metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "sweep"
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart_sweep.json"
 TARGET = RUNS / "data" / "market1501"
-MAE = ("mask.kind=random", "regions.max_shift=0", "loss.feature_weight=0")
 PRETRAINING: dict[str, tuple[str, ...]] = {
     "quickstart": (),
     "half": ("train.total_steps=1400",),
@@ -45,26 +43,13 @@ FINE_TUNING: dict[str, tuple[str, ...]] = {
 }
 
 
-def personmae(*args: str | Path) -> None:
-    """Run a verb; its output goes to the terminal."""
-    subprocess.run([sys.executable, "-m", "personmae", *map(str, args)], cwd=ROOT, check=True)
-
-
-def read(run_dir: Path) -> dict:
-    return json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-
-
-def percent(score: float) -> float:
-    return round(100 * score, 2)
-
-
 def arm(name: str, init: str | Path) -> dict[str, float]:
     """Frozen and fine-tuned scores of one start."""
     folder = RUNS / name.replace(" ", "_").replace(",", "")
     if not (folder / "probe" / "result.json").is_file():
-        options = ["--size", "micro", "--img-size", "128x64"] if init == "random" else []
+        options = MODEL if init == "random" else ()
         personmae("evaluate", init, "market1501", TARGET, "--probe", "--out", folder / "probe", *options)
-    found = {kind: percent(scores["mAP"]) for kind, scores in read(folder / "probe")["probe"].items()}
+    found = {kind: brief(scores)["mAP"] for kind, scores in read(folder / "probe")["probe"].items()}
     if init != "random":
         losses = [record["pixel_loss"] for record in metrics.read_records(str(init)) if "pixel_loss" in record]
         found["pixel_loss"] = round(losses[-1], 4)
@@ -73,7 +58,7 @@ def arm(name: str, init: str | Path) -> dict[str, float]:
         run_dir = folder / f"mgn{kind.replace(' ', '_').replace(',', '')}"
         where = [f"run_dir={run_dir}", f"root={TARGET}", f"init={init}"]
         personmae("finetune", "configs/quickstart_personmae.yaml", *where, *changes)
-        found[f"MGN{kind}"] = percent(read(run_dir)["mAP"])
+        found[f"MGN{kind}"] = brief(read(run_dir))["mAP"]
     return found
 
 

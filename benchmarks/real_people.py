@@ -18,7 +18,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,17 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from quickstart_runs import MAE, MODEL, ROOT, brief, personmae, read
 
 from personmae import metrics
 from personmae.errors import UserError, run_program
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "real_people.json"
 NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\.jpg")
 SPLIT_SEED = 0
 PRETRAININGS = {
     "personmae": (),
-    "mae": ("mask.kind=random", "regions.max_shift=0", "loss.feature_weight=0"),
+    "mae": MAE,
 }
 BASELINES = {
     "histogram": ("histogram",),
@@ -126,9 +125,7 @@ class Bench:
 
     def run(self) -> None:
         """Everything, with the record written after each part."""
-        self.personmae(
-            "shards", "write", self.root / "bounding_box_train", self.work / "shards", "--shard-mb", "8", "--if-missing"
-        )
+        personmae("shards", "write", self.root / "bounding_box_train", self.work / "shards", "--shard-mb", "8", "--if-missing")
         for name, arguments in BASELINES.items():
             self.record["baselines"][name] = brief(self.evaluate(f"baseline {name}", *arguments))
         self.save()
@@ -161,19 +158,19 @@ class Bench:
         """A pre-training on the training half, in the quickstart's setting but for ``changes``."""
         run_dir = self.work / f"{name}_seed{seed}"
         settings = [f"run_dir={run_dir}", f"data.shards={self.work / 'shards'}", f"seed={seed}", *changes]
-        self.personmae("pretrain", "configs/quickstart.yaml", *settings, *self.args.pretrain)
+        personmae("pretrain", "configs/quickstart.yaml", *settings, *self.args.pretrain)
         return run_dir
 
     def measure(self, start: str, init: str, seed: int) -> Scores:
         """The probe of a start, and MGN fine-tuned from it."""
-        options = ["--size", "micro", "--img-size", "128x64", "--seed", seed] if init == "random" else []
+        options = [*MODEL, "--seed", seed] if init == "random" else []
         probed = self.evaluate(f"probe {start} seed{seed}", init, "--probe", *options)
         found: Scores = {name: brief(scores) for name, scores in probed["probe"].items()}
         if init != "random" and (losses := [r["pixel_loss"] for r in metrics.read_records(init) if "pixel_loss" in r]):
             found["pixel_loss"] = losses[-1]
         run_dir = self.work / f"mgn_{start}_seed{seed}"
         settings = [f"run_dir={run_dir}", f"root={self.root}", f"init={init}", f"seed={seed}", "train.epochs=5"]
-        self.personmae("finetune", "configs/quickstart_personmae.yaml", *settings, *self.args.finetune)
+        personmae("finetune", "configs/quickstart_personmae.yaml", *settings, *self.args.finetune)
         return found | {"mgn": brief(read(run_dir))}
 
     def learn(self, name: str, init: str, seed: int) -> Scores:
@@ -181,7 +178,7 @@ class Bench:
         kind = "uda" if name.startswith("UDA") else "usl"
         run_dir = self.work / f"{name.replace(' ', '_')}_seed{seed}"
         settings = [f"run_dir={run_dir}", f"root={self.root}", f"init={init}", f"seed={seed}"]
-        self.personmae("unsupervised", f"configs/quickstart_{kind}.yaml", *settings, *self.args.unsupervised)
+        personmae("unsupervised", f"configs/quickstart_{kind}.yaml", *settings, *self.args.unsupervised)
         found: Scores = {kind: brief(read(run_dir))}
         if kind == "uda":
             found["source alone"] = brief(self.evaluate("source alone", init))
@@ -191,14 +188,8 @@ class Bench:
         """The record of an evaluation on the searched half, which is made once for each step that a run has reached."""
         out = self.work / "results" / re.sub(r"[^\w+]+", "_", name)
         if not (out / "result.json").is_file():
-            self.personmae("evaluate", subject, "market1501", self.root, "--out", out, *options)
+            personmae("evaluate", subject, "market1501", self.root, "--out", out, *options)
         return read(out)
-
-    def personmae(self, *arguments: object) -> None:
-        """A verb, in a process of its own; its output goes to the terminal."""
-        done = subprocess.run([sys.executable, "-m", "personmae", *map(str, arguments)], cwd=ROOT, check=False)
-        if done.returncode:  # it has said why
-            raise SystemExit(done.returncode)
 
     def save(self) -> None:
         """Write what there is so far, with means over seeds."""
@@ -206,15 +197,6 @@ class Bench:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.record | {"means": means(self.record)}, indent=1)
         path.write_text(text + "\n", encoding="utf-8")
-
-
-def read(folder: Path) -> Scores:
-    return json.loads((folder / "result.json").read_bytes())
-
-
-def brief(record: Scores) -> dict[str, float]:
-    """mAP and Rank-1 in per cent, with two digits."""
-    return {score: round(100 * record[score], 2) for score in ("mAP", "rank1")}
 
 
 def means(record: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:

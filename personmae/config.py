@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from personmae import locations
 from personmae.config_downstream import (
+    RANDOM,
     BenchmarkName,
     Cluster,
     Finetune,
@@ -31,6 +32,7 @@ from personmae.errors import OtherProgram, UserError
 
 __all__ = [
     "PROGRAMS",
+    "RANDOM",
     "BenchmarkName",
     "Checkpoint",
     "Cluster",

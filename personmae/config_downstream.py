@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -12,6 +12,7 @@ from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Prec
 from personmae.config_values import Place
 from personmae.yaml_text import Plain
 
+RANDOM: Final = "random"  # an ``init`` that stands for no weights at all
 BenchmarkName = Literal[
     "market1501",
     "occluded_duke",
@@ -246,6 +247,6 @@ def _downstream_identity(settings: Finetune | Unsupervised) -> dict[str, Any]:
     values = settings.model_dump(mode="json", exclude={"run_dir", "root", "init", "checkpoint", "metrics"})
     for name in ("log_every", "max_skipped_steps", "extract_batch_size"):
         values["train"].pop(name, None)
-    if settings.init != "random":  # else they come with the weights
+    if settings.init != RANDOM:  # else they come with the weights
         del values["model"]["mean"], values["model"]["std"]
     return flatten(values)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from personmae import checkpoint, config, dist, metrics, progress
+from personmae.config import RANDOM
 from personmae.errors import Stopped
 from personmae.meter import Meter
 from personmae.precision import AUTO, Precision
@@ -16,7 +17,6 @@ from personmae.reid.datasets import Benchmark
 from personmae.reid.heads import ReIDModel
 from personmae.reid.transforms import augment, draw_augmentation
 
-RANDOM = "random"
 Settings = config.Finetune | config.Unsupervised
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from personmae import checkpoint, dist, metrics, progress
+from personmae.config import RANDOM
 from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer
 from personmae.reid import probe, retrieval
@@ -18,7 +19,6 @@ from personmae.reid.features import Extractor
 from personmae.reid.heads import Neck, Pool, ReIDModel, build_head, trained_size
 from personmae.reid.samples import SPLITS
 
-RANDOM = "random"
 DEFAULT_SIZE, DEFAULT_IMG_SIZE = "base", (256, 128)  # of random weights: those of the configuration's own defaults
 BASELINE_SIZE = (128, 64)  # (height, width) in pixels that images are brought to for what is not trained
 _IN_WORDS = {"none": "as they are", "standardise": "standardised per camera", "whiten": "whitened per camera"}

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from personmae import checkpoint, compile_cache, config, dist, metrics, optim, precision, resume_point, run_lock, start_anew
+from personmae.config import RANDOM
 from personmae.downstream import (
-    RANDOM,
     augmented,
     evaluate,
     identity,

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from personmae import checkpoint, config, dist, metrics, optim, precision, resume_point, run_lock, start_anew
 from personmae.clustering import build_memory, find_clusters, memory_targets, require_cameras, trim_clusters
+from personmae.config import RANDOM
 from personmae.downstream import (
-    RANDOM,
     augmented,
     evaluate,
     identity,

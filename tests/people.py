@@ -1,6 +1,9 @@
 """A few drawn people: both benchmarks, small enough for a test."""
 
+from pathlib import Path
+
 from personmae.data.pedestrians.plan import SynthSettings
+from personmae.data.synthetic import write_synthetic
 
 # What the quickstart's USL takes for its 300 people finds no clusters among so few.
 FEW_CLUSTERS = (
@@ -10,9 +13,9 @@ FEW_CLUSTERS = (
 )
 
 
-def few_people(num_ids: int = 8, *, distractors: int = 4, junk: int = 3) -> SynthSettings:
-    """Settings with so many identities each to train and to test on, in either benchmark."""
-    return SynthSettings(
+def draw_few_people(folder: Path, num_ids: int = 8, *, distractors: int = 4, junk: int = 3) -> Path:
+    """Both benchmarks with so many identities each to train and to test on; returns ``folder``/data, which has them."""
+    settings = SynthSettings(
         pool_images=4,
         pool_identities=2,
         market_train_ids=num_ids,
@@ -22,3 +25,5 @@ def few_people(num_ids: int = 8, *, distractors: int = 4, junk: int = 3) -> Synt
         occluded_duke_train_ids=num_ids,
         occluded_duke_test_ids=num_ids,
     )
+    write_synthetic(folder / "data", settings, num_processes=1)
+    return folder / "data"

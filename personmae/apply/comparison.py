@@ -15,7 +15,8 @@ import numpy as np
 
 from personmae import config
 from personmae.apply.places import Lost, printable
-from personmae.apply.runs import RANDOM, Result, Run, read_settings
+from personmae.apply.runs import Result, Run, read_settings
+from personmae.config import RANDOM
 from personmae.errors import UserError
 
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}

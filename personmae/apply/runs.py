@@ -16,9 +16,9 @@ from pydantic import BaseModel, PlainValidator, ValidationError
 
 from personmae import checkpoint, config, files, metrics
 from personmae.apply.places import Place
+from personmae.config import RANDOM
 from personmae.errors import UserError
 
-RANDOM = "random"
 Settings = config.Pretrain | config.Finetune | config.Unsupervised
 
 

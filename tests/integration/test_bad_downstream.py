@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from people import FEW_CLUSTERS, few_people
+from people import FEW_CLUSTERS, draw_few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
 from personmae import checkpoint, commit
-from personmae.data.synthetic import write_synthetic
 
 pytestmark = pytest.mark.integration
 TINY = ["batch.num_ids=4", "train.epochs=1", "train.precision=fp32"]
@@ -20,10 +19,7 @@ CLUSTERS = [*FEW_CLUSTERS, "train.iters_per_epoch=2"]
 @pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of 8 identities to train and to test on."""
-    out = tmp_path_factory.mktemp("synth") / "data"
-    settings = few_people()
-    write_synthetic(out, settings, num_processes=1)
-    return out / "market1501"
+    return draw_few_people(tmp_path_factory.mktemp("synth")) / "market1501"
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 import warm
-from people import few_people
+from people import draw_few_people
 from programs import environment, launch, one_line_error, personmae
 
 from personmae import checkpoint
 from personmae.__main__ import main
-from personmae.data.synthetic import write_synthetic
 from personmae.meter import Meter
 from personmae.reid.heads import ReIDModel
 
@@ -28,10 +27,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both benchmarks, 8 identities each to train and to test on."""
-    out = tmp_path_factory.mktemp("synth") / "data"
-    settings = few_people()
-    write_synthetic(out, settings, num_processes=1)
-    return out
+    return draw_few_people(tmp_path_factory.mktemp("synth"))
 
 
 def arguments(benchmarks: Path, run_dir: Path, *overrides: str) -> list[str]:

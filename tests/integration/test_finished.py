@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from people import FEW_CLUSTERS, few_people
+from people import FEW_CLUSTERS, draw_few_people
 
 from personmae import checkpoint, commit
 from personmae.__main__ import main
-from personmae.data.synthetic import write_synthetic
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -26,10 +25,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch, restore_signals: None) -> None:
 @pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of 8 identities to train and to test on."""
-    out = tmp_path_factory.mktemp("synth") / "data"
-    settings = few_people()
-    write_synthetic(out, settings, num_processes=1)
-    return out / "market1501"
+    return draw_few_people(tmp_path_factory.mktemp("synth")) / "market1501"
 
 
 def finetune(root: Path, run_dir: Path, *overrides: str) -> int:

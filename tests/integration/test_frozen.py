@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from people import few_people
+from people import draw_few_people
 from programs import ROOT, launch
 
 from personmae import checkpoint, config, dist, metrics, precision
 from personmae.__main__ import main
-from personmae.data.synthetic import write_synthetic
 from personmae.meter import Meter
 from personmae.pretrain import build_engine, build_model
 from personmae.pretrain_probe import Prober
@@ -24,10 +23,7 @@ SCORES = ("mAP", "rank1", "rank5", "rank10", "mINP")
 @pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of 6 identities to train and to test on."""
-    out = tmp_path_factory.mktemp("synth") / "data"
-    settings = few_people(6, distractors=2, junk=1)
-    write_synthetic(out, settings, num_processes=1)
-    return out / "market1501"
+    return draw_few_people(tmp_path_factory.mktemp("synth"), 6, distractors=2, junk=1) / "market1501"
 
 
 def pretraining(shards: Path, run_dir: Path, *overrides: str) -> list[str]:

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from people import FEW_CLUSTERS, few_people
+from people import FEW_CLUSTERS, draw_few_people
 
 from personmae import checkpoint, commit
 from personmae.__main__ import main
-from personmae.data.synthetic import write_synthetic
 
 pytestmark = pytest.mark.integration
 NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # read by us at each start, by oneDNN once a process
@@ -25,10 +24,7 @@ def here(monkeypatch: pytest.MonkeyPatch, in_checkout: None) -> None:
 @pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A benchmark of 4 identities to train and to test on."""
-    out = tmp_path_factory.mktemp("synth") / "data"
-    settings = few_people(4, distractors=2, junk=1)
-    write_synthetic(out, settings, num_processes=1)
-    return out / "market1501"
+    return draw_few_people(tmp_path_factory.mktemp("synth"), 4, distractors=2, junk=1) / "market1501"
 
 
 def pretraining(shards: Path, run_dir: Path, *overrides: str) -> list[str]:

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 import warm
-from people import FEW_CLUSTERS, few_people
+from people import FEW_CLUSTERS, draw_few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
 from personmae import checkpoint, config, precision, unsupervised
-from personmae.data.synthetic import write_synthetic
 from personmae.evaluate import load_model
 from personmae.reid.heads import MGN
 
@@ -30,10 +29,7 @@ BY_CAMERA = [  # eps is no .5: with k2 = 3 that is where two of three shared nei
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both benchmarks, 8 identities each to train and to test on."""
-    out = tmp_path_factory.mktemp("synth") / "data"
-    settings = few_people()
-    write_synthetic(out, settings, num_processes=1)
-    return out
+    return draw_few_people(tmp_path_factory.mktemp("synth"))
 
 
 def arguments(benchmarks: Path, init: Path | str, run_dir: Path, *overrides: str) -> list[str]:

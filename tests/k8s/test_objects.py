@@ -113,13 +113,10 @@ def test_a_tar_that_leaves_its_folder_is_refused(bucket: Any, tmp_path: Path) ->
 
 @pytest.mark.integration
 def test_a_benchmark_leaves_its_result_in_the_bucket(s3_server: Any, tmp_path: Path) -> None:
-    from people import few_people
-
-    from personmae.data.synthetic import write_synthetic
+    from people import draw_few_people
 
     s3_server.bucket("results")
-    settings = few_people()
-    write_synthetic(tmp_path / "data", settings, num_processes=1)
+    draw_few_people(tmp_path)
     given = [
         f"root={tmp_path / 'data/market1501'}",
         f"run_dir={tmp_path / 'run'}",

@@ -22,12 +22,9 @@ TRAINING = ["batch.num_ids=4", "train.epochs=2", "train.precision=fp32", "train.
 @pytest.fixture
 def bucket(s3_server: Any, tmp_path: Path) -> str:
     """A bucket with a small benchmark as a tar."""
-    from people import few_people
+    from people import draw_few_people
 
-    from personmae.data.synthetic import write_synthetic
-
-    settings = few_people()
-    write_synthetic(tmp_path / "data", settings, num_processes=1)
+    draw_few_people(tmp_path)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         tar.add(tmp_path / "data" / "market1501", arcname=".")

@@ -332,9 +332,7 @@ def test_the_api_server_is_asked_without_the_proxy_of_the_bucket(
 @pytest.mark.integration
 @pytest.mark.slow
 def test_a_suite_runs_locally_from_shards_to_the_table_and_again_without_work(shard_dir: Path, tmp_path: Path) -> None:
-    from people import few_people
-
-    from personmae.data.synthetic import write_synthetic
+    from people import draw_few_people
 
     ours = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ours
@@ -342,11 +340,7 @@ def test_a_suite_runs_locally_from_shards_to_the_table_and_again_without_work(sh
     def local(*args: object) -> subprocess.CompletedProcess[str]:
         return warm.run(["-m", "launcher.submit", "submit", "--local", *map(str, args)], env=environ, timeout=240)
 
-    write_synthetic(
-        tmp_path / "data",
-        few_people(),
-        num_processes=1,
-    )
+    draw_few_people(tmp_path)
     small = ["batch.num_ids=4", "train.epochs=2", "train.precision=fp32", "train.drop_path_rate=0.0"]
     stages = [
         {
