@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from personmae import checkpoint, config, files, hiding, progress
-from personmae.apply import charts, pictures, sections
+from personmae.apply import charts, pictures, rank_lists, sections
 from personmae.apply.comparison import (
     SCORES,
     Group,
@@ -30,7 +30,7 @@ from personmae.apply.comparison import (
     summarise,
 )
 from personmae.apply.places import Lost, Place, printable
-from personmae.apply.runs import RankList, Result, Run, find_runs
+from personmae.apply.runs import Result, Run, find_runs
 from personmae.data.decode import BadImage
 from personmae.data.synthetic import read_mark
 from personmae.errors import Incomplete, Unavailable, UserError
@@ -77,9 +77,7 @@ CLUSTER_CHARTS = (  # the same of clusters.jsonl; older runs have nmi of all the
     ),
 )
 NUM_GROUPS = 8  # images of Figure 3
-NUM_QUERIES = 6  # rank lists on the page
 FIGURE_GROUPS, FIGURE_QUERIES = 4, 3  # of these in figure.png
-THUMBNAIL = (128, 64)  # (height, width) of an image in a rank list
 T = TypeVar("T")
 
 
@@ -106,7 +104,7 @@ def run(run_dir: Path) -> Path:
     summary = summarise(runs, groups)
     print_tables(groups)
     regions = [(r, attempt(lambda r=r: predict(r))) for r in runs if isinstance(r.settings, config.Pretrain)]
-    title, rank_lists = find_rank_lists(runs, groups)
+    title, lists = find_rank_lists(runs, groups)
     data = [(printable(what), attempt(count)) for what, count in data_counts(runs)]
     steps = sections.next_steps(runs, groups)
     page = run_dir / "report.html"
@@ -129,8 +127,8 @@ def run(run_dir: Path) -> Path:
         region_words=pictures.REGION_WORDS,
         rank_lists={
             "title": title,
-            "content": embed_rows(rank_lists.content or {}),
-            "missing": rank_lists.missing,
+            "content": rank_lists.embed(lists.content or {}),
+            "missing": lists.missing,
         },
         settings=[sections.settings_of(r) for r in runs],
         data=data,
@@ -138,15 +136,15 @@ def run(run_dir: Path) -> Path:
     )
     files.replace(page, text)
     shown = next((s.content for _, s in regions if s.content), [])[:FIGURE_GROUPS]
-    lists = {name: rows[:FIGURE_QUERIES] for name, rows in (rank_lists.content or {}).items()}
-    if shown or lists:
-        pictures.write_figure(run_dir / "figure.png", shown, lists, title=summary)
+    rows_shown = {name: rows[:FIGURE_QUERIES] for name, rows in (lists.content or {}).items()}
+    if shown or rows_shown:
+        pictures.write_figure(run_dir / "figure.png", shown, rows_shown, title=summary)
         print(printable(run_dir / "figure.png"))
     print(printable(page))
     progress.log(f"report: done in {progress.duration(time.monotonic() - began)}; open the page in a browser")
     for why, command in steps:
         print(f"next: {why} {command}")
-    complain([section for _, section in (*regions, ("", rank_lists), *data)])
+    complain([section for _, section in (*regions, ("", lists), *data)])
     return page
 
 
@@ -339,53 +337,10 @@ def find_rank_lists(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[str, 
             pair = [next((run for run in row.runs if run.rank_lists), None) for row in (ours, theirs)]
             if pair[0] and pair[1]:
                 chosen = [pair[0], pair[1]]
-                return group.title, attempt(lambda chosen=chosen: draw_rank_lists(chosen))
+                return group.title, attempt(lambda chosen=chosen: rank_lists.draw(chosen))
     chosen = [run for run in runs if run.rank_lists][-1:]
     title = next((group.title for group in groups for row in group.rows if chosen and chosen[0] in row.runs), "")
-    return title, attempt(lambda: draw_rank_lists(chosen))
-
-
-def draw_rank_lists(chosen: Sequence[Run]) -> dict[str, list[pictures.Row]]:
-    """Rows of images by the runs' names, for queries that all of them have.
-
-    Raises:
-        UserError: no run has rank lists, or their images are gone.
-    """
-    if not chosen:
-        raise pictures.NotYet("no run has a rank_lists.json yet; fine-tuning and 'personmae evaluate --out' write one")
-    by_query = [{_below_root(run, e.query): e for e in run.rank_lists.entries} for run in chosen if run.rank_lists]
-    queries = [query for query in by_query[0] if all(query in entries for entries in by_query)][:NUM_QUERIES]
-    return {
-        label: [_draw_row(run, entries[query]) for query in queries]
-        for label, run, entries in zip(distinct([_label(run) for run in chosen]), chosen, by_query, strict=True)
-    }
-
-
-def _label(run: Run) -> str:
-    name = run.result.name if run.result else run.name
-    return printable(f"{name} (unfinished)" if run.unfinished else name)
-
-
-def _below_root(run: Run, path: str) -> str:
-    """A path as it is below the benchmark's root, for two runs may have named that differently."""
-    root = run.rank_lists.root if run.rank_lists else ""
-    return path.removeprefix(root).lstrip("/")
-
-
-def _draw_row(run: Run, entry: RankList) -> pictures.Row:
-    query, *found = (pictures.read_thumbnail(_find(run, path), THUMBNAIL) for path in (entry.query, *entry.gallery))
-    return [(query, None), *zip(found, entry.correct, strict=True)]
-
-
-def _find(run: Run, path: str) -> Path:
-    """An image below the benchmark's root, wherever that is now, or by its own path."""
-    assert run.rank_lists
-    root, below = run.rank_lists.root, _below_root(run, path)
-    try:
-        found = Path(run.place.find(root)) / below
-        return found if found.is_file() else Path(run.place.find(path))
-    except Lost:
-        return Path(run.place.find(path))
+    return title, attempt(lambda: rank_lists.draw(chosen))
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -394,15 +349,6 @@ def _find(run: Run, path: str) -> Path:
 def embed_groups(groups: list[list[pictures.Picture]] | None) -> list[list[str]]:
     """Image addresses for groups of images."""
     return [[pictures.data_uri(picture) for picture in group] for group in groups or []]
-
-
-def embed_rows(rank_lists: dict[str, list[pictures.Row]]) -> list[list[tuple[str, list[tuple[str, bool | None]]]]]:
-    """For each query, (name, [(image address, correct)]) of every run: what is compared stands together."""
-    named = [
-        [(name, [(pictures.data_uri(pictures.framed(p, ok), ".jpg"), ok) for p, ok in row]) for row in rows]
-        for name, rows in rank_lists.items()
-    ]
-    return [list(lines) for lines in zip(*named, strict=True)]
 
 
 def render(**context: Any) -> str:

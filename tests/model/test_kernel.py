@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_personmae import VIEW
+from small_models import VIEW
 from torch import Tensor
 
 from personmae.model.personmae import Batch, Draws, PersonMAE, View, choose_prepare, cut_batch, draw_batch, pixel_target

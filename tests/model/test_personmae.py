@@ -4,16 +4,14 @@ import dataclasses
 import os
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import paper_numpy as paper
 import pytest
 import torch
 from closeness import assert_allclose
-from torch import Tensor, nn
+from small_models import HEADS, VIEW, a_batch, a_model, numpy_batch, patches, weights_of, with_target
 
-from personmae.model.identity import identity_loss
 from personmae.model.masking import block_mask, person_mask, random_mask
 from personmae.model.personmae import (
     Draws,
@@ -26,68 +24,10 @@ from personmae.model.personmae import (
     pixel_loss,
     pixel_target,
     prepare_batch,
-    spread_over_images,
 )
 from personmae.model.regions import uniforms
 from personmae.model.teacher import Teacher
 from personmae.model.vit import patchify, take_tokens, unpatchify
-
-VIEW = View(
-    img_size=(128, 64),
-    patch_size=16,
-    mean=(0.5, 0.45, 0.4),
-    std=(0.5, 0.25, 0.3),
-    max_shift=32,
-    crop_scale=(0.8, 1.0),
-    crop_ratio=(0.375, 0.667),
-    flip_prob=0.5,
-    mask_kind="block",
-    mask_ratio=0.75,
-    min_block=4,
-)
-HEADS = {"encoder": 4, "pixel_decoder": 2, "feature_decoder": 2}
-
-
-def a_batch(count: int = 3, view: View = VIEW) -> tuple[Tensor, Tensor, Draws]:
-    """Canvases, the sizes of the pictures on them, and draws."""
-    generator = torch.Generator().manual_seed(0)
-    height, width = view.canvas_size
-    canvas = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
-    native = torch.tensor([[200, 100], [90, 41], [300, 140]]).repeat(count, 1)[:count]
-    size = torch.tensor([[height, width], [90, 41], [150, 70]]).repeat(count, 1)[:count]
-    return canvas, size, draw_batch(torch.arange(count) * 977 + 13, native, view)
-
-
-def a_model(**options: Any) -> PersonMAE:
-    torch.manual_seed(0)
-    model = PersonMAE(size="micro", **options)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.05)
-    return model
-
-
-def weights_of(module: nn.Module) -> dict[str, paper.Array]:
-    return {name: tensor.double().numpy() for name, tensor in module.state_dict().items()}
-
-
-def numpy_batch(canvas: Tensor, sizes: Tensor, draws: Draws, view: View) -> list[dict[str, paper.Array]]:
-    """Eq. (1) to (4) sample by sample."""
-    batch, grid, size = [], view.grid, view.img_size
-    mean, std = np.array(view.mean) * 255, np.array(view.std) * 255
-    for i, (height, width) in enumerate(sizes.tolist()):
-        image = canvas[i, :height, :width].double().numpy()
-        box = paper.whole_pixels(draws.regions.boxes[i].numpy(), height, width)
-        p, flip = int(draws.regions.scale[i]), bool(draws.regions.flip[i])
-        s_h, s_w = draws.regions.shift[i].tolist()
-        picture = paper.eq1_resize(image, box, flip, p, size)
-        region_a = paper.tokens_of((paper.eq2_slice(picture, 0, 0, size) - mean) / std, view.patch_size)
-        region_b = paper.tokens_of((paper.eq2_slice(picture, s_h, s_w, size) - mean) / std, view.patch_size)
-        visible = draws.ids_keep[i].numpy()
-        coords_a = paper.eq4_coords(grid, 0, 0, view.patch_size)
-        sample = {"patches_a": region_a[visible], "coords_a": coords_a[visible], "patches_b": region_b}
-        batch.append(sample | {"coords_b": paper.eq4_coords(grid, s_h, s_w, view.patch_size)})
-    return batch
-
 
 # --- from canvases to tokens ---
 
@@ -163,10 +103,6 @@ def test_on_a_cpu_a_batch_is_prepared_to_a_grey_level_or_two_of_the_plain_way():
 # --- Eq. (5) ---
 
 
-def patches(count: int = 2, length: int = 5, width: int = 48, seed: int = 0) -> Tensor:
-    return torch.randn(count, length, width, generator=torch.Generator().manual_seed(seed)) * 3 + 1
-
-
 def test_eq5_target_equals_float64_and_has_zero_mean_and_unit_deviation():
     x = patches()
     for ours, sample in zip(pixel_target(x), x.double().numpy(), strict=True):
@@ -211,11 +147,6 @@ def test_eq7_equals_float64(beta):
 
 
 # --- Eq. (8) and the whole forward pass ---
-
-
-def with_target(model: PersonMAE, view: View = VIEW) -> dict[str, Tensor]:
-    batch = cut_batch(*a_batch(view=view), view)
-    return batch | {"target": Teacher(model.encoder, view.grid)(batch["patches_b"])}
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0])
@@ -328,102 +259,11 @@ def test_taken_tokens_are_those_at_the_indices():
     assert torch.equal(take_tokens(x, ids), torch.stack([x[0, [4, 0]], x[1, [1, 1]]]))
 
 
-# --- options beside the paper ---
-
-
-def test_decoders_that_are_told_where_the_visible_patches_lie_equal_float64_numpy():
-    model, (canvas, size, draws) = a_model(visible_positions=True), a_batch()
-    weights, pixel, feature = weights_of(model), [], []
-    teacher = Teacher(model.encoder, VIEW.grid)
-    batch = cut_batch(canvas, size, draws, VIEW)
-    batch["target"] = teacher(batch["patches_b"])
-    samples = numpy_batch(canvas, size, draws, VIEW)
-    for sample, target in zip(samples, batch["target"].double().numpy(), strict=True):
-        encoder = paper.below(weights, "encoder")
-        tokens = paper.encode(sample["patches_a"], sample["coords_a"], encoder, 4, HEADS["encoder"])
-        tokens = paper.layer_norm(tokens, encoder, "norm")
-        z, y = (
-            paper.decode(tokens, sample["coords_b"], paper.below(weights, name), 2, HEADS[name], sample["coords_a"])
-            for name in ("pixel_decoder", "feature_decoder")
-        )
-        pixel.append(paper.eq5_loss(sample["patches_b"], z))
-        feature.append(paper.eq7_loss(target, y, 2.0))
-    losses = model(batch)
-    assert losses["pixel_loss"].item() == pytest.approx(np.mean(pixel), rel=1e-4)
-    assert losses["feature_loss"].item() == pytest.approx(np.mean(feature), rel=1e-4)
-    plain = a_model()(batch)
-    assert abs(losses["pixel_loss"].item() / plain["pixel_loss"].item() - 1) > 1e-3
-    torch.testing.assert_close(pixel_loss(model.predict_pixels(batch), pixel_target(batch["patches_b"])), losses["pixel_loss"])
-
-
-@pytest.mark.parametrize("beta", [0.5, 2.0])
-def test_summed_over_channels_eq7_is_as_many_times_larger_as_there_are_channels(beta):
-    y, f = patches(), patches(seed=1)
-    expected = 48 * paper.eq7_loss(f.double().numpy(), y.double().numpy(), beta)
-    assert feature_loss(y, f, beta, "sum").item() == pytest.approx(expected, rel=1e-5)
-    model, batch = a_model(reduction="sum"), with_target(a_model())
-    assert model(batch)["feature_loss"].item() == pytest.approx(128 * a_model()(batch)["feature_loss"].item(), rel=1e-5)
-
-
-def test_the_identity_loss_compares_the_class_tokens_of_both_regions():
-    model = a_model(identity_weight=0.7, identity_dim=16)
-    assert model.needs_teacher
-    batch = cut_batch(*a_batch(4), VIEW)
-    target = Teacher(model.encoder, VIEW.grid, class_token=True)(batch["patches_b"])
-    losses = model(batch | {"target": target})
-    assert list(losses) == ["loss", "pixel_loss", "feature_loss", "identity_loss", "target_std"]
-    tokens = model.encoder(batch["patches_a"], batch["coords_a"])
-    assert model.identity_head is not None
-    expected = identity_loss(model.identity_head(tokens[:, 0]), model.identity_head(target[:, 0]), 4)
-    torch.testing.assert_close(losses["identity_loss"], expected)
-    parts = losses["pixel_loss"] + losses["feature_loss"] + 0.7 * losses["identity_loss"]
-    torch.testing.assert_close(losses["loss"], parts)
-    plain = PersonMAE(size="micro")
-    plain.load_state_dict({name: t for name, t in model.state_dict().items() if not name.startswith("identity_head.")})
-    for name, loss in plain(batch | {"target": target[:, 1:]}).items():
-        if name != "loss":
-            torch.testing.assert_close(loss, losses[name])
-    losses["loss"].backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_the_identity_loss_works_without_the_feature_loss():
-    model = a_model(feature_weight=0.0, identity_weight=1.0)
-    assert model.needs_teacher
-    batch = cut_batch(*a_batch(), VIEW)
-    batch["target"] = Teacher(model.encoder, VIEW.grid, class_token=True)(batch["patches_b"])
-    losses = model(batch)
-    assert list(losses) == ["loss", "pixel_loss", "identity_loss", "target_std"]
-    torch.testing.assert_close(losses["loss"], losses["pixel_loss"] + losses["identity_loss"])
-
-
-def test_the_options_are_off_in_a_model_of_the_paper():
-    model = PersonMAE(size="micro")
-    assert model.identity_head is None
-    assert not model.visible_positions
-    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"encoder", "pixel_decoder", "feature_decoder"}
-    assert not a_model(feature_weight=0.0).needs_teacher
-
-
-@pytest.mark.parametrize("micro", [2, 8, 32])
-def test_how_far_targets_are_spread_does_not_depend_on_the_micro_batch(micro):
-    target = torch.randn(64, 32, 128, generator=torch.Generator().manual_seed(0)) * 1.7
-    found = torch.stack([spread_over_images(part) for part in target.split(micro)]).mean().item()
-    assert found == pytest.approx(spread_over_images(target).item(), rel=5e-3)
-    assert found == pytest.approx(1.7, rel=1e-2)
-
-
-def test_a_collapsed_teacher_has_no_spread_and_one_image_says_nothing():
-    same = torch.randn(1, 32, 128, generator=torch.Generator().manual_seed(0)).expand(8, -1, -1)
-    assert spread_over_images(same).item() == pytest.approx(0.0, abs=1e-6)
-    assert spread_over_images(same[:1]).item() == 0.0
-
-
 COMPILED = """
 import torch
 from dataclasses import replace
 from personmae.model.personmae import cut_batch, draw_batch
-from test_personmae import VIEW, a_batch
+from small_models import VIEW, a_batch
 canvas, size, _ = a_batch()
 native, keys = size * 2, torch.arange(len(size)) * 977 + 13
 view = replace(VIEW, **{changes})

@@ -1,0 +1,64 @@
+"""The rank lists of a report: for the same queries, what each run found, as rows of images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from personmae.apply import pictures
+from personmae.apply.comparison import distinct
+from personmae.apply.places import Lost, printable
+from personmae.apply.runs import RankList, Run
+
+NUM_QUERIES = 6  # on the page
+THUMBNAIL = (128, 64)  # (height, width) of an image
+
+
+def draw(chosen: Sequence[Run]) -> dict[str, list[pictures.Row]]:
+    """Rows of images by the runs' names, for queries that all of them have.
+
+    Raises:
+        UserError: no run has rank lists, or their images are gone.
+    """
+    if not chosen:
+        raise pictures.NotYet("no run has a rank_lists.json yet; fine-tuning and 'personmae evaluate --out' write one")
+    by_query = [{_below_root(run, e.query): e for e in run.rank_lists.entries} for run in chosen if run.rank_lists]
+    queries = [query for query in by_query[0] if all(query in entries for entries in by_query)][:NUM_QUERIES]
+    return {
+        label: [_draw_row(run, entries[query]) for query in queries]
+        for label, run, entries in zip(distinct([_label(run) for run in chosen]), chosen, by_query, strict=True)
+    }
+
+
+def _label(run: Run) -> str:
+    name = run.result.name if run.result else run.name
+    return printable(f"{name} (unfinished)" if run.unfinished else name)
+
+
+def _below_root(run: Run, path: str) -> str:
+    """A path as it is below the benchmark's root, for two runs may have named that differently."""
+    root = run.rank_lists.root if run.rank_lists else ""
+    return path.removeprefix(root).lstrip("/")
+
+
+def _draw_row(run: Run, entry: RankList) -> pictures.Row:
+    query, *found = (pictures.read_thumbnail(_find(run, path), THUMBNAIL) for path in (entry.query, *entry.gallery))
+    return [(query, None), *zip(found, entry.correct, strict=True)]
+
+
+def _find(run: Run, path: str) -> Path:
+    """An image below the benchmark's root, wherever that is now, or by its own path."""
+    assert run.rank_lists
+    root, below = run.rank_lists.root, _below_root(run, path)
+    try:
+        found = Path(run.place.find(root)) / below
+        return found if found.is_file() else Path(run.place.find(path))
+    except Lost:
+        return Path(run.place.find(path))
+
+
+def embed(drawn: dict[str, list[pictures.Row]]) -> list[list[tuple[str, list[tuple[str, bool | None]]]]]:
+    """For each query, (name, [(image address, correct)]) of every run: what is compared stands together."""
+    named = [
+        [(name, [(pictures.data_uri(pictures.framed(p, ok), ".jpg"), ok) for p, ok in row]) for row in rows]
+        for name, rows in drawn.items()
+    ]
+    return [list(lines) for lines in zip(*named, strict=True)]
