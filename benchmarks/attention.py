@@ -26,10 +26,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from personmae import checkpoint, dist, metrics
+from personmae import dist
 from personmae.bench.ceilings import require_native
+from personmae.checkpoint import portable
 from personmae.errors import run_program
 from personmae.model.vit import plain_attention
+from personmae.monitor import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
 LENGTHS = (33, 129, 161)
@@ -112,8 +114,8 @@ def main() -> None:
     world = dist.read_world()
     require_native(["bf16"], world.device)
     dist.start(world)
-    record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
-    record |= {"versions": checkpoint.versions(), "batch_size": args.batch_size, "milliseconds": {}}
+    record: dict[str, Any] = {"commit": environment.git_commit(), "hardware": environment.describe_hardware()}
+    record |= {"versions": portable.versions(), "batch_size": args.batch_size, "milliseconds": {}}
     for size in args.sizes:
         for length in LENGTHS:
             shape = (args.batch_size, HEADS[size], length, 64)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from personmae import metrics
+from personmae.monitor import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "commands.json"
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("commands", nargs="+", choices=list(COMMANDS))
     parser.add_argument("--as", dest="processor", choices=list(AS), default="here", help="processor to behave as")
     args = parser.parse_args()
-    known = {"commit": metrics.git_commit(), "as": args.processor, "hardware": metrics.describe_hardware()}
+    known = {"commit": environment.git_commit(), "as": args.processor, "hardware": environment.describe_hardware()}
     folder = Path(tempfile.mkdtemp(prefix="personmae-clone-"))
     clone = folder / "personmae"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)

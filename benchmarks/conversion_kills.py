@@ -21,8 +21,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from personmae.data.synthetic import SynthSettings, write_synthetic
-from personmae.metrics import describe_hardware, git_commit
+from personmae.monitor.environment import describe_hardware, git_commit
+from personmae.synthetic.benchmarks import SynthSettings, write_synthetic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "conversion_kills.json"

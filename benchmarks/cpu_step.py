@@ -24,11 +24,13 @@ import torch
 import torch.nn.functional as F
 from commands import AS
 
-from personmae import dist, metrics
+from personmae import dist
 from personmae.bench.ceilings import DTYPES, require_native
 from personmae.model import regions, vit
-from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
+from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
+from personmae.monitor import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_step.json"
 ROUNDS, REPEATS, WARM_UP = 3, 12, 3
@@ -110,7 +112,7 @@ def main() -> None:
             for name, value in json.loads(done.stdout.splitlines()[-1]).items():
                 values[name].append(value)
     medians = {memory: {n: round(statistics.median(v), 1) for n, v in values.items()} for memory, values in found.items()}
-    entry = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware(), "milliseconds": medians}
+    entry = {"commit": environment.git_commit(), "hardware": environment.describe_hardware(), "milliseconds": medians}
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     RESULTS.write_text(json.dumps({**record, args.processor: entry}, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(entry, indent=1))

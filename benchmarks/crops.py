@@ -17,8 +17,8 @@ import cv2
 import numpy as np
 
 from personmae.data import importer
-from personmae.data.pedestrians.picture import draw_shot
-from personmae.data.pedestrians.plan import Shot, SynthSettings, plan
+from personmae.synthetic.image import draw_shot
+from personmae.synthetic.plan import Shot, SynthSettings, plan
 
 HEIGHTS = (150, 500)  # pixels, uniform
 NOISE = 1.0  # standard deviation in grey levels, of every colour

@@ -19,9 +19,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from personmae import checkpoint, dist, metrics
+from personmae import dist
 from personmae.bench.ceilings import require_native
+from personmae.checkpoint import portable
 from personmae.errors import run_program
+from personmae.monitor import environment, run_log
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "curve.json"
@@ -50,7 +52,7 @@ def losses(args: argparse.Namespace, run_dir: Path, *changes: str) -> list[float
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, encoding="utf-8")
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-4000:])
-    return [record["loss"] for record in metrics.read_records(run_dir)]
+    return [record["loss"] for record in run_log.read_records(run_dir)]
 
 
 def apart(one: list[float], other: list[float]) -> float:
@@ -77,9 +79,9 @@ def main() -> None:
     args.shards = args.shards.resolve()
     fast = [f"train.compile={str(not args.eager).lower()}", f"train.cuda_graphs={str(args.graphs).lower()}"]
     ways = {"plain": PLAIN, "fast": ["train.precision=bf16", *fast], "plain, another seed": [*PLAIN, "seed=1"]}
-    record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
+    record: dict[str, Any] = {"commit": environment.git_commit(), "hardware": environment.describe_hardware()}
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("shards", "out")}
-    record |= {"versions": checkpoint.versions(), "settings": settings}
+    record |= {"versions": portable.versions(), "settings": settings}
     record |= {"ways": ways, "apart": {}, "last_loss": {}, "losses": {}}
     curves, distances = record["losses"], record["apart"]
     args.out.parent.mkdir(parents=True, exist_ok=True)

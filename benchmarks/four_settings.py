@@ -17,7 +17,7 @@ from pathlib import Path
 from quickstart_runs import MAE, MODEL, ROOT, brief, personmae, read
 from scipy.stats import t as student
 
-from personmae import metrics
+from personmae.monitor import environment
 
 RUNS = ROOT / "runs" / "settings"
 RESULTS = ROOT / "benchmarks" / "results" / "four_settings.json"
@@ -97,7 +97,7 @@ def main() -> None:
     args = parser.parse_args()
     personmae("synth", RUNS / "data", "--seed", str(DATA_SEED))
     personmae("shards", "write", RUNS / "data" / "pool", RUNS / "shards", "--shard-mb", "8", "--if-missing")
-    record: dict = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware(), "data_seed": DATA_SEED}
+    record: dict = {"commit": environment.git_commit(), "hardware": environment.describe_hardware(), "data_seed": DATA_SEED}
     record["baselines"] = {name: brief(evaluate(f"baseline_{name}", name)) for name in BASELINES}
     found: dict[str, dict[str, dict[str, float]]] = {}
     for seed in args.seeds:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from quickstart_runs import MAE, MODEL, ROOT, brief, personmae, read
 
-from personmae import metrics
+from personmae.monitor import environment, run_log
 
 RUNS = ROOT / "runs" / "sweep"
 RESULTS = ROOT / "benchmarks" / "results" / "quickstart_sweep.json"
@@ -51,7 +51,7 @@ def arm(name: str, init: str | Path) -> dict[str, float]:
         personmae("evaluate", init, "market1501", TARGET, "--probe", "--out", folder / "probe", *options)
     found = {kind: brief(scores)["mAP"] for kind, scores in read(folder / "probe")["probe"].items()}
     if init != "random":
-        losses = [record["pixel_loss"] for record in metrics.read_records(str(init)) if "pixel_loss" in record]
+        losses = [record["pixel_loss"] for record in run_log.read_records(str(init)) if "pixel_loss" in record]
         found["pixel_loss"] = round(losses[-1], 4)
     chosen = FINE_TUNING if name in ("random", "quickstart") else {"": ()}
     for kind, changes in chosen.items():
@@ -71,7 +71,7 @@ def main() -> None:
         parser.error(f"an arm is one of random, {', '.join(PRETRAINING)}; got {unknown[0]}")
     personmae("synth", RUNS / "data")
     personmae("shards", "write", RUNS / "data" / "pool", RUNS / "shards", "--shard-mb", "8", "--if-missing")
-    known = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
+    known = {"commit": environment.git_commit(), "hardware": environment.describe_hardware()}
     rows: dict[str, dict] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name in names:
         init: str | Path = "random"

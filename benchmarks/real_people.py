@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from quickstart_runs import MAE, MODEL, ROOT, brief, personmae, read
 
-from personmae import metrics
 from personmae.errors import UserError, run_program
+from personmae.monitor import environment, run_log
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_people.json"
 NAME = re.compile(r"(?P<pid>-1|\d+)_c(?P<camid>\d+)s\d+_\d+_\d+\.jpg")
@@ -118,7 +118,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args, self.work = args, args.work.resolve()
         self.root = self.work / "market1501"
-        self.record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
+        self.record: dict[str, Any] = {"commit": environment.git_commit(), "hardware": environment.describe_hardware()}
         self.record |= {"images": write_split(args.folder, self.root), "split_seed": SPLIT_SEED}
         self.record["settings"] = {name: getattr(args, name) for name in ("pretrain", "finetune", "unsupervised")}
         self.record |= {"baselines": {}, "starts": defaultdict(dict), "without labels": defaultdict(dict)}
@@ -166,7 +166,7 @@ class Bench:
         options = [*MODEL, "--seed", seed] if init == "random" else []
         probed = self.evaluate(f"probe {start} seed{seed}", init, "--probe", *options)
         found: Scores = {name: brief(scores) for name, scores in probed["probe"].items()}
-        if init != "random" and (losses := [r["pixel_loss"] for r in metrics.read_records(init) if "pixel_loss" in r]):
+        if init != "random" and (losses := [r["pixel_loss"] for r in run_log.read_records(init) if "pixel_loss" in r]):
             found["pixel_loss"] = losses[-1]
         run_dir = self.work / f"mgn_{start}_seed{seed}"
         settings = [f"run_dir={run_dir}", f"root={self.root}", f"init={init}", f"seed={seed}", "train.epochs=5"]

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from personmae import metrics
-from personmae.model.personmae import Batch, Draws, View, cut_batch, draw_batch, pixel_target
+from personmae.model.inputs import Batch, Draws, View, cut_batch, draw_batch
+from personmae.model.personmae import pixel_target
+from personmae.monitor import environment
 
 RESULTS = Path(__file__).resolve().parent / "results" / "regions.json"
 BATCH = 1024
@@ -107,7 +108,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("the kernel runs on a GPU and this machine has none: nothing to measure")
         return
-    record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware(), "batch": BATCH}
+    record: dict[str, Any] = {"commit": environment.git_commit(), "hardware": environment.describe_hardware(), "batch": BATCH}
     for name, pictures in itertools.product(args.sizes, args.pictures):
         (img_size, max_shift), share = SIZES[name], PICTURES[pictures]
         view = View(img_size, 16, HALF, HALF, max_shift, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)

@@ -19,9 +19,10 @@ from rich.table import Table
 from scaling_model import FREE, HOUR, Machine, Plan, Point, fit, predict, run_seconds, step_times
 from scaling_points import describe, measure
 
-from personmae import metrics
+from personmae import flops
+from personmae.batch_plan import admissible_world_sizes
 from personmae.errors import UserError
-from personmae.plan import admissible_world_sizes
+from personmae.monitor import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -50,7 +51,7 @@ REACHED = {"flops_per_second": 0.6, "bytes_per_second": 0.75, "update_bytes_per_
 ASSUMED = {
     "seconds_per_kernel": (5e-6, "assumed: a kernel started by Python each 5 µs; CUDA graphs and compiling start fewer"),
     "flops_per_second": (
-        REACHED["flops_per_second"] * (metrics.peak_flops(GPU, "bf16") or 0),
+        REACHED["flops_per_second"] * (flops.peak_flops(GPU, "bf16") or 0),
         f"assumed: {REACHED['flops_per_second']:.0%} of the data sheet's peak of an {GPU}",
     ),
     **{
@@ -241,7 +242,7 @@ def run_predict(args: argparse.Namespace) -> None:
         f"a global batch of {args.global_batch} can be shared by {taken} GPUs and no other number up to {WORLD_SIZES[-1]}"
     )
     found = {
-        "commit": metrics.git_commit(),
+        "commit": environment.git_commit(),
         "points": {"commit": record["commit"], "hardware": record["hardware"], "image_bytes": record["image_bytes"]},
         "fitted": asdict(core),
         "gpu": {name: {"value": getattr(gpu, name), "source": source} for name, source in sources.items()},

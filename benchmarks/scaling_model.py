@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scaling_work import Work, count_work
 from scipy.optimize import least_squares
 
-from personmae import dist
+from personmae import batch_plan
 from personmae.errors import UserError
 
 HOUR = 3600.0
@@ -160,7 +160,7 @@ def step_times(plan: Plan, world_size: int, machine: Machine, *, cold: bool = Fa
         UserError: these ranks cannot take equal parts of the batch.
     """
     work = count_work(plan.size, plan.img_size, plan.precision)
-    batch = dist.plan_batch(plan.global_batch_size, world_size, plan.max_micro_batch_size)
+    batch = batch_plan.plan_batch(plan.global_batch_size, world_size, plan.max_micro_batch_size)
     slower = machine.contention if world_size > 1 else 1.0
     return StepTimes(
         slower * batch.grad_accum_steps * compute_seconds(work, batch.micro_batch_size, machine),

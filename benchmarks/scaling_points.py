@@ -25,14 +25,17 @@ import torch.distributed as tdist
 from scaling_model import Point
 from scaling_work import DTYPES, view_of
 
-from personmae import checkpoint, dist, metrics, optim
+from personmae import dist, optim
 from personmae.bench.ceilings import require_native
 from personmae.bench.data import BATCH_SIZE, VIEW
+from personmae.checkpoint import portable
+from personmae.checkpoint.writer import Writer
 from personmae.data.stream import BatchReader, ShardSet
 from personmae.engine.native import NativeEngine
-from personmae.keeper import Writer
-from personmae.model.personmae import PersonMAE, cut_batch, draw_batch
+from personmae.model.inputs import cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
+from personmae.monitor import environment
 
 LARGE, SMALL = (256, 128), (128, 64)
 PRECISION = "bf16"
@@ -81,9 +84,9 @@ def measure(rounds: int) -> dict[str, Any]:
     if kind == "cpu":
         points += _told(_two_ranks(rounds))
     return {
-        "commit": metrics.git_commit(),
-        "hardware": metrics.describe_hardware(),
-        "versions": checkpoint.versions(),
+        "commit": environment.git_commit(),
+        "hardware": environment.describe_hardware(),
+        "versions": portable.versions(),
         "settings": {"device": kind, "precision": PRECISION, "rounds": rounds, "threads": 1},
         "image_bytes": image_bytes,
         "points": [asdict(point) for point in points],
@@ -271,7 +274,7 @@ def _pauses(device: torch.device, directory: Path) -> list[Point]:
         times = []
         with closing(Writer(directory / size, keep_last=1)) as writer:
             for step in range(1, 4):
-                times.append(writer.save(checkpoint.Checkpoint(step, tensors, {})))
+                times.append(writer.save(portable.Checkpoint(step, tensors, {})))
                 while writer.busy:
                     time.sleep(0.01)
         points.append(Point("pause", statistics.median(times[1:]), held, size, num_bytes=num_bytes))

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
+from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 
 Values = NDArray[np.float64]

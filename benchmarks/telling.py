@@ -2,7 +2,7 @@
 
     python benchmarks/telling.py         # some seconds on one idle CPU core; with a GPU, its events too
 
-``tests/test_metrics.py`` holds the number of calls down, which no clock is needed for; docs/metrics.md has the figures.
+``tests/monitor/test_rank_metrics.py`` holds the number of calls down. docs/metrics.md has the figures.
 """
 
 import os
@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
-from launcher.health import Metrics
-from personmae import heartbeat
+from launcher.elastic.http import Metrics
+from personmae.checkpoint.writer import CheckpointCounters
 from personmae.data.counters import StreamCounters
-from personmae.keeper import CheckpointCounters
-from personmae.meter import Meter, StepTimer
+from personmae.monitor import heartbeat
+from personmae.monitor.rank_metrics import Meter, StepTimer
 
 STEP_SECONDS, WRITE_SECONDS = 0.02, 2.0  # a short step, and how often the file is written
 PLAN: dict[str, Any] = {"first_step": 0, "total_steps": 100, "world_size": 1, "checkpoint_steps": 10}

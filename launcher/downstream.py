@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as in launcher/pretrain.py
 
-from personmae import signals
+from personmae.system import signals
 
 if __name__ == "__main__":  # before all that takes time
     signals.answer_early()
@@ -13,7 +13,7 @@ if __name__ == "__main__":  # before all that takes time
 import argparse
 import os
 
-from launcher import objects
+from launcher.cluster import bucket
 from personmae.commands.arguments import Parser
 from personmae.commands.training import add_program_arguments, run_config
 from personmae.errors import UserError, leave, run_program
@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> None:
     path = Path(config.load(kind, args.config, args.overrides).run_dir) / "result.json"
     if not path.is_file():
         raise UserError(f"{args.program} has ended without {path}; see its output above")
-    objects.write(args.result, path.read_bytes())
+    bucket.write(args.result, path.read_bytes())
     print(f"result: {args.result}", flush=True)
 
 

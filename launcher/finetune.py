@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # deepspeed puts launcher/ there, not the checkout
 
-from personmae import signals
+from personmae.system import signals
 
 if __name__ == "__main__":  # before all that takes time
     signals.answer_early()

@@ -4,19 +4,19 @@ import os
 import sys
 from typing import NoReturn
 
-from personmae import signals
+from personmae.system import signals
 
 if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "personmae":  # the console script imports this
     signals.answer_early()
 
-from personmae.commands import about, data, looking, training
+from personmae.commands import about, data, inspect, training
 from personmae.commands.arguments import Parser
 from personmae.errors import EXIT_COMPLETE, leave, run_program
 
 VERBS = (
     *(data.add_synth, data.add_shards),
     *(training.add_pretrain, training.add_finetune, training.add_unsupervised, training.add_evaluate),
-    *(looking.add_report, looking.add_bench, looking.add_doctor),
+    *(inspect.add_report, inspect.add_bench, inspect.add_doctor),
 )
 
 
@@ -37,7 +37,7 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for add in VERBS:
         add(verbs)
-    from launcher.submit import add_verbs
+    from launcher.cluster.cli import add_verbs
 
     add_verbs(verbs)
     for add_of in (about.add_keys, about.add_help, about.add_completion):

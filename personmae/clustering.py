@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from personmae import config, dist, downstream, files, metrics
+from personmae import config, dist, downstream
 from personmae.errors import Stopped, UserError
+from personmae.monitor import run_log
 from personmae.reid import cluster
 from personmae.reid.cluster_quality import ClusterQuality, follows_cameras, one_camera_share, quality
 from personmae.reid.datasets import Benchmark, pids_and_camids
@@ -21,6 +22,7 @@ from personmae.reid.features import extract, require_finite, told
 from personmae.reid.memory import CameraMemory, ClusterMemory, camera_proxies, mean_centroids
 from personmae.reid.retrieval import per_camera
 from personmae.reid.transforms import ImageSet
+from personmae.system import files
 
 
 class Module(downstream.Trained, Protocol):
@@ -40,7 +42,7 @@ class Run(downstream.Run, Protocol):
     def module(self) -> Module: ...
 
 
-def find_clusters(state: Run, images: ImageSet, epoch: int, log: metrics.RunLog, stopped: Callable[[], bool]) -> None:
+def find_clusters(state: Run, images: ImageSet, epoch: int, log: run_log.RunLog, stopped: Callable[[], bool]) -> None:
     """Label the images by the clusters of their features, and begin the memory with the means of these.
 
     Raises:
@@ -112,10 +114,10 @@ def require_cameras(settings: config.Unsupervised, benchmark: Benchmark) -> None
 
 def trim_clusters(run_dir: Path, step: int) -> None:
     """Leave those lines of ``clusters.jsonl`` that a run which goes on at ``step`` will not write again."""
-    files.cut_lines(run_dir / metrics.CLUSTERS, lambda record: record["step"] < step)
+    files.cut_lines(run_dir / run_log.CLUSTERS, lambda record: record["step"] < step)
 
 
-def _features(state: Run, images: ImageSet, log: metrics.RunLog, stopped: Callable[[], bool]) -> Tensor:
+def _features(state: Run, images: ImageSet, log: run_log.RunLog, stopped: Callable[[], bool]) -> Tensor:
     """Features of all images on every rank, of length one, in evaluation mode."""
     settings = state.settings
     dist.average_buffers(state.module.model)
@@ -135,14 +137,14 @@ def _features(state: Run, images: ImageSet, log: metrics.RunLog, stopped: Callab
     return features
 
 
-def _record(state: Run, epoch: int, scores: ClusterQuality, log: metrics.RunLog) -> None:
+def _record(state: Run, epoch: int, scores: ClusterQuality, log: run_log.RunLog) -> None:
     """Say how good the clusters are, and write it down."""
     shown = {name: value for name, value in asdict(scores).items() if value is not None}
     words = (f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in shown.items())
     log.say(f"epoch {epoch}: {'  '.join(words)}")
     if follows_cameras(scores.ami_cameras, scores.one_camera_share):
         log.say(_warning(scores, state.settings))
-    with (Path(state.settings.run_dir) / metrics.CLUSTERS).open("a", encoding="utf-8") as file:
+    with (Path(state.settings.run_dir) / run_log.CLUSTERS).open("a", encoding="utf-8") as file:
         file.write(files.to_json({"epoch": epoch, "step": state.step, **shown}) + "\n")
 
 

@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
-from personmae import locations
-from personmae.config_downstream import (
+from personmae.errors import OtherProgram, UserError
+from personmae.keys.config_file import Tree, config_hash, dump_yaml, flatten, override, read, validate
+from personmae.keys.downstream import (
     RANDOM,
     BenchmarkName,
     Cluster,
@@ -24,11 +25,10 @@ from personmae.config_downstream import (
     completed_identity,
     with_normalisation,
 )
-from personmae.config_errors import unknown_keys
-from personmae.config_file import Tree, config_hash, dump_yaml, flatten, override, read, validate
-from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Precision, Range, Section, Size, Triple
-from personmae.config_values import Place
-from personmae.errors import OtherProgram, UserError
+from personmae.keys.mistakes import unknown_keys
+from personmae.keys.sections import Checkpoint, Fraction, Metrics, Model, Precision, Range, Section, Size, Triple
+from personmae.keys.values import Place
+from personmae.system import locations
 
 __all__ = [
     "PROGRAMS",

@@ -1,4 +1,4 @@
-"""Ranks and process groups: who we are, one flag agreed on by all, and the batch plan that follows from the world size."""
+"""Ranks and process groups: who we are, and what all agree on."""
 
 import contextlib
 import ctypes
@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as tdist
 
-from personmae import signals
 from personmae.errors import Diverged, Stopped, Unavailable, UserError
+from personmae.system import signals
 
 _TIMEOUT = timedelta(minutes=10)
 _PATIENCE = timedelta(hours=4)  # for what the first rank does alone, such as clustering or ranking
@@ -286,51 +286,3 @@ def barrier() -> None:
     """Wait for all ranks."""
     if tdist.is_initialized():
         tdist.barrier()
-
-
-@dataclass(frozen=True, slots=True)
-class BatchPlan:
-    """How a global batch is split: world_size * grad_accum_steps * micro_batch_size images per step."""
-
-    global_batch_size: int
-    world_size: int
-    micro_batch_size: int
-    grad_accum_steps: int
-
-    def __str__(self) -> str:
-        parts = f"{self.world_size} ranks x {self.grad_accum_steps} micro-batches x {self.micro_batch_size} images"
-        return f"{self.global_batch_size} images a step = {parts}"
-
-
-def plan_batch(global_batch_size: int, world_size: int, max_micro_batch_size: int) -> BatchPlan:
-    """The largest micro-batch that divides each rank's part evenly.
-
-    Raises:
-        UserError: the ranks cannot take equal parts; the world sizes that can are listed.
-    """
-    if global_batch_size % world_size:
-        sizes = [n for n in range(1, 2 * world_size + 1) if global_batch_size % n == 0]
-        near = [n * world_size for n in {global_batch_size // world_size, global_batch_size // world_size + 1} if n]
-        raise UserError(
-            f"train.global_batch_size={global_batch_size} must be a multiple of the world size {world_size}; "
-            f"start {' or '.join(map(str, sizes))} ranks, or set train.global_batch_size to "
-            f"{' or '.join(map(str, sorted(near)))}"
-        )
-    per_rank = global_batch_size // world_size
-    micro = max(n for n in range(1, min(per_rank, max_micro_batch_size) + 1) if per_rank % n == 0)
-    return BatchPlan(global_batch_size, world_size, micro, per_rank // micro)
-
-
-def require_equal_parts(batch_size: int, group_size: int, world_size: int) -> None:
-    """Raise a UserError unless ranks can take equal parts of a batch, in whole groups of batch normalisation."""
-    group = min(group_size, batch_size)
-    if batch_size % world_size or batch_size // world_size % group:
-        sizes = [n for n in range(1, batch_size // group + 1) if batch_size % (n * group) == 0]
-        start = f"start {' or '.join(map(str, sizes))}, or " if sizes else ""
-        near = [n for n in range(2, batch_size // world_size + 1) if batch_size % (n * world_size) == 0]
-        best = sorted(near, key=lambda n: abs(n - group))[:2]
-        give = f"such as {' or '.join(map(str, sorted(best)))} " if best else ""
-        raise UserError(
-            f"a batch of {batch_size} images in groups of train.bn_group_size={group} must be shared evenly by {world_size} "
-            f"rank{'s' * (world_size > 1)}; {start}give another train.bn_group_size {give}(only equal ones compare)"
-        )

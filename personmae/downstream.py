@@ -7,10 +7,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, metrics, progress
+from personmae import config, dist
+from personmae.checkpoint import portable
 from personmae.config import RANDOM
 from personmae.errors import Stopped
-from personmae.meter import Meter
+from personmae.monitor import environment, progress, run_log
+from personmae.monitor.rank_metrics import Meter
 from personmae.precision import AUTO, Precision
 from personmae.reid import datasets, retrieval
 from personmae.reid.datasets import Benchmark
@@ -69,7 +71,7 @@ def identity(settings: Settings, benchmark: Benchmark, precision: str, known: di
     init = settings.init
     if init != RANDOM:
         gone = known and not Path(init).exists()
-        init = known.get("init") if known and gone else checkpoint.digest(checkpoint.locate(init))
+        init = known.get("init") if known and gone else portable.digest(portable.locate(init))
     return settings.identity() | {"train.precision": precision, "init": init} | datasets.identity(benchmark)
 
 
@@ -109,12 +111,12 @@ def record_run(state: Run) -> None:
     """Write down the run's set-up, and print what its benchmark holds."""
     settings = state.settings
     resolved = config.with_normalisation(settings, state.model_settings["mean"], state.model_settings["std"])
-    metrics.record_run(
+    run_log.record_run(
         settings.run_dir,
         config_yaml=config.dump_yaml(resolved),
         config_hash=config.config_hash(settings),
         seed=settings.seed,
-        versions=checkpoint.versions(),
+        versions=portable.versions(),
         first_step=state.step,
     )
     described = datasets.describe(state.benchmark)
@@ -145,7 +147,7 @@ def whitening_of(settings: Settings) -> dict[str, Any] | None:
     return {"dim": settings.cluster.whiten_dim, "shrinkage": settings.cluster.whiten_shrinkage}
 
 
-def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def evaluate(state: Run, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
     settings, kept = state.settings, state.model_settings
 
@@ -179,7 +181,7 @@ def evaluate(state: Run, log: metrics.RunLog, meter: Meter, stop: dist.StopSigna
         raise Stopped(f"{early}, all {state.step} steps saved in {settings.run_dir}; run this again to go on") from None
     if record is None:
         return
-    record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": metrics.git_commit()}
+    record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": environment.git_commit()}
     record |= {"identity": state.identity, "whiten": whitening_of(settings)}
     retrieval.write_record(Path(settings.run_dir), record)
     log.say(retrieval.table_row(record))

@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from personmae import checkpoint, dist, metrics, progress
+from personmae import dist
+from personmae.checkpoint import portable
 from personmae.config import RANDOM
 from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer
+from personmae.monitor import environment, progress
 from personmae.reid import probe, retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark
 from personmae.reid.features import Extractor
@@ -84,7 +86,7 @@ def run(
         record = _measure_baseline(where, benchmark, options)
     else:
         record = _measure(_find(where, options, unfinished), benchmark, options)
-    record |= {"commit": metrics.git_commit()}
+    record |= {"commit": environment.git_commit()}
     for row in _rows(record):
         print(retrieval.table_row(row))
     if out:
@@ -167,30 +169,30 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
     """
     if where == RANDOM:
         return _draw(options)
-    path = checkpoint.locate(where)
+    path = portable.locate(where)
     if not unfinished:
-        checkpoint.require_finished(where, path, " give --unfinished,")
-    source = {"checkpoint": str(path), "step": checkpoint.step_of(path.name), "digest": checkpoint.digest(path)}
-    if reached := checkpoint.unfinished(path):
+        portable.require_finished(where, path, " give --unfinished,")
+    source = {"checkpoint": str(path), "step": portable.step_of(path.name), "digest": portable.digest(path)}
+    if reached := portable.unfinished(path):
         source["unfinished"] = reached
     progress.log(f"evaluating {path}" + (f", whose run is not finished: it is at {reached}" if reached else ""))
-    name, record = Path(where).name, checkpoint.read_state(path)
+    name, record = Path(where).name, portable.read_state(path)
     if "head" in record:
         for option, told in _PRETRAINED_ONLY.items():
             if getattr(options, option):
                 raise UserError(f"{told}; {path} is fine-tuned and has a head of its own: leave it out")
         if record.get("whiten") and not options.per_camera:
             source["whiten"] = record["whiten"]  # as the run was evaluated at its own end
-        model = load_model(checkpoint.read(path, moments=False), path)
+        model = load_model(portable.read(path, moments=False), path)
         return Subject(name, record["init"], model, None, record["model"], source)
     if not (options.pool or options.probe):
         raise UserError(
             f"a fine-tuned checkpoint is required; {path} is pre-trained only: run 'personmae finetune' first, or see with "
             "--probe, or --pool mean, what its features find without"
         )
-    weights, settings = checkpoint.read_encoder(path)
+    weights, settings = portable.read_encoder(path)
     encoder = VisionTransformer(**SIZES[settings["size"]], patch_size=settings["patch_size"])
-    checkpoint.load_strictly(encoder, weights, path)
+    portable.load_strictly(encoder, weights, path)
     return _frozen(name, where, encoder, settings, options, source)
 
 
@@ -223,12 +225,12 @@ def _frozen(
     return Subject(name, f"{start}, {options.pool} of its tokens", model, encoder, settings, source)
 
 
-def load_model(saved: checkpoint.Checkpoint, path: Path) -> ReIDModel:
+def load_model(saved: portable.Checkpoint, path: Path) -> ReIDModel:
     """The model of a fine-tuned checkpoint, in evaluation mode."""
     settings: dict[str, Any] = saved.state["model"]
     encoder = VisionTransformer(**SIZES[settings["size"]], patch_size=settings["patch_size"])
     head = build_head(encoder, saved.state["num_classes"], **saved.state["head"])
     model = ReIDModel(encoder, head, trained_size=trained_size(settings))
     weights = {name.removeprefix("model."): tensor for name, tensor in saved.tensors["model"].items()}
-    checkpoint.load_strictly(model, weights, path)
+    portable.load_strictly(model, weights, path)
     return model.eval()

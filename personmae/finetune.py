@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personmae import checkpoint, compile_cache, config, dist, metrics, optim, precision, resume_point, run_lock, start_anew
+from personmae import batch_plan, config, dist, optim, precision
+from personmae.checkpoint import portable, resume_point, run_lock, start_anew
+from personmae.checkpoint.writer import Schedule, Writer, finish
 from personmae.config import RANDOM
 from personmae.downstream import (
     augmented,
@@ -31,10 +33,10 @@ from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped, UserError
 from personmae.guard import Guard
-from personmae.heartbeat import Phase
-from personmae.keeper import Schedule, Writer, finish
-from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
+from personmae.monitor import run_log
+from personmae.monitor.heartbeat import Phase
+from personmae.monitor.rank_metrics import Meter
 from personmae.precision import Precision
 from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids, train_labels
 from personmae.reid.features import told
@@ -50,6 +52,7 @@ from personmae.reid.heads import (
 from personmae.reid.losses import reid_loss
 from personmae.reid.sampler import pk_batches
 from personmae.reid.transforms import ImageSet, load_ahead
+from personmae.system import compile_cache
 
 
 @dataclass
@@ -86,7 +89,7 @@ def run(settings: config.Finetune) -> None:
     """
     began, world = time.monotonic(), dist.read_world()
     meter = Meter("finetune", **settings.metrics.meter_arguments())
-    dist.require_equal_parts(
+    batch_plan.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
@@ -113,7 +116,7 @@ def run(settings: config.Finetune) -> None:
             found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
         if world.is_first:
             announce(state)
-        log = metrics.RunLog(
+        log = run_log.RunLog(
             settings.run_dir,
             is_first=world.is_first,
             title="finetune",
@@ -135,7 +138,7 @@ def run(settings: config.Finetune) -> None:
         meter.close(lambda: stop.requested)
 
 
-def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def train(state: Run, found: Path | None, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     labels = torch.from_numpy(train_labels(state.benchmark.train))
@@ -232,15 +235,15 @@ def build(settings: config.Finetune, num_classes: int, chosen: Precision) -> tup
         drop_path_rate=settings.train.drop_path_rate,
     )
     if settings.init != RANDOM:
-        path = checkpoint.locate(settings.init)
-        if "head" in checkpoint.read_state(path):
+        path = portable.locate(settings.init)
+        if "head" in portable.read_state(path):
             raise UserError(
                 f"a pre-training checkpoint is required; {path} is of a model with a head: give init the run that it came "
                 "from, or go on from it without labels by 'personmae unsupervised'"
             )
-        weights, record = checkpoint.read_encoder(settings.init)
+        weights, record = portable.read_encoder(settings.init)
         model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
-        checkpoint.load_strictly(encoder, weights, settings.init)
+        portable.load_strictly(encoder, weights, settings.init)
     head = build_head(encoder, num_classes, **settings.head.model_dump(), bn_group_size=settings.train.bn_group_size)
     module = SupervisedReID(
         ReIDModel(encoder, head, trained_size=trained_size(model_settings)),
@@ -320,9 +323,9 @@ def save(state: Run, writer: Writer | None) -> None:
         "root": str(Path(state.benchmark.root).resolve()),
         "identity": state.identity,
         **state.precision.record(),
-        "versions": checkpoint.versions(),
+        "versions": portable.versions(),
     }
-    writer.save(checkpoint.Checkpoint(state.step, {"model": saved.params, **saved.moments}, record))
+    writer.save(portable.Checkpoint(state.step, {"model": saved.params, **saved.moments}, record))
 
 
 def num_classes(head: nn.Module) -> int:

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from personmae import dist
-from personmae.model.personmae import Batch, pixel_target
+from personmae.model.inputs import Batch
+from personmae.model.personmae import pixel_target
 
 NUM_IMAGES: Final = 512  # at least so many, in whole global batches
 MARGIN: Final = 0.05  # a loss that is not so much below the floor has hardly left it

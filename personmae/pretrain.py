@@ -14,21 +14,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personmae import checkpoint, compile_cache, config, dist, keeper, metrics, optim, precision, progress, run_lock, start_anew
-from personmae.data import storage
+from personmae import batch_plan, config, dist, flops, optim, precision
+from personmae.checkpoint import portable, run_lock, start_anew
+from personmae.checkpoint.writer import Schedule, Writer, finish, join_ranks
 from personmae.data.stream import BatchReader, ShardSet, to_device
 from personmae.engine.base import Engine
 from personmae.errors import Stopped, UserError
 from personmae.floor import FloorEstimate, floor_warning
 from personmae.guard import Guard
-from personmae.heartbeat import Phase
-from personmae.keeper import Schedule, Writer, finish
-from personmae.meter import Meter
 from personmae.model import teacher as ema
-from personmae.model.personmae import Batch, PersonMAE, View, choose_prepare, compile_parts
+from personmae.model.compiled import choose_prepare, compile_parts
+from personmae.model.inputs import Batch, View
+from personmae.model.personmae import PersonMAE
 from personmae.model.vit import SIZES
+from personmae.monitor import progress, run_log
+from personmae.monitor.heartbeat import Phase
+from personmae.monitor.rank_metrics import Meter
 from personmae.pretrain_probe import Prober
-from personmae.state import (
+from personmae.pretrain_state import (
     Run,
     Spiked,
     build_model,
@@ -40,6 +43,7 @@ from personmae.state import (
     roll_back,
     save,
 )
+from personmae.system import compile_cache, storage
 
 PAPER_STEPS = 204_100  # 100 epochs of 4,180,243 images at a global batch of 2,048
 
@@ -54,7 +58,7 @@ def run(settings: config.Pretrain) -> None:
     """
     began, world = time.monotonic(), dist.read_world()
     meter = Meter("pretrain", **settings.metrics.meter_arguments())
-    plan = dist.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
+    plan = batch_plan.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
     dist.start(world)
     shards = open_shards(settings, world)
@@ -112,10 +116,10 @@ def run(settings: config.Pretrain) -> None:
 def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: Meter, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the end."""
     settings, world, engine, teacher, total_steps = state.settings, state.world, state.engine, state.teacher, state.total_steps
-    team = keeper.join_ranks(settings.run_dir) if engine.is_sharded else {}
+    team = join_ranks(settings.run_dir) if engine.is_sharded else {}
     writer = open_writer(settings, found, team) if world.is_first or team else None
     schedule = Schedule(**settings.checkpoint.schedule_arguments())
-    log = metrics.RunLog(
+    log = run_log.RunLog(
         settings.run_dir,
         is_first=world.is_first,
         title="pretrain",
@@ -221,7 +225,7 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
             closing.callback(reader.close)
 
 
-def build_engine(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan) -> Engine:
+def build_engine(settings: config.Pretrain, model: PersonMAE, plan: batch_plan.BatchPlan) -> Engine:
     """The engine that the configuration names."""
     groups = optim.param_groups(model.named_parameters(), lr=peak_lr(settings), weight_decay=settings.optim.weight_decay)
     optimizer = optim.adamw(groups, settings.optim.betas)
@@ -335,12 +339,12 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
 def announce(state: Run) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     settings, total_steps = state.settings, state.total_steps
-    metrics.record_run(
+    run_log.record_run(
         settings.run_dir,
         config_yaml=config.dump_yaml(settings),
         config_hash=config.config_hash(settings),
         seed=settings.seed,
-        versions=checkpoint.versions(),
+        versions=portable.versions(),
         first_step=state.step,
     )
     if settings.data.shards.startswith("s3://"):
@@ -358,9 +362,9 @@ def announce(state: Run) -> None:
 
 def tell_end(state: Run, seconds: float) -> None:
     """Say where the encoder is, how long that took, what to do with it, and whether it has learned too little."""
-    settings, folders = state.settings, checkpoint.folders(state.settings.run_dir)
+    settings, folders = state.settings, portable.folders(state.settings.run_dir)
     where = f"the encoder is in {folders[0] if folders else settings.run_dir}"
-    if state.floor and (told := floor_warning(state.floor, metrics.read_records(settings.run_dir))):
+    if state.floor and (told := floor_warning(state.floor, run_log.read_records(settings.run_dir))):
         progress.say(told)
     progress.say(progress.ending("pretrain", seconds, where, following(settings)))
 
@@ -382,7 +386,7 @@ def tell_plan(state: Run, meter: Meter, writer: Writer | None, steps_per_epoch: 
         return
     peak = settings.metrics.peak_tflops and 1e12 * settings.metrics.peak_tflops
     if not peak and world.device.type == "cuda":
-        peak = metrics.peak_flops(torch.cuda.get_device_name(world.device), state.precision.name)
+        peak = flops.peak_flops(torch.cuda.get_device_name(world.device), state.precision.name)
     meter.run.plan(
         first_step=state.step,
         total_steps=state.total_steps,
@@ -398,7 +402,7 @@ def flops_per_image(settings: config.Pretrain) -> float:
     """Operations of a step, for each picture."""
     model, width = settings.model, SIZES[settings.model.size]["embed_dim"]
     num_patches = model.img_size[0] * model.img_size[1] // model.patch_size**2
-    return metrics.pretrain_flops(
+    return flops.pretrain_flops(
         num_visible=num_patches - round(settings.mask.ratio * num_patches),
         num_patches=num_patches,
         patch_size=model.patch_size,

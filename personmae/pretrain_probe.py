@@ -7,11 +7,12 @@ import copy
 
 import torch
 
-from personmae import config, dist, metrics
+from personmae import config, dist
 from personmae.engine.base import Engine
 from personmae.errors import RankError, Stopped, UserError
-from personmae.meter import Meter
 from personmae.model.vit import VisionTransformer
+from personmae.monitor import run_log
+from personmae.monitor.rank_metrics import Meter
 from personmae.reid import probe
 from personmae.reid.datasets import describe, load_benchmark
 
@@ -30,7 +31,7 @@ class Prober:
         if world.is_first:
             print(f"probe: {describe(self._benchmark).note}", flush=True)
 
-    def run(self, engine: Engine, step: int, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> dict[str, float]:
+    def run(self, engine: Engine, step: int, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> dict[str, float]:
         """Both mAPs for the log on the first rank, nothing on the others.
 
         Nothing too where it was stopped, or nothing can be compared, as features that are not finite cannot. That is told,

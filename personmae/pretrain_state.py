@@ -5,14 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from personmae import archive, checkpoint, commit, config, dist, resume_point
+from personmae import batch_plan, config, dist
+from personmae.checkpoint import commit, portable, remote, resume_point
+from personmae.checkpoint.writer import Writer
 from personmae.data.stream import ShardSet
 from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, UserError
 from personmae.floor import Floor
 from personmae.guard import Guard
-from personmae.keeper import Writer
-from personmae.model.personmae import PersonMAE, View
+from personmae.model.inputs import View
+from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.precision import Precision
 from personmae.pretrain_probe import Prober
@@ -24,7 +26,7 @@ class Run:
 
     settings: config.Pretrain
     world: dist.World
-    plan: dist.BatchPlan
+    plan: batch_plan.BatchPlan
     view: View
     shards: ShardSet
     engine: Engine
@@ -47,12 +49,12 @@ class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
 
 def save(state: Run, writer: Writer | None, *, spread: bool) -> None:
     """Have a checkpoint written, with ``spread`` by all ranks together."""
-    saved = portable(state, spread=spread)
+    saved = to_checkpoint(state, spread=spread)
     if writer and saved:
         writer.save(saved)
 
 
-def portable(state: Run, *, spread: bool = False) -> checkpoint.Checkpoint | None:
+def to_checkpoint(state: Run, *, spread: bool = False) -> portable.Checkpoint | None:
     """Everything that a resumed run needs, on the first rank, or each rank's share of it; called by all ranks together."""
     settings, engine_state = state.settings, state.engine.portable_state(spread=spread)
     if engine_state is None:
@@ -73,9 +75,9 @@ def portable(state: Run, *, spread: bool = False) -> checkpoint.Checkpoint | Non
         **state.precision.record(),
         "model": model_record(settings.model),
         "config_hash": config.config_hash(settings),
-        "versions": checkpoint.versions(),
+        "versions": portable.versions(),
     }
-    return checkpoint.Checkpoint(state.step, tensors, record)
+    return portable.Checkpoint(state.step, tensors, record)
 
 
 def resume(state: Run) -> Path | None:
@@ -97,9 +99,9 @@ def resume(state: Run) -> Path | None:
     student, teacher, centre = (tensors.pop(kind, {}) for kind in ("student", "teacher", "centre"))
     state.engine.load_portable(PortableState(student, tensors, saved.state["num_updates"]))
     if state.teacher:
-        checkpoint.load_strictly(state.teacher.encoder, teacher, found.path)
+        portable.load_strictly(state.teacher.encoder, teacher, found.path)
         if state.teacher.centre is not None:
-            checkpoint.load_strictly(state.teacher.centre, centre, found.path)
+            portable.load_strictly(state.teacher.centre, centre, found.path)
     state.step = saved.step
     state.cursor = saved.state.get("cursor", saved.step)
     state.usual_loss = saved.state.get("usual_loss")
@@ -130,7 +132,7 @@ def last_step_counted(guard: Guard, state: Run) -> bool:
     """
     if guard.exhausted():
         blame, where = guard.blame(), Path(state.settings.run_dir) / "diverged"
-        if dumped := portable(state):
+        if dumped := to_checkpoint(state):
             with contextlib.closing(Writer(where, keep_last=1)) as writer:
                 writer.save(dumped)
         raise Diverged(
@@ -153,7 +155,7 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
         raise Diverged(f"{told}, after {most} rollbacks; lower optim.base_lr, or look at the data")
 
     def give_up() -> None:
-        kept = {*checkpoint.local_steps(run_dir), *_steps_in(store)}
+        kept = {*portable.local_steps(run_dir), *_steps_in(store)}
         if not any(step <= spike.good_step for step in kept):
             raise Diverged(
                 f"{told}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often"
@@ -173,7 +175,7 @@ def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
 
 
 def _steps_in(store: str | None) -> list[int]:
-    return archive.reaching(lambda: archive.patiently(lambda: archive.steps(store))) if store else []
+    return remote.reaching(lambda: remote.patiently(lambda: remote.steps(store))) if store else []
 
 
 def _give_up(run_dir: str, store: str | None, steps: list[int], at: int) -> None:
@@ -185,9 +187,9 @@ def _give_up(run_dir: str, store: str | None, steps: list[int], at: int) -> None
     own, beyond = ([step for step in steps if (step <= at) is mine] for mine in (True, False))
     failures: list[Exception] = [*commit.delete(run_dir, own).values(), *commit.set_aside(run_dir, beyond)[1].values()]
     for step in steps if store else ():
-        leave = archive.delete if step in own else archive.set_aside
+        leave = remote.delete if step in own else remote.set_aside
         try:
-            archive.reaching(lambda leave=leave, step=step: archive.patiently(lambda: leave(store or "", step)))
+            remote.reaching(lambda leave=leave, step=step: remote.patiently(lambda: leave(store or "", step)))
         except Exception as error:  # each store's client has errors of its own
             failures.append(error)
     if failures:
@@ -220,7 +222,7 @@ def count_steps(settings: config.Pretrain, num_samples: int) -> int:
     return max(1, round(settings.train.epochs * (num_samples // settings.train.global_batch_size)))
 
 
-def build_teacher(settings: config.Pretrain, model: PersonMAE, plan: dist.BatchPlan, view: View) -> Teacher | None:
+def build_teacher(settings: config.Pretrain, model: PersonMAE, plan: batch_plan.BatchPlan, view: View) -> Teacher | None:
     """The teacher that the losses need, if they need one.
 
     Raises:

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personmae import checkpoint, config, dist, metrics, optim, precision, resume_point, run_lock, start_anew
+from personmae import batch_plan, config, dist, optim, precision
+from personmae.checkpoint import portable, resume_point, run_lock, start_anew
+from personmae.checkpoint.writer import Schedule, Writer, finish
 from personmae.clustering import build_memory, find_clusters, memory_targets, require_cameras, trim_clusters
 from personmae.config import RANDOM
 from personmae.downstream import (
@@ -36,9 +38,9 @@ from personmae.engine.base import Engine, PortableState
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped
 from personmae.guard import Guard
-from personmae.keeper import Schedule, Writer, finish
-from personmae.meter import Meter
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
+from personmae.monitor import run_log
+from personmae.monitor.rank_metrics import Meter
 from personmae.precision import Precision
 from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids
 from personmae.reid.features import told
@@ -78,7 +80,7 @@ def run(settings: config.Unsupervised) -> None:
     """
     began, world = time.monotonic(), dist.read_world()
     meter = Meter("unsupervised", **settings.metrics.meter_arguments())
-    dist.require_equal_parts(
+    batch_plan.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
     benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
@@ -105,7 +107,7 @@ def run(settings: config.Unsupervised) -> None:
             found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
         if world.is_first:
             announce(state)
-        log = metrics.RunLog(
+        log = run_log.RunLog(
             settings.run_dir,
             is_first=world.is_first,
             title="unsupervised",
@@ -127,7 +129,7 @@ def run(settings: config.Unsupervised) -> None:
         meter.close(lambda: stop.requested)
 
 
-def train(state: Run, found: Path | None, log: metrics.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def train(state: Run, found: Path | None, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     pool = ThreadPoolExecutor(dist.threads_per_rank(world))
@@ -223,7 +225,7 @@ class ClusterContrast(nn.Module):
 
 
 def batches(
-    state: Run, images: ImageSet, ours: slice, log: metrics.RunLog, stopped: Callable[[], bool]
+    state: Run, images: ImageSet, ours: slice, log: run_log.RunLog, stopped: Callable[[], bool]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``ours`` of the pictures, and the memory's centroids of all (P * K,), of every global batch that is left.
 
@@ -262,7 +264,7 @@ def build(settings: config.Unsupervised, chosen: Precision) -> tuple[ClusterCont
     if settings.init != RANDOM:
         weights, record = read_start(settings.init)
         model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
-        checkpoint.load_strictly(encoder, weights, settings.init)
+        portable.load_strictly(encoder, weights, settings.init)
     head = Neck(encoder, **head_options(settings), bn_group_size=settings.train.bn_group_size)
     model = ReIDModel(encoder, head, trained_size=trained_size(model_settings))
     module = ClusterContrast(model, compute_dtype=chosen.dtype)
@@ -283,12 +285,12 @@ def read_start(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         UserError: there is none, or ``init`` is a run directory whose training has not reached its end.
     """
-    path = checkpoint.locate(init)
-    state = checkpoint.read_state(path)
-    checkpoint.require_finished(init, path)
+    path = portable.locate(init)
+    state = portable.read_state(path)
+    portable.require_finished(init, path)
     if "head" not in state:
-        return checkpoint.read_encoder(path)
-    weights = checkpoint.read_kind(path, "model")
+        return portable.read_encoder(path)
+    weights = portable.read_kind(path, "model")
     return encoder_weights({name.removeprefix("model."): tensor for name, tensor in weights.items()}), state["model"]
 
 
@@ -296,7 +298,7 @@ def warn_of_same_data(settings: config.Unsupervised, benchmark: Benchmark) -> No
     """Say so where the start was fine-tuned on the pictures that are now to be learned from without labels."""
     if settings.init == RANDOM:
         return
-    source = checkpoint.read_state(checkpoint.locate(settings.init))
+    source = portable.read_state(portable.locate(settings.init))
     if (source.get("benchmark"), source.get("root")) == (benchmark.name, str(Path(benchmark.root).resolve())):
         print(
             f"warning: {settings.init} was fine-tuned on {benchmark.name} at {benchmark.root} too and has seen these labels: "
@@ -341,10 +343,10 @@ def save(state: Run, writer: Writer | None) -> None:
         "root": str(Path(state.benchmark.root).resolve()),
         "identity": state.identity,
         **state.precision.record(),
-        "versions": checkpoint.versions(),
+        "versions": portable.versions(),
     }
     tensors = {"model": saved.params, **saved.moments, "clusters": clusters}
-    writer.save(checkpoint.Checkpoint(state.step, tensors, record))
+    writer.save(portable.Checkpoint(state.step, tensors, record))
 
 
 def resume(state: Run) -> Path | None:

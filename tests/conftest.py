@@ -89,7 +89,7 @@ def _moto_endpoint() -> Iterator[str]:
 @pytest.fixture
 def fresh_s3_client() -> Iterator[Callable[[], None]]:
     """Forgets the process's S3 client before and after a test, and whenever it is called."""
-    from personmae.data import storage
+    from personmae.system import storage
 
     storage.s3_client.cache_clear()
     yield storage.s3_client.cache_clear

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from personmae import checkpoint
+from personmae.checkpoint import portable
 from personmae.model import personmae, vit
 
 MICRO: dict[str, Any] = {"size": "micro", "img_size": [128, 64], "patch_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
@@ -33,14 +33,14 @@ def positions_of_before() -> Iterator[None]:
 
 def make_old(path: Path) -> Path:
     """Take from a checkpoint's record what it has of late: format, floor, and settings that were not there."""
-    record = json.loads((path / checkpoint.STATE).read_bytes())
-    assert record.pop("format") == checkpoint.FORMAT == 2
+    record = json.loads((path / portable.STATE).read_bytes())
+    assert record.pop("format") == portable.FORMAT == 2
     record.pop("floor", None)
     if "identity" in record:
         record["identity"] = {key: value for key, value in record["identity"].items() if not key.startswith(_LATER)}
     content = json.dumps(record).encode()
-    (path / checkpoint.STATE).write_bytes(content)
-    manifest = json.loads((path / checkpoint.MANIFEST).read_bytes())
-    manifest[checkpoint.STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (path / checkpoint.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    (path / portable.STATE).write_bytes(content)
+    manifest = json.loads((path / portable.MANIFEST).read_bytes())
+    manifest[portable.STATE] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / portable.MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     return path

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from personmae.data.pedestrians.plan import SynthSettings
-from personmae.data.synthetic import write_synthetic
+from personmae.synthetic.benchmarks import write_synthetic
+from personmae.synthetic.plan import SynthSettings
 
 # What the quickstart's USL takes for its 300 people finds no clusters among so few.
 FEW_CLUSTERS = (

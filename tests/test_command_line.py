@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 
 import launcher.program
-from launcher import elastic, submit
-from launcher.suite import Suite
+from launcher.cluster import cli
+from launcher.cluster.suite import Suite
+from launcher.elastic import __main__ as elastic
 from personmae import __main__, config
 from personmae.commands import about
 from personmae.commands.arguments import place
 from personmae.commands.examples import EXAMPLES, MAIN_KEYS, closing
-from personmae.config_keys import keys_of
 from personmae.errors import EXIT_COMPLETE, EXIT_USER_ERROR, UserError
+from personmae.keys.table import keys_of
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -123,7 +124,7 @@ def test_unknown_verbs_below_and_words_like_none_are_told(capsys):
     assert refusal(capsys, "bench", "stpe").startswith("unknown verb 'stpe'; did you mean 'step'? See 'personmae bench --help'")
     assert "unknown verb 'xyzzy'; there are synth, shards," in refusal(capsys, "xyzzy")
     with pytest.raises(SystemExit, match="78"):
-        submit.main(["stauts", "x"])
+        cli.main(["stauts", "x"])
     assert "did you mean 'status'?" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="78"):
         elastic.main(["rnu"])

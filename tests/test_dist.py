@@ -7,7 +7,7 @@ import pytest
 import torch
 import warm
 
-from personmae import dist
+from personmae import batch_plan, dist
 from personmae.errors import UserError
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
@@ -24,7 +24,7 @@ def environ(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize(("global_batch_size", "world_size"), [(1, 1), (8, 8), (96, 1), (96, 8), (2048, 2), (2048, 8)])
 @pytest.mark.parametrize("most", [1, 7, 64, 256])
 def test_a_plan_covers_the_global_batch_with_the_largest_micro_batch_allowed(global_batch_size, world_size, most):
-    plan = dist.plan_batch(global_batch_size, world_size, most)
+    plan = batch_plan.plan_batch(global_batch_size, world_size, most)
     assert plan.world_size * plan.grad_accum_steps * plan.micro_batch_size == global_batch_size
     per_rank = plan.micro_batch_size * plan.grad_accum_steps
     assert per_rank * world_size == global_batch_size
@@ -34,13 +34,13 @@ def test_a_plan_covers_the_global_batch_with_the_largest_micro_batch_allowed(glo
 
 
 def test_the_papers_batch_on_eight_ranks():
-    assert dist.plan_batch(2048, 8, 256) == dist.BatchPlan(2048, 8, 256, 1)
-    assert dist.plan_batch(2048, 4, 256) == dist.BatchPlan(2048, 4, 256, 2)
+    assert batch_plan.plan_batch(2048, 8, 256) == batch_plan.BatchPlan(2048, 8, 256, 1)
+    assert batch_plan.plan_batch(2048, 4, 256) == batch_plan.BatchPlan(2048, 4, 256, 2)
 
 
 def test_a_world_size_that_does_not_divide_lists_those_that_do_and_the_batches_that_would():
     with pytest.raises(UserError) as caught:
-        dist.plan_batch(1000, 16, 64)
+        batch_plan.plan_batch(1000, 16, 64)
     message = str(caught.value)
     assert "train.global_batch_size=1000 must be a multiple of the world size 16" in message
     assert "start 1 or 2 or 4 or 5 or 8 or 10 or 20 or 25 ranks" in message
@@ -49,7 +49,7 @@ def test_a_world_size_that_does_not_divide_lists_those_that_do_and_the_batches_t
 
 def test_more_ranks_than_images_suggests_no_empty_batch():
     with pytest.raises(UserError, match=r"set train\.global_batch_size to 8$"):
-        dist.plan_batch(5, 8, 64)
+        batch_plan.plan_batch(5, 8, 64)
 
 
 def test_without_a_launcher_there_is_one_rank(environ):

@@ -11,11 +11,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from personmae import images
-from personmae.data import importer, mosaic, shards
+from personmae.data import importer, shards
 from personmae.data.decode import decode_onto
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 from personmae.reid.transforms import decode_image, read_image
+from personmae.system import mosaic
 
 WHOLE, BROKEN = odd_images.whole(), odd_images.broken()
 CANVAS = (64, 64, 3)

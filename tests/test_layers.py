@@ -1,6 +1,7 @@
 """Imports point down: the layers of the design, and what must not be loaded early."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
+TORCH_ONLY = {"personmae.model", "personmae.optim", "personmae.flops"} | {
     f"personmae.reid.{name}"
     for name in (
         *("heads", "losses", "cluster", "memory", "ranking", "rerank", "sampler", "samples", "transforms"),
@@ -18,43 +19,27 @@ TORCH_ONLY = {"personmae.model", "personmae.optim"} | {
 MIDDLE = {
     f"personmae.{name}"
     for name in (
-        "engine",
-        "checkpoint",
-        "commit",
-        "run_lock",
-        "compile_cache",
-        "resume_point",
-        "start_anew",
-        "archive",
-        "keeper",
-        "snapshot",
-        "guard",
-        "metrics",
-        "meter",
-        "plan",
-        "floor",
-        "hiding",
-        "positions",
-        "data",
+        *("engine", "checkpoint", "batch_plan", "guard", "floor", "data", "synthetic"),
+        *("monitor.run_log", "monitor.rank_metrics"),
+        *("reid.features", "reid.probe", "reid.retrieval"),
     )
-} | {f"personmae.reid.{name}" for name in ("features", "probe", "retrieval")}
+}
 PROGRAMS = {
     f"personmae.{name}"
     for name in (
-        *("pretrain", "pretrain_probe", "state", "downstream", "clustering", "finetune", "unsupervised", "evaluate"),
-        *("bench", "apply", "dry_run"),
+        *("pretrain", "pretrain_state", "pretrain_probe", "finetune", "unsupervised", "clustering", "downstream", "evaluate"),
+        *("bench", "report", "inspect", "dry_run"),
     )
 }
 GROUND = {
     f"personmae.{name}"
     for name in (
-        *("errors", "files", "heartbeat", "images", "locations", "progress", "sessions", "signals", "telemetry", "yaml_text"),
-        *("endpoint", "precision"),
+        *("errors", "images", "precision", "system"),
+        *("monitor.heartbeat", "monitor.progress", "monitor.environment", "monitor.exporter", "monitor.endpoint"),
     )
 }
-CONFIG = {"personmae.config"} | {
-    f"personmae.config_{name}" for name in ("file", "sections", "downstream", "values", "errors", "keys")
-}
+PROCESS = {"personmae.dist", "personmae.monitor.gpu"}
+CONFIG = {"personmae.config", "personmae.keys"}
 HEAVY = {"torch", "cv2", "numpy", "boto3", "streaming", "deepspeed", "timm", "matplotlib", "scipy", "sklearn"}
 
 
@@ -102,8 +87,8 @@ def test_the_walk_finds_imports_at_any_depth():
 
 def test_every_module_has_a_layer():
     upper = PROGRAMS | {"personmae.__main__", "personmae.commands", "launcher"}
-    lower = GROUND | CONFIG | {"personmae.dist", "personmae.nvml"}
-    packages = {"personmae", "personmae.reid"}
+    lower = GROUND | CONFIG | PROCESS
+    packages = {"personmae", "personmae.reid", "personmae.monitor"}
     assert [m for m in FILES if m not in packages and not within(m, upper | MIDDLE | TORCH_ONLY | lower)] == []
 
 
@@ -115,12 +100,12 @@ def is_program(module: str) -> bool:
 
 def test_programs_never_import_each_other():
     programs = {module for module in FILES if is_program(module)}
-    assert {"personmae.pretrain", "personmae.finetune", "personmae.evaluate", "personmae.apply.report"} <= programs
+    assert {"personmae.pretrain", "personmae.finetune", "personmae.evaluate", "personmae.report.report"} <= programs
     assert [f"{m} -> {i}" for m in OURS if within(m, PROGRAMS) for i in OURS[m] if i in programs] == []
 
 
 def test_nothing_below_imports_a_program():
-    layers = TORCH_ONLY | MIDDLE | GROUND | CONFIG | {"personmae.dist", "personmae.nvml"}
+    layers = TORCH_ONLY | MIDDLE | GROUND | CONFIG | PROCESS
     assert [f"{m} -> {i}" for m in OURS if within(m, layers) for i in OURS[m] if within(i, PROGRAMS)] == []
 
 
@@ -133,7 +118,7 @@ def test_model_knows_no_reid():
 
 
 def test_engine_checkpoint_metrics_data_and_features_take_plain_arguments():
-    assert trespasses(MIDDLE, MIDDLE | TORCH_ONLY | GROUND | {"personmae.dist", "personmae.nvml"}) == []
+    assert trespasses(MIDDLE, MIDDLE | TORCH_ONLY | GROUND | PROCESS) == []
 
 
 def test_an_engine_knows_no_model_and_no_data():
@@ -141,17 +126,19 @@ def test_an_engine_knows_no_model_and_no_data():
 
 
 def test_data_knows_no_model_and_no_engine():
-    allowed = {f"personmae.{name}" for name in ("data", "dist", "errors", "images", "locations", "progress")}
+    allowed = {f"personmae.{name}" for name in ("data", "dist", "errors", "images", "system", "monitor.progress")}
     assert trespasses({"personmae.data"}, allowed) == []
 
 
-def test_dist_nvml_and_the_configuration_stand_on_errors_alone():
-    assert trespasses({"personmae.dist", "personmae.nvml", "personmae.errors"}, GROUND) == []
+def test_ranks_gpus_and_the_configuration_stand_on_the_ground_alone():
+    assert trespasses(PROCESS | {"personmae.errors"}, GROUND) == []
     assert trespasses(CONFIG, GROUND | CONFIG) == []
 
 
 def test_the_configuration_needs_pydantic_yaml_and_the_standard_library():
-    outside = {i.split(".")[0] for module in CONFIG for i in IMPORTS[module]} - set(sys.stdlib_module_names)
+    outside = {i.split(".")[0] for module in FILES if within(module, CONFIG) for i in IMPORTS[module]} - set(
+        sys.stdlib_module_names
+    )
     assert outside == {"pydantic", "yaml", "personmae"}
 
 
@@ -161,28 +148,27 @@ def test_the_model_needs_torch_and_nothing_that_computes_besides():
 
 
 def test_the_launcher_imports_the_command_line_configuration_heartbeats_numbers_and_errors_alone():
-    allowed = {"launcher"} | {
-        f"personmae.{name}"
-        for name in (
-            "commands",
-            "config",
-            "endpoint",
-            "errors",
-            "files",
-            "heartbeat",
-            "nvml",
-            "telemetry",
-            "locations",
-            "yaml_text",
-            "signals",
-        )
-    }
-    assert trespasses({"launcher"}, allowed) == []
+    monitor = ("endpoint", "heartbeat", "gpu", "exporter")
+    allowed = {"launcher"} | {f"personmae.{name}" for name in ("commands", "config", "keys", "errors", "system")}
+    assert trespasses({"launcher"}, allowed | {f"personmae.monitor.{name}" for name in monitor}) == []
+
+
+def test_the_ground_imports_nothing_above_it():
+    assert trespasses(GROUND, GROUND) == []
+
+
+def test_nothing_imports_in_a_circle():
+    graph = {module: {name for name in found if name in FILES} for module, found in OURS.items()}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(FILES)  # a circle is a CycleError that names it
 
 
 def test_the_bottom_imports_nothing_of_ours():
-    assert OURS["personmae.errors"] == OURS["personmae.heartbeat"] == OURS["personmae.images"] == set()
-    assert OURS["personmae.telemetry"] - {"personmae"} == {"personmae.endpoint", "personmae.errors", "personmae.heartbeat"}
+    assert OURS["personmae.errors"] == OURS["personmae.monitor.heartbeat"] == OURS["personmae.images"] == set()
+    assert OURS["personmae.monitor.exporter"] - {"personmae"} == {
+        "personmae.monitor.endpoint",
+        "personmae.errors",
+        "personmae.monitor.heartbeat",
+    }
 
 
 def test_packages_do_nothing_when_imported():
@@ -205,7 +191,7 @@ PARTS_OF_STREAMING = """
 import sys
 import personmae.pretrain, personmae.finetune, personmae.unsupervised, personmae.data.importer
 assert "streaming" not in sys.modules
-from personmae.data import mosaic
+from personmae.system import mosaic
 writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
 mosaic.load("streaming.base.storage"), mosaic.load("streaming.base.dataset")
 """

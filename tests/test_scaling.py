@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from closeness import assert_allclose
 
-from personmae import metrics
+from personmae import flops
 from personmae.errors import UserError
 from personmae.model.vit import SIZES
 
@@ -37,7 +37,7 @@ def micro():
 
 def test_the_counted_operations_are_those_of_the_formula_and_of_cutting_the_regions():
     dim = SIZES["micro"]["embed_dim"]
-    formula = metrics.pretrain_flops(
+    formula = flops.pretrain_flops(
         num_visible=32,
         num_patches=128,
         patch_size=16,

@@ -28,10 +28,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # Not the programs themselves: a module that is run should not have been imported before.
 PRELOADED = (
     *("torch.distributed.run", "torch.utils.tensorboard", "cv2", "scipy.sparse", "sklearn.cluster", "boto3"),
-    *("personmae.commands.training", "personmae.commands.data", "personmae.commands.looking", "personmae.data.importer"),
-    *("personmae.pretrain", "personmae.finetune", "personmae.unsupervised", "personmae.evaluate", "personmae.plan"),
-    *("personmae.engine.native", "personmae.engine.deepspeed", "personmae.engine.fsdp", "personmae.apply.report"),
-    *("launcher.agent", "launcher.store", "launcher.options", "launcher.submit", "launcher.verbs", "launcher.program"),
+    *("personmae.commands.training", "personmae.commands.data", "personmae.commands.inspect", "personmae.data.importer"),
+    *("personmae.pretrain", "personmae.finetune", "personmae.unsupervised", "personmae.evaluate", "personmae.dry_run"),
+    *("personmae.engine.native", "personmae.engine.deepspeed", "personmae.engine.fsdp", "personmae.report.report"),
+    *(
+        "launcher.elastic.agent",
+        "launcher.elastic.store",
+        "launcher.elastic.options",
+        "launcher.cluster.cli",
+        "launcher.cluster.commands",
+        "launcher.program",
+    ),
 )
 # Read while a library is loaded, so they hold for all processes of the server.
 FIXED = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

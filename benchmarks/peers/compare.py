@@ -27,15 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from personmae import checkpoint, config, dist, metrics, precision, pretrain
+from personmae import batch_plan, config, dist, precision, pretrain
 from personmae.bench.ceilings import require_native
+from personmae.checkpoint import portable
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.errors import UserError
 from personmae.guard import Guard
-from personmae.model.personmae import View
+from personmae.model.inputs import View
 from personmae.model.teacher import Teacher
+from personmae.monitor import environment
 from personmae.precision import AUTO, NAMES
-from personmae.state import Run
+from personmae.pretrain_state import Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers.json"
 MOST_FILES = 50_000  # of a large data set, the usual way is given so many pictures
@@ -65,7 +67,7 @@ class Ours:
         self.prepare = pretrain.choose_prepare(model, **settings.prepare_arguments())
         if train.compile:
             pretrain.compile_parts(model, teacher, train.cuda_graphs)
-        plan = dist.plan_batch(settings.train.global_batch_size, 1, settings.train.global_batch_size)
+        plan = batch_plan.plan_batch(settings.train.global_batch_size, 1, settings.train.global_batch_size)
         self.engine = pretrain.build_engine(settings, model, plan)
         self.state = Run(settings, world, plan, view, shards, self.engine, teacher, TOTAL_STEPS, chosen)
         self.guard = Guard(world.device, max_skipped_steps=train.max_skipped_steps)
@@ -263,9 +265,9 @@ def main() -> None:
     dist.start(world)
     settings = vars(arguments) | {"shards": Path(arguments.shards).name, "out": arguments.out.name}
     record: dict[str, Any] = {
-        "commit": metrics.git_commit(),
-        "hardware": metrics.describe_hardware(),
-        "versions": checkpoint.versions(),
+        "commit": environment.git_commit(),
+        "hardware": environment.describe_hardware(),
+        "versions": portable.versions(),
         "settings": settings | {"device": str(world.device), "threads": torch.get_num_threads()},
     }
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from personmae.model.personmae import View
+from personmae.model.inputs import View
 from personmae.model.vit import SIZES
 
 TOKENS = ["encoder.cls_token", "pixel_decoder.mask_token", "feature_decoder.mask_token"]  # without weight decay

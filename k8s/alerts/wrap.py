@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from personmae.yaml_text import read_documents
+from personmae.keys.yaml_text import read_documents
 
 HERE = Path(__file__).parent
 HEAD = "# Made from rules.yaml by wrap.py.\n"

@@ -1,7 +1,7 @@
 """What launching needs from an object store: is the data there, fetch a benchmark and an encoder, leave a result.
 
-``python -m launcher.objects fetch`` is what a benchmark's pod does first. Training itself reads through
-``personmae.data.storage``, which launching may not import.
+``python -m launcher.cluster.bucket fetch`` is what a benchmark's pod does first. Training itself reads through
+``personmae.system.storage``, which launching may not import.
 """
 
 import argparse
@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from personmae import files
 from personmae.commands.arguments import Parser
 from personmae.errors import UserError, run_program
+from personmae.system import files
 
 _NUM_THREADS = 16
 _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
@@ -27,7 +27,7 @@ _FINAL = {"NoSuchBucket", "NoSuchKey", "404", "AccessDenied", "403", "InvalidAcc
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and fetch; returns the exit code."""
-    parser = Parser(prog="python -m launcher.objects")
+    parser = Parser(prog="python -m launcher.cluster.bucket")
     fetch = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser).add_parser("fetch")
     fetch.add_argument("--pictures", required=True, metavar="URL", help="s3://bucket/x.tar, or a prefix of single files")
     fetch.add_argument("--encoder", required=True, metavar="URL", help="a run's checkpoint.store, or 'random'")

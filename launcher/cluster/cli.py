@@ -11,7 +11,7 @@ from personmae.errors import run_program
 
 
 def main(argv: list[str] | None = None) -> int:
-    """``python -m launcher.submit VERB ...``: these verbs alone; returns the exit code."""
+    """``python -m launcher.cluster.cli VERB ...``: these verbs alone; returns the exit code."""
     parser = Parser(prog="personmae", description="Runs in a Kubernetes cluster.")
     add_verbs(parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser))
     args = parser.parse_args(argv)
@@ -46,12 +46,12 @@ def add_verbs(verbs: argparse._SubParsersAction) -> None:
 
 
 def _later(name: str) -> Callable[[argparse.Namespace], None]:
-    """A function of ``verbs.py``, which is only loaded when its verb is chosen."""
+    """A function of ``commands.py``, which is only loaded when its verb is chosen."""
 
     def run(args: argparse.Namespace) -> None:
-        from launcher import verbs
+        from launcher.cluster import commands
 
-        getattr(verbs, name)(args)
+        getattr(commands, name)(args)
 
     return run
 

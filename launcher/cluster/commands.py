@@ -1,4 +1,4 @@
-"""What the verbs of ``submit.py`` do, once one is chosen."""
+"""What the verbs of ``cli.py`` do, once one is chosen."""
 
 import argparse
 import json
@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from launcher import cluster, objects, render, status, suite
-from launcher.choice import Choice, check_name, check_namespace, environment_of, require_role
-from launcher.cluster import INSTANCE
-from launcher.kubectl import Kubectl
-from launcher.kustomization import Object
-from launcher.render import Rendered
-from personmae import config, files
+from launcher.cluster import bucket, deployed, render, status, suite
+from launcher.cluster.deployed import INSTANCE
+from launcher.cluster.kubectl import Kubectl
+from launcher.cluster.kustomization import Object
+from launcher.cluster.render import Rendered
+from launcher.cluster.request import Choice, check_name, check_namespace, environment_of, require_role
+from personmae import config
 from personmae.errors import EXIT_FAILED, UserError
+from personmae.system import files
 
 EXIT_TIMEOUT = 3  # of --wait
 WATCH_SECONDS = 10
@@ -85,13 +86,13 @@ def submit_run(args: argparse.Namespace) -> None:
         print(f"{name}: {len(everything)} objects; nothing was asked of a cluster and nothing created")
         return
     kubectl = Kubectl(args.namespace, args.context)
-    cluster.preflight(kubectl, [r.run for r in runs], everything)
+    deployed.preflight(kubectl, [r.run for r in runs], everything)
     if args.dry_run == "server":
         print(f"{name}: the cluster would take all {len(everything)} objects; nothing was created")
         return
-    since = cluster.create(kubectl, [r.run for r in runs], everything, runs[0].workload)
+    since = deployed.create(kubectl, [r.run for r in runs], everything, runs[0].workload)
     try:
-        for line in cluster.watch(kubectl, [r.run for r in runs], since, WATCH_SECONDS):
+        for line in deployed.watch(kubectl, [r.run for r in runs], since, WATCH_SECONDS):
             print(f"warning: {line}", file=sys.stderr)
     except KeyboardInterrupt:
         print(next_commands(name, args), flush=True)  # it goes on without us
@@ -124,15 +125,15 @@ def check_places(runs: list[Rendered]) -> None:
     for rendered in runs:
         settings: Any = rendered.settings
         if isinstance(settings, suite.Suite):
-            checks[settings.results] = objects.require_bucket
+            checks[settings.results] = bucket.require_bucket
             continue
-        checks[settings.checkpoint.store] = objects.require_bucket
+        checks[settings.checkpoint.store] = bucket.require_bucket
         if isinstance(settings, config.Pretrain):
-            checks[settings.data.shards] = objects.require_shards
+            checks[settings.data.shards] = bucket.require_shards
         else:
-            checks[settings.root] = objects.require_something
+            checks[settings.root] = bucket.require_something
             if settings.init != "random" and settings.init not in own:  # another stage's is still to come
-                checks[settings.init] = objects.require_something
+                checks[settings.init] = bucket.require_something
     for place, require in checks.items():
         if place.startswith("s3://"):
             _look(place, require)
@@ -163,7 +164,7 @@ def _wait(kubectl: Kubectl, run: str, seconds: float) -> int:
     deadline, misses = time.monotonic() + seconds, 0
     while True:
         try:
-            end, misses = cluster.finished(cluster.find(kubectl, run)[1]), 0
+            end, misses = deployed.finished(deployed.find(kubectl, run)[1]), 0
         except UserError:
             end, misses = None, misses + 1
             if misses == _MISSES:
@@ -199,12 +200,12 @@ def _kubectl(args: argparse.Namespace) -> Kubectl:
 def show_logs(args: argparse.Namespace) -> None:
     """``personmae logs``."""
     kubectl = _kubectl(args)
-    _, found = cluster.find(kubectl, args.run_name)
+    _, found = deployed.find(kubectl, args.run_name)
     selector = f"{INSTANCE}={args.run_name},app.kubernetes.io/component=trainer"
     if args.index is not None:
         selector += f",batch.kubernetes.io/job-completion-index={args.index}"
     fetches = found["metadata"].get("labels", {}).get("personmae/fetches")  # it may have failed before training began
-    containers = ["--all-containers"] if fetches else ["-c", cluster.trainer(found)]
+    containers = ["--all-containers"] if fetches else ["-c", deployed.trainer(found)]
     command = [*kubectl.command, "logs", "-l", selector, *containers, "--prefix", "--tail=-1"]
     command += ["--max-log-requests=200", "--ignore-errors"]  # of pods that have no node yet
     command += (["--follow"] if args.follow else []) + ([f"--since={args.since}"] if args.since else [])
@@ -215,7 +216,7 @@ def show_logs(args: argparse.Namespace) -> None:
 
 def scale_run(args: argparse.Namespace) -> None:
     """``personmae scale``."""
-    cluster.scale(_kubectl(args), args.run_name, args.nodes)
+    deployed.scale(_kubectl(args), args.run_name, args.nodes)
     print(f"{args.run_name}: {args.nodes} nodes; the ranks save and go on with those that there are")
 
 
@@ -234,10 +235,10 @@ def resume_run(args: argparse.Namespace) -> None:
 def _suspend(args: argparse.Namespace, suspended: bool) -> list[str]:
     """Suspend or resume a run, or a suite's dispatcher and those of its stages that have begun and are not over."""
     kubectl = _kubectl(args)
-    states = cluster.states(kubectl, cluster.stages(kubectl, args.run_name))
+    states = deployed.states(kubectl, deployed.stages(kubectl, args.run_name))
     runs = [*(run for run, state in states.items() if state == "at work"), args.run_name]
     for run in runs:
-        cluster.set_suspended(kubectl, run, suspended)
+        deployed.set_suspended(kubectl, run, suspended)
     return runs
 
 
@@ -245,16 +246,16 @@ def delete_run(args: argparse.Namespace) -> None:
     """``personmae delete``."""
     kubectl = _kubectl(args)
     try:
-        _, found = cluster.find(kubectl, args.run_name)
+        _, found = deployed.find(kubectl, args.run_name)
     except UserError:
-        if not cluster.delete(kubectl, args.run_name):  # what a creation may have left that failed half way
+        if not deployed.delete(kubectl, args.run_name):  # what a creation may have left that failed half way
             raise
         print(f"what there was of {args.run_name} is deleted")
         return
-    stages = cluster.stages(kubectl, args.run_name)
-    if stages and not cluster.is_over(found):
-        cluster.set_suspended(kubectl, args.run_name, True)  # or its dispatcher would find its stages gone, and say so
+    stages = deployed.stages(kubectl, args.run_name)
+    if stages and not deployed.is_over(found):
+        deployed.set_suspended(kubectl, args.run_name, True)  # or its dispatcher would find its stages gone, and say so
     for run in [*stages, args.run_name]:
-        cluster.delete(kubectl, run)
+        deployed.delete(kubectl, run)
     store = found["metadata"].get("annotations", {}).get("personmae/store")
     print(f"{args.run_name} is deleted" + (f"; its checkpoints stay at {store}" if store else ""))

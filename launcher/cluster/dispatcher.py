@@ -1,4 +1,4 @@
-"""``python -m launcher.dispatcher PLAN``: a suite's CPU-only pod. It creates a benchmark's Job once its encoder is complete.
+"""``python -m launcher.cluster.dispatcher PLAN``: a suite's pod, which creates a benchmark's Job once its encoder is complete.
 
 It keeps nothing: what is done follows from the Jobs and from the results in the bucket, so a new pod goes on where the last one
 was. It may get and create Jobs in its namespace, and no more.
@@ -15,9 +15,9 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Protocol
 
-from launcher import objects, suite
-from launcher.cluster import finished
-from launcher.kustomization import Object
+from launcher.cluster import bucket, suite
+from launcher.cluster.deployed import finished
+from launcher.cluster.kustomization import Object
 from personmae.errors import EXIT_STOPPED, UserError, run_program
 
 PAUSE_SECONDS = 30.0
@@ -103,12 +103,12 @@ def run(plan: dict[str, Any], jobs: Jobs, pause_seconds: float = PAUSE_SECONDS) 
     found = {}
     for stage in plan["stages"]:
         if "result" in stage and stage["name"] not in failed:
-            if content := objects.read(stage["result"]):
+            if content := bucket.read(stage["result"]):
                 found[stage["name"]] = json.loads(content)
             else:
                 failed[stage["name"]] = f"Failed: {stage['result']} is missing"
     for name, content in suite.result_files(found, failed).items():
-        objects.write(f"{plan['results'].rstrip('/')}/{name}", content)
+        bucket.write(f"{plan['results'].rstrip('/')}/{name}", content)
     print(suite.table(found, failed), end="", flush=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(states)} stages failed: {', '.join(failed)}; see {plan['results']}/results.md")

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from launcher.kustomization import Object
+from launcher.cluster.kustomization import Object
 from personmae.errors import UserError
 
 _ANSWER_SECONDS = 10  # for one request; kubectl makes up to six before it gives a cluster up

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from launcher import kustomization
-from launcher.choice import (
+from launcher.cluster import kustomization
+from launcher.cluster.kustomization import Object
+from launcher.cluster.request import (
     Choice,
     batch_of,
     check_namespace,
@@ -26,10 +27,10 @@ from launcher.choice import (
     settings_of,
     sizes_of,
 )
-from launcher.kustomization import Object
-from personmae import config, files
+from personmae import config
 from personmae.errors import UserError
-from personmae.yaml_text import Dumper, read_file, represent_text
+from personmae.keys.yaml_text import Dumper, read_file, represent_text
+from personmae.system import files
 
 _ORDER = (  # what a kind names comes before it
     *("ServiceAccount", "Role", "RoleBinding", "ConfigMap", "Service", "NetworkPolicy", "PodDisruptionBudget", "PodMonitor"),

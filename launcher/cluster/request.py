@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher import kustomization, objects
-from launcher.kustomization import Object
-from personmae import config, locations
+from launcher.cluster import bucket, kustomization
+from launcher.cluster.kustomization import Object
+from personmae import config
 from personmae.errors import UserError
+from personmae.system import locations
 
-K8S = Path(__file__).resolve().parent.parent / "k8s"
+K8S = Path(__file__).resolve().parents[2] / "k8s"
 MOST_NAME = 38  # what is left of 63 characters when kinds, indexes and Kubernetes' own endings are added
 _ONLY_JOBS = {"spot", "spot-gke", "kueue", "nvme-cache", "rdma", "efa", "priority"}  # they patch the Job
 _NOT_HERE = {"dev-cpu": {"nvme-cache", "rdma", "efa"}}  # it sets what they would
@@ -185,7 +186,7 @@ def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
             raise UserError(f"pods lose their disks, so {key} must be on {schemes}; got {place}: give {key}=s3://BUCKET/PREFIX")
         if scheme not in _STORES:
             raise UserError(f"{key} must begin with one of {', '.join(f'{name}://' for name in _STORES)}; got {place}")
-    objects.check_pictures(str(places.get("root", "")))
+    bucket.check_pictures(str(places.get("root", "")))
     return settings
 
 

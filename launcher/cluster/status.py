@@ -5,10 +5,10 @@ import re
 import time
 from typing import Any
 
-from launcher import objects
-from launcher.cluster import INSTANCE, find, finished, refusals, stages, states, trainer
-from launcher.kubectl import Kubectl
-from launcher.kustomization import Object
+from launcher.cluster import bucket
+from launcher.cluster.deployed import INSTANCE, find, finished, refusals, stages, states, trainer
+from launcher.cluster.kubectl import Kubectl
+from launcher.cluster.kustomization import Object
 from personmae.errors import UserError
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
@@ -146,6 +146,6 @@ def _checkpoint_age(metrics: dict[str, float], store: str | None) -> float | Non
     if not store or not store.startswith("s3://"):
         return None
     try:
-        return objects.age_seconds(f"{store}/LATEST")
+        return bucket.age_seconds(f"{store}/LATEST")
     except Exception:  # this machine need not reach the bucket; then the age is not told
         return None

@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from launcher import kustomization, render
-from launcher.choice import Choice, check_name, guess_overlay, image_of, overlay_of
-from launcher.kustomization import Object
-from launcher.render import Rendered
-from personmae import config, files
+from launcher.cluster import kustomization, render
+from launcher.cluster.kustomization import Object
+from launcher.cluster.render import Rendered
+from launcher.cluster.request import Choice, check_name, guess_overlay, image_of, overlay_of
+from personmae import config
 from personmae.config import Place
 from personmae.errors import EXIT_COMPLETE, UserError
-from personmae.locations import escape
+from personmae.system import files
+from personmae.system.locations import escape
 
 _SCORES = ("mAP", "rank1", "rank5", "rank10", "mINP")
 Program = Literal["pretrain", "finetune", "unsupervised"]

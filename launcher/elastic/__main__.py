@@ -1,6 +1,6 @@
 """``python -m launcher.elastic run|store``: the agent that starts and watches the ranks of one host, and the agents' store."""
 
-from personmae import signals
+from personmae.system import signals
 
 if __name__ == "__main__":  # before all that takes time
     signals.answer_early()
@@ -12,13 +12,13 @@ import threading
 from dataclasses import asdict
 from pathlib import Path
 
-from launcher.agent import Agent
-from launcher.options import read_options, read_policy
-from launcher.ranks import Limits
-from launcher.store import serve
+from launcher.elastic.agent import Agent
+from launcher.elastic.options import read_options, read_policy
+from launcher.elastic.ranks import Limits
+from launcher.elastic.store import serve
 from personmae.commands.arguments import Parser
-from personmae.endpoint import LOOPBACK
 from personmae.errors import EXIT_COMPLETE, run_program
+from personmae.monitor.endpoint import LOOPBACK
 
 
 def main(argv: list[str] | None = None) -> int:

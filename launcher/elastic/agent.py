@@ -15,12 +15,12 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher import membership
-from launcher.health import Health, Metrics, linger, serve
-from launcher.membership import Closed, Node, Policy, Reason, Report, State
-from launcher.options import Options
-from launcher.ranks import Limits, RankProcess, Ranks, interface_of, rank_environment, reach, reserve_port, say
-from launcher.store import INTERVAL_SECONDS, Change, Link
+from launcher.elastic import membership
+from launcher.elastic.http import Health, Metrics, linger, serve
+from launcher.elastic.membership import Closed, Node, Policy, Reason, Report, State
+from launcher.elastic.options import Options
+from launcher.elastic.ranks import Limits, RankProcess, Ranks, interface_of, rank_environment, reach, reserve_port, say
+from launcher.elastic.store import INTERVAL_SECONDS, Change, Link
 from personmae.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 
 _TURN_SECONDS, _AGAIN_SECONDS = 0.1, 2.0

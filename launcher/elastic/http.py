@@ -11,13 +11,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from launcher.membership import Reason, State
-from launcher.ranks import Ranks, say
-from personmae import endpoint
+from launcher.elastic.membership import Reason, State
+from launcher.elastic.ranks import Ranks, say
 from personmae.errors import UserError
-from personmae.heartbeat import PHASES
-from personmae.nvml import gpu_collectors
-from personmae.telemetry import GOODPUT, RANK_PHASE, Continued, merge
+from personmae.monitor import endpoint
+from personmae.monitor.exporter import GOODPUT, RANK_PHASE, Continued, merge
+from personmae.monitor.gpu import gpu_collectors
+from personmae.monitor.heartbeat import PHASES
 
 _LAST_STEP, _LAST_STEP_TIME = "personmae_last_step", "personmae_last_step_timestamp_seconds"
 
@@ -31,7 +31,7 @@ class Health:
 
 
 class Metrics(Collector):
-    """The agent's own numbers, and with them those of its ranks below ``beats``; see personmae/telemetry.py."""
+    """The agent's own numbers, and with them those of its ranks below ``beats``; see personmae/monitor/exporter.py."""
 
     def __init__(self, min_nodes: int, max_nodes: int, beats: Path | None = None) -> None:
         disable_created_metrics()

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.membership import Policy
+from launcher.elastic.membership import Policy
 from personmae.errors import UserError
 
 

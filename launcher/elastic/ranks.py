@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from launcher.membership import Round
-from launcher.stacks import ask_flight_record, flight_environment, process_state, read_stacks
-from personmae import heartbeat
+from launcher.elastic.membership import Round
+from launcher.elastic.traces import ask_flight_record, flight_environment, process_state, read_stacks
 from personmae.errors import EXIT_COMPLETE, EXIT_STOPPED, EXIT_USER_ERROR
-from personmae.heartbeat import PATIENCE_SECONDS, Beat, Phase
+from personmae.monitor import heartbeat
+from personmae.monitor.heartbeat import PATIENCE_SECONDS, Beat, Phase
 
 _TAIL_LINES = 200
 _LINE_BYTES = 1 << 16  # a progress bar may never end its line

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
-from launcher import membership
-from launcher.membership import Policy, State
+from launcher.elastic import membership
+from launcher.elastic.membership import Policy, State
 from personmae.errors import UserError
 
 INTERVAL_SECONDS = 0.5  # between two looks at the store

@@ -17,7 +17,7 @@ _ANSWER_SECONDS = 3.0
 def read_stacks(pid: int, file: Path) -> str:
     """Where each thread of a rank is: from py-spy where it is installed and allowed, else from the rank's own fault handler.
 
-    ``file`` is where that handler writes, see personmae/heartbeat.py.
+    ``file`` is where that handler writes, see personmae/monitor/heartbeat.py.
     """
     state = process_state(pid)
     if stacks := _ask_py_spy(pid):

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from personmae import checkpoint, dist, files, metrics, progress
-from personmae.keeper import Writer
+from personmae import dist
+from personmae.checkpoint import portable
+from personmae.checkpoint.writer import Writer
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
+from personmae.monitor import environment, progress
+from personmae.system import files
 
 GRID = (16, 8)  # of 256 x 128 pixels; the state does not depend on it
 
@@ -37,9 +40,9 @@ def run_checkpoint(bench: CheckpointBench, out: Path | None = None) -> dict[str,
     finally:
         dist.stop()
     record = {
-        "commit": metrics.git_commit(),
-        "hardware": metrics.describe_hardware(),
-        "versions": checkpoint.versions(),
+        "commit": environment.git_commit(),
+        "hardware": environment.describe_hardware(),
+        "versions": portable.versions(),
         "settings": asdict(bench) | {"device": str(world.device), "threads": torch.get_num_threads()},
         "measured": measured,
     }
@@ -69,7 +72,7 @@ def _pauses(bench: CheckpointBench, device: torch.device) -> dict[str, float]:
     ):
         for step in range(1, bench.saves + 1):
             start = time.perf_counter()
-            paused.append(1000 * writer.save(checkpoint.Checkpoint(step, tensors, {})))
+            paused.append(1000 * writer.save(portable.Checkpoint(step, tensors, {})))
             while writer.busy:
                 time.sleep(0.01)
             committed.append(time.perf_counter() - start)

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, files, metrics, progress
+from personmae.checkpoint import portable
 from personmae.errors import UserError
+from personmae.monitor import environment, progress
 from personmae.reid.cluster import pseudo_labels
 from personmae.reid.cluster_quality import ClusterQuality, quality
+from personmae.system import files
 
 OURS = "pseudo_labels"
 USUAL = "dense N x N"  # matrices, filled image by image, as cluster-contrast and its ports compute it
@@ -74,9 +76,9 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
         labels[name] = kept[0]
         found[name] = Measured(statistics.median(seconds), max(peaks), max(more), quality(kept[0], pids))
     record = {
-        "commit": metrics.git_commit(),
-        "hardware": metrics.describe_hardware(),
-        "versions": checkpoint.versions(),
+        "commit": environment.git_commit(),
+        "hardware": environment.describe_hardware(),
+        "versions": portable.versions(),
         "settings": asdict(bench),
         "feature_bytes": 4 * bench.dim * bench.num_images,
         "measured": {name: asdict(values) for name, values in found.items()},

@@ -1,6 +1,6 @@
 """``personmae bench counts``: the operations and the bytes of each stage of a step, and the time they take at the least.
 
-Operations are those of matrix products, two for a multiplication and its sum, as in ``metrics.pretrain_flops``; what activation
+Operations are those of matrix products, two for a multiplication and its sum, as in ``flops.pretrain_flops``; what activation
 checkpointing computes again is not counted. Bytes are the least that fused kernels move: what lies between two matrix products
 (a norm with the residual sum before it, GELU, the rounding of a gradient) is one kernel, attention is one and keeps no
 probabilities, and each kernel reads its operands once and writes its result once. The residual stream and its gradient are
@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from personmae import files, metrics
+from personmae import flops as operations
 from personmae.bench.ceilings import Ceilings
-from personmae.model.personmae import View
+from personmae.model.inputs import View
 from personmae.model.vit import SIZES
+from personmae.monitor import environment
+from personmae.system import files
 
 _FP32 = 4  # bytes
 COMPUTE_BYTES = {"bf16": 2, "fp32": 4}
@@ -64,7 +66,7 @@ class Work:
     @property
     def flops(self) -> float:
         """Operations of an image in a step, as runs report their share of a GPU."""
-        return metrics.pretrain_flops(
+        return operations.pretrain_flops(
             num_visible=self.num_visible,
             num_patches=self.num_patches,
             patch_size=self.view.patch_size,
@@ -136,7 +138,7 @@ class CountBench:
 
 def run_counts(bench: CountBench, ceilings: Ceilings | None = None, out: Path | None = None) -> dict[str, Any]:
     """Count, print a table for each size, with ``ceilings`` also the least time, and write the record to ``out``."""
-    record: dict[str, Any] = {"commit": metrics.git_commit(), "hardware": metrics.describe_hardware()}
+    record: dict[str, Any] = {"commit": environment.git_commit(), "hardware": environment.describe_hardware()}
     record |= {"settings": asdict(bench), "ceilings": ceilings and asdict(ceilings), "counted": {}}
     for size, img_size in bench.sizes.items():
         work = Work(size, view_at(img_size), bench.precision)
@@ -243,7 +245,7 @@ def _blocks(tokens: int, dim: int, depth: int, act: int, num_out: int | None = N
     norm = 3 * _FP32 + 2 * act  # the operand's gradient, the stream and its gradient in; that one out, also rounded
     # A linear layer's backward is two products: both read the gradient, one the weight, one the input.
     back = came * (norm + act * (2 * QKV + 3 + 3)) + went * (norm + act * (1 + 1 + 2 * OTHERS + (4 + 4 + 4)))
-    flops = metrics.transformer_flops(tokens, dim, depth, num_out=num_out)
+    flops = operations.transformer_flops(tokens, dim, depth, num_out=num_out)
     return Stage(flops, forward), Stage(2 * flops, back)
 
 

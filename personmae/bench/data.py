@@ -19,10 +19,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, dist, files, metrics, progress
+from personmae import dist
+from personmae.checkpoint import portable
 from personmae.data.stream import BatchReader, JpegReader, ShardSet
 from personmae.errors import UserError
-from personmae.model.personmae import View, prepare_batch
+from personmae.model.inputs import View, prepare_batch
+from personmae.monitor import environment, progress
+from personmae.system import files
 
 IMG_SIZE = (256, 128)
 BATCH_SIZE = 256
@@ -78,9 +81,9 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
         if bench.remote:
             found |= _from_store(bench, bench.remote, Path(scratch), mean_bytes)
         record = {
-            "commit": metrics.git_commit(),
-            "hardware": metrics.describe_hardware(),
-            "versions": checkpoint.versions(),
+            "commit": environment.git_commit(),
+            "hardware": environment.describe_hardware(),
+            "versions": portable.versions(),
             "data": {"samples": len(shards), "mean_bytes": mean_bytes, **_heights(shards)},
             "settings": asdict(bench) | {"shards": Path(bench.shards).name, "remote": bool(bench.remote)},
             "measured": {name: asdict(values) for name, values in found.items()},

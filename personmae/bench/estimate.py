@@ -17,15 +17,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from personmae import config, dist, metrics
+from personmae import config, dist
+from personmae import flops as operations
 from personmae.bench.counts import MODELS, Work, view_at
 from personmae.bench.loop import SYNTHETIC, Cell, Loop
-from personmae.data.pedestrians.plan import SynthSettings, plan
-from personmae.data.synthetic import write_synthetic
-from personmae.model.personmae import View
+from personmae.model.inputs import View
 from personmae.model.vit import SIZES
 from personmae.precision import AUTO, Native, Precision, choose
 from personmae.reid.sampler import pk_batches
+from personmae.synthetic.benchmarks import write_synthetic
+from personmae.synthetic.plan import SynthSettings, plan
 
 _MEASURED = ("micro", "small")  # the others take too long for a look
 _BATCHES = {"cpu": {"micro": 64, "small": 4}, "cuda": {"micro": 512, "small": 128}}  # images
@@ -188,7 +189,7 @@ def finetune_flops(settings: config.Finetune) -> float:
     num_patches = model.img_size[0] * model.img_size[1] // model.patch_size**2
     depth = encoder["depth"] + (2 if settings.head.kind == "mgn" else 0)
     embed = 2.0 * num_patches * 3 * model.patch_size**2 * encoder["embed_dim"]
-    return 3 * (embed + metrics.transformer_flops(1 + num_patches, encoder["embed_dim"], depth))
+    return 3 * (embed + operations.transformer_flops(1 + num_patches, encoder["embed_dim"], depth))
 
 
 def images_per_epoch(settings: config.Finetune, synthetic: SynthSettings) -> int:

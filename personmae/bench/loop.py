@@ -17,15 +17,18 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from personmae import compile_cache, dist, optim
+from personmae import dist, optim
 from personmae.bench.ceilings import DTYPES
 from personmae.bench.counts import view_at
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet, to_device
 from personmae.engine.base import Batch, Engine
 from personmae.errors import UserError
-from personmae.model.personmae import Cutter, PersonMAE, View, choose_prepare, compile_parts
+from personmae.model.compiled import Cutter, choose_prepare, compile_parts
+from personmae.model.inputs import View
+from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.model.vit import ActivationCheckpointing
+from personmae.system import compile_cache
 
 PLAIN = "plain"  # a loop written out, which no engine can be faster than
 ENGINES = (PLAIN, "native", "deepspeed 0", "deepspeed 1", "deepspeed 2", "deepspeed 3", "fsdp")

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, files, metrics, progress
+from personmae.checkpoint import portable
 from personmae.errors import UserError
+from personmae.monitor import environment, progress
 from personmae.reid.ranking import BLOCK_SIZE, Labels, cosine, evaluate
+from personmae.system import files
 
 OURS = "evaluate"
 PRODUCT = "matrix product alone"
@@ -79,9 +81,9 @@ def run_rank(bench: RankBench, out: Path | None = None) -> dict[str, Any]:
         found[name] = Measured(scale * statistics.median(seconds), max(peaks), counts[name], scores[0])
     ours = found[OURS].seconds
     record = {
-        "commit": metrics.git_commit(),
-        "hardware": metrics.describe_hardware(),
-        "versions": checkpoint.versions(),
+        "commit": environment.git_commit(),
+        "hardware": environment.describe_hardware(),
+        "versions": portable.versions(),
         "settings": asdict(bench),
         "feature_bytes": 4 * bench.dim * (bench.num_query + bench.num_gallery),
         "measured": {name: asdict(values) for name, values in found.items()},

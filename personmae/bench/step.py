@@ -20,7 +20,8 @@ from typing import Any, TypeVar, get_args
 from rich.console import Console
 from rich.table import Table
 
-from personmae import checkpoint, dist, files, metrics, progress
+from personmae import dist
+from personmae import flops as operations
 from personmae.bench.ceilings import DTYPES, Ceilings, measure_alone, require_native
 from personmae.bench.counts import Work
 from personmae.bench.loop import (
@@ -37,11 +38,14 @@ from personmae.bench.loop import (
     open_loop,
     run_round,
 )
+from personmae.checkpoint import portable
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
-from personmae.model.personmae import Cutter, require_kernel
+from personmae.model.compiled import Cutter, require_kernel
 from personmae.model.vit import SIZES, ActivationCheckpointing
+from personmae.monitor import environment, progress
 from personmae.precision import AUTO
+from personmae.system import files
 
 T = TypeVar("T")
 # In the order they are told.
@@ -118,9 +122,9 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
     print(f"bench step: this machine does {_described(ceilings)}", flush=True)
     shards = Path(bench.shards).name if bench.shards else None
     record: dict[str, Any] = {
-        "commit": metrics.git_commit(),
-        "hardware": metrics.describe_hardware(),
-        "versions": checkpoint.versions(),
+        "commit": environment.git_commit(),
+        "hardware": environment.describe_hardware(),
+        "versions": portable.versions(),
         "settings": asdict(bench) | {"shards": shards, "device": str(device), "threads": dist.usable_cores()},
         "ceilings": asdict(ceilings),
         "measured": [],
@@ -202,7 +206,7 @@ def _summary(cell: Cell, rounds: list[Round], ceilings: Ceilings, gpus: list[str
     parts = [[statistics.median(times) for times in zip(*one.milliseconds, strict=True)] for one in rounds]
     rate = statistics.median(1000 * cell.batch_size * len(times) / sum(times) for times in steps)
     flops = Work(cell.size, cell.view, cell.precision).flops
-    sheet = metrics.peak_flops(gpus[0], cell.precision) if gpus else None
+    sheet = operations.peak_flops(gpus[0], cell.precision) if gpus else None
     return {
         "rounds": len(rounds),
         "milliseconds": statistics.median(map(statistics.median, steps)),

@@ -12,11 +12,11 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from personmae import checkpoint
-from personmae.checkpoint import LATEST, MANIFEST, STATE, Checkpoint
+from personmae.checkpoint import portable
+from personmae.checkpoint.host_copy import Fingerprint, Snapshot, write_blocks
+from personmae.checkpoint.portable import LATEST, MANIFEST, STATE, Checkpoint
 from personmae.errors import RankError
-from personmae.files import to_json
-from personmae.snapshot import Fingerprint, Snapshot, write_blocks
+from personmae.system.files import to_json
 
 PASSED_OVER = "passed-over"
 
@@ -26,7 +26,7 @@ def write(run_dir: str | Path, state: Checkpoint, *, keep_last: int) -> Path:
     snapshot = Snapshot()
     snapshot.take(state.tensors)
     final = commit(run_dir, state.step, snapshot, state.state)
-    steps = [step for step in checkpoint.local_steps(run_dir) if step <= state.step]
+    steps = [step for step in portable.local_steps(run_dir) if step <= state.step]
     raise_first(delete(run_dir, surplus(steps, steps, keep_last=keep_last)))
     return final
 
@@ -52,7 +52,7 @@ def commit(
         OSError: this rank's part cannot be written.
         RankError: another rank's part was not, or the first could not begin; nothing is committed.
     """
-    final = checkpoint.folder(run_dir) / checkpoint.name_of(step)
+    final = portable.folder(run_dir) / portable.name_of(step)
     partial = final.with_name(f".partial-{final.name}")
     try:
         failure = _begin(partial) if rank == 0 else None
@@ -63,7 +63,7 @@ def commit(
             raise failure
         if rank == 0:
             files = _collect(partial, world_size)
-            record = {"step": step} | state | {"format": checkpoint.FORMAT}
+            record = {"step": step} | state | {"format": portable.FORMAT}
             files[STATE] = _write_synced(partial / STATE, to_json(record, indent=1))
             _write_synced(partial / MANIFEST, json.dumps(files, indent=1))
             _sync_folder(partial)
@@ -121,8 +121,8 @@ def surplus(steps: Iterable[int], line: Collection[int], *, keep_last: int, keep
 
 def delete(run_dir: str | Path, steps: Iterable[int]) -> dict[Path, OSError]:
     """Delete checkpoints, and what killed processes have left of unfinished ones; returns what could not be, and why."""
-    root = checkpoint.folder(run_dir)
-    names = [name for step in steps for name in (checkpoint.name_of(step), f".old-{checkpoint.name_of(step)}")]
+    root = portable.folder(run_dir)
+    names = [name for step in steps for name in (portable.name_of(step), f".old-{portable.name_of(step)}")]
     failures = {}
     for path in [*(root / name for name in names), *root.glob(".partial-*")]:
         try:
@@ -148,8 +148,8 @@ def raise_first(failures: dict[Path, OSError]) -> None:
 
 def set_aside(run_dir: str | Path, steps: Iterable[int]) -> tuple[list[Path], dict[Path, OSError]]:
     """Move checkpoints out of the way of a run; returns where they are now, and what could not be moved and why."""
-    root, moved, failures = checkpoint.folder(run_dir), [], {}
-    for name in (name for step in steps for name in (checkpoint.name_of(step), f".old-{checkpoint.name_of(step)}")):
+    root, moved, failures = portable.folder(run_dir), [], {}
+    for name in (name for step in steps for name in (portable.name_of(step), f".old-{portable.name_of(step)}")):
         try:
             if os.path.lexists(root / name):
                 moved.append(move_aside(root / name))

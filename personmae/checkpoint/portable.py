@@ -19,9 +19,9 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from personmae.checkpoint.host_copy import Fingerprint, Tensors
 from personmae.errors import Unavailable, UserError, is_passing
-from personmae.positions import x_first
-from personmae.snapshot import Fingerprint, Tensors
+from personmae.model.positions import x_first
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
 FORMAT = 2  # in the state of a checkpoint; what has none is of before positions were x first (``positions.py``)

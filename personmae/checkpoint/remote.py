@@ -15,12 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from personmae import checkpoint, commit, files
-from personmae.checkpoint import LATEST, MANIFEST, Fault
-from personmae.commit import PASSED_OVER
-from personmae.data import storage
+from personmae.checkpoint import commit, portable
+from personmae.checkpoint.commit import PASSED_OVER
+from personmae.checkpoint.host_copy import Fingerprint
+from personmae.checkpoint.portable import LATEST, MANIFEST, Fault
 from personmae.errors import Unavailable, UserError
-from personmae.snapshot import Fingerprint
+from personmae.system import files, storage
 
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 30.0
 RETRY_SECONDS = 120.0  # for which a run that starts waits for a store that is away
@@ -53,12 +53,12 @@ def steps(store: str) -> list[int]:
         if (latest := storage.read(store, LATEST)) is None:
             return []
         names = [latest.decode("ascii", "replace").strip()]
-        if checkpoint.step_of(names[0]) is None:
+        if portable.step_of(names[0]) is None:
             raise UserError(
                 f"{store}/{LATEST} must name a checkpoint like step-00001000 and has {names[0]!r}; mend it, or start anew with "
                 "another checkpoint.store"
             )
-    return sorted(step for name in names if (step := checkpoint.step_of(name)) is not None)
+    return sorted(step for name in names if (step := portable.step_of(name)) is not None)
 
 
 def send(store: str, path: Path, step: int, sent: set[str], *, anew: bool = False) -> None:
@@ -70,18 +70,18 @@ def send(store: str, path: Path, step: int, sent: set[str], *, anew: bool = Fals
     Raises:
         UserError: the store refused, or has another checkpoint of that step and cannot move it.
     """
-    root, manifest = f"{store}/{checkpoint.name_of(step)}", (path / MANIFEST).read_bytes()
+    root, manifest = f"{store}/{portable.name_of(step)}", (path / MANIFEST).read_bytes()
     theirs = storage.read(root, MANIFEST)
     if theirs != manifest or (anew and not sent):
         if theirs is not None:
             set_aside(store, step)
-        for name in checkpoint.parse_manifest(manifest)[0].keys() - sent:
-            if (path / name).exists() or not checkpoint.is_moments(name):
+        for name in portable.parse_manifest(manifest)[0].keys() - sent:
+            if (path / name).exists() or not portable.is_moments(name):
                 storage.upload(root, name, path / name)
             sent.add(name)
         _send_records(root, path.parent.parent)
         storage.write(root, MANIFEST, manifest)
-    storage.write(store, LATEST, checkpoint.name_of(step).encode())
+    storage.write(store, LATEST, portable.name_of(step).encode())
 
 
 def _send_records(root: str, run_dir: Path) -> None:
@@ -111,7 +111,7 @@ def bring_records(store: str, step: int, run_dir: Path) -> None:
     for name in RECORDS:
         path = run_dir / name
         with _best_effort(path):
-            theirs = patiently(lambda name=name: storage.read(f"{store}/{checkpoint.name_of(step)}", name))
+            theirs = patiently(lambda name=name: storage.read(f"{store}/{portable.name_of(step)}", name))
             ours = path.read_bytes() if path.exists() else None
             fewer = name.endswith(".jsonl") and (theirs or b"").count(b"\n") > (ours or b"").count(b"\n")
             if theirs is not None and (ours is None or fewer):
@@ -133,7 +133,7 @@ def _best_effort(path: Path) -> Iterator[None]:
 
 def delete(store: str, step: int) -> None:
     """Delete a checkpoint of a store, first what makes it one; nothing happens where a store cannot list."""
-    root = f"{store}/{checkpoint.name_of(step)}"
+    root = f"{store}/{portable.name_of(step)}"
     if names := storage.list_sizes(root):
         storage.delete(root, [name for name in names if name == MANIFEST])
         storage.delete(root, [name for name in names if name != MANIFEST])
@@ -147,7 +147,7 @@ def set_aside(store: str, step: int) -> str | None:
     Raises:
         UserError: the store refused, or can neither list nor copy.
     """
-    name = checkpoint.name_of(step)
+    name = portable.name_of(step)
     if (held := storage.list_sizes(f"{store}/{name}")) is None:
         raise UserError(f"{store}/{name} is of another run or was passed over, and this store cannot move it; move it yourself")
     if MANIFEST not in held:
@@ -169,10 +169,10 @@ def fetch(store: str, step: int, directory: Path, digest: str | None = None, *, 
         Damaged: the store's is not whole, or not the one that ``digest`` stands for; a fault of the moments comes last.
         UserError: the store cannot be read.
     """
-    root, final = f"{store}/{checkpoint.name_of(step)}", directory / checkpoint.name_of(step)
+    root, final = f"{store}/{portable.name_of(step)}", directory / portable.name_of(step)
     if (manifest := patiently(lambda: storage.read(root, MANIFEST))) is None:
         raise Damaged(Fault(f"it has no {MANIFEST}", absent=True))
-    listed, wrong = checkpoint.parse_manifest(manifest)
+    listed, wrong = portable.parse_manifest(manifest)
     if wrong:
         raise Damaged(wrong)
     partial = final.with_name(f".partial-{final.name}")
@@ -180,10 +180,10 @@ def fetch(store: str, step: int, directory: Path, digest: str | None = None, *, 
     partial.mkdir(parents=True)
     try:
         (partial / MANIFEST).write_bytes(manifest)
-        if digest not in (None, checkpoint.digest(partial)):
+        if digest not in (None, portable.digest(partial)):
             raise Damaged("it is not the one that the first host has")
-        for name in sorted(listed, key=checkpoint.is_moments):
-            if moments or not checkpoint.is_moments(name):
+        for name in sorted(listed, key=portable.is_moments):
+            if moments or not portable.is_moments(name):
                 _fetch_file(root, partial / name, listed[name])
         commit.put_in_place(partial, final, keep_earlier=True)
     finally:
@@ -197,7 +197,7 @@ def _fetch_file(root: str, path: Path, expected: Fingerprint) -> None:
     Raises:
         Damaged: it is not there, or not what the manifest says.
     """
-    wait, fault, only_moments = waiting(RETRY_SECONDS), None, checkpoint.is_moments(path.name)
+    wait, fault, only_moments = waiting(RETRY_SECONDS), None, portable.is_moments(path.name)
     for _ in range(_NUM_FETCHES):
         with path.open("wb") as file:
             try:
@@ -210,7 +210,7 @@ def _fetch_file(root: str, path: Path, expected: Fingerprint) -> None:
                     raise Damaged(Fault(f"{path.name} is missing", absent=True, only_moments=only_moments)) from error
                 if passing_reason(error) != "hash":
                     raise
-        if not (fault := checkpoint.find_file_fault(path, expected)):
+        if not (fault := portable.find_file_fault(path, expected)):
             return
     assert fault
     raise Damaged(replace(fault, only_moments=only_moments))

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from personmae import archive, checkpoint, commit, dist
-from personmae.archive import Damaged
-from personmae.checkpoint import MANIFEST, Checkpoint, Fault
-from personmae.commit import PASSED_OVER
+from personmae import dist
+from personmae.checkpoint import commit, portable, remote
+from personmae.checkpoint.commit import PASSED_OVER
+from personmae.checkpoint.portable import MANIFEST, Checkpoint, Fault
+from personmae.checkpoint.remote import Damaged
 from personmae.errors import RankError, RankUnavailable, Unavailable, UserError, is_passing
 
 
@@ -29,7 +30,7 @@ class Found:
 
     def read(self) -> Checkpoint:
         """What is in it."""
-        return checkpoint.read(self.path, moments=self.moments)
+        return portable.read(self.path, moments=self.moments)
 
     def tell(self, step: int, total_steps: int) -> None:
         """Say on the first rank that a run which is not complete goes on with new moments."""
@@ -78,7 +79,7 @@ def newest_for_all(run_dir: str | Path, store: str | None = None, *, rebuild_mom
                 dist.on_first_rank(lambda: search and search.set_aside_to(offer[0].path))
             return Found(path, offer[0].moments)
         if isinstance(trouble, Damaged):
-            checkpoint.tell_passed_over(offer[0].path, f"on this host, {trouble}")
+            portable.tell_passed_over(offer[0].path, f"on this host, {trouble}")
         if search:
             search.refuse(offer[0])
     return None
@@ -112,7 +113,7 @@ class _Search:
                 f"; of {whole[0]} weights and state are whole: checkpoint.rebuild_moments=true goes on from there with new "
                 "moments of the optimizer"
             )
-        raise checkpoint.none_usable(self._run_dir, self._passed, advice)
+        raise portable.none_usable(self._run_dir, self._passed, advice)
 
     def refuse(self, found: Found) -> None:
         """What another host can neither see nor fetch is offered once more, from the store; then it is passed over."""
@@ -130,24 +131,22 @@ class _Search:
         Raises:
             OSError, UserError, Unavailable: something cannot be moved.
         """
-        taken = checkpoint.step_of(path.name) or 0
+        taken = portable.step_of(path.name) or 0
         moved = []
         for where, _ in self._passed:
-            step = checkpoint.step_of(Path(where).name) or 0
+            step = portable.step_of(Path(where).name) or 0
             if step > taken:
                 continue
             if isinstance(where, Path):
                 moved += [commit.move_aside(where)] if os.path.lexists(where) and where != path else []
             elif step < taken and (store := self._store):
-                moved.append(archive.reaching(lambda store=store, step=step: archive.set_aside(store, step)))
+                moved.append(remote.reaching(lambda store=store, step=step: remote.set_aside(store, step)))
         commit.tell_moved([str(place) for place in moved if place])
 
     def _share(self, store: str, path: Path) -> bool:
         """Upload a checkpoint that may never have got to the store; returns whether it is there now."""
         try:
-            archive.reaching(
-                lambda: archive.patiently(lambda: archive.send(store, path, checkpoint.step_of(path.name) or 0, set()))
-            )
+            remote.reaching(lambda: remote.patiently(lambda: remote.send(store, path, portable.step_of(path.name) or 0, set())))
         except (UserError, Unavailable) as error:
             print(f"checkpoint {path} cannot be given to the other hosts: {error}", flush=True)
             return False
@@ -187,25 +186,25 @@ class _Search:
         """Step and folder, without one where it lies in the store, newest first."""
         try:
             places: list[tuple[int, Path | None]] = [
-                (checkpoint.step_of(path.name) or 0, path) for path in checkpoint.folders(self._run_dir)
+                (portable.step_of(path.name) or 0, path) for path in portable.folders(self._run_dir)
             ]
         except OSError as error:
             if not is_passing(error):
                 raise
             raise Unavailable(f"{error.filename} cannot be listed: {error.strerror}; this may pass: run this again") from error
         if store := self._store:
-            places += [(step, None) for step in archive.reaching(lambda: archive.patiently(lambda: archive.steps(store)))]
+            places += [(step, None) for step in remote.reaching(lambda: remote.patiently(lambda: remote.steps(store)))]
         return sorted(places, key=lambda place: (place[0], place[1] is not None), reverse=True)
 
     def _checked(self, path: Path) -> Path:
-        if fault := checkpoint.find_fault(path):
+        if fault := portable.find_fault(path):
             raise Damaged(fault)
         return path
 
     def _fetch(self, step: int, *, moments: bool = True) -> Path:
         store = self._store or ""
-        path = archive.reaching(lambda: archive.fetch(store, step, checkpoint.folder(self._run_dir), moments=moments))
-        archive.reaching(lambda: archive.bring_records(store, step, Path(self._run_dir)))
+        path = remote.reaching(lambda: remote.fetch(store, step, portable.folder(self._run_dir), moments=moments))
+        remote.reaching(lambda: remote.bring_records(store, step, Path(self._run_dir)))
         return path
 
     def _complete(self, step: int, path: Path | None) -> Found | None:
@@ -214,14 +213,14 @@ class _Search:
             path = path or self._fetch(step, moments=False)
         except Damaged:  # since it was looked at; it is passed over for its moments
             return None
-        return None if checkpoint.unfinished(path) else Found(path, moments=False)
+        return None if portable.unfinished(path) else Found(path, moments=False)
 
     def _pass_over(self, where: str | Path, fault: Fault) -> None:
-        checkpoint.tell_passed_over(where, fault)
+        portable.tell_passed_over(where, fault)
         self._passed.append((where, fault))
 
     def _name(self, step: int) -> str:
-        return f"{self._store}/{checkpoint.name_of(step)}"
+        return f"{self._store}/{portable.name_of(step)}"
 
 
 def _offer(search: _Search | None) -> tuple[Found, str] | None:
@@ -232,7 +231,7 @@ def _offer(search: _Search | None) -> tuple[Found, str] | None:
         try:
             if found := search.next():
                 path = commit.settle(found.path)  # now, while no rank reads it yet
-                told = {"path": str(path), "digest": checkpoint.digest(path), "moments": found.moments}
+                told = {"path": str(path), "digest": portable.digest(path), "moments": found.moments}
         except Exception as error:  # whatever it is: the other ranks wait for a word
             mine = error
             told = {"error": str(error), "passing": is_passing(error) or not isinstance(error, UserError | OSError)}
@@ -254,13 +253,13 @@ def _take(run_dir: str | Path, store: str | None, offered: Found, digest: str) -
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w", encoding="utf-8") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # one rank of a host fetches for all
-        step = checkpoint.step_of(offered.path.name) or 0
-        found = directory / checkpoint.name_of(step)
+        step = portable.step_of(offered.path.name) or 0
+        found = directory / portable.name_of(step)
         if _fault_here(found, digest, offered.moments):
             for path in directory.glob("*step-*"):
                 shutil.rmtree(path, ignore_errors=True)  # one that stays keeps nothing else
             try:
-                archive.reaching(lambda: archive.fetch(store, step, directory, digest, moments=offered.moments))
+                remote.reaching(lambda: remote.fetch(store, step, directory, digest, moments=offered.moments))
             except UserError as error:
                 raise RankError(str(error)) from error
             except Unavailable as error:
@@ -274,12 +273,12 @@ def _fault_here(path: Path, digest: str, moments: bool) -> Fault | None:
     One rank of a host checks its files, and its word counts for all.
     """
     try:
-        theirs = checkpoint.digest(path)
+        theirs = portable.digest(path)
     except OSError as error:
-        return checkpoint.unreadable(MANIFEST, error)
+        return portable.unreadable(MANIFEST, error)
     if theirs != digest:
         return Fault("it is another one")
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return None
-    fault = checkpoint.find_fault(path)
+    fault = portable.find_fault(path)
     return None if fault and fault.only_moments and not moments else fault

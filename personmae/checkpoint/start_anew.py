@@ -14,10 +14,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-from personmae import archive, checkpoint, commit, dist, files
+from personmae import dist
+from personmae.checkpoint import commit, portable, remote
+from personmae.system import files
 
 MARK = "started-anew.json"
-OF_A_RUN = (*archive.RECORDS, "tensorboard", "result.json", "rank_lists.json", "queries.json")
+OF_A_RUN = (*remote.RECORDS, "tensorboard", "result.json", "rank_lists.json", "queries.json")
 
 
 Resume = Literal["auto", "none"]
@@ -78,7 +80,7 @@ def _this_start() -> str | None:
 
 def _set_aside(run_dir: Path, store: str | None) -> None:
     """Move what there is of an old run, and say so once."""
-    moved, failures = commit.set_aside(run_dir, checkpoint.local_steps(run_dir))
+    moved, failures = commit.set_aside(run_dir, portable.local_steps(run_dir))
     places = [*map(str, moved), *(_set_store_aside(store) if store else ())]
     if records := _set_records_aside(run_dir):
         places.append(str(records))
@@ -88,8 +90,8 @@ def _set_aside(run_dir: Path, store: str | None) -> None:
 
 def _set_store_aside(store: str) -> list[str]:
     """Move the checkpoints of a store; returns where they are now."""
-    steps = archive.reaching(lambda: archive.patiently(lambda: archive.steps(store)))
-    moved = [archive.reaching(lambda step=step: archive.patiently(lambda: archive.set_aside(store, step))) for step in steps]
+    steps = remote.reaching(lambda: remote.patiently(lambda: remote.steps(store)))
+    moved = [remote.reaching(lambda step=step: remote.patiently(lambda: remote.set_aside(store, step))) for step in steps]
     return [place for place in moved if place]
 
 
@@ -98,7 +100,7 @@ def _set_records_aside(run_dir: Path) -> Path | None:
     found = [run_dir / name for name in OF_A_RUN if (run_dir / name).exists()]
     if not found:
         return None
-    target = commit.free_place(checkpoint.folder(run_dir), "records")
+    target = commit.free_place(portable.folder(run_dir), "records")
     target.mkdir(parents=True)
     for path in found:
         shutil.move(path, target / path.name)  # checkpoints may lie on another disk

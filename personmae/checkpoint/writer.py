@@ -19,9 +19,10 @@ from typing import Any, cast
 import torch.distributed as tdist
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from personmae import archive, checkpoint, commit, dist
-from personmae.checkpoint import Checkpoint
-from personmae.snapshot import Snapshot
+from personmae import dist
+from personmae.checkpoint import commit, portable, remote
+from personmae.checkpoint.host_copy import Snapshot
+from personmae.checkpoint.portable import Checkpoint
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOGETHER = timedelta(minutes=30)  # for which the ranks that have written wait for the others
@@ -138,7 +139,7 @@ class Writer:
         self._parts: dict[str, Any] = {"rank": rank, "world_size": world_size, "barrier": barrier}
         self._is_first = rank == 0
         resumed = commit.settle(resumed) if resumed and self._is_first else resumed
-        self._resumed = (checkpoint.step_of(resumed.name) or 0) if resumed else 0
+        self._resumed = (portable.step_of(resumed.name) or 0) if resumed else 0
         self._own: set[int] = set()  # steps that this writer has committed
         self._told: set[str] = set()  # what could not be deleted or moved: it is named once
         self._snapshot, self._saved_at = Snapshot(), time.monotonic()
@@ -236,7 +237,7 @@ class Writer:
         with self._changed:
             needed = {self._in_upload, *(step for step, _ in self._queue)}
         try:
-            steps = checkpoint.local_steps(self._run_dir)
+            steps = portable.local_steps(self._run_dir)
         except OSError as error:
             self._tell_left({str(self._run_dir): error})
             return
@@ -280,12 +281,12 @@ class Writer:
                 self._in_upload = None
 
     def _upload(self, step: int, path: Path) -> None:
-        where, sent = f"{self._store}/{checkpoint.name_of(step)}", set[str]()
+        where, sent = f"{self._store}/{portable.name_of(step)}", set[str]()
         deadline, told = time.monotonic() + self._retry_seconds, False
 
         def attempt() -> None:
             with self.counters.time("upload"):
-                archive.send(self._store or "", path, step, sent, anew=step in self._own)
+                remote.send(self._store or "", path, step, sent, anew=step in self._own)
 
         def wait(error: Exception, delay: float) -> bool:
             nonlocal told
@@ -297,7 +298,7 @@ class Writer:
                 return not self._superseded(step) and time.monotonic() < deadline
 
         try:
-            archive.patiently(attempt, wait)
+            remote.patiently(attempt, wait)
         except Exception as error:  # whatever it is, the run goes on: the checkpoint is whole in the run directory
             print(f"checkpoint {where} is not uploaded: {error}; {path} is kept here", flush=True)
             return
@@ -311,7 +312,7 @@ class Writer:
     def _prune_store(self) -> None:
         store = self._store or ""
         try:
-            steps = archive.steps(store)
+            steps = remote.steps(store)
         except Exception as error:  # each store's client has errors of its own; the next upload deletes
             self._tell_left({store: error})
             return
@@ -320,11 +321,11 @@ class Writer:
         for step in steps:
             try:
                 if not self._is_ours(step):
-                    moved += filter(None, [archive.set_aside(store, step)])
+                    moved += filter(None, [remote.set_aside(store, step)])
                 elif step in self._surplus(steps):
-                    archive.delete(store, step)
+                    remote.delete(store, step)
             except Exception as error:
-                failures[f"{store}/{checkpoint.name_of(step)}"] = error
+                failures[f"{store}/{portable.name_of(step)}"] = error
         commit.tell_moved(moved)
         self._tell_left(failures)
 
@@ -342,7 +343,7 @@ class Writer:
                 self._changed.notify_all()
         self._uploading.join(_LAST_WORD_SECONDS)
         if self._uploading.is_alive() or self._queue:
-            kept = f"{checkpoint.folder(self._run_dir)} keeps what is not"
+            kept = f"{portable.folder(self._run_dir)} keeps what is not"
             print(f"checkpoint: not all is uploaded to {self._store} after {seconds:g} s; {kept}", flush=True)
 
 

@@ -53,7 +53,7 @@ def print_keys(words: list[str]) -> None:
         UserError: there is none.
     """
     from personmae import config
-    from personmae.config_keys import keys_of, to_table
+    from personmae.keys.table import keys_of, to_table
 
     program = words[0] if words and words[0] in config.PROGRAMS else None
     wanted = [word.lower() for word in (words[1:] if program else words)]

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from personmae import locations
 from personmae.commands.examples import closing
 from personmae.errors import UserError
-from personmae.progress import EVERY_SECONDS, Pace, duration, stamped
+from personmae.monitor.progress import EVERY_SECONDS, Pace, duration, stamped
+from personmae.system import locations
 
 
 class Parser(argparse.ArgumentParser):

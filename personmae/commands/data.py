@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from personmae.commands.arguments import Progress, place, positive
-from personmae.progress import counted, ending, say, stamped
+from personmae.monitor.progress import counted, ending, say, stamped
 
 _SHARDS_WRITE = """\
 SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. Everything below it that holds images is taken:
@@ -52,7 +52,7 @@ def add_synth(verbs: argparse._SubParsersAction) -> None:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from personmae.data.synthetic import SynthSettings, write_synthetic
+        from personmae.synthetic.benchmarks import SynthSettings, write_synthetic
 
         began = time.monotonic()
         settings = SynthSettings(seed=args.seed, pool_images=args.pool_images, cameras=args.cameras)
@@ -123,7 +123,7 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
 def _shards_write(args: argparse.Namespace) -> None:
     from personmae.data import importer, rejects
     from personmae.data.selection import Selection
-    from personmae.data.synthetic import pass_mark_on
+    from personmae.synthetic.benchmarks import pass_mark_on
 
     began = time.monotonic()
     if args.if_missing and importer.INDEX in (files := _files_at(args.destination)) and importer.PLAN not in files:
@@ -178,7 +178,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _files_at(destination: str) -> dict[str, int]:
-    from personmae.data import storage
+    from personmae.system import storage
 
     if not storage.is_remote(destination) and not Path(destination).exists():
         return {}

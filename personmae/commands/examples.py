@@ -62,7 +62,7 @@ def closing(prog: str) -> str | None:
 
 def _main_keys(program: str) -> str:
     from personmae import config
-    from personmae.config_keys import keys_of, to_table
+    from personmae.keys.table import keys_of, to_table
 
     chosen = MAIN_KEYS[program]
     keys = sorted((key for key in keys_of(config.PROGRAMS[program]) if key.name in chosen), key=lambda k: chosen.index(k.name))

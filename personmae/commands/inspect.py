@@ -5,7 +5,7 @@ from pathlib import Path
 
 from personmae.commands.arguments import counting, place, positive, size
 from personmae.errors import UserError
-from personmae.progress import log, say
+from personmae.monitor.progress import log, say
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def add_report(verbs: argparse._SubParsersAction) -> None:
 
     def run(args: argparse.Namespace) -> None:
         log("report: starting ...")
-        from personmae.apply import report
+        from personmae.report import report
 
         report.run(args.run_dir)
 
@@ -66,7 +66,7 @@ def _bench_rank(actions: argparse._SubParsersAction) -> None:
     def run(args: argparse.Namespace) -> None:
         from dataclasses import replace
 
-        from personmae.bench.rank import PRESETS, run_rank
+        from personmae.bench.retrieval import PRESETS, run_rank
 
         run_rank(replace(PRESETS[args.size], rounds=args.rounds), args.out)
 
@@ -232,11 +232,11 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
         if args.config and (args.data or args.quickstart):
             raise UserError("--config goes with no option but --shards; leave out the other")
         if args.data:
-            from personmae.apply import inventory
+            from personmae.inspect import inventory
 
             inventory.run(args.data)
             return
-        from personmae.apply import doctor
+        from personmae.inspect import doctor
 
         if args.quickstart:
             doctor.tell_quickstart()

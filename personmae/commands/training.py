@@ -6,7 +6,7 @@ from pathlib import Path
 
 from personmae.commands.arguments import counting, place, size
 from personmae.errors import UserError
-from personmae.progress import log
+from personmae.monitor.progress import log
 
 
 def add_pretrain(verbs: argparse._SubParsersAction) -> None:

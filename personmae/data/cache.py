@@ -26,10 +26,11 @@ from typing import BinaryIO, TypeVar
 
 import xxhash
 
-from personmae.data import mds, storage
+from personmae.data import mds
 from personmae.data.counters import StreamCounters
 from personmae.data.mds import MappedShard, Shard
 from personmae.errors import UserError
+from personmae.system import storage
 
 MAX_BAD_FETCHES = 3  # in a row, of one shard, with a wrong hash or expired credentials
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0

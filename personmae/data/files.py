@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, final
 
-from personmae.data import storage
 from personmae.errors import UserError
+from personmae.system import storage
 
 LOST = (FileNotFoundError, PermissionError, IsADirectoryError)  # of one file, and for good
 _AHEAD = 1 << 20  # bytes that are fetched at once while an object is read piece by piece

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import xxhash
 
-from personmae.data import storage
 from personmae.data.import_plan import WHOLE, Part
 from personmae.data.mds import INDEX
 from personmae.errors import UserError
+from personmae.system import storage
 
 PLAN = "import.json"  # there from the first moment of an import to its last
 DONE = "imported.json"  # the plan of a complete import, by which the same command knows that nothing is left to do

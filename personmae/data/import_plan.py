@@ -12,7 +12,7 @@ from personmae.data.containers import Picture
 from personmae.data.selection import Selection
 from personmae.data.shards import header_bytes, sample_bytes
 from personmae.data.sources import Source, told
-from personmae.progress import counted
+from personmae.monitor.progress import counted
 
 _FORMAT_VERSION = 2  # one more with each rule of what a shard holds: sizes are upright since 2
 

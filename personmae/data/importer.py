@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from personmae.data import rejects, storage
+from personmae.data import rejects
 from personmae.data.import_home import DONE, PLAN, STAGING, locked, open_staging, standing
 from personmae.data.import_plan import WHOLE, Part, Plan, make_plan
 from personmae.data.import_workers import leave_interrupts_to_main, workers
@@ -32,6 +32,7 @@ from personmae.data.selection import Selection
 from personmae.data.shards import SHARD_BYTES, Progress, Record, Task, shard_name, write_shard
 from personmae.data.sources import open_source, told
 from personmae.errors import Stopped, UserError
+from personmae.system import storage
 
 _NUM_KEEPERS = 4  # shards on their way to the destination, besides those that are being written
 

@@ -4,8 +4,8 @@ import json
 import math
 from collections.abc import Sequence
 
-from personmae.data import storage
 from personmae.errors import TooManyRejects, UserError
+from personmae.system import storage
 
 REJECTS = "rejects.jsonl"  # {"key", "reason", "kind"} of each image that was left out
 Reject = dict[str, str]

@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 
 from personmae import dist, images
-from personmae.data import mosaic
 from personmae.data.containers import Picture
 from personmae.data.files import LOST, patiently
 from personmae.data.mds import INDEX
@@ -25,6 +24,7 @@ from personmae.data.sources import Source
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 from personmae.images import BadImage
+from personmae.system import mosaic
 
 COLUMNS = {"jpeg": "bytes", "key": "str", "height": "uint16", "width": "uint16"}
 HASHES = ["xxh64"]

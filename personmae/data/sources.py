@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Self, final
 
 from personmae import images
-from personmae.data import mds, storage
+from personmae.data import mds
 from personmae.data.containers import COMPRESSED_TARS, Container, Lmdb, Picture, Tar, compressed, kind_of
 from personmae.data.files import BucketFiles, File, Files, LocalFiles, key_of, name_of
 from personmae.data.tables import Mds, Parquet
 from personmae.errors import UserError
-from personmae.progress import repeated
+from personmae.monitor.progress import repeated
+from personmae.system import storage
 
 _LMDB_SUFFIXES = (".mdb", ".lmdb")
 _PARQUET_SUFFIXES = (".parquet", ".pq")

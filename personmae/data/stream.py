@@ -23,14 +23,15 @@ import xxhash
 from torch import Tensor
 
 from personmae import dist
-from personmae.data import mds, order, storage
+from personmae.data import mds, order
 from personmae.data.cache import HeldShard, ShardCache, persist
 from personmae.data.counters import StreamCounters
 from personmae.data.decode import BadImage, decode_onto
-from personmae.data.lookahead import Lookahead, Orders
 from personmae.data.mds import MappedShard
 from personmae.data.order import EpochOrder, MicroBatch
+from personmae.data.prefetch import Lookahead, Orders
 from personmae.errors import RankError, UserError
+from personmae.system import storage
 
 _MIN_SEEN = 1000  # pictures read before the share of bad ones can stop a run
 

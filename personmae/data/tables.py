@@ -20,11 +20,12 @@ from typing import Any, BinaryIO, NamedTuple, final
 import numpy as np
 import xxhash
 
-from personmae.data import mds, mosaic
+from personmae.data import mds
 from personmae.data.blocks import Recent
 from personmae.data.containers import Container, Picture
 from personmae.data.files import Files, key_of, patiently
 from personmae.errors import UserError
+from personmae.system import mosaic
 
 _PREFERRED = ("image", "jpeg", "jpg", "img", "png", "webp", "picture")
 _MDS_ENCODINGS = ("bytes", "jpeg", "png", "pil")

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from personmae import config, precision
 from personmae.errors import Incomplete, UserError
-from personmae.progress import counted
+from personmae.monitor.progress import counted
 
 PACKAGES = (
     "personmae",
@@ -114,7 +114,7 @@ REMEDIES = {
 }
 # What each verb stands on besides its own module; a name is a probe or one of the machine's parts.
 VERBS = {
-    "synth": ("personmae.data.synthetic", ("disk",)),
+    "synth": ("personmae.synthetic.benchmarks", ("disk",)),
     "shards": ("personmae.data.importer", ("torchvision", "disk")),
     "pretrain": (
         "personmae.pretrain",
@@ -123,9 +123,9 @@ VERBS = {
     "finetune": ("personmae.finetune", ("torch", "process group", "disk")),
     "unsupervised": ("personmae.unsupervised", ("torch", "process group", "disk")),
     "evaluate": ("personmae.evaluate", ("torch",)),
-    "report": ("personmae.apply.report", ("torch",)),
+    "report": ("personmae.report.report", ("torch",)),
     "bench": ("personmae.bench", ("torch", "torchvision", "disk")),
-    "doctor": ("personmae.apply.doctor", ()),
+    "doctor": ("personmae.inspect.doctor", ()),
 }
 
 
@@ -258,7 +258,7 @@ def object_store() -> dict[str, str]:
     import boto3
     from botocore.exceptions import BotoCoreError
 
-    from personmae.data.storage import s3_client
+    from personmae.system.storage import s3_client
 
     try:
         credentials = boto3.Session().get_credentials()

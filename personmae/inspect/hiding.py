@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from personmae.data.order import sample_keys
-from personmae.data.pedestrians.picture import draw_silhouette
-from personmae.data.pedestrians.plan import SynthSettings, plan
-from personmae.data.synthetic import FORMAT_VERSION
 from personmae.errors import UserError
 from personmae.model import regions
+from personmae.model.inputs import Draws, View, draw_batch, draw_mask
 from personmae.model.masking import hiding_probability
-from personmae.model.personmae import Draws, View, draw_batch, draw_mask
 from personmae.model.vit import patchify
+from personmae.synthetic.benchmarks import FORMAT_VERSION
+from personmae.synthetic.image import draw_silhouette
+from personmae.synthetic.plan import SynthSettings, plan
 
 NUM_MASKS: Final = 4096
 NUM_FIGURES: Final = 256

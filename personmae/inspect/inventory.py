@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from personmae.data import crop_statistics
-from personmae.data.crop_statistics import Crops
 from personmae.errors import UserError
 from personmae.images import SUFFIXES
+from personmae.inspect import crop_statistics
+from personmae.inspect.crop_statistics import Crops
 from personmae.reid.datasets import FOLDERS, LAYOUTS, RELAID, VERSIONS, Benchmark, describe, load_benchmark, pids_and_camids
 from personmae.reid.samples import SPLITS, UNKNOWN_CAMID, match_name
 from personmae.reid.transforms import decode_image

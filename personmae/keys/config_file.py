@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from personmae import config_errors, yaml_text
-from personmae.config_values import escape_places, kind_at, parse, settle
 from personmae.errors import UserError
-from personmae.locations import expand
+from personmae.keys import mistakes, yaml_text
+from personmae.keys.values import escape_places, kind_at, parse, settle
+from personmae.system.locations import expand
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 _COMMAND_LINE = "the command line"
@@ -64,11 +64,11 @@ def validate(kind: type[ConfigT], tree: Tree, expand: Callable[[str], str] = exp
     Raises:
         UserError: a key is unknown, missing or has a wrong value.
     """
-    values = settle(kind, tree.values, lambda keys: config_errors.origin_of(keys, tree.origins, tree.file), expand)
+    values = settle(kind, tree.values, lambda keys: mistakes.origin_of(keys, tree.origins, tree.file), expand)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(config_errors.explain(kind, error, tree.origins, tree.file)) from None
+        raise UserError(mistakes.explain(kind, error, tree.origins, tree.file)) from None
 
 
 def config_hash(config: BaseModel) -> str:

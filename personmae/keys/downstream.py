@@ -7,10 +7,10 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
-from personmae.config_file import flatten
-from personmae.config_sections import Checkpoint, Fraction, Metrics, Model, Precision, Section
-from personmae.config_values import Place
-from personmae.yaml_text import Plain
+from personmae.keys.config_file import flatten
+from personmae.keys.sections import Checkpoint, Fraction, Metrics, Model, Precision, Section
+from personmae.keys.values import Place
+from personmae.keys.yaml_text import Plain
 
 RANDOM: Final = "random"  # an ``init`` that stands for no weights at all
 BenchmarkName = Literal[

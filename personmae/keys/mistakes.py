@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from personmae.config_values import is_model, items_of
+from personmae.keys.values import is_model, items_of
 
 _MEANT = {  # words of other programs -> ours, the first that a program has
     "amp": ("train.precision",),

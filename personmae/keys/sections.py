@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from personmae.config_values import Place
+from personmae.keys.values import Place
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # (height, width) in pixels
 Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]

@@ -8,8 +8,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from personmae.config_values import PLACE, kind_of
-from personmae.yaml_text import Dumper
+from personmae.keys.values import PLACE, kind_of
+from personmae.keys.yaml_text import Dumper
 
 _SIGNS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "multiple_of": "multiple of {}"}
 _WIDEST = 40  # characters of a column

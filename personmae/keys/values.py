@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, Union, get_ar
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from personmae import locations, yaml_text
 from personmae.errors import UserError
-from personmae.yaml_text import Plain
+from personmae.keys import yaml_text
+from personmae.keys.yaml_text import Plain
+from personmae.system import locations
 
 PLACE = "place"  # in a field's annotation: a path or a location
 Place = Annotated[str, PLACE]

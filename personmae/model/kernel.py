@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from personmae.model.personmae import Batch, Draws, View
+from personmae.model.inputs import Batch, Draws, View
 
 ROWS, COLUMNS = 32, 16  # pixels of the canvas that are taken at a time
 NUM_WARPS = 1  # a patch is little work: many programs hide each other's waits

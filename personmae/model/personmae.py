@@ -1,178 +1,23 @@
 """PersonMAE: from a batch of canvases to both losses (Sec. III). Each equation is named where it stands."""
 
-import math
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Real, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from personmae.errors import UserError
-from personmae.model import masking, regions
 from personmae.model.identity import IdentityHead, identity_loss
-from personmae.model.regions import RegionDraws
-from personmae.model.teacher import Teacher
 from personmae.model.vit import (
     SIZES,
     Block,
     VisionTransformer,
-    grid_coords,
     init_weights,
-    patchify,
     run_blocks,
     sincos_embedding,
-    take_tokens,
 )
 
-Batch = dict[str, Tensor]
 Reduction = Literal["mean", "sum"]  # of the feature loss, over channels
-Cutter = Literal["torch", "triton"]  # who cuts the regions: torch's operations, or the kernel of ``kernel.py``
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """How a picture becomes the two regions: sizes in pixels, shares and chances; defaults in ``config.py``."""
-
-    img_size: tuple[int, int]
-    patch_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    max_shift: int
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip_prob: float
-    mask_kind: str
-    mask_ratio: float
-    min_block: int
-    block_ratio: float | None = None
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(h, w) in patches."""
-        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
-
-    @property
-    def canvas_size(self) -> tuple[int, int]:
-        """(height, width) of the canvas that carries a picture to the device.
-
-        A crop of most of a picture is resized to at most [H + m, W + m/2] (Eq. (1)); half as much again leaves it enough
-        pixels. Larger pictures are shrunk while they are decoded.
-        """
-        largest = self.img_size[0] + self.max_shift, self.img_size[1] + self.max_shift // 2
-        return math.ceil(1.5 * largest[0]), math.ceil(1.5 * largest[1])
-
-
-def normalise(patches: Real[Tensor, "B L P"], mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "B L P"]:
-    """Scale pixels of [0, 255] to the network's input range."""
-    colours = patches.unflatten(2, (3, -1)).unbind(dim=2)
-    # Plain numbers, colour by colour: a tensor made here would be a copy to the device, and a wait, in every step.
-    scaled = [(pixels - 255 * m) / (255 * s) for pixels, m, s in zip(colours, mean, std, strict=True)]
-    return torch.cat(scaled, dim=2)
-
-
-class Draws(NamedTuple):
-    """Everything that is random about a batch."""
-
-    regions: RegionDraws
-    ids_keep: Int[Tensor, "B K"]  # ascending indices of RegionA's visible patches
-
-
-def draw_mask(keys: Int[Tensor, " B"], view: View) -> Bool[Tensor, "B L"]:
-    """M of Eq. (3): True where a patch of RegionA is hidden."""
-    if view.mask_kind == "random":
-        return masking.random_mask(keys, view.grid, view.mask_ratio)
-    draw = {"block": masking.block_mask, "person": masking.person_mask}[view.mask_kind]
-    return draw(keys, view.grid, view.mask_ratio, min_block=view.min_block, block_ratio=view.block_ratio)
-
-
-def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: View) -> Draws:
-    """Draw regions and masks from the samples' keys; ``native_size`` is (height, width) before decoding."""
-    drawn = regions.draw_regions(
-        keys,
-        native_size,
-        max_shift=view.max_shift,
-        crop_scale=view.crop_scale,
-        crop_ratio=view.crop_ratio,
-        flip_prob=view.flip_prob,
-    )
-    mask = draw_mask(keys, view)
-    num_visible = mask.shape[1] - masking.num_hidden(view.grid, view.mask_ratio)
-    return Draws(drawn, masking.ids_visible(mask, num_visible))
-
-
-def cut_batch(
-    canvas: UInt8[Tensor, "B Hc Wc 3"],
-    size: Int[Tensor, "B 2"],
-    draws: Draws,
-    view: View,
-    resize: Callable[..., Tensor] = regions.resize_canvas,
-) -> Batch:
-    """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
-
-    The pictures stand in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
-    ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
-    ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
-    """
-    picture = resize(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
-    region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)  # Eq. (2)
-    coords = grid_coords(view.grid, canvas.device)
-    patches_a, patches_b = patchify(region_a, view.patch_size), patchify(region_b, view.patch_size)
-    return {
-        "patches_a": normalise(take_tokens(patches_a, draws.ids_keep), view.mean, view.std),  # V_a of Eq. (3)
-        "coords_a": coords[draws.ids_keep],
-        "patches_b": normalise(patches_b, view.mean, view.std),
-        "coords_b": regions.region_b_coords(coords, draws.regions.shift, view.patch_size),  # Eq. (4)
-    }
-
-
-def prepare_batch(
-    canvas: UInt8[Tensor, "B Hc Wc 3"],
-    size: Int[Tensor, "B 2"],
-    native_size: Int[Tensor, "B 2"],
-    keys: Int[Tensor, " B"],
-    view: View,
-) -> Batch:
-    """What ``cut_batch`` returns for the draws that belong to the samples' keys, by the way that suits the device."""
-    resize = regions.resize_pictures if canvas.device.type == "cpu" else regions.resize_canvas
-    return cut_batch(canvas, size, draw_batch(keys, native_size, view), view, resize)
-
-
-def choose_prepare(
-    model: "PersonMAE", *, cutter: Cutter = "torch", compiled: bool = False, cuda_graphs: bool = False
-) -> Callable[..., Batch]:
-    """``prepare_batch``, or what takes its place: on a GPU it can be compiled, or leave the cutting to the kernel.
-
-    On a CPU it goes picture by picture, which the compiler does not better.
-
-    Raises:
-        UserError: the kernel is asked for and there is no GPU.
-    """
-    device, mode = model.encoder.cls_token.device, "reduce-overhead" if cuda_graphs else None
-
-    def faster(function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, mode=mode) if compiled and device.type == "cuda" else function
-
-    if cutter == "torch":
-        return faster(prepare_batch)
-    require_kernel(device)
-    from personmae.model import kernel  # Triton comes with torch for GPUs alone
-
-    draw = faster(draw_batch)
-
-    def prepare(canvas: Tensor, size: Tensor, native_size: Tensor, keys: Tensor, view: View) -> Batch:
-        return kernel.cut_batch(canvas, size, draw(keys, native_size, view), view, dtype=model.compute_dtype)
-
-    return prepare
-
-
-def require_kernel(device: torch.device) -> None:
-    """Raise a ``UserError`` where the kernel cannot run: it needs a GPU, or Triton's interpreter, which is slow."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError(f"the cutter triton needs a GPU and there is none (the device is {device}); use torch")
 
 
 class Decoder(nn.Module):
@@ -308,11 +153,3 @@ class PersonMAE(nn.Module):
         """Z_b: the predicted normalised patches of RegionB."""
         tokens = self.encoder(batch["patches_a"], batch["coords_a"])
         return self.pixel_decoder(tokens, batch["coords_b"], batch["coords_a"] if self.visible_positions else None)
-
-
-def compile_parts(model: PersonMAE, teacher: Teacher | None, cuda_graphs: bool = False) -> None:
-    """Have student and teacher compiled, each as a whole, at their next call."""
-    mode = "reduce-overhead" if cuda_graphs else None
-    model.compile(mode=mode)
-    if teacher:
-        teacher.compile(mode=mode)

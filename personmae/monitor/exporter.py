@@ -1,6 +1,6 @@
 """What ranks tell Prometheus, and how it gets to one endpoint a host; docs/metrics.md lists the names.
 
-Below an agent (launcher/agent.py) a rank writes its numbers every two seconds to a file beside its heartbeat, and the agent
+Below an agent a rank writes its numbers every two seconds to a file beside its heartbeat, and the agent
 serves them, going on where a rank that ended had left its counters. Without one, local rank 0 serves its own. No torch here:
 the agent reads this, too. prometheus_client's own files for several processes are not used: they keep a sample for every
 process that ever was, know no collectors and no removal, and every observation costs four times as much.
@@ -18,8 +18,8 @@ from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from personmae import endpoint, heartbeat
 from personmae.errors import UserError
+from personmae.monitor import endpoint, heartbeat
 
 INTERVAL_SECONDS = 2.0
 SHARED = "host"  # the source that speaks for a host, and on the first one for the run

@@ -16,11 +16,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from personmae import dist, endpoint, files, heartbeat
-from personmae.data import storage
-from personmae.heartbeat import PATIENCE_SECONDS, PHASES, Heartbeat, Phase
-from personmae.nvml import gpu_collectors
-from personmae.telemetry import GOODPUT, RANK_PHASE, Export, Several
+from personmae import dist
+from personmae.monitor import endpoint, heartbeat
+from personmae.monitor.exporter import GOODPUT, RANK_PHASE, Export, Several
+from personmae.monitor.gpu import gpu_collectors
+from personmae.monitor.heartbeat import PATIENCE_SECONDS, PHASES, Heartbeat, Phase
+from personmae.system import files, storage
 
 Part = Literal["data_wait", "inputs", "forward_backward", "optimizer", "other"]
 RECORD: Final = "openmetrics.txt"  # a complete run's last numbers

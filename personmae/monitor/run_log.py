@@ -5,22 +5,20 @@ Also how much arithmetic a picture needs, and how much a GPU could do. What Prom
 
 import contextlib
 import json
-import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from personmae import files, sessions
-from personmae.meter import RunNumbers
-from personmae.progress import EVERY_SECONDS, Pace, duration, log
+from personmae.monitor import environment
+from personmae.monitor.progress import EVERY_SECONDS, Pace, duration, log
+from personmae.monitor.rank_metrics import RunNumbers
+from personmae.system import files
 
 METRICS: Final = "metrics.jsonl"
 CLUSTERS: Final = "clusters.jsonl"  # a line for each clustering of an unsupervised run
@@ -151,7 +149,7 @@ class RunLog:
             failure = failure or error
             raise
         finally:
-            sessions.end(self._dir, last_step=self._step, failure=failure)
+            environment.end(self._dir, last_step=self._step, failure=failure)
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, float]]:
@@ -175,102 +173,4 @@ def record_run(
         "versions": versions | {"python": platform.python_version()},
         "hardware": describe_hardware(),
     }
-    sessions.begin(directory, run, first_step=first_step)
-
-
-def git_commit() -> str | None:
-    """The checkout's commit, with '+' when files differ from it; None outside a checkout."""
-    where = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", *args], cwd=where, capture_output=True, text=True, check=True, encoding="utf-8"
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def describe_hardware() -> dict[str, Any]:
-    """Processor, cores, memory in bytes, and GPUs by name."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_bytes": memory, "gpus": gpus}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def transformer_flops(num_tokens: int, dim: int, depth: int, mlp_ratio: float = 4.0, num_out: int | None = None) -> float:
-    """Operations, two for a product and its sum, of a forward pass through ``depth`` blocks: matrix products alone.
-
-    With ``num_out`` the last block computes only so many tokens, which attend to all.
-    """
-
-    def block(num_out: int) -> float:
-        return 2.0 * ((3 * num_tokens + (1 + 2 * mlp_ratio) * num_out) * dim**2 + 2 * num_tokens * num_out * dim)
-
-    return (depth - 1) * block(num_tokens) + block(num_tokens if num_out is None else num_out)
-
-
-def pretrain_flops(
-    *,
-    num_visible: int,
-    num_patches: int,
-    patch_size: int,
-    embed_dim: int,
-    depth: int,
-    decoder_depth: int,
-    pixel_dim: int,
-    feature_dim: int | None,
-    identity_dim: int | None = None,
-) -> float:
-    """Operations that an image needs in a step of pre-training: student and decoders three times (forward, and backward as
-    two), the teacher once. What activation checkpointing computes again is not counted. ``feature_dim`` is None without
-    feature decoder, ``identity_dim`` without identity head; without both there is no teacher."""
-    pixels = 3 * patch_size**2
-    encode = 2.0 * num_visible * pixels * embed_dim
-    student = transformer_flops(1 + num_visible, embed_dim, depth)
-    decode = _decoder_flops(1 + num_visible, num_patches, embed_dim, pixel_dim, decoder_depth, pixels)
-    teacher = 0.0
-    if feature_dim is not None:
-        decode += _decoder_flops(1 + num_visible, num_patches, embed_dim, feature_dim, decoder_depth, embed_dim)
-    if identity_dim is not None:  # two embeddings, and a covariance of each
-        decode += 2 * 2.0 * (embed_dim * identity_dim + 2 * identity_dim**2)
-    if feature_dim is not None or identity_dim is not None:
-        teacher = 2.0 * num_patches * pixels * embed_dim + transformer_flops(1 + num_patches, embed_dim, depth)
-    return 3 * (student + decode) + 2 * encode + teacher  # nothing asks for the gradient of the patches
-
-
-def _decoder_flops(num_tokens: int, num_patches: int, encoder_dim: int, dim: int, depth: int, out_dim: int) -> float:
-    linear = 2.0 * num_tokens * encoder_dim * dim + 2.0 * num_patches * dim * out_dim
-    return linear + transformer_flops(num_tokens + num_patches, dim, depth, num_out=num_patches)
-
-
-# Dense bf16 operations a second, from the makers' data sheets; by the name that the driver gives, the longest match first.
-_PEAK_FLOPS: Final = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA A30": 165e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """What a GPU can do at most, in operations a second; None where that is not known."""
-    if precision != "bf16":
-        return None
-    known = [name for name in _PEAK_FLOPS if device_name == name or device_name.startswith((f"{name} ", f"{name}-"))]
-    return _PEAK_FLOPS[max(known, key=len)] if known else None
+    environment.begin(directory, run, first_step=first_step)

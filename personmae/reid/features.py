@@ -13,7 +13,7 @@ from torch import Tensor
 
 from personmae import dist
 from personmae.errors import Diverged, Stopped
-from personmae.progress import EVERY_SECONDS, Pace, duration
+from personmae.monitor.progress import EVERY_SECONDS, Pace, duration
 from personmae.reid.rows import standardise_per_camera as standardise_per_camera
 from personmae.reid.transforms import ImageSet, normalise
 

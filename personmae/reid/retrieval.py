@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from personmae import dist, files
+from personmae import dist
 from personmae.errors import Stopped, UserError
 from personmae.reid import datasets, ranking
 from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
@@ -21,6 +21,7 @@ from personmae.reid.features import Extractor, colour_histogram, extract, requir
 from personmae.reid.rerank import alpha_query_expansion, k_reciprocal
 from personmae.reid.rows import standardise_per_camera, whiten_per_camera
 from personmae.reid.transforms import ImageSet
+from personmae.system import files
 
 NUM_RANK_LISTS, TOP_K = 12, 10
 RERANKINGS = {"none": ranking.cosine, "aqe": alpha_query_expansion, "k_reciprocal": k_reciprocal}

@@ -13,7 +13,7 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from personmae.apply.places import printable
+from personmae.report.places import printable
 
 LIGHT: Final = ("#0d3b9e", "#e8590c", "#139a80", "#5b1130", "#9d6bff")
 DARK: Final = ("#4f86f0", "#ffb454", "#5eead4", "#e8505b", "#e0c8ff")

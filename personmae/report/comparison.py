@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from personmae import config
-from personmae.apply.places import Lost, printable
-from personmae.apply.runs import Result, Run, read_settings
 from personmae.config import RANDOM
 from personmae.errors import UserError
+from personmae.report.places import Lost, printable
+from personmae.report.runs import Result, Run, read_settings
 
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 _NOT_THE_RECIPE = ("seed", "run_dir", "root", "init", "checkpoint.", "metrics.", "data.cache_dir", "train.log_every")

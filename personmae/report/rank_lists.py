@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from personmae.apply import pictures
-from personmae.apply.comparison import distinct
-from personmae.apply.places import Lost, printable
-from personmae.apply.runs import RankList, Run
+from personmae.report import pictures
+from personmae.report.comparison import distinct
+from personmae.report.places import Lost, printable
+from personmae.report.runs import RankList, Run
 
 NUM_QUERIES = 6  # on the page
 THUMBNAIL = (128, 64)  # (height, width) of an image

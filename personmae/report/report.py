@@ -17,9 +17,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from personmae import checkpoint, config, files, hiding, progress
-from personmae.apply import charts, pictures, rank_lists, sections
-from personmae.apply.comparison import (
+from personmae import config
+from personmae.checkpoint import portable
+from personmae.data.decode import BadImage
+from personmae.errors import Incomplete, Unavailable, UserError
+from personmae.inspect import hiding
+from personmae.model.inputs import View
+from personmae.monitor import progress
+from personmae.monitor.progress import counted
+from personmae.reid.datasets import describe, load_benchmark
+from personmae.report import charts, pictures, rank_lists, sections
+from personmae.report.comparison import (
     SCORES,
     Group,
     compare_settings,
@@ -29,14 +37,10 @@ from personmae.apply.comparison import (
     group_results,
     summarise,
 )
-from personmae.apply.places import Lost, Place, printable
-from personmae.apply.runs import Result, Run, find_runs
-from personmae.data.decode import BadImage
-from personmae.data.synthetic import read_mark
-from personmae.errors import Incomplete, Unavailable, UserError
-from personmae.model.personmae import View
-from personmae.progress import counted
-from personmae.reid.datasets import describe, load_benchmark
+from personmae.report.places import Lost, Place, printable
+from personmae.report.runs import Result, Run, find_runs
+from personmae.synthetic.benchmarks import read_mark
+from personmae.system import files
 
 LOSSES = {"loss", "pixel_loss", "feature_loss", "identity_loss"}
 CHARTS = (  # of the runs of a kind: a title, and the fields of metrics.jsonl by the words for them
@@ -281,7 +285,7 @@ def draw_cmc(groups: Sequence[Group]) -> list[tuple[str, Markup]]:
 
 def predict(run: Run) -> list[list[pictures.Picture]]:
     """Groups of Figure 3 from the newest checkpoint of a pre-training run."""
-    if not checkpoint.folders(run.directory):
+    if not portable.folders(run.directory):
         raise pictures.NotYet(f"{run.directory} has no checkpoint yet, so there is nothing to predict with")
     drawn = pictures.reconstruct_run(_pretraining(run), run.directory, NUM_GROUPS)
     return [[images[i].numpy() for images in drawn] for i in range(len(drawn.region_a))]

@@ -14,10 +14,13 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, PlainValidator, ValidationError
 
-from personmae import checkpoint, config, files, metrics
-from personmae.apply.places import Place
+from personmae import config
+from personmae.checkpoint import portable
 from personmae.config import RANDOM
 from personmae.errors import UserError
+from personmae.monitor import run_log
+from personmae.report.places import Place
+from personmae.system import files
 
 Settings = config.Pretrain | config.Finetune | config.Unsupervised
 
@@ -201,8 +204,8 @@ def read_run(directory: Path) -> Run:
     path = directory / "config.yaml"
     try:
         info = json.loads(_text(directory / "run.json") or "{}")
-        records = [_with_nan(record) for record in metrics.read_records(directory)]
-        clusters = [_with_nan(json.loads(line)) for line in files.whole_lines(directory / metrics.CLUSTERS)]
+        records = [_with_nan(record) for record in run_log.read_records(directory)]
+        clusters = [_with_nan(json.loads(line)) for line in files.whole_lines(directory / run_log.CLUSTERS)]
     except ValueError as error:
         raise UserError(
             f"run.json, metrics.jsonl and clusters.jsonl of {directory} must be JSON; {error}; repair or remove them"
@@ -258,14 +261,14 @@ def _evaluated(result: Result | None) -> Progress | None:
 
 def _last_saved(directory: Path) -> tuple[int, int | None]:
     """Step of the newest checkpoint and the steps of its run, (0, None) where there is none."""
-    for path in checkpoint.folders(directory)[:1]:
-        return checkpoint.step_of(path.name) or 0, _state(path).get("total_steps")
+    for path in portable.folders(directory)[:1]:
+        return portable.step_of(path.name) or 0, _state(path).get("total_steps")
     return 0, None
 
 
 def _state(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((path / checkpoint.STATE).read_bytes())
+        return json.loads((path / portable.STATE).read_bytes())
     except (OSError, ValueError):
         return {}
 

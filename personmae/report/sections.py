@@ -8,11 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from personmae import config
-from personmae.apply.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs
-from personmae.apply.places import printable
-from personmae.apply.runs import Run
 from personmae.config import RANDOM
 from personmae.reid.cluster_quality import follows_cameras
+from personmae.report.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs
+from personmae.report.places import printable
+from personmae.report.runs import Run
 
 Step = tuple[str, str]  # why, and the command to type
 

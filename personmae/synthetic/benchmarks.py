@@ -20,11 +20,11 @@ from typing import Any
 
 import cv2
 
-from personmae.data import storage
-from personmae.data.pedestrians.contact_sheet import contact_sheet
-from personmae.data.pedestrians.picture import draw_shot
-from personmae.data.pedestrians.plan import Shot, SynthSettings, plan
 from personmae.errors import UserError
+from personmae.synthetic.contact_sheet import contact_sheet
+from personmae.synthetic.image import draw_shot
+from personmae.synthetic.plan import Shot, SynthSettings, plan
+from personmae.system import storage
 
 FORMAT_VERSION = 2
 COMPLETION_MARK = "synthetic.json"

@@ -4,21 +4,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from personmae.data.pedestrians.canvas import (
-    ACCENT,
-    BAG,
-    BAG_TRIM,
-    INNER,
-    LOWER,
-    LOWER_ACCENT,
-    SHOES,
-    SKIN,
-    SOLES,
-    UPPER,
-    Pen,
-    Point,
-)
-from personmae.data.pedestrians.wardrobe import Identity
+from personmae.synthetic.canvas import ACCENT, BAG, BAG_TRIM, INNER, LOWER, LOWER_ACCENT, SHOES, SKIN, SOLES, UPPER, Pen, Point
+from personmae.synthetic.wardrobe import Identity
 
 Joints = tuple[Point, Point, Point]  # hip, knee, ankle or shoulder, elbow, wrist
 

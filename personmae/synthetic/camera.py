@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
-from personmae.data.pedestrians.canvas import Image
-from personmae.data.pedestrians.chance import Rng
-from personmae.data.pedestrians.scene import SCENE_SIZE, paint_scene
+from personmae.synthetic.canvas import Image
+from personmae.synthetic.rng import Rng
+from personmae.synthetic.scene import SCENE_SIZE, paint_scene
 
 AUTOMATIC = 0.95  # share of the way from the scene's mean colour to the grey that exposure and white balance aim at
 SURROUNDINGS = 14  # sharpening compares a pixel with its surroundings, so many of which make the height of an image

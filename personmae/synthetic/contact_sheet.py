@@ -5,10 +5,10 @@ from dataclasses import asdict
 import cv2
 import numpy as np
 
-from personmae.data.pedestrians.canvas import Image
-from personmae.data.pedestrians.picture import draw_shot
-from personmae.data.pedestrians.plan import Shot, SynthSettings
-from personmae.data.pedestrians.wardrobe import LOOK_ALIKES, identity_of
+from personmae.synthetic.canvas import Image
+from personmae.synthetic.image import draw_shot
+from personmae.synthetic.plan import Shot, SynthSettings
+from personmae.synthetic.wardrobe import LOOK_ALIKES, identity_of
 
 TILE = (192, 96)  # height, width in pixels
 SHEET_COLUMNS = 14

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from personmae.data.pedestrians.body import (
+from personmae.synthetic.body import (
     BACK,
     FRONT,
     LEFT,
@@ -21,7 +21,7 @@ from personmae.data.pedestrians.body import (
     profile_leg,
     torso,
 )
-from personmae.data.pedestrians.canvas import (
+from personmae.synthetic.canvas import (
     ACCENT,
     BAG,
     BAG_TRIM,
@@ -44,7 +44,7 @@ from personmae.data.pedestrians.canvas import (
     Pen,
     Point,
 )
-from personmae.data.pedestrians.wardrobe import Identity
+from personmae.synthetic.wardrobe import Identity
 
 SHADOW_ALPHA = 105
 FAR = -26  # added to the shade of limbs on the far side of the body

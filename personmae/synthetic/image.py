@@ -7,14 +7,14 @@ from statistics import NormalDist
 import cv2
 import numpy as np
 
-from personmae.data.pedestrians.body import VIEWS
-from personmae.data.pedestrians.camera import TIMES_OF_DAY, Camera, background, expose, make_camera
-from personmae.data.pedestrians.canvas import LABELS_PER_FIGURE, MAX_CANVAS, SHADOW, WRINKLE_STEPS, Canvas, Image
-from personmae.data.pedestrians.chance import Rng, pick, rng_of
-from personmae.data.pedestrians.figure import Pose, draw_person
-from personmae.data.pedestrians.occluders import OCCLUDERS, draw_occluder
-from personmae.data.pedestrians.plan import Shot, SynthSettings
-from personmae.data.pedestrians.wardrobe import domain_of, identity_of, sample_identity
+from personmae.synthetic.body import VIEWS
+from personmae.synthetic.camera import TIMES_OF_DAY, Camera, background, expose, make_camera
+from personmae.synthetic.canvas import LABELS_PER_FIGURE, MAX_CANVAS, SHADOW, WRINKLE_STEPS, Canvas, Image
+from personmae.synthetic.figure import Pose, draw_person
+from personmae.synthetic.occluders import OCCLUDERS, draw_occluder
+from personmae.synthetic.plan import Shot, SynthSettings
+from personmae.synthetic.rng import Rng, pick, rng_of
+from personmae.synthetic.wardrobe import domain_of, identity_of, sample_identity
 
 MARKET_SIZE = (128, 64)  # height, width in pixels of every Market-1501 crop
 NATIVE_HEIGHT = (60, 500)  # pixels, the range of native crops

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from personmae.data.pedestrians.canvas import LABELS_PER_FIGURE, NEUTRAL_SHADE, Canvas
-from personmae.data.pedestrians.chance import Rng
+from personmae.synthetic.canvas import LABELS_PER_FIGURE, NEUTRAL_SHADE, Canvas
+from personmae.synthetic.rng import Rng
 
 OCCLUDERS = ("pole", "wall", "car", "panel", "board", "person")  # "person" is drawn by the caller
 OCCLUDER_LABEL = 3 * LABELS_PER_FIGURE  # the three figure slots come first

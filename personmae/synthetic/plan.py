@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from personmae.data.pedestrians.camera import CAMERAS
-from personmae.data.pedestrians.chance import rng_of
-from personmae.data.pedestrians.wardrobe import domain_of
 from personmae.errors import UserError
+from personmae.synthetic.camera import CAMERAS
+from personmae.synthetic.rng import rng_of
+from personmae.synthetic.wardrobe import domain_of
 
 POOL_FOLDER_IMAGES = 1000
 CAMERAS_PER_IDENTITY = 4

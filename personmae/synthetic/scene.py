@@ -5,8 +5,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from personmae.data.pedestrians.canvas import Bgr, Image
-from personmae.data.pedestrians.chance import Rng
+from personmae.synthetic.canvas import Bgr, Image
+from personmae.synthetic.rng import Rng
 
 SCENE_SIZE = (352, 1024)  # height, width of a background in pixels; a person in it is about 200 pixels tall
 SATURATION = 22  # of 64

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from personmae.data.pedestrians.canvas import Bgr
-from personmae.data.pedestrians.chance import Rng, pick, pick_weighted, rng_of
+from personmae.synthetic.canvas import Bgr
+from personmae.synthetic.rng import Rng, pick, pick_weighted, rng_of
 
 LEAST_VIVID = 0.05  # share of a named colour's saturation that every garment has
 LOOK_ALIKES, GROUP = 3, 5  # of every five identities three differ from each other in one detail only

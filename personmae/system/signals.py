@@ -23,7 +23,7 @@ def answer_early() -> None:
     signal.signal(signal.SIGTERM, _answer)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _answer)
-    from personmae.heartbeat import DIRECTORY, Heartbeat
+    from personmae.monitor.heartbeat import DIRECTORY, Heartbeat
 
     if os.environ.get(DIRECTORY):
         _beating.append(Heartbeat())

@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from personmae import locations
-from personmae.data import mosaic
 from personmae.errors import UserError
+from personmae.system import locations, mosaic
 
 READ_TIMEOUT_SECONDS = 15  # without a byte; a stalled connection is given up for another
 _BLOCK = 1 << 20

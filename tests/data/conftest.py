@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from caches import NUM_SHARDS
 
-from personmae.data import cache, mosaic, storage
+from personmae.data import cache
+from personmae.system import mosaic, storage
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,15 @@ from botocore.awsrequest import AWSResponse
 from botocore.exceptions import EndpointConnectionError
 from urllib3.response import HTTPResponse
 
-from personmae import progress
 from personmae.__main__ import main
-from personmae.data import files, importer, storage
+from personmae.data import files, importer
 from personmae.data.files import BucketFiles
 from personmae.data.importer import Part
 from personmae.data.selection import Selection
 from personmae.data.sources import open_source
 from personmae.errors import Stopped, UserError
+from personmae.monitor import progress
+from personmae.system import storage
 
 NUM_PICTURES = 50
 SHARD_BYTES = 20_000

@@ -17,11 +17,12 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 from caches import NUM_SHARDS, OPTIONS, assert_same, cache_of, num_bytes, present, read_epochs, remote_set
 
-from personmae import heartbeat
-from personmae.data import cache, mds, mosaic, storage
+from personmae.data import cache, mds
 from personmae.data.counters import StreamCounters
 from personmae.data.stream import CanvasBatch, ShardSet
 from personmae.errors import UserError
+from personmae.monitor import heartbeat
+from personmae.system import mosaic, storage
 
 
 def test_an_address_that_nobody_answers_at_is_told_at_once_but_waited_for_below_an_agent(s3_server, monkeypatch):

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from personmae.data import files, importer, mosaic, shards
+from personmae.data import files, importer, shards
 from personmae.data.selection import Selection
 from personmae.data.sources import Source, open_source
 from personmae.errors import Stopped, UserError
+from personmae.system import mosaic
 
 StreamingDataset = mosaic.load("streaming.base.dataset").StreamingDataset
 MDSWriter = mosaic.load("streaming.base.format.mds.writer").MDSWriter

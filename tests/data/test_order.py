@@ -5,8 +5,8 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 
+from personmae.batch_plan import plan_batch
 from personmae.data.order import epoch_order, micro_batches, rank_slice, sample_keys
-from personmae.dist import plan_batch
 
 SIZES = [7, 12, 1, 9, 20, 3, 8, 15, 11, 14]
 TOTAL = sum(SIZES)

@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from personmae.data import mosaic, shards
+from personmae.data import shards
 from personmae.errors import UserError
+from personmae.system import mosaic
 
 NUM_PICTURES = 50
 

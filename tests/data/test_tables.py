@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 from personmae.__main__ import main
-from personmae.data import importer, mosaic, tables
+from personmae.data import importer, tables
 from personmae.data.sources import open_source
 from personmae.data.stream import ShardSet
 from personmae.errors import Stopped, UserError
+from personmae.system import mosaic
 
 MDSWriter = mosaic.load("streaming.base.format.mds.writer").MDSWriter
 

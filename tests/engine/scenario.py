@@ -17,9 +17,10 @@ import torch.distributed as tdist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from personmae import checkpoint, dist, keeper, optim, snapshot
+from personmae import dist, optim
+from personmae.checkpoint import host_copy, portable
+from personmae.checkpoint.writer import Writer, join_ranks
 from personmae.engine.base import Engine, PortableState, own_part
-from personmae.keeper import Writer
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.model.vit import grid_coords
@@ -188,13 +189,13 @@ class Run:
         tensors = {"params": state.params, **state.moments}
         tensors["teacher"] = own_part(self.teacher.encoder.state_dict(), spread=True)
         record = {"num_updates": state.num_updates}
-        with closing(Writer(run_dir, keep_last=2, **keeper.join_ranks(run_dir))) as writer:
-            writer.save(checkpoint.Checkpoint(MIDDLE, tensors, record), wait=True)
+        with closing(Writer(run_dir, keep_last=2, **join_ranks(run_dir))) as writer:
+            writer.save(portable.Checkpoint(MIDDLE, tensors, record), wait=True)
             if killed_rank is None:
                 return
             if killed_rank == self.rank:
-                snapshot._put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-            writer.save(checkpoint.Checkpoint(MIDDLE + 1, tensors, record))
+                host_copy._put = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            writer.save(portable.Checkpoint(MIDDLE + 1, tensors, record))
 
     def agrees(self, tensors: list[Tensor]) -> bool:
         """Whether all ranks hold the same bits."""
@@ -213,7 +214,7 @@ def read_flat(where: str) -> Tensors:
     """A state that a run has left: a file of ``flatten``, or a run directory with a checkpoint."""
     if where.endswith(".safetensors"):
         return load_file(where)
-    saved = checkpoint.read(checkpoint.locate(where))
+    saved = portable.read(portable.locate(where))
     return flatten(saved.tensors, saved.state["num_updates"])
 
 

@@ -8,7 +8,8 @@ from scenario import ACCUM, GRID, MOMENTUM, build_model, build_optimizer, micro_
 
 from personmae.data.stream import CanvasBatch, to_device
 from personmae.engine.native import NativeEngine
-from personmae.model.personmae import View, compile_parts, prepare_batch
+from personmae.model.compiled import compile_parts
+from personmae.model.inputs import View, prepare_batch
 from personmae.model.teacher import Teacher
 
 VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)

@@ -8,7 +8,7 @@ from engine_runs import Results, launch, task_of
 from safetensors.torch import load_file
 from scenario import KINDS, MIDDLE, Tensors, build_model, build_optimizer, read_flat
 
-from personmae import checkpoint, commit
+from personmae.checkpoint import commit, portable
 from personmae.engine.base import PortableState, own_part, owners
 from personmae.engine.native import NativeEngine
 
@@ -37,7 +37,7 @@ def test_shares_differ_by_no_more_than_the_largest_tensor(num_ranks: int, monkey
 
 
 def parts(run_dir: Path, kind: str) -> list[Tensors]:
-    folder = checkpoint.locate(run_dir)
+    folder = portable.locate(run_dir)
     return [load_file(file) for file in sorted(folder.glob(f"{kind}-*.safetensors"))]
 
 
@@ -89,13 +89,13 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_the_commit_before(
 ) -> None:
     task = task_of("run", engine, tmp_path, last=MIDDLE, together=str(tmp_path / "run"), killed_rank=killed)
     launch([task], ranks, tmp_path, killed_rank=killed)
-    found = checkpoint.newest(tmp_path / "run")
+    found = portable.newest(tmp_path / "run")
     assert found is not None
-    assert checkpoint.step_of(found.name) == MIDDLE
-    saved, model = checkpoint.read(found), build_model()
+    assert portable.step_of(found.name) == MIDDLE
+    saved, model = portable.read(found), build_model()
     engine_of_one = NativeEngine(model, build_optimizer(model), grad_accum_steps=1, max_norm=None)
     moments = {kind: saved.tensors[kind] for kind in ("exp_avg", "exp_avg_sq")}
     engine_of_one.load_portable(PortableState(saved.tensors["params"], moments, saved.state["num_updates"]))
     assert all(torch.equal(tensor, saved.tensors["params"][name]) for name, tensor in model.state_dict().items())
     commit.write(tmp_path / "run", saved, keep_last=1)  # what the kill has left is in nobody's way
-    assert [path.name for path in checkpoint.folder(tmp_path / "run").iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in portable.folder(tmp_path / "run").iterdir() if path.name.startswith(".")] == []

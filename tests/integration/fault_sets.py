@@ -17,9 +17,10 @@ import pytest
 import torch
 from fault_proxy import FaultProxy, moto_process
 
-from personmae.data import cache, mosaic
+from personmae.data import cache
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.errors import UserError
+from personmae.system import mosaic
 
 BUCKET, KEY, SECRET = "crops", "first-key", "nobody-may-see-this"
 OPTIONS: dict[str, Any] = {

@@ -9,7 +9,7 @@ import pytest
 from people import FEW_CLUSTERS, draw_few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
-from personmae import checkpoint, commit
+from personmae.checkpoint import commit, portable
 
 pytestmark = pytest.mark.integration
 TINY = ["batch.num_ids=4", "train.epochs=1", "train.precision=fp32"]
@@ -46,9 +46,9 @@ def copied(root: Path, where: Path) -> Path:
 
 
 def test_a_fine_tuning_that_has_not_reached_its_end_is_no_start_for_adaptation(market, tuned, tmp_path):
-    path = checkpoint.newest(tuned)
+    path = portable.newest(tuned)
     assert path is not None
-    saved = checkpoint.read(path)
+    saved = portable.read(path)
     saved.state["total_steps"] = 99
     written = commit.write(tmp_path / "early", saved, keep_last=1)
     line = one_line_error(personmae("unsupervised", *learning(market, tmp_path / "early", tmp_path / "run")))

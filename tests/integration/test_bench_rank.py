@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from personmae.bench.rank import OURS, PRODUCT, USUAL, USUAL_VECTORS, RankBench, measure, run_rank
+from personmae.bench.retrieval import OURS, PRODUCT, USUAL, USUAL_VECTORS, RankBench, measure, run_rank
 from personmae.errors import UserError
 
 BENCH = RankBench(num_query=300, num_gallery=2000, num_pids=40, dim=256, rounds=1, usual_queries=100)

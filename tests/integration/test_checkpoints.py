@@ -24,10 +24,10 @@ from boto3.session import Session
 from fault_proxy import Fault, FaultProxy, moto_process
 from programs import ROOT, environment
 
-from personmae import archive, checkpoint, commit, keeper, resume_point, snapshot
-from personmae.checkpoint import Checkpoint
-from personmae.data import storage
-from personmae.keeper import Writer
+from personmae.checkpoint import commit, host_copy, portable, remote, resume_point
+from personmae.checkpoint.portable import Checkpoint
+from personmae.checkpoint.writer import Writer, join_ranks
+from personmae.system import storage
 
 pytestmark = [pytest.mark.integration]
 BUCKET = "runs"
@@ -42,7 +42,7 @@ def make(step: int) -> Checkpoint:
 
 def read_step(path: Path) -> int:
     """The step of a checkpoint whose content is checked."""
-    read = checkpoint.read(path)
+    read = portable.read(path)
     assert read.state["seed"] == read.step
     assert read.tensors.keys() == set(KINDS)
     for tensors in read.tensors.values():
@@ -100,7 +100,7 @@ def _fork(name: str, run: Path, store: str | None, point: Any) -> Kill:
 def _be_killed(run: Path, store: str | None, reports: int, at_call: int | None) -> None:
     """The child: saves, until it is killed or has saved enough."""
     _report(commit, "commit", lambda args: f"committed {args[1]}", reports)
-    _report(archive, "send", lambda args: f"uploaded {args[2]}", reports)
+    _report(remote, "send", lambda args: f"uploaded {args[2]}", reports)
     if at_call:
         _kill_at(at_call, ("http.client.send",) if store else ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir"))
     os.write(reports, b"\n")
@@ -143,7 +143,7 @@ def _kill_at(number: int, events: tuple[str, ...]) -> None:
         if event in events and (event != "open" or args[1] not in (None, "r", "rb")):
             count()
 
-    sync, put = os.fsync, snapshot._put
+    sync, put = os.fsync, host_copy._put
 
     def counted_sync(file: int) -> None:
         count()
@@ -157,7 +157,7 @@ def _kill_at(number: int, events: tuple[str, ...]) -> None:
 
     sys.addaudithook(count_event)
     if "open" in events:
-        os.fsync, snapshot._put = counted_sync, counted_put
+        os.fsync, host_copy._put = counted_sync, counted_put
 
 
 # --- in the process of the tests ---
@@ -192,7 +192,7 @@ def assert_goes_on(run: Path, kill: Kill) -> None:
     writer = Writer(run, keep_last=1, resumed=found.path if found else None)
     writer.save(make(step))
     writer.close()
-    assert sorted(path.name for path in checkpoint.folder(run).iterdir()) == ["LATEST", checkpoint.name_of(step)], kill
+    assert sorted(path.name for path in portable.folder(run).iterdir()) == ["LATEST", portable.name_of(step)], kill
     again = resume_point.newest(run)
     assert again is not None
     assert read_step(again.path) == step
@@ -282,7 +282,7 @@ def test_a_run_goes_on_from_a_store_whose_connections_break_and_passes_over_what
     proxy = FaultProxy(server[0])
     proxy.start()
     monkeypatch.setenv("S3_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setattr(archive, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 0.01)
     storage.s3_client.cache_clear()
     file = r"step-00000002/student\.safetensors"
     try:
@@ -313,7 +313,7 @@ def be_rank(rank: int, run: str, port: int) -> None:
     writer = Writer(run, keep_last=2, rank=rank, world_size=2, barrier=tdist.barrier)
     for step in (1, 2):
         if step == 2 and rank == 1:
-            snapshot._put = _refuse
+            host_copy._put = _refuse
         own = {kind: dict([sorted(tensors.items())[rank]]) for kind, tensors in make(step).tensors.items()}
         writer.save(Checkpoint(step, own, {"seed": step}), wait=step == 1)
     try:
@@ -332,8 +332,8 @@ def look(rank: int, folder: str, port: int) -> None:
     import torch.distributed as tdist
 
     tdist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    apart = keeper.join_ranks(Path(folder) / f"disk{rank}" / "run")
-    shared = keeper.join_ranks(Path(folder) / "shared" / "run")
+    apart = join_ranks(Path(folder) / f"disk{rank}" / "run")
+    shared = join_ranks(Path(folder) / "shared" / "run")
     shared.pop("barrier")()
     print(json.dumps([apart, shared]), flush=True)
     tdist.destroy_process_group()
@@ -368,7 +368,7 @@ def test_ranks_write_together_only_where_all_see_the_run_directory(tmp_path):
 
 def test_two_ranks_write_one_checkpoint_together_or_none(tmp_path):
     said = two_ranks("be_rank", tmp_path)
-    found = checkpoint.newest(tmp_path)
+    found = portable.newest(tmp_path)
     assert found is not None
     assert read_step(found) == 1
     assert sorted(path.name for path in found.glob("*.safetensors")) == [
@@ -376,4 +376,4 @@ def test_two_ranks_write_one_checkpoint_together_or_none(tmp_path):
     ]
     assert "RankError: a checkpoint needs the parts of all 2 ranks; 1 are in" in said[0][0]
     assert "OSError: [Errno 28] No space left on device" in said[1][0]
-    assert [path.name for path in checkpoint.folder(tmp_path).iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in portable.folder(tmp_path).iterdir() if path.name.startswith(".")] == []

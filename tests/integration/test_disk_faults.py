@@ -13,9 +13,9 @@ from fault_proxy import Fault, FaultProxy, wait_for
 from fault_sets import BUCKET, OPTIONS, SECRET, Remote, assert_same, assert_whole, read_both, read_epoch
 from programs import ROOT, environment
 
-from personmae.data import storage
 from personmae.data.stream import BatchReader, ShardSet
 from personmae.errors import UserError
+from personmae.system import storage
 
 pytestmark = pytest.mark.integration
 

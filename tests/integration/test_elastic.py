@@ -22,11 +22,11 @@ import pytest
 from closeness import assert_allclose
 from programs import ROOT, SETTINGS, environment, losses
 
-sys.path.insert(0, str(ROOT / "tests/launcher"))
+sys.path.insert(0, str(ROOT / "tests/elastic"))
 import worker  # pyright: ignore[reportMissingImports]
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-WORKER = "tests/launcher/worker.py"
+WORKER = "tests/elastic/worker.py"
 FAST = ["--nnodes", "1:2", "--settle-seconds", "1", "--keep-alive-seconds", "3", "--backoff-seconds", "0.5"]
 
 

@@ -10,7 +10,7 @@ import torch
 from closeness import assert_allclose
 from programs import ROOT, SETTINGS, STEPS, launch, losses, pretrain
 
-from personmae import checkpoint
+from personmae.checkpoint import portable
 
 pytestmark = pytest.mark.integration
 GOLDEN = ROOT / "tests/golden/pretrain_20_steps.json"
@@ -75,7 +75,7 @@ def test_a_checkpoint_of_one_engine_is_resumed_by_another_on_two_ranks(
     num_files = 1 if engine == ["engine.name=deepspeed"] else 2  # engines that shard have every rank write its share
     assert len([*ours.glob("student*.safetensors")]) == num_files
     for kind in ("student", "teacher", "exp_avg", "exp_avg_sq"):
-        written, expected = (checkpoint.read_kind(folder, kind) for folder in (ours, theirs))
+        written, expected = (portable.read_kind(folder, kind) for folder in (ours, theirs))
         assert written.keys() == expected.keys()
         ours_flat, theirs_flat = (torch.cat([t[name].flatten() for name in expected]) for t in (written, expected))
         assert (ours_flat - theirs_flat).norm() < 1e-4 * theirs_flat.norm(), kind

@@ -16,9 +16,9 @@ import warm
 from people import draw_few_people
 from programs import environment, launch, one_line_error, personmae
 
-from personmae import checkpoint
 from personmae.__main__ import main
-from personmae.meter import Meter
+from personmae.checkpoint import portable
+from personmae.monitor.rank_metrics import Meter
 from personmae.reid.heads import ReIDModel
 
 pytestmark = pytest.mark.integration
@@ -66,11 +66,11 @@ def test_a_run_ends_with_scores_that_evaluate_repeats(finished: Path, benchmarks
     again = personmae("evaluate", finished, "market1501", benchmarks / "market1501", "--out", tmp_path)
     assert again.returncode == 0, again.stderr
     assert result(tmp_path)["mAP"] == pytest.approx(scores["mAP"], abs=1e-6)
-    newest = checkpoint.newest(finished)
+    newest = portable.newest(finished)
     assert newest is not None
     found = result(tmp_path)
-    assert [found[key] for key in ("checkpoint", "digest")] == [str(newest), checkpoint.digest(newest)]
-    assert found["step"] == checkpoint.step_of(newest.name)
+    assert [found[key] for key in ("checkpoint", "digest")] == [str(newest), portable.digest(newest)]
+    assert found["step"] == portable.step_of(newest.name)
     other = personmae("evaluate", finished, "occluded_duke", benchmarks / "occluded_duke")
     assert other.returncode == 0, other.stderr
     assert "occluded_duke" in other.stdout.splitlines()[-1]
@@ -107,10 +107,10 @@ def test_two_ranks_end_with_the_weights_of_one(benchmarks: Path, tmp_path: Path)
     assert done.stdout.count("mAP") == 1
     alone = personmae("finetune", *arguments(benchmarks, tmp_path / "one", *few))
     assert alone.returncode == 0, alone.stderr
-    two, one = (checkpoint.newest(tmp_path / name) for name in ("two", "one"))
+    two, one = (portable.newest(tmp_path / name) for name in ("two", "one"))
     assert two is not None
     assert one is not None
-    ours, theirs = checkpoint.read(two).tensors["model"], checkpoint.read(one).tensors["model"]
+    ours, theirs = portable.read(two).tensors["model"], portable.read(one).tensors["model"]
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, atol=2e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
     assert result(tmp_path / "two")["mAP"] == pytest.approx(result(tmp_path / "one")["mAP"], abs=0.02)
@@ -197,9 +197,9 @@ def test_steps_that_are_not_finite_end_the_run_at_the_next_logged_one(benchmarks
 def test_the_last_step_is_saved_though_it_was_skipped_and_features_that_are_not_finite_are_a_divergence(benchmarks, tmp_path):
     done = personmae("finetune", *arguments(benchmarks, tmp_path / "run", "optim.lr=1e30", "train.max_skipped_steps=999"))
     assert done.returncode == 1, done.stdout + done.stderr
-    newest = checkpoint.newest(tmp_path / "run")
+    newest = portable.newest(tmp_path / "run")
     assert newest is not None
-    saved = checkpoint.read(newest)
+    saved = portable.read(newest)
     assert saved.step == saved.state["total_steps"]
     assert all(tensor.isfinite().all() for name, tensor in saved.tensors["model"].items() if "running" in name)
     assert f"features are not finite at step {saved.step}" in done.stderr

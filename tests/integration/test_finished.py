@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from people import FEW_CLUSTERS, draw_few_people
 
-from personmae import checkpoint, commit
 from personmae.__main__ import main
+from personmae.checkpoint import commit, portable
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def error_line(captured: Any) -> str:
 
 
 def delete_moments(run_dir: Path) -> None:
-    gone = [path for path in checkpoint.folder(run_dir).rglob("*.safetensors") if checkpoint.is_moments(path.name)]
+    gone = [path for path in portable.folder(run_dir).rglob("*.safetensors") if portable.is_moments(path.name)]
     assert gone
     for path in gone:
         path.unlink()
@@ -81,9 +81,9 @@ def test_a_finished_run_without_its_moments_is_evaluated_started_from_reported_a
 
 
 def test_moments_that_are_damaged_are_damage(market, run_dir, capsys):
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
-    moments = next(path for path in newest.iterdir() if checkpoint.is_moments(path.name))
+    moments = next(path for path in newest.iterdir() if portable.is_moments(path.name))
     moments.write_bytes(moments.read_bytes()[:-1])
     assert main(["evaluate", str(run_dir), "market1501", str(market)]) == 78
     assert f"{moments.name} does not have the size and hash" in error_line(capsys.readouterr())
@@ -91,23 +91,23 @@ def test_moments_that_are_damaged_are_damage(market, run_dir, capsys):
 
 def test_a_fine_tuning_whose_checkpoints_are_damaged_does_not_start_anew(market, run_dir, capsys):
     (run_dir / "result.json").unlink()
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
     (newest / "model.safetensors").write_bytes(b"")
-    before = {path: path.read_bytes() for path in checkpoint.folder(run_dir).rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in portable.folder(run_dir).rglob("*") if path.is_file()}
     assert finetune(market, run_dir) == 78
     line = error_line(capsys.readouterr())
     assert f"{newest}: model.safetensors does not have" in line
     assert "checkpoint.resume=none" in line
-    assert before == {path: path.read_bytes() for path in checkpoint.folder(run_dir).rglob("*") if path.is_file()}
+    assert before == {path: path.read_bytes() for path in portable.folder(run_dir).rglob("*") if path.is_file()}
 
 
 @pytest.fixture
 def early(run_dir: Path, tmp_path: Path) -> Path:
     """A run that has more steps before it."""
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
-    saved = checkpoint.read(newest)
+    saved = portable.read(newest)
     saved.state["total_steps"] = 99
     return commit.write(tmp_path / "early", saved, keep_last=1).parents[1]
 
@@ -120,7 +120,7 @@ def test_an_unfinished_run_is_evaluated_only_where_that_is_asked_for(market, ear
     assert "of 99" in line
     assert "--unfinished" in line
     assert not (tmp_path / "scores" / "result.json").exists()
-    newest = checkpoint.newest(early)
+    newest = portable.newest(early)
     for asked in ([*arguments, "--unfinished"], ["evaluate", str(newest), *arguments[2:]]):
         assert main(asked) == 0
         assert "whose run is not finished: it is at step " in capsys.readouterr().out
@@ -142,7 +142,7 @@ def test_an_unfinished_run_is_no_start_for_adaptation(market, early, tmp_path, c
 def test_an_adaptation_whose_checkpoints_are_damaged_does_not_start_anew(market, run_dir, tmp_path, capsys):
     assert unsupervised(market, run_dir, tmp_path / "adapted") == 0
     (tmp_path / "adapted" / "result.json").unlink()
-    newest = checkpoint.newest(tmp_path / "adapted")
+    newest = portable.newest(tmp_path / "adapted")
     assert newest is not None
     (newest / "clusters.safetensors").unlink()
     capsys.readouterr()

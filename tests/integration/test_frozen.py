@@ -10,9 +10,11 @@ import torch
 from people import draw_few_people
 from programs import ROOT, launch
 
-from personmae import checkpoint, config, dist, metrics, precision
+from personmae import batch_plan, config, dist, precision
 from personmae.__main__ import main
-from personmae.meter import Meter
+from personmae.checkpoint import portable
+from personmae.monitor import run_log
+from personmae.monitor.rank_metrics import Meter
 from personmae.pretrain import build_engine, build_model
 from personmae.pretrain_probe import Prober
 
@@ -135,10 +137,10 @@ def test_a_probe_at_checkpoints_changes_nothing_of_the_training(shard_dir, marke
         set(),
         {"probe_rows_map", "probe_lda_map"},
     ]
-    one, other = (checkpoint.read(checkpoint.locate(run)) for run in (pretrained, tmp_path / "run"))
+    one, other = (portable.read(portable.locate(run)) for run in (pretrained, tmp_path / "run"))
     assert all((one.tensors["student"][name] == tensor).all() for name, tensor in other.tensors["student"].items())
     for step, logged in ((2, probed[1]), (4, probed[3])):
-        (path,) = [path for path in checkpoint.folders(tmp_path / "run") if checkpoint.step_of(path.name) == step]
+        (path,) = [path for path in portable.folders(tmp_path / "run") if portable.step_of(path.name) == step]
         assert evaluate(path, "market1501", market, "--probe", "--out", tmp_path / "out") == 0
         found = read(tmp_path / "out")["probe"]
         assert logged["probe_rows_map"] == pytest.approx(found["rows"]["mAP"], abs=1e-6)
@@ -147,7 +149,7 @@ def test_a_probe_at_checkpoints_changes_nothing_of_the_training(shard_dir, marke
 
 def test_a_step_that_is_not_logged_otherwise_is_logged_with_its_probe_and_a_run_may_take_one_up(shard_dir, market, tmp_path):
     pretrain(shard_dir, tmp_path / "run", "train.log_every=3")
-    (path,) = [path for path in checkpoint.folders(tmp_path / "run") if checkpoint.step_of(path.name) == 4]
+    (path,) = [path for path in portable.folders(tmp_path / "run") if portable.step_of(path.name) == 4]
     for file in path.iterdir():
         file.unlink()
     path.rmdir()  # as if it had been killed
@@ -194,9 +196,9 @@ def test_a_probe_that_is_stopped_or_finds_no_numbers_is_left_out_and_ends_nothin
     settings = config.load(config.Pretrain, path, overrides)
     world, stop, meter = dist.read_world(), dist.StopSignal(), Meter("pretrain")
     model = build_model(settings, precision.choose("fp32", "cpu"))
-    engine = build_engine(settings, model, dist.plan_batch(4, 1, 4))
+    engine = build_engine(settings, model, batch_plan.plan_batch(4, 1, 4))
     prober = Prober(settings, model.encoder, world)
-    log = metrics.RunLog(tmp_path, is_first=True, title="pretrain", total_steps=4, first_step=0)
+    log = run_log.RunLog(tmp_path, is_first=True, title="pretrain", total_steps=4, first_step=0)
     assert set(prober.run(engine, 2, log, meter, stop)) == {"probe_rows_map", "probe_lda_map"}
     with torch.no_grad():
         model.encoder.norm.weight[0] = float("nan")

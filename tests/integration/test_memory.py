@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from programs import ROOT, environment
 
-from personmae.data import mosaic, order
+from personmae.data import order
+from personmae.system import mosaic
 
 pytestmark = pytest.mark.integration
 EPOCHS = 10

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from personmae import checkpoint, keeper, metrics, pretrain, run_lock
+from personmae import pretrain
 from personmae.__main__ import main
+from personmae.checkpoint import portable, run_lock
+from personmae.checkpoint import writer as writer_module
 from personmae.errors import Unavailable, UserError
+from personmae.monitor import run_log
 
 pytestmark = pytest.mark.integration
 PRETRAIN = [
@@ -35,7 +38,7 @@ def half(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("half") / "run"
     os.chdir(Path(__file__).parents[2])
     assert main([*PRETRAIN, f"data.shards={shard_dir}", f"run_dir={run_dir}", "checkpoint.keep_last=9"]) == 0
-    shutil.rmtree(checkpoint.folder(run_dir) / "step-00000006")
+    shutil.rmtree(portable.folder(run_dir) / "step-00000006")
     return run_dir
 
 
@@ -59,12 +62,12 @@ def flip(path: Path) -> None:
 
 
 def in_all(run_dir: Path, name: str) -> list[Path]:
-    return [path / name for path in checkpoint.folders(run_dir)]
+    return [path / name for path in portable.folders(run_dir)]
 
 
 def content(run_dir: Path) -> dict[str, bytes]:
     """Every file below the checkpoints, but the pointer."""
-    files = [path for path in checkpoint.folder(run_dir).rglob("*") if path.is_file() and path.name != "LATEST"]
+    files = [path for path in portable.folder(run_dir).rglob("*") if path.is_file() and path.name != "LATEST"]
     return {str(path.relative_to(run_dir)): path.read_bytes() for path in files}
 
 
@@ -102,7 +105,7 @@ def test_a_fault_that_may_pass_ends_with_1_and_the_run_goes_on_when_it_has_passe
         raise OSError(number, os.strerror(number))  # without a name, as reading has it
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_sha256", failing)
+        patch.setattr(portable, "_sha256", failing)
         assert go_on() == 1
     line = error_line(capsys.readouterr())
     assert line.count(f"cannot be read: {os.strerror(number)}") == 2
@@ -128,7 +131,7 @@ def test_an_input_output_error_of_the_manifest_itself_falls_back_as_others_do(ru
     told = capsys.readouterr().out
     assert "step-00000004 is passed over: manifest.json cannot be read: Input/output error" in told
     assert "resuming at step 2 of 6" in told
-    assert os.readlink(checkpoint.folder(run_dir) / "passed-over" / "step-00000004" / "manifest.json") == "/proc/self/mem"
+    assert os.readlink(portable.folder(run_dir) / "passed-over" / "step-00000004" / "manifest.json") == "/proc/self/mem"
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
@@ -136,16 +139,16 @@ def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(run_dir, go_on, caps
     real = os.listdir
 
     def failing(path: Any = ".") -> list[str]:
-        if Path(path) == checkpoint.folder(run_dir):
+        if Path(path) == portable.folder(run_dir):
             raise OSError(number, os.strerror(number), str(path))
         return real(path)
 
     before = content(run_dir)
     monkeypatch.setattr(os, "listdir", failing)
     assert go_on() == 1
-    assert f"{checkpoint.folder(run_dir)} cannot be listed: {os.strerror(number)}" in error_line(capsys.readouterr())
+    assert f"{portable.folder(run_dir)} cannot be listed: {os.strerror(number)}" in error_line(capsys.readouterr())
     with pytest.raises(OSError, match=os.strerror(number)):
-        checkpoint.locate(run_dir)
+        portable.locate(run_dir)
     monkeypatch.undo()
     assert content(run_dir) == before
 
@@ -158,7 +161,7 @@ def test_a_run_that_is_started_anew_keeps_what_was_there_and_says_so_once(run_di
     told = capsys.readouterr().out
     assert told.count("kept, though this run does not go on from them") == 1
     assert before.items() <= content(run_dir).items()
-    assert [path.name for path in checkpoint.folders(run_dir)] == ["step-00000006", "step-00000004"]
+    assert [path.name for path in portable.folders(run_dir)] == ["step-00000006", "step-00000004"]
     assert steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
 
 
@@ -169,9 +172,9 @@ def test_moments_that_are_damaged_are_made_anew_where_that_is_asked_for(run_dir,
     told = capsys.readouterr().out
     assert "step-00000004: its moments cannot be used, the optimizer goes on with new ones" in told
     assert "resuming at step 4 of 6" in told
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
-    saved = checkpoint.read(newest)
+    saved = portable.read(newest)
     assert (saved.step, saved.state["num_updates"]) == (6, 2)  # the optimizer counts from its new beginning
     assert saved.tensors["exp_avg"]
 
@@ -179,18 +182,18 @@ def test_moments_that_are_damaged_are_made_anew_where_that_is_asked_for(run_dir,
 @pytest.mark.parametrize("older", [MOMENTS, "student.safetensors", "unreadable"])
 def test_what_is_passed_over_below_one_with_new_moments_is_kept(run_dir, go_on, capsys, monkeypatch, older):
     flip(in_all(run_dir, MOMENTS)[0])
-    second = checkpoint.folder(run_dir) / "step-00000002"
+    second = portable.folder(run_dir) / "step-00000002"
     if older != "unreadable":
         flip(second / older)
     before = {name.replace("checkpoints/", "checkpoints/passed-over/"): file for name, file in content(run_dir).items()}
-    real = checkpoint._sha256
+    real = portable._sha256
 
     def failing(path: Path) -> str:
         if older == "unreadable" and path.parent == second:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(path)
 
-    monkeypatch.setattr(checkpoint, "_sha256", failing)
+    monkeypatch.setattr(portable, "_sha256", failing)
     assert go_on("checkpoint.rebuild_moments=true", "checkpoint.keep_last=1") == 0
     told = capsys.readouterr().out
     assert "resuming at step 4 of 6" in told
@@ -198,7 +201,7 @@ def test_what_is_passed_over_below_one_with_new_moments_is_kept(run_dir, go_on, 
     assert kept
     assert kept.items() <= content(run_dir).items()
     assert told.count("kept, though this run does not go on from them") == 1
-    assert [path.name for path in checkpoint.folders(run_dir)] == ["step-00000006"]
+    assert [path.name for path in portable.folders(run_dir)] == ["step-00000006"]
 
 
 def test_moments_are_not_made_anew_where_an_older_checkpoint_is_whole(run_dir, go_on, capsys):
@@ -228,7 +231,7 @@ def test_a_complete_run_without_its_moments_is_complete_and_an_unfinished_one_is
     assert go_on() == 0
     assert "is complete: 6 of 6 steps are done" in capsys.readouterr().out
     assert content(run_dir) == before
-    assert checkpoint.read_encoder(run_dir)[0]
+    assert portable.read_encoder(run_dir)[0]
 
 
 class Killed(Exception):  # noqa: N818 - a way to end
@@ -276,7 +279,7 @@ def test_a_run_that_its_agent_starts_again_goes_on_from_its_own_and_never_from_w
     assert (f"resuming at step {goes_on_at} of 6" if goes_on_at else "pretrain: 6 steps") in told
     assert before.items() <= content(run_dir).items()
     assert steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
-    assert [path.name for path in checkpoint.folders(run_dir)] == ["step-00000006", "step-00000004"]
+    assert [path.name for path in portable.folders(run_dir)] == ["step-00000006", "step-00000004"]
 
 
 @pytest.mark.parametrize("environ", [{}, {"TORCHELASTIC_RUN_ID": "second", "TORCHELASTIC_RESTART_COUNT": "0"}])
@@ -287,7 +290,7 @@ def test_another_start_begins_anew_once_more(run_dir, go_on, capsys, monkeypatch
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
     assert go_on("checkpoint.resume=none", "train.total_steps=2") == 0
-    aside = checkpoint.folder(run_dir) / "passed-over"
+    aside = portable.folder(run_dir) / "passed-over"
     assert sorted(path.name for path in aside.iterdir()) == [
         "records",
         "records.2",
@@ -311,7 +314,7 @@ def test_the_records_of_the_old_run_are_kept_when_a_run_is_started_anew(run_dir,
     before = {name: (run_dir / name).read_bytes() for name in names}
     assert b'"step": 6' in before["metrics.jsonl"]
     assert go_on("checkpoint.resume=none") == 0
-    kept = checkpoint.folder(run_dir) / "passed-over" / "records"
+    kept = portable.folder(run_dir) / "passed-over" / "records"
     assert {name: (kept / name).read_bytes() for name in names} == before
     assert list((kept / "tensorboard").iterdir())
     assert capsys.readouterr().out.count(str(kept)) == 1
@@ -325,13 +328,13 @@ def test_whoever_wants_the_weights_of_a_run_is_told_the_same(run_dir, monkeypatc
         for path in in_all(run_dir, "student.safetensors"):
             flip(path)
     else:
-        monkeypatch.setattr(checkpoint, "_sha256", lambda path: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+        monkeypatch.setattr(portable, "_sha256", lambda path: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
     with pytest.raises(
         kind, match=r"2 checkpoints that cannot be used, and none that can \(.*step-00000004: .*step-00000002: "
     ):
-        checkpoint.locate(run_dir)
+        portable.locate(run_dir)
     with pytest.raises(kind, match="step-00000002"):
-        checkpoint.locate(checkpoint.folder(run_dir) / "step-00000002")
+        portable.locate(portable.folder(run_dir) / "step-00000002")
 
 
 def test_the_lock_is_free_after_every_refusal(run_dir, go_on):
@@ -343,14 +346,14 @@ def test_the_lock_is_free_after_every_refusal(run_dir, go_on):
 
 def test_a_log_that_cannot_be_closed_keeps_no_checkpoint_from_being_waited_for(run_dir, go_on, monkeypatch, capsys):
     closed: list[bool] = []
-    real, real_log = keeper.Writer.close, metrics.RunLog.close
+    real, real_log = writer_module.Writer.close, run_log.RunLog.close
 
-    def full(log: metrics.RunLog) -> None:
+    def full(log: run_log.RunLog) -> None:
         real_log(log)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(metrics.RunLog, "close", full)
-    monkeypatch.setattr(keeper.Writer, "close", lambda writer: (real(writer), closed.append(writer.busy)))
+    monkeypatch.setattr(run_log.RunLog, "close", full)
+    monkeypatch.setattr(writer_module.Writer, "close", lambda writer: (real(writer), closed.append(writer.busy)))
     die_at(monkeypatch, 5)
     assert go_on() == 78  # a full disk
     assert closed == [False]

@@ -10,9 +10,10 @@ from closeness import assert_allclose
 from older import MICRO, make_old, positions_of_before
 from programs import ROOT, SETTINGS, losses
 
-from personmae import checkpoint, config, pretrain
+from personmae import config, pretrain
+from personmae.checkpoint import portable
 from personmae.model.personmae import PersonMAE
-from personmae.positions import x_first
+from personmae.model.positions import x_first
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("restore_signals")]
 GOLDEN_BEFORE = ROOT / "tests/golden/pretrain_20_steps_y_first.json"  # written when positions were y first
@@ -43,10 +44,10 @@ def test_a_run_of_before_is_resumed_with_the_losses_it_would_have_had(shard_dir:
     with positions_of_before():
         run(shard_dir, run_dir, *every)
     whole = losses(run_dir)
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
     make_old(newest.with_name("step-00000012"))
     shutil.rmtree(newest)
     run(shard_dir, run_dir, *every)
     assert_allclose(losses(run_dir), whole, rtol=1e-5)
-    assert checkpoint.read_state(newest)["format"] == checkpoint.FORMAT
+    assert portable.read_state(newest)["format"] == portable.FORMAT

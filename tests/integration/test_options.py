@@ -8,8 +8,10 @@ import pytest
 from closeness import assert_allclose
 from programs import ROOT, SETTINGS, losses
 
-from personmae import checkpoint, config, metrics, pretrain
+from personmae import config, pretrain
+from personmae.checkpoint import portable
 from personmae.errors import UserError
+from personmae.monitor import run_log
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("restore_signals")]
 OPTIONS = [
@@ -43,13 +45,13 @@ def whole_run(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_a_run_with_all_options_goes_on_bit_for_bit(shard_dir: Path, whole_run: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(whole_run, run_dir)
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
-    before = checkpoint.read(newest)
+    before = portable.read(newest)
     shutil.rmtree(newest)
     run(shard_dir, run_dir)
     np.testing.assert_array_equal(losses(run_dir), losses(whole_run))
-    after = checkpoint.read(newest)
+    after = portable.read(newest)
     assert after.tensors.keys() == before.tensors.keys() == {"student", "teacher", "centre", "exp_avg", "exp_avg_sq"}
     assert before.tensors["centre"]["mean"].abs().max() > 0.1
     assert int(before.tensors["centre"]["num_updates"]) == STEPS
@@ -62,7 +64,7 @@ def test_a_run_with_all_options_goes_on_bit_for_bit(shard_dir: Path, whole_run: 
 def test_micro_batches_of_whole_groups_train_as_the_whole_batch_does(shard_dir: Path, whole_run: Path, tmp_path: Path) -> None:
     run(shard_dir, tmp_path / "run", "train.max_micro_batch_size=4")
     assert_allclose(losses(tmp_path / "run"), losses(whole_run), rtol=1e-5)
-    for ours, theirs in zip(metrics.read_records(tmp_path / "run"), metrics.read_records(whole_run), strict=True):
+    for ours, theirs in zip(run_log.read_records(tmp_path / "run"), run_log.read_records(whole_run), strict=True):
         for name in ("pixel_loss", "feature_loss", "identity_loss", "floor_position", "floor_hue"):
             assert (name in ours) == (name in theirs)
             if name in ours:
@@ -71,12 +73,12 @@ def test_micro_batches_of_whole_groups_train_as_the_whole_batch_does(shard_dir: 
 
 
 def test_the_floor_is_known_when_enough_was_seen_and_stays_known(whole_run: Path) -> None:
-    records = metrics.read_records(whole_run)
+    records = run_log.read_records(whole_run)
     assert ["floor_hue" in record for record in records] == [False] * (STEPS - 1) + [True]  # 128 images are less than 512
     assert 0 < records[-1]["floor_hue"] < records[-1]["floor_position"] < 1.1
-    newest = checkpoint.newest(whole_run)
+    newest = portable.newest(whole_run)
     assert newest is not None
-    floor = checkpoint.read_state(newest)["floor"]
+    floor = portable.read_state(newest)["floor"]
     assert floor == {
         "position": records[-1]["floor_position"],
         "hue": records[-1]["floor_hue"],

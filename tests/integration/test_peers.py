@@ -18,7 +18,8 @@ from torch import Tensor
 
 from personmae import optim
 from personmae.engine.native import NativeEngine
-from personmae.model.personmae import Draws, PersonMAE, View, cut_batch
+from personmae.model.inputs import Draws, View, cut_batch
+from personmae.model.personmae import PersonMAE
 from personmae.model.regions import RegionDraws, region_b_coords
 from personmae.model.teacher import Teacher
 from personmae.model.vit import grid_coords, patchify, take_tokens

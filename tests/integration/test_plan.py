@@ -9,9 +9,11 @@ from programs import one_line_error, personmae
 from torch.profiler import ProfilerActivity, profile
 
 from personmae.__main__ import main
-from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
+from personmae.batch_plan import admissible_world_sizes
+from personmae.dry_run import count_kept
+from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
-from personmae.plan import admissible_world_sizes, count_kept
 
 VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 

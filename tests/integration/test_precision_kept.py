@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from people import FEW_CLUSTERS, draw_few_people
 
-from personmae import checkpoint, commit
 from personmae.__main__ import main
+from personmae.checkpoint import commit, portable
 
 pytestmark = pytest.mark.integration
 NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # read by us at each start, by oneDNN once a process
@@ -39,9 +39,9 @@ def finetuning(root: Path, run_dir: Path, *overrides: str) -> list[str]:
 
 
 def last_state(run_dir: Path) -> dict[str, Any]:
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
-    return checkpoint.read(newest).state
+    return portable.read(newest).state
 
 
 def cut_short(run_dir: Path, *, drop: tuple[str, ...] = ()) -> None:
@@ -50,10 +50,10 @@ def cut_short(run_dir: Path, *, drop: tuple[str, ...] = ()) -> None:
     *_, before, last = sorted((run_dir / "checkpoints").glob("step-*"))
     shutil.rmtree(last)
     if drop:
-        saved = checkpoint.read(before)
+        saved = portable.read(before)
         shutil.rmtree(before)
         state = {name: value for name, value in saved.state.items() if name not in drop}
-        commit.write(run_dir, checkpoint.Checkpoint(saved.step, saved.tensors, state), keep_last=1)
+        commit.write(run_dir, portable.Checkpoint(saved.step, saved.tensors, state), keep_last=1)
 
 
 @pytest.mark.parametrize("drop", [(), OLD_KEYS], ids=["of now", "of before"])

@@ -9,7 +9,7 @@ import pytest
 import warm
 from programs import losses, pretrain, start_pretrain
 
-from personmae import checkpoint, run_lock
+from personmae.checkpoint import portable, run_lock
 from personmae.data import importer
 
 pytestmark = pytest.mark.integration
@@ -36,7 +36,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_losses(shard_dir: Path, nat
     wait_for_step(run, run_dir, 8)
     run.kill()
     run.wait()
-    done = checkpoint.newest(run_dir)
+    done = portable.newest(run_dir)
     assert done is not None
     assert 3 <= int(done.name.removeprefix("step-")) < 20
     pretrain(shard_dir, run_dir, "engine.name=native", "checkpoint.every_steps=3")
@@ -92,4 +92,4 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(shard_dir: Path
     run = start_pretrain(shard_dir, run_dir, "engine.name=native", "optim.lr=1e30", "checkpoint.every_steps=5")
     assert run.wait(timeout=60) == 1
     assert "error: the gradient was not finite in 10 steps in a row, up to step 11" in Path(f"{run_dir}.log").read_text()
-    assert checkpoint.newest(run_dir) is None
+    assert portable.newest(run_dir) is None

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from closeness import largest
 
-from personmae import archive, checkpoint, commit, config, dist, pretrain, state
+from personmae import config, dist, pretrain, pretrain_state
+from personmae.checkpoint import commit, portable, remote
 from personmae.errors import Diverged, UserError
-from personmae.model.personmae import prepare_batch
-from personmae.state import Run, Spiked, roll_back
+from personmae.model.inputs import prepare_batch
+from personmae.pretrain_state import Run, Spiked, roll_back
 
 pytestmark = pytest.mark.integration
 SPIKE, EVERY, TOTAL = 13, 4, 24
@@ -94,9 +95,9 @@ def test_a_spike_is_undone_and_its_batches_are_left_out(shard_dir, tmp_path, mon
     assert len(read) == TOTAL + 4
     for i, (got, wanted) in enumerate(zip(read, whole, strict=False)):
         np.testing.assert_array_equal(got, wanted, err_msg=f"batch {i}")
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
-    assert (checkpoint.step_of(newest.name), checkpoint.read(newest).state["cursor"]) == (TOTAL, TOTAL + 4)
+    assert (portable.step_of(newest.name), portable.read(newest).state["cursor"]) == (TOTAL, TOTAL + 4)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [*range(2, TOTAL + 1, 2)]
     assert largest(record["loss"] for record in records) < 2 * records[0]["loss"]
@@ -107,7 +108,7 @@ def test_a_loss_that_jumps_again_and_again_ends_the_run(shard_dir, tmp_path, mon
     run_dir = tmp_path / "run"
     with pytest.raises(Diverged, match=r"after 2 rollbacks; lower optim\.base_lr"):
         pretrain.run(settings_for(shard_dir, run_dir, max_rollbacks=2))
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
 
 
@@ -118,9 +119,9 @@ def test_a_jump_soon_after_a_rollback_is_one_too(shard_dir, tmp_path, monkeypatc
     settings = settings_for(shard_dir, run_dir, log_every=6)
     settings = settings.model_copy(update={"checkpoint": config.Checkpoint(every_steps=EVERY, keep_last=9)})
     pretrain.run(settings)
-    newest = checkpoint.newest(run_dir)
+    newest = portable.newest(run_dir)
     assert newest is not None
-    assert checkpoint.read(newest).state["cursor"] > TOTAL + 6
+    assert portable.read(newest).state["cursor"] > TOTAL + 6
 
 
 def test_nothing_is_deleted_where_no_checkpoint_is_from_before(shard_dir, tmp_path, monkeypatch):
@@ -130,7 +131,7 @@ def test_nothing_is_deleted_where_no_checkpoint_is_from_before(shard_dir, tmp_pa
     settings = settings.model_copy(update={"checkpoint": config.Checkpoint(every_steps=1, keep_last=1)})
     with pytest.raises(Diverged, match="has no checkpoint from before"):
         pretrain.run(settings)
-    assert checkpoint.newest(run_dir) is not None
+    assert portable.newest(run_dir) is not None
 
 
 def test_without_an_earlier_checkpoint_the_run_ends(shard_dir, tmp_path, monkeypatch):
@@ -156,12 +157,12 @@ def test_a_store_that_fails_at_a_rollback_ends_all_ranks_alike(shard_dir, tmp_pa
     def refuse(*_: Any) -> Any:
         raise UserError("refused (AccessDenied)")
 
-    monkeypatch.setattr(archive, "steps", lambda _: [])
-    monkeypatch.setattr(archive, where, refuse)
+    monkeypatch.setattr(remote, "steps", lambda _: [])
+    monkeypatch.setattr(remote, where, refuse)
     monkeypatch.setattr(dist, "on_first_rank", on_first_rank)
     run_dir = tmp_path / "run"
     for step in (8, 12, 14):
-        commit.write(run_dir, checkpoint.Checkpoint(step, {}, {}), keep_last=9)
+        commit.write(run_dir, portable.Checkpoint(step, {}, {}), keep_last=9)
     settings = settings_for(shard_dir, run_dir)
     settings = settings.model_copy(update={"checkpoint": config.Checkpoint(store="s3://nowhere/run")})
     run = SimpleNamespace(settings=settings, step=16, cursor=16, usual_loss=1.0, world=SimpleNamespace(is_first=True))
@@ -179,14 +180,14 @@ def test_one_that_cannot_be_given_up_keeps_no_other_and_ends_the_run(tmp_path, m
         given_up.append(step)
 
     for step in (14, 15, 20, 21):
-        commit.write(tmp_path, checkpoint.Checkpoint(step, {}, {}), keep_last=9)
-    (checkpoint.folder(tmp_path) / "passed-over").write_text("in the way of what is moved")
-    monkeypatch.setattr(archive, "delete", delete)
-    monkeypatch.setattr(archive, "set_aside", lambda _, step: given_up.append(step))
+        commit.write(tmp_path, portable.Checkpoint(step, {}, {}), keep_last=9)
+    (portable.folder(tmp_path) / "passed-over").write_text("in the way of what is moved")
+    monkeypatch.setattr(remote, "delete", delete)
+    monkeypatch.setattr(remote, "set_aside", lambda _, step: given_up.append(step))
     with pytest.raises(OSError, match="passed-over"):
-        state._give_up(str(tmp_path), "s3://nowhere/run", [14, 15, 20, 21], at=16)
+        pretrain_state._give_up(str(tmp_path), "s3://nowhere/run", [14, 15, 20, 21], at=16)
     assert given_up == [15, 20, 21]
-    assert checkpoint.local_steps(tmp_path) == [20, 21]
+    assert portable.local_steps(tmp_path) == [20, 21]
 
 
 def test_after_too_many_skipped_steps_the_state_is_kept_for_a_look(shard_dir, tmp_path):
@@ -197,7 +198,7 @@ def test_after_too_many_skipped_steps_the_state_is_kept_for_a_look(shard_dir, tm
         Diverged, match="in 4 steps in a row, up to step 5, which read batch 4 of the order: the loss was not finite"
     ):
         pretrain.run(settings)
-    dumped = checkpoint.newest(run_dir / "diverged")
+    dumped = portable.newest(run_dir / "diverged")
     assert dumped is not None
-    assert checkpoint.step_of(dumped.name) == 5
-    assert checkpoint.read(dumped).tensors["student"]
+    assert portable.step_of(dumped.name) == 5
+    assert portable.read(dumped).tensors["student"]

@@ -16,7 +16,7 @@ import pytest
 from closeness import assert_allclose
 from programs import ROOT, SETTINGS, environment, losses, pretrain
 
-from personmae import checkpoint
+from personmae.checkpoint import portable
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 BIN = Path(sys.executable).parent
@@ -137,9 +137,9 @@ def test_one_signal_saves_at_a_step_boundary_under_every_launcher(
     # Ctrl-C reaches deepspeed's two processes and its ranks at once; which of them is first decides between these.
     assert ended in ((code, 1) if launcher == "deepspeed" else (code,)), run.said()
     run.wait_for_end()
-    done = checkpoint.newest(run.folder)
+    done = portable.newest(run.folder)
     assert done is not None, run.said()
-    assert checkpoint.step_of(done.name) == len(losses(run.folder)) < 20
+    assert portable.step_of(done.name) == len(losses(run.folder)) < 20
     assert f"stopped: at step {len(losses(run.folder))} of 20, state saved" in run.said()
     go_on(run, native_run)
 

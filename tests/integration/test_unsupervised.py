@@ -14,7 +14,8 @@ import warm
 from people import FEW_CLUSTERS, draw_few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
-from personmae import checkpoint, config, precision, unsupervised
+from personmae import config, precision, unsupervised
+from personmae.checkpoint import portable
 from personmae.evaluate import load_model
 from personmae.reid.heads import MGN
 
@@ -72,10 +73,10 @@ def result(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "result.json").read_text())
 
 
-def final_state(run_dir: Path) -> checkpoint.Checkpoint:
-    newest = checkpoint.newest(run_dir)
+def final_state(run_dir: Path) -> portable.Checkpoint:
+    newest = portable.newest(run_dir)
     assert newest is not None
-    return checkpoint.read(newest)
+    return portable.read(newest)
 
 
 def test_clusters_are_told_from_the_first_epoch_and_the_model_can_be_evaluated(finished, benchmarks, tmp_path):
@@ -175,7 +176,7 @@ def test_a_run_by_camera_goes_on_within_an_epoch(by_camera, benchmarks, source, 
     run_dir = tmp_path / "run"
     assert personmae("unsupervised", *arguments(benchmarks, source, run_dir, *first)).returncode == 0
     (run_dir / "result.json").unlink()
-    shutil.rmtree(checkpoint.folder(run_dir) / checkpoint.name_of(8))
+    shutil.rmtree(portable.folder(run_dir) / portable.name_of(8))
     done = personmae("unsupervised", *arguments(benchmarks, source, run_dir, *first))
     assert "resuming at step 6 of 8" in done.stdout, done.stderr
     ours, theirs = final_state(run_dir), final_state(by_camera)
@@ -191,9 +192,9 @@ def test_an_adaptation_starts_from_the_rows_of_the_branch_that_sees_the_whole_pe
     settings = config.load(config.Unsupervised, ROOT / "configs/quickstart_usl.yaml", overrides)
     module, _ = unsupervised.build(settings, precision.choose("fp32", "cpu"))
     images = torch.randn(3, 3, 128, 64, generator=torch.Generator().manual_seed(0))
-    newest = checkpoint.newest(source)
+    newest = portable.newest(source)
     assert newest is not None
-    mgn = load_model(checkpoint.read(newest), newest)
+    mgn = load_model(portable.read(newest), newest)
     assert isinstance(mgn.head, MGN)
     with torch.no_grad():
         tokens = mgn.head.branches[0](mgn.encode(images)[0])

@@ -15,7 +15,7 @@ import yaml
 from controller import JobController
 from kubelet import Object, Pod, Surroundings, free_port
 
-from launcher.kubectl import Kubectl
+from launcher.cluster.kubectl import Kubectl
 from personmae.errors import UserError
 
 _TURN_SECONDS = 0.05

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.choice import Choice, components
+from launcher.cluster.request import Choice, components
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))

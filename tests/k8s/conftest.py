@@ -14,7 +14,7 @@ import yaml
 from choices import by_name
 from recorder import Recorder
 
-from launcher import verbs
+from launcher.cluster import commands
 
 
 @pytest.fixture(scope="session")
@@ -49,5 +49,5 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     (tmp_path / "bin" / "kubectl").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("RECORDED_KUBECTL", str(tmp_path))
-    monkeypatch.setattr(verbs, "WATCH_SECONDS", 0)
+    monkeypatch.setattr(commands, "WATCH_SECONDS", 0)
     return Recorder(tmp_path)

@@ -11,13 +11,13 @@ from typing import Any
 
 sys.path.insert(0, os.getcwd())  # a pod's working directory is the checkout
 
-from launcher import objects
+from launcher.cluster import bucket
 from launcher.program import main
 from personmae import pretrain
 from personmae.errors import leave
 
-_s3 = objects.client()
-_bucket, _prefix = objects.split(os.environ["RECORD"])
+_s3 = bucket.client()
+_bucket, _prefix = bucket.split(os.environ["RECORD"])
 _train, _to_device = pretrain.train, pretrain.to_device
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from choices import DIGEST, PRETRAIN, ROOT
 
-from launcher import cluster, submit
+from launcher.cluster import cli, deployed
 
 CONFIG = str(ROOT / "configs" / "pretrain_vit_base.yaml")
 IMAGE = f"--image=registry.test/personmae@{DIGEST}"
-ALL = "\n".join((*cluster._LEFT_BEHIND, "pods", "events"))
+ALL = "\n".join((*deployed._LEFT_BEHIND, "pods", "events"))
 CREATED = "2026-01-02T03:04:05Z"
 Captured = pytest.CaptureFixture[str]
 
@@ -83,7 +83,7 @@ def ended(kind: str, **more: str) -> dict[str, Any]:
 
 
 def personmae(*args: str) -> int:
-    return submit.main(list(args))
+    return cli.main(list(args))
 
 
 def submitted(*more: str) -> int:

@@ -16,8 +16,8 @@ import schemas
 import yaml
 from choices import EXCLUSIVE, admissible, by_name, choose, largest_sets, small_sets
 
-from launcher import choice, kustomization, render
-from launcher.choice import K8S, Choice
+from launcher.cluster import kustomization, render, request
+from launcher.cluster.request import K8S, Choice
 from personmae.errors import UserError
 
 SMALL, LARGEST = list(small_sets()), list(largest_sets())
@@ -34,7 +34,7 @@ def build(overlay: str, names: tuple[str, ...]) -> Objects:
     """An overlay with components, called run so that overlays which differ in their data alone give equal Jobs."""
     directory = K8S / "overlays" / overlay
     spec = kustomization.read(directory)
-    spec["components"] = [*spec.get("components", []), *choice.components_of(Choice(Path(), components=names), spec)]
+    spec["components"] = [*spec.get("components", []), *request.components_of(Choice(Path(), components=names), spec)]
     spec["namePrefix"] = "run-"
     for labels in spec["labels"]:
         labels["pairs"] = {"app.kubernetes.io/instance": "run"}
@@ -79,7 +79,7 @@ def _is_target(item: dict[str, Any], target: dict[str, str]) -> bool:
     return item["kind"] == target["kind"] and named and (not key or item["metadata"]["labels"].get(key) == value)
 
 
-@pytest.mark.parametrize("overlay", choice.overlays())
+@pytest.mark.parametrize("overlay", request.overlays())
 def test_every_combination_is_valid_and_loses_nothing_of_its_components(overlay: str) -> None:
     assert len(combinations(overlay)) >= 22
     for names in combinations(overlay):
@@ -91,7 +91,7 @@ def test_every_combination_is_valid_and_loses_nothing_of_its_components(overlay:
                 assert not lost(text, name), (names, name, lost(text, name))
 
 
-@pytest.mark.parametrize("overlay", choice.overlays())
+@pytest.mark.parametrize("overlay", request.overlays())
 def test_every_other_combination_is_refused(overlay: str) -> None:
     bad = [names for names in SMALL if not admissible(overlay, names)] + [*EXCLUSIVE]
     for names in bad:
@@ -99,7 +99,7 @@ def test_every_other_combination_is_refused(overlay: str) -> None:
             build(overlay, names)
 
 
-@pytest.mark.parametrize("overlay", choice.overlays())
+@pytest.mark.parametrize("overlay", request.overlays())
 def test_a_rendered_choice_is_valid_with_each_pair_of_components_and_with_the_largest_sets(overlay: str) -> None:
     for names in combinations(overlay):
         chosen = choose(overlay, components=names, name="with", gpus=4, memory="96Gi", cpu="12")
@@ -108,11 +108,11 @@ def test_a_rendered_choice_is_valid_with_each_pair_of_components_and_with_the_la
 
 
 def test_the_sets_are_all_pairs_and_all_that_cannot_grow() -> None:
-    number = len(choice.components())
+    number = len(request.components())
     assert len(SMALL) == len({frozenset(names) for names in SMALL}) == 1 + number + number * (number - 1) // 2 - 3
     assert len(LARGEST) == len({frozenset(names) for names in LARGEST}) == 2**3
     assert {len(names) for names in LARGEST} == {number - 3}
-    assert {name for names in LARGEST for name in names} == {*choice.components()}
+    assert {name for names in LARGEST for name in names} == {*request.components()}
 
 
 def test_a_lost_setting_is_noticed() -> None:
@@ -121,7 +121,7 @@ def test_a_lost_setting_is_noticed() -> None:
     assert lost(json.dumps(job), "efa") == ["/spec/template/spec/containers/0/resources/limits/hugepages-2Mi"]
 
 
-SAMPLE = random.Random(0).sample([(o, n) for o in choice.overlays() for n in combinations(o)], 24)
+SAMPLE = random.Random(0).sample([(o, n) for o in request.overlays() for n in combinations(o)], 24)
 
 
 @pytest.mark.parametrize(("overlay", "names"), SAMPLE, ids=lambda v: v if isinstance(v, str) else "+".join(v))

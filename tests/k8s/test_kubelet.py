@@ -11,7 +11,7 @@ from apiserver import LocalCluster
 from controller import JobController
 from kubelet import Object, Pod
 
-from launcher import cluster
+from launcher.cluster import deployed
 from personmae.errors import UserError
 
 pytestmark = pytest.mark.integration
@@ -46,7 +46,7 @@ def local(tmp_path: Path) -> Iterator[LocalCluster]:
 @pytest.fixture
 def start(local: LocalCluster) -> Callable[..., JobController]:
     def start(*objects: Object) -> JobController:
-        cluster.apply(local, list(objects))
+        deployed.apply(local, list(objects))
         wait_for(lambda: local.controllers and next(iter(local.controllers.values())).pods)
         return next(iter(local.controllers.values()))
 
@@ -176,7 +176,7 @@ def test_an_init_container_that_fails_ends_its_pod(start: Start) -> None:
 
 def test_a_deployment_starts_its_container_again(local: LocalCluster, tmp_path: Path) -> None:
     template = {"metadata": {"labels": {"run": "s"}}, "spec": {"containers": [container(f"echo . >> {tmp_path}/said")]}}
-    cluster.apply(local, [{"kind": "Deployment", "metadata": {"name": "d"}, "spec": {"replicas": 1, "template": template}}])
+    deployed.apply(local, [{"kind": "Deployment", "metadata": {"name": "d"}, "spec": {"replicas": 1, "template": template}}])
     wait_for(lambda: (tmp_path / "said").exists() and len((tmp_path / "said").read_text()) >= 6)
     assert len(local.pods) == 1
 

@@ -17,10 +17,10 @@ import schemas
 import yaml
 from choices import OVERLAYS, ROOT, choose
 
-from launcher import choice, kustomization, render
-from launcher.agent import _KILL_SECONDS
-from launcher.elastic import build_parser, read_options, read_policy
-from launcher.health import Health, Metrics, serve
+from launcher.cluster import kustomization, render, request
+from launcher.elastic.__main__ import build_parser, read_options, read_policy
+from launcher.elastic.agent import _KILL_SECONDS
+from launcher.elastic.http import Health, Metrics, serve
 from personmae import config
 from personmae.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
@@ -266,7 +266,7 @@ def test_the_configuration_of_an_overlay_is_one_that_its_program_takes(name: str
         pytest.skip(f"{base.name} or the program {program} is not here yet")
     (tmp_path / "config.yaml").write_text(text)
     settings = config.load(kind, tmp_path / "config.yaml")
-    assert int(values["BATCH"]) == choice.batch_of(settings)
+    assert int(values["BATCH"]) == request.batch_of(settings)
     assert settings.checkpoint.close_seconds <= float(values["GRACE_SECONDS"]) * 0.6
 
 
@@ -327,7 +327,7 @@ def test_checkov_finds_nothing_but_the_exceptions_that_say_why(tmp_path: Path) -
     for fast in ("rdma", "efa"):  # with all components; of those that exclude each other, each once
         left_out = {"rdma", "spot", "irsa"} if fast == "efa" else {"efa", "spot-gke", "gke-workload-identity"}
         for name in ("pretrain", "finetune-market1501"):
-            chosen = choose(name, components=sorted({*choice.components()} - left_out), name="run")
+            chosen = choose(name, components=sorted({*request.components()} - left_out), name="run")
             (tmp_path / f"{name}-{fast}.yaml").write_text(render.to_yaml(render.render(chosen).objects))
     command = [
         checkov,
@@ -349,6 +349,6 @@ def test_checkov_finds_nothing_but_the_exceptions_that_say_why(tmp_path: Path) -
 
 
 def test_a_checkout_without_k8s_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(choice, "K8S", tmp_path / "k8s")
+    monkeypatch.setattr(request, "K8S", tmp_path / "k8s")
     with pytest.raises(UserError, match="the folder k8s of the checkout is required"):
         render.render(choose())

@@ -14,7 +14,7 @@ import warm
 from choices import PRETRAIN
 from recorder import CONFIG, IMAGE, Captured, Recorder, error, event, job, personmae
 
-from launcher import kubectl
+from launcher.cluster import kubectl
 from personmae.errors import EXIT_USER_ERROR
 
 RUN = [CONFIG, *PRETRAIN, IMAGE, "--name", "run"]

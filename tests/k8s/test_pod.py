@@ -13,7 +13,8 @@ import pytest
 from apiserver import LocalCluster
 from choices import ROOT, choose
 
-from launcher import cluster, objects, render
+from launcher.cluster import bucket as buckets
+from launcher.cluster import deployed, render
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 TRAINING = ["batch.num_ids=4", "train.epochs=2", "train.precision=fp32", "train.log_every=1", "checkpoint.every_steps=2"]
@@ -51,21 +52,21 @@ def test_a_rendered_benchmark_fetches_trains_stops_resumes_elsewhere_and_leaves_
     rendered = render.render(
         choose("finetune-market1501", config=config, overrides=[*places, *TRAINING], components=["s3-secret"])
     )
-    cluster.create(local, [rendered.run], [secret, *rendered.objects], rendered.workload)
+    deployed.create(local, [rendered.run], [secret, *rendered.objects], rendered.workload)
     wait_for(lambda: any(key.endswith("manifest.json") for key in s3_server.keys(bucket)), local)
     pod = local.pods[0].name
     local.run("create", "--raw", f"/api/v1/namespaces/{local.namespace}/pods/{pod}/eviction", "-f", "-", text="{}")
-    wait_for(lambda: cluster.finished(cluster.find(local, rendered.run)[1]), local)
-    assert cluster.finished(cluster.find(local, rendered.run)[1]) == "Complete", local.logs()
+    wait_for(lambda: deployed.finished(deployed.find(local, rendered.run)[1]), local)
+    assert deployed.finished(deployed.find(local, rendered.run)[1]) == "Complete", local.logs()
     codes = [pod.codes()["trainer"] for pod in local.pods]
     assert codes in ([75, 0], [0]), local.logs()  # or it was done before the signal came
-    assert cluster.find(local, rendered.run)[1]["status"]["failed"] == 0
+    assert deployed.find(local, rendered.run)[1]["status"]["failed"] == 0
     said = [(tmp_path / "nodes" / pod.name / "trainer.log").read_text() for pod in local.pods]
     fetched = [(tmp_path / "nodes" / pod.name / "fetch.log").read_text() for pod in local.pods]
     assert all(text.startswith("fetched s3://bucket/market1501.tar") for text in fetched)
     assert "result: s3://bucket/runs/market/result.json" in said[-1]
     assert len(codes) == 1 or "resuming at step" in said[-1] or "complete" in said[-1]
-    assert 0 < json.loads(objects.read("s3://bucket/runs/market/result.json") or b"")["mAP"] <= 1
+    assert 0 < json.loads(buckets.read("s3://bucket/runs/market/result.json") or b"")["mAP"] <= 1
 
 
 def wait_for(arrived: Callable[[], Any], local: LocalCluster) -> None:

@@ -24,9 +24,10 @@ from apiserver import LocalCluster
 from choices import by_name, choose
 from kubelet import Object, free_port
 
-from launcher import cluster, objects, render
-from launcher.kubectl import Kubectl
-from personmae import archive
+from launcher.cluster import bucket as buckets
+from launcher.cluster import deployed, render
+from launcher.cluster.kubectl import Kubectl
+from personmae.checkpoint import remote
 from personmae.data import order
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
@@ -57,19 +58,19 @@ class Stage:
     patience_seconds: float
 
     def __post_init__(self) -> None:
-        self.client = objects.client()
+        self.client = buckets.client()
 
     def write(self, url: str, content: bytes) -> None:
-        bucket, key = objects.split(url)
+        bucket, key = buckets.split(url)
         self.client.put_object(Bucket=bucket, Key=key, Body=content)
 
     def read(self, url: str) -> bytes:
-        bucket, key = objects.split(url)
+        bucket, key = buckets.split(url)
         return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
 
     def keys(self, url: str) -> list[str]:
         """All objects below a place."""
-        bucket, prefix = objects.split(url)
+        bucket, prefix = buckets.split(url)
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
         return [item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", [])]
 
@@ -99,7 +100,7 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, st
     with open(tmp_path / "s3.log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         for _ in range(300):
             with contextlib.suppress(Exception):
-                objects.client().create_bucket(Bucket="bucket")
+                buckets.client().create_bucket(Bucket="bucket")
                 break
             time.sleep(0.1)
         yield given
@@ -118,7 +119,7 @@ def stage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     keys = request.getfixturevalue("s3")
     kubectl = LocalCluster(tmp_path / "nodes", factor=0.1)
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "personmae-s3"}, "stringData": keys}
-    cluster.apply(kubectl, [secret])
+    deployed.apply(kubectl, [secret])
     yield Stage(kubectl, "s3://bucket", f"registry.test/personmae@sha256:{'0' * 64}", 0.5, 240.0)
     kubectl.close()
 
@@ -150,19 +151,19 @@ class Run:
         args = spec["template"]["spec"]["containers"][0]["args"]
         args[args.index("launcher/$(PROGRAM).py")] = "/etc/personmae/recorded.py"
         args[args.index("--") : args.index("--")] = FAST
-        cluster.create(stage.kubectl, [self.name], rendered.objects, rendered.workload)
+        deployed.create(stage.kubectl, [self.name], rendered.objects, rendered.workload)
 
     def job(self) -> Object:
-        return cluster.find(self.stage.kubectl, self.name)[1]
+        return deployed.find(self.stage.kubectl, self.name)[1]
 
     def end(self) -> Object:
         """Wait for the end of the Job; its last condition."""
-        self.stage.wait_for(lambda: cluster.finished(self.job()))
+        self.stage.wait_for(lambda: deployed.finished(self.job()))
         return self.job()["status"]["conditions"][-1]
 
     def pods(self) -> dict[int, Object]:
         """The newest pod of each index."""
-        selector = f"{cluster.INSTANCE}={self.name},app.kubernetes.io/component=trainer"
+        selector = f"{deployed.INSTANCE}={self.name},app.kubernetes.io/component=trainer"
         found = sorted(self.stage.kubectl.items("pods", "-l", selector), key=lambda pod: pod["status"]["phase"] == "Running")
         return {int(pod["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]): pod for pod in found}
 
@@ -181,7 +182,7 @@ class Run:
         self.stage.kubectl.run("exec", pod["metadata"]["name"], "-c", "trainer", "--", "sh", "-c", command)
 
     def scale(self, nodes: int) -> None:
-        cluster.scale(self.stage.kubectl, self.name, nodes)
+        deployed.scale(self.stage.kubectl, self.name, nodes)
 
     def edit_variables(self, **values: str) -> None:
         patch = json.dumps({"data": values})
@@ -257,12 +258,12 @@ def saved_steps(stage: Stage, store: str) -> list[int]:
             folders.setdefault(key.split("/")[0], set()).add(key.split("/")[1])
     for folder, names in folders.items():
         manifest = json.loads(stage.read(f"{store}/{folder}/manifest.json"))
-        assert names - set(archive.RECORDS) == {*manifest, "manifest.json"}
+        assert names - set(remote.RECORDS) == {*manifest, "manifest.json"}
         for name, expected in manifest.items():
             content = stage.read(f"{store}/{folder}/{name}")
             assert len(content) == expected["bytes"]
             assert hashlib.sha256(content).hexdigest() == expected["sha256"]
-    bucket, prefix = objects.split(store)
+    bucket, prefix = buckets.split(store)
     assert not stage.client.list_multipart_uploads(Bucket=bucket, Prefix=prefix).get("Uploads")
     assert stage.read(f"{store}/LATEST").decode() == max(folders)
     return sorted(int(folder.removeprefix("step-")) for folder in folders)
@@ -278,7 +279,7 @@ def start(stage: Stage, shard_dir: Path) -> Iterator[Callable[..., Run]]:
 
     yield start
     for run in runs:
-        cluster.delete(stage.kubectl, run.name)
+        deployed.delete(stage.kubectl, run.name)
 
 
 @pytest.mark.timeout(3600)

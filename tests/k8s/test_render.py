@@ -10,15 +10,16 @@ import pytest
 import yaml
 from choices import DIGEST, EXCLUSIVE, OVERLAYS, PRETRAIN, ROOT, by_name, choose
 
-from launcher import choice, kustomization, render
-from personmae import config, locations
+from launcher.cluster import kustomization, render, request
+from personmae import config
 from personmae.errors import UserError
+from personmae.system import locations
 
 Kustomize = Callable[[Path], dict[tuple[str, str], dict[str, Any]]]
-SINGLE = [("pretrain", [name]) for name in choice.components()]
+SINGLE = [("pretrain", [name]) for name in request.components()]
 DOWNSTREAM = [("finetune-market1501", [name]) for name in ("s3-secret", "priority", "kueue")]
 OTHER = [(overlay, ["monitoring", "grafana", "network-policy", "s3-secret"]) for overlay in ("jobset", "trainjob")]
-LARGEST = [("pretrain", sorted({*choice.components()} - {pair[i] for pair in EXCLUSIVE})) for i in (0, 1)]
+LARGEST = [("pretrain", sorted({*request.components()} - {pair[i] for pair in EXCLUSIVE})) for i in (0, 1)]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -122,7 +123,7 @@ def test_a_name_made_of_the_files_begins_with_a_letter(tmp_path: Path) -> None:
         path = tmp_path / f"{stem}.yaml"
         path.write_text(f"_base_: {ROOT}/configs/pretrain_vit_base.yaml\n")
         name = render.render(choose(config=path)).run
-        choice.check_name(name)
+        request.check_name(name)
         assert name.startswith(start)
 
 
@@ -133,9 +134,9 @@ def test_a_place_is_the_same_with_and_without_a_slash_at_its_end() -> None:
     assert objects["Job", "mine-trainer"]["metadata"]["annotations"]["personmae/store"] == "s3://b/run"
 
 
-@pytest.mark.parametrize("overlay", choice.overlays())
+@pytest.mark.parametrize("overlay", request.overlays())
 def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> None:
-    rendered = render.render(choose(overlay, name="x" * choice.MOST_NAME))
+    rendered = render.render(choose(overlay, name="x" * request.MOST_NAME))
     for item in rendered.objects:
         ending = {
             "Job": "-999-abcde",
@@ -205,18 +206,18 @@ def test_an_image_without_a_digest_is_warned_of() -> None:
 
 def test_a_configuration_finds_its_overlay(tmp_path: Path) -> None:
     configs = ROOT / "configs"
-    assert choice.guess_overlay(configs / "pretrain_vit_small.yaml") == "pretrain"  # its keys are in its base
-    assert choice.guess_overlay(configs / "finetune_occluded_duke.yaml") == "finetune-occluded-duke"
-    assert choice.guess_overlay(configs / "finetune_msmt17_vit_small.yaml") == "finetune-msmt17"
-    assert choice.guess_overlay(configs / "usl_msmt17.yaml") == "usl-msmt17"
-    assert choice.guess_overlay(configs / "uda_msmt17_to_market1501.yaml") == "uda-msmt17-market1501"
+    assert request.guess_overlay(configs / "pretrain_vit_small.yaml") == "pretrain"  # its keys are in its base
+    assert request.guess_overlay(configs / "finetune_occluded_duke.yaml") == "finetune-occluded-duke"
+    assert request.guess_overlay(configs / "finetune_msmt17_vit_small.yaml") == "finetune-msmt17"
+    assert request.guess_overlay(configs / "usl_msmt17.yaml") == "usl-msmt17"
+    assert request.guess_overlay(configs / "uda_msmt17_to_market1501.yaml") == "uda-msmt17-market1501"
     (tmp_path / "own.yaml").write_text("benchmark: our_own\n")
-    assert choice.guess_overlay(tmp_path / "own.yaml") == "finetune-market1501"
+    assert request.guess_overlay(tmp_path / "own.yaml") == "finetune-market1501"
     (tmp_path / "odd.yaml").write_text("run_dir: x\n")
     with pytest.raises(UserError, match="does not tell its program"):
-        choice.guess_overlay(tmp_path / "odd.yaml")
+        request.guess_overlay(tmp_path / "odd.yaml")
     with pytest.raises(UserError, match="does not exist"):
-        choice.guess_overlay(tmp_path / "missing.yaml")
+        request.guess_overlay(tmp_path / "missing.yaml")
 
 
 def test_quotes_around_a_literal_are_taken_as_kustomize_takes_them(kustomize: Kustomize, tmp_path: Path) -> None:
@@ -249,7 +250,7 @@ def test_rendering_loads_neither_torch_nor_boto3_and_needs_no_kubectl(tmp_path: 
         "-X",
         "importtime",
         "-m",
-        "launcher.submit",
+        "launcher.cluster.cli",
         "render",
         "configs/pretrain_vit_base.yaml",
         *PRETRAIN,

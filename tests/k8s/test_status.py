@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from recorder import Captured, Recorder, event, job, personmae
 
-from launcher import status
+from launcher.cluster import status
 
 
 def pod(name: str, index: str, **status_: Any) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def test_status_without_metrics_and_logs_still_tells_the_pods(recorder: Recorder
 
 
 def test_the_progress_line_is_the_one_that_a_run_prints(tmp_path: Path, capsys: Captured) -> None:
-    from personmae.metrics import RunLog
+    from personmae.monitor.run_log import RunLog
 
     log = RunLog(tmp_path, is_first=True, title="pretrain", total_steps=100, first_step=0)
     log.log(10, {"loss": 0.5, "lr": 1e-3}, images_per_step=64)

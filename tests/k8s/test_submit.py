@@ -16,7 +16,7 @@ import pytest
 from choices import PRETRAIN, ROOT
 from recorder import CONFIG, IMAGE, Captured, Recorder, ended, error, event, job, job_of, personmae, submitted
 
-from launcher import cluster, kubectl, verbs
+from launcher.cluster import commands, deployed, kubectl
 from personmae.errors import UserError
 
 
@@ -304,7 +304,7 @@ def test_a_suite_is_refused_where_the_job_of_a_later_stage_is_left_from_before(
 
 def test_wait_ends_with_the_end_of_the_run(recorder: Recorder) -> None:
     failed = ended("Failed", reason="PodFailurePolicy", message="exit code 78")
-    for status_, seconds, code in ((ended("Complete"), (), 0), (failed, (), 1), ({}, ("0",), verbs.EXIT_TIMEOUT)):
+    for status_, seconds, code in ((ended("Complete"), (), 0), (failed, (), 1), ({}, ("0",), commands.EXIT_TIMEOUT)):
         recorder.forget()
         recorder.answer("get jobs.batch run-trainer", json.dumps(job(status=status_)), created=True)
         with pytest.raises(SystemExit) as over:
@@ -323,13 +323,13 @@ def test_wait_outlives_a_cluster_that_does_not_answer_for_a_moment(
             raise answer
         return "jobs.batch", answer
 
-    monkeypatch.setattr(cluster, "find", find)
-    monkeypatch.setattr(verbs, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(deployed, "find", find)
+    monkeypatch.setattr(commands, "_PAUSE_SECONDS", 0)
     with pytest.raises(SystemExit) as over:
         submitted("--wait", "60")
     assert over.value.code == 0
     recorder.forget()
-    answers = iter([UserError("away")] * verbs._MISSES)
+    answers = iter([UserError("away")] * commands._MISSES)
     assert submitted("--wait", "60") == 78
     assert error(capsys) == "error: away"
 
@@ -369,7 +369,7 @@ def test_a_real_cluster_takes_every_object(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "launcher.submit",
+        "launcher.cluster.cli",
         "submit",
         CONFIG,
         *PRETRAIN,

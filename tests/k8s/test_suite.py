@@ -17,8 +17,8 @@ import warm
 import yaml
 from choices import DIGEST, ROOT, by_name
 
-from launcher import dispatcher, objects, render, suite
-from launcher.choice import Choice
+from launcher.cluster import bucket, dispatcher, render, suite
+from launcher.cluster.request import Choice
 from personmae import config
 from personmae.errors import UserError
 
@@ -116,12 +116,12 @@ def test_one_table_is_written_to_the_bucket(plan: dict[str, Any], cluster: Clust
     dispatcher.turn(plan["stages"], cluster)
     for name in ("market", "duke"):
         cluster.end(f"s-{name}-trainer")
-        objects.write(f"s3://results/s/runs/{name}/result.json", json.dumps(SCORES).encode())
+        bucket.write(f"s3://results/s/runs/{name}/result.json", json.dumps(SCORES).encode())
     dispatcher.run(plan, cluster, pause_seconds=0)
-    written = objects.read("s3://results/s/results.md")
+    written = bucket.read("s3://results/s/results.md")
     assert written
     assert "| market | market1501 | 50.0 | 62.5 | 75.0 | 87.5 | 25.0 |" in written.decode().splitlines()
-    assert json.loads(objects.read("s3://results/s/results.json") or b"")["results"]["duke"]["mAP"] == 0.5
+    assert json.loads(bucket.read("s3://results/s/results.json") or b"")["results"]["duke"]["mAP"] == 0.5
     assert written.decode() in capsys.readouterr().out
 
 
@@ -138,13 +138,13 @@ def test_the_dispatcher_outlives_an_api_server_that_does_not_answer(
             raise error
         if name in cluster.jobs and name != "s-pre-trainer":
             cluster.end(name)
-            objects.write(f"s3://results/s/runs/{name.split('-')[1]}/result.json", json.dumps(SCORES).encode())
+            bucket.write(f"s3://results/s/runs/{name.split('-')[1]}/result.json", json.dumps(SCORES).encode())
         return ask(name)
 
     monkeypatch.setattr(cluster, "get", get)
     dispatcher.run(plan, cluster, pause_seconds=0)
     assert capsys.readouterr().out.count("the cluster did not answer") == 3
-    assert (objects.read("s3://results/s/results.md") or b"").count(b"| 50.0 |") == 2
+    assert (bucket.read("s3://results/s/results.md") or b"").count(b"| 50.0 |") == 2
 
 
 def test_a_failed_stage_fails_those_after_it_and_the_table_has_the_others(
@@ -155,10 +155,10 @@ def test_a_failed_stage_fails_those_after_it_and_the_table_has_the_others(
     dispatcher.turn(plan["stages"], cluster)
     cluster.end("s-market-trainer")
     cluster.end("s-duke-trainer", "Failed")
-    objects.write("s3://results/s/runs/market/result.json", json.dumps(SCORES).encode())
+    bucket.write("s3://results/s/runs/market/result.json", json.dumps(SCORES).encode())
     with pytest.raises(UserError, match="1 of 3 stages failed: duke"):
         dispatcher.run(plan, cluster, pause_seconds=0)
-    assert "| duke | Failed: PodFailurePolicy: exit code 78 |" in (objects.read("s3://results/s/results.md") or b"").decode()
+    assert "| duke | Failed: PodFailurePolicy: exit code 78 |" in (bucket.read("s3://results/s/results.md") or b"").decode()
     cluster.end("s-pre-trainer", "Failed")
     cluster.jobs = {"s-pre-trainer": cluster.jobs["s-pre-trainer"]}
     states = dispatcher.turn(plan["stages"], cluster)
@@ -338,7 +338,7 @@ def test_a_suite_runs_locally_from_shards_to_the_table_and_again_without_work(sh
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | ours
 
     def local(*args: object) -> subprocess.CompletedProcess[str]:
-        return warm.run(["-m", "launcher.submit", "submit", "--local", *map(str, args)], env=environ, timeout=240)
+        return warm.run(["-m", "launcher.cluster.cli", "submit", "--local", *map(str, args)], env=environ, timeout=240)
 
     draw_few_people(tmp_path)
     small = ["batch.num_ids=4", "train.epochs=2", "train.precision=fp32", "train.drop_path_rate=0.0"]

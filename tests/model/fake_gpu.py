@@ -22,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from personmae.model.personmae import PersonMAE, View, cut_batch, draw_batch
+from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 
 FOLDER, TARGET, NUM_IMAGES = Path(sys.argv[1]), GPUTarget("cuda", 90, 32), 64

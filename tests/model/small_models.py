@@ -7,7 +7,8 @@ import paper_numpy as paper
 import torch
 from torch import Tensor, nn
 
-from personmae.model.personmae import Draws, PersonMAE, View, cut_batch, draw_batch
+from personmae.model.inputs import Draws, View, cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 
 VIEW = View(

@@ -7,7 +7,8 @@ import torch
 from small_models import HEADS, VIEW, a_batch, a_model, numpy_batch, patches, weights_of, with_target
 
 from personmae.model.identity import identity_loss
-from personmae.model.personmae import PersonMAE, cut_batch, feature_loss, pixel_loss, pixel_target, spread_over_images
+from personmae.model.inputs import cut_batch
+from personmae.model.personmae import PersonMAE, feature_loss, pixel_loss, pixel_target, spread_over_images
 from personmae.model.teacher import Teacher
 
 

@@ -15,7 +15,9 @@ import torch
 from small_models import VIEW
 from torch import Tensor
 
-from personmae.model.personmae import Batch, Draws, PersonMAE, View, choose_prepare, cut_batch, draw_batch, pixel_target
+from personmae.model.compiled import choose_prepare
+from personmae.model.inputs import Batch, Draws, View, cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE, pixel_target
 from personmae.model.regions import RegionDraws
 
 pytestmark = [

@@ -12,19 +12,9 @@ import torch
 from closeness import assert_allclose
 from small_models import HEADS, VIEW, a_batch, a_model, numpy_batch, patches, weights_of, with_target
 
+from personmae.model.inputs import Draws, View, cut_batch, draw_batch, normalise, prepare_batch
 from personmae.model.masking import block_mask, person_mask, random_mask
-from personmae.model.personmae import (
-    Draws,
-    PersonMAE,
-    View,
-    cut_batch,
-    draw_batch,
-    feature_loss,
-    normalise,
-    pixel_loss,
-    pixel_target,
-    prepare_batch,
-)
+from personmae.model.personmae import PersonMAE, feature_loss, pixel_loss, pixel_target
 from personmae.model.regions import uniforms
 from personmae.model.teacher import Teacher
 from personmae.model.vit import patchify, take_tokens, unpatchify

@@ -1,0 +1,124 @@
+"""From decoded images to the inputs of the model: what is drawn for each sample, and both regions cut (Eq. (1)-(4))."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Real, UInt8
+from torch import Tensor
+
+from personmae.model import masking, regions
+from personmae.model.regions import RegionDraws
+from personmae.model.vit import grid_coords, patchify, take_tokens
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """How a picture becomes the two regions: sizes in pixels, shares and chances; defaults in ``config.py``."""
+
+    img_size: tuple[int, int]
+    patch_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    max_shift: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip_prob: float
+    mask_kind: str
+    mask_ratio: float
+    min_block: int
+    block_ratio: float | None = None
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) in patches."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def canvas_size(self) -> tuple[int, int]:
+        """(height, width) of the canvas that carries a picture to the device.
+
+        A crop of most of a picture is resized to at most [H + m, W + m/2] (Eq. (1)); half as much again leaves it enough
+        pixels. Larger pictures are shrunk while they are decoded.
+        """
+        largest = self.img_size[0] + self.max_shift, self.img_size[1] + self.max_shift // 2
+        return math.ceil(1.5 * largest[0]), math.ceil(1.5 * largest[1])
+
+
+def normalise(patches: Real[Tensor, "B L P"], mean: tuple[float, ...], std: tuple[float, ...]) -> Float[Tensor, "B L P"]:
+    """Scale pixels of [0, 255] to the network's input range."""
+    colours = patches.unflatten(2, (3, -1)).unbind(dim=2)
+    # Plain numbers, colour by colour: a tensor made here would be a copy to the device, and a wait, in every step.
+    scaled = [(pixels - 255 * m) / (255 * s) for pixels, m, s in zip(colours, mean, std, strict=True)]
+    return torch.cat(scaled, dim=2)
+
+
+class Draws(NamedTuple):
+    """Everything that is random about a batch."""
+
+    regions: RegionDraws
+    ids_keep: Int[Tensor, "B K"]  # ascending indices of RegionA's visible patches
+
+
+def draw_mask(keys: Int[Tensor, " B"], view: View) -> Bool[Tensor, "B L"]:
+    """M of Eq. (3): True where a patch of RegionA is hidden."""
+    if view.mask_kind == "random":
+        return masking.random_mask(keys, view.grid, view.mask_ratio)
+    draw = {"block": masking.block_mask, "person": masking.person_mask}[view.mask_kind]
+    return draw(keys, view.grid, view.mask_ratio, min_block=view.min_block, block_ratio=view.block_ratio)
+
+
+def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: View) -> Draws:
+    """Draw regions and masks from the samples' keys; ``native_size`` is (height, width) before decoding."""
+    drawn = regions.draw_regions(
+        keys,
+        native_size,
+        max_shift=view.max_shift,
+        crop_scale=view.crop_scale,
+        crop_ratio=view.crop_ratio,
+        flip_prob=view.flip_prob,
+    )
+    mask = draw_mask(keys, view)
+    num_visible = mask.shape[1] - masking.num_hidden(view.grid, view.mask_ratio)
+    return Draws(drawn, masking.ids_visible(mask, num_visible))
+
+
+def cut_batch(
+    canvas: UInt8[Tensor, "B Hc Wc 3"],
+    size: Int[Tensor, "B 2"],
+    draws: Draws,
+    view: View,
+    resize: Callable[..., Tensor] = regions.resize_canvas,
+) -> Batch:
+    """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
+
+    The pictures stand in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
+    ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
+    ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
+    """
+    picture = resize(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
+    region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)  # Eq. (2)
+    coords = grid_coords(view.grid, canvas.device)
+    patches_a, patches_b = patchify(region_a, view.patch_size), patchify(region_b, view.patch_size)
+    return {
+        "patches_a": normalise(take_tokens(patches_a, draws.ids_keep), view.mean, view.std),  # V_a of Eq. (3)
+        "coords_a": coords[draws.ids_keep],
+        "patches_b": normalise(patches_b, view.mean, view.std),
+        "coords_b": regions.region_b_coords(coords, draws.regions.shift, view.patch_size),  # Eq. (4)
+    }
+
+
+def prepare_batch(
+    canvas: UInt8[Tensor, "B Hc Wc 3"],
+    size: Int[Tensor, "B 2"],
+    native_size: Int[Tensor, "B 2"],
+    keys: Int[Tensor, " B"],
+    view: View,
+) -> Batch:
+    """What ``cut_batch`` returns for the draws that belong to the samples' keys, by the way that suits the device."""
+    resize = regions.resize_pictures if canvas.device.type == "cpu" else regions.resize_canvas
+    return cut_batch(canvas, size, draw_batch(keys, native_size, view), view, resize)

@@ -1,0 +1,274 @@
+"""Pictures for a report: what the model saw and predicted (Figure 3 of the paper), rank lists (Figure 5), curves.
+
+Pictures are uint8 RGB arrays (H, W, 3). ``report.py`` says which runs are drawn and what is written about them.
+"""
+
+import base64
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from personmae import config, images
+from personmae.checkpoint import portable
+from personmae.data.decode import decode_onto
+from personmae.data.order import sample_keys
+from personmae.data.stream import ShardSet
+from personmae.errors import UserError
+from personmae.model import regions
+from personmae.model.inputs import Draws, View, cut_batch, draw_batch
+from personmae.model.personmae import PersonMAE
+from personmae.model.vit import patchify, unpatchify
+
+Picture = NDArray[np.uint8]
+Images = UInt8[Tensor, "B H W 3"]
+Row = Sequence[tuple[Picture, bool | None]]  # a query (None), then gallery pictures and whether they are right
+
+GREY: Final = 160  # the pixels of a hidden patch
+GREEN, RED, DARK = (22, 148, 72), (208, 40, 40), (70, 76, 84)
+FIGURE_WIDTH: Final = 1200  # pixels
+CAPTIONS: Final = ("RegionA", "visible", "RegionB", "prediction ¹", "prediction ²")
+REGION_WORDS: Final = (
+    "RegionA",
+    "RegionA, hidden patches grey",
+    "RegionB, the target",
+    "prediction with the target's own patch statistics",
+    "prediction with RegionA's statistics",
+)
+FOOTNOTE: Final = (
+    "Target of the prediction: RegionB.  ¹ drawn with the target's own mean and std of each patch, which gives away its "
+    "colours.  ² drawn with one mean and one std per picture, of RegionA's visible patches: nothing of the target is used."
+)
+
+
+class NotYet(UserError):  # noqa: N818 - not an error
+    """What a run has not come to yet; nothing is wrong."""
+
+
+class Reconstruction(NamedTuple):
+    """What the model saw and predicted for B pictures; the two predictions differ only in how they are coloured."""
+
+    region_a: Images
+    masked: Images  # RegionA, hidden patches grey
+    region_b: Images  # the target
+    with_target_stats: Images  # each patch with the target patch's own mean and std: that leaks its colours
+    with_visible_stats: Images  # all patches with the mean and std of RegionA's visible pixels: leaks nothing
+
+
+def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> Reconstruction:
+    """``reconstruct`` with a run's newest student, for ``count`` pictures spread over the first of its shards.
+
+    Regions and masks are those the pictures have in the run's first epoch.
+
+    Raises:
+        UserError: there is no checkpoint, or the shards cannot be read.
+    """
+    path = portable.newest(directory)
+    if not path:
+        raise UserError(f"{directory} has no checkpoint that can be read, so there is nothing to predict with")
+    model, view = PersonMAE(**settings.model_arguments()), View(**settings.view_arguments())
+    portable.load_strictly(model, portable.read(path).tensors["student"], path)
+    with open_shards(settings, directory) as shards:
+        ids = np.linspace(0, shards.sizes[0] - 1, min(count, shards.sizes[0])).astype(np.int64)
+        height, width = view.canvas_size
+        canvas = np.empty((len(ids), height, width, 3), np.uint8)
+        placed = [decode_onto(shards.jpeg(int(i)), row) for i, row in zip(ids, canvas, strict=True)]
+    native, size = (torch.tensor(sizes) for sizes in zip(*placed, strict=True))
+    keys = torch.from_numpy(sample_keys(ids, seed=settings.seed, epoch=0))
+    return reconstruct(model, torch.from_numpy(canvas), size, draw_batch(keys, native, view), view)
+
+
+def open_shards(settings: config.Pretrain, directory: Path) -> ShardSet:
+    """The shards a pre-training run was trained on."""
+    return ShardSet(settings.data.shards, settings.data.cache_dir or directory / "shards")
+
+
+@torch.no_grad()
+def reconstruct(
+    model: PersonMAE, canvas: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, view: View
+) -> Reconstruction:
+    """Cut the regions exactly as training does, predict RegionB, and bring everything back to pixels.
+
+    The model predicts normalised patches (Eq. 5, left), so pixels need a mean and a std for each patch.
+    """
+    batch = cut_batch(canvas, size, draws, view)
+    pred = model.predict_pixels(batch).float()
+    picture = regions.resize_canvas(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
+    region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)
+    target, visible = batch["patches_b"], batch["patches_a"].flatten(1)
+    own_std = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
+    own = pred * own_std + target.mean(dim=-1, keepdim=True)
+    from_visible = pred * visible.std(dim=1)[:, None, None] + visible.mean(dim=1)[:, None, None]
+    return Reconstruction(
+        region_a=_to_bytes(region_a),
+        masked=hide_patches(region_a, hidden_mask(draws.ids_keep, view.grid), view),
+        region_b=_to_bytes(region_b),
+        with_target_stats=_to_bytes(_to_pixels(own, view)),
+        with_visible_stats=_to_bytes(_to_pixels(from_visible, view)),
+    )
+
+
+def hidden_mask(ids_keep: Int[Tensor, "B K"], grid: tuple[int, int]) -> Bool[Tensor, "B L"]:
+    """True where a patch is hidden."""
+    everything = torch.ones(len(ids_keep), grid[0] * grid[1], dtype=torch.bool, device=ids_keep.device)
+    return everything.scatter(1, ids_keep, False)
+
+
+def hide_patches(region: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B L"], view: View) -> Images:
+    """Paint hidden patches grey; pixels in [0, 255]."""
+    patches = patchify(region, view.patch_size).masked_fill(mask[..., None], GREY)
+    return _to_bytes(unpatchify(patches, view.grid, view.patch_size))
+
+
+def draw_map(shares: Float[Tensor, "h w"], cell: int = 24) -> Picture:
+    """A grid of shares in [0, 1] as squares of ``cell`` pixels, the darker the larger; thin lines keep them apart."""
+    grey = (255 * (1 - shares.numpy())).round().astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
+    grey[::cell], grey[:, ::cell] = GREY, GREY
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _to_pixels(patches: Float[Tensor, "B L P"], view: View) -> Float[Tensor, "B 3 H W"]:
+    """Invert ``normalise`` and ``patchify``."""
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (view.mean, view.std))
+    return unpatchify(patches, view.grid, view.patch_size) * std + mean
+
+
+def _to_bytes(images: Float[Tensor, "B 3 H W"]) -> Images:
+    return images.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def read_thumbnail(path: Path, size: tuple[int, int]) -> Picture:
+    """A picture file brought to (height, width).
+
+    Raises:
+        UserError: the file is missing or is not a picture.
+    """
+    try:
+        image = images.decode(path.read_bytes() if path.is_file() else b"").pixels
+    except images.BadImage as error:
+        raise UserError(
+            f"a picture is required at {path} and there is none; put the benchmark back or evaluate again"
+        ) from error
+    return cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+def framed(picture: Picture, correct: bool | None, width: int = 3) -> Picture:
+    """A border inside the picture's edge: green for a right answer, red for a wrong one, dark for the query.
+
+    A wrong one is crossed in its corner too, for eyes that do not tell red from green.
+    """
+    colour = DARK if correct is None else GREEN if correct else RED
+    out = np.array(picture, order="C")
+    height, right = out.shape[0] - 1, out.shape[1] - 1
+    cv2.rectangle(out, (0, 0), (right, height), colour, 2 * width - 1)
+    if correct is False:
+        arm = max(8, out.shape[1] // 5)
+        cv2.rectangle(out, (right - arm - width, 0), (right, arm + width), colour, cv2.FILLED)
+        for y0, y1 in ((width, arm), (arm, width)):
+            cv2.line(out, (right - arm, y0), (right - width, y1), (255, 255, 255), max(1, width // 2), cv2.LINE_AA)
+    return out
+
+
+def data_uri(picture: Picture, suffix: str = ".png") -> str:
+    """The picture inside a ``data:`` address; ``.png`` keeps every pixel, ``.jpg`` is a tenth of the size."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else []
+    _, encoded = cv2.imencode(suffix, picture[:, :, ::-1], options)
+    kind = {".png": "png", ".jpg": "jpeg"}[suffix]
+    return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"
+
+
+def write_figure(
+    path: Path, groups: Sequence[Sequence[Picture]], rank_lists: Mapping[str, Sequence[Row]], *, title: str
+) -> None:
+    """A PNG, 1200 pixels wide: two groups of five pictures to a row, then rank lists, one column for each name."""
+    canvas = _Page(title)
+    if groups:
+        _draw_groups(canvas, groups)
+    if rank_lists:
+        _draw_rank_lists(canvas, rank_lists)
+    canvas.save(path)
+
+
+class _Page:
+    """Pictures and words at pixels counted from the upper left corner; ``y`` is how far the page is filled."""
+
+    def __init__(self, title: str):
+        self._pictures: list[tuple[int, int, Picture]] = []
+        self._words: list[tuple[float, float, str, dict[str, Any]]] = []
+        self.y = 12
+        for line in textwrap.wrap(title, 120):
+            self.write(MARGIN, line, size=15, weight="bold")
+            self.y += 22
+        self.y += 8
+
+    def paste(self, x: int, picture: Picture, below: int = 0) -> None:
+        self._pictures.append((x, self.y + below, picture))
+
+    def write(self, x: float, text: str, *, size: float = 11, below: int = 0, **style: Any) -> None:
+        self._words.append((x, self.y + below, text, {"fontsize": size * 0.72, "va": "top", **style}))
+
+    def save(self, path: Path) -> None:
+        height = self.y + 8
+        figure = Figure(figsize=(FIGURE_WIDTH / 100, height / 100), dpi=100, facecolor="white")
+        for x, y, picture in self._pictures:
+            figure.figimage(picture, x, height - y - picture.shape[0], resize=False)
+        for x, y, text, style in self._words:
+            figure.text(x / FIGURE_WIDTH, 1 - y / height, text, **style)
+        figure.savefig(path, dpi=100)
+
+
+MARGIN, GAP = 20, 4
+_GROUPS_PER_ROW = 2
+
+
+def _draw_groups(page: _Page, groups: Sequence[Sequence[Picture]]) -> None:
+    """Each group holds the five pictures of a ``Reconstruction``."""
+    between = 30
+    room = (FIGURE_WIDTH - 2 * MARGIN - between) // _GROUPS_PER_ROW
+    width = (room - 4 * GAP) // 5
+    for i, caption in enumerate(CAPTIONS * min(_GROUPS_PER_ROW, len(groups))):
+        x = MARGIN + (i // 5) * (room + between) + (i % 5) * (width + GAP)
+        page.write(x + width / 2, caption, ha="center", color="#444c56")
+    page.y += 20
+    for start in range(0, len(groups), _GROUPS_PER_ROW):
+        for column, group in enumerate(groups[start : start + _GROUPS_PER_ROW]):
+            for i, picture in enumerate(group):
+                x = MARGIN + column * (room + between) + i * (width + GAP)
+                page.paste(x, _scaled(picture, width))
+        page.y += groups[0][0].shape[0] * width // groups[0][0].shape[1] + 2 * GAP
+    for line in textwrap.wrap(FOOTNOTE, 175):
+        page.write(MARGIN, line, size=11, color="#444c56")
+        page.y += 16
+    page.y += 16
+
+
+def _draw_rank_lists(page: _Page, rank_lists: Mapping[str, Sequence[Row]]) -> None:
+    """One column for each name; line i of all columns belongs to the same query."""
+    between = 30
+    room = (FIGURE_WIDTH - 2 * MARGIN - between * (len(rank_lists) - 1)) // len(rank_lists)
+    most = max(len(row) for rows in rank_lists.values() for row in rows)
+    width = min(80, (room - 8 - GAP * (most - 1)) // most)
+    for column, (name, rows) in enumerate(rank_lists.items()):
+        left = MARGIN + column * (room + between)
+        page.write(left, f"{name}: query, then the ten nearest pictures of the gallery", color="#444c56")
+        for line, row in enumerate(rows):
+            for i, (picture, correct) in enumerate(row):
+                x = left + i * (width + GAP) + (8 if i else 0)
+                page.paste(x, framed(_scaled(picture, width), correct, 2), 20 + line * (2 * width + 2 * GAP))
+    page.y += 20 + max(map(len, rank_lists.values())) * (2 * width + 2 * GAP)
+    page.write(MARGIN, "green: the same person from another camera; red and crossed: another person", color="#444c56")
+    page.y += 16
+
+
+def _scaled(picture: Picture, width: int) -> Picture:
+    height = picture.shape[0] * width // picture.shape[1]
+    method = cv2.INTER_AREA if width < picture.shape[1] else cv2.INTER_CUBIC
+    return cv2.resize(picture, (width, height), interpolation=method).astype(np.uint8, copy=False)
