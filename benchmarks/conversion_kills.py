@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--shard-mb", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--work", type=Path, help="directory for pictures and shards (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="directory for images and shards (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="conversion-kills-") as temporary:
         result = measure((args.work or Path(temporary)).resolve(), args.images, args.shard_mb, args.seed)

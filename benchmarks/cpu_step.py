@@ -67,8 +67,8 @@ def parts() -> dict[str, Callable[[], object]]:
     return {
         "draw": lambda: draw_batch(keys, native, VIEW),
         "cut by matrices": lambda: cut_batch(canvas, native, draws, VIEW),
-        "cut by image": lambda: cut_batch(canvas, native, draws, VIEW, regions.resize_pictures),
-        "resize": lambda: regions.resize_pictures(
+        "cut by image": lambda: cut_batch(canvas, native, draws, VIEW, regions.resize_images),
+        "resize": lambda: regions.resize_images(
             canvas, native, draws.regions, img_size=VIEW.img_size, max_shift=VIEW.max_shift
         ),
         **{f"teacher {dtype}": teach(dtype) for dtype in kinds},

@@ -3,7 +3,7 @@
     python benchmarks/crops.py OUT [--images 20000]
 
 Crops of 150 to 500 pixels height and about 13 KB, as a detector cuts them from video. The synthetic pool is smaller and
-cleaner, so each picture is enlarged and given sensor noise. Every picture is a pure function of its number.
+cleaner, so each image is enlarged and given sensor noise. Every image is a pure function of its number.
 """
 
 import argparse

@@ -88,20 +88,20 @@ END
 
 if [ -z "$REHEARSE" ]; then
   $PYTHON -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { echo "a GPU that torch can use is required and there is none; --rehearse tries the script on a CPU"; exit 78; }
-  PICTURES=8000
+  IMAGES=8000
 else
   export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
-  PICTURES=600
+  IMAGES=600
 fi
 GPU_TESTS=$(grep -rlF --include='test_*.py' mark.gpu tests)  # no other module is imported, nor what it needs
 ! chosen tests || timeout 60 $PYTHON -m personmae doctor >"$LOGS/doctor.log" 2>&1
 write_shards() {
-  $PYTHON -m personmae synth "$WORK/data" --pool-images "$PICTURES" && $PYTHON -m personmae shards write "$WORK/data/pool" "$WORK/shards" --shard-mb 8
+  $PYTHON -m personmae synth "$WORK/data" --pool-images "$IMAGES" && $PYTHON -m personmae shards write "$WORK/data/pool" "$WORK/shards" --shard-mb 8
 }
 case ,$ONLY in *,pipeline* | *,peers* | *,curve*)
-  export -f write_shards && export PYTHON WORK PICTURES
+  export -f write_shards && export PYTHON WORK IMAGES
   if timeout --kill-after=10 50 bash -c write_shards >"$LOGS/shards.log" 2>&1; then
-    echo "shards of $PICTURES drawn people after $((SECONDS - START)) s"
+    echo "shards of $IMAGES drawn people after $((SECONDS - START)) s"
   else
     echo "no shards, so neither pipeline nor peers nor curve: see $LOGS/shards.log"
     FAILED=$((FAILED + 1)) ONLY=$(tr , '\n' <<<"$ONLY" | grep -vE '^(pipeline|peers|curve)' | paste -sd ,)
@@ -111,7 +111,7 @@ SHARDS=$WORK/shards STEP="$PYTHON -m personmae bench step" PEERS="$PYTHON benchm
 
 if [ -z "$REHEARSE" ]; then
   part tests 150 $PYTHON -m pytest -q -m gpu -p no:cacheprovider $GPU_TESTS
-  part regions 60 $PYTHON benchmarks/regions.py --sizes 256x128 --pictures full --out "$OUT/regions.json"
+  part regions 60 $PYTHON benchmarks/regions.py --sizes 256x128 --images full --out "$OUT/regions.json"
   part pipeline-base 110 $STEP --sizes base --batches 1024 --compile on --cutters torch,triton --shards "$SHARDS" --steps 15 --rounds 2 --out "$OUT/pipeline-base.json"
   part pipeline-small 90 $STEP --sizes small --batches 1024 --compile on --shards "$SHARDS" --steps 20 --rounds 2 --out "$OUT/pipeline-small.json"
   part peers-base 80 $PEERS --size base --img-size 256 128 --batch-size 256 --compile --rounds 2 --steps 48 --out "$OUT/peers-base.json"

@@ -1,9 +1,9 @@
 """From bytes to tokens on a GPU: the kernel against the compiled plain version and the eager one.
 
     python benchmarks/regions.py --tune   # about ten minutes on one GPU; on a CPU there is nothing to measure
-    python benchmarks/regions.py --sizes 256x128 --pictures full                  # under two minutes
+    python benchmarks/regions.py --sizes 256x128 --images full                  # under two minutes
 
-Writes ``benchmarks/results/regions.json``: milliseconds and peak memory for each size of picture, and with ``--tune`` for every
+Writes ``benchmarks/results/regions.json``: milliseconds and peak memory for each size of image, and with ``--tune`` for every
 choice of the kernel's constants; after each case what there is of it. All write the same tensors, the target of Eq. (5) among
 them. A kernel that does not beat the compiled version has to go; ``bound_ms`` is the time that its bytes alone need, at the
 speed of a copy on the same device.
@@ -26,7 +26,7 @@ from personmae.monitor import environment
 RESULTS = Path(__file__).resolve().parent / "results" / "regions.json"
 BATCH = 1024
 SIZES = {"128x64": ((128, 64), 32), "256x128": ((256, 128), 64), "384x128": ((384, 128), 64)}
-PICTURES = {"small": 0.35, "full": 1.0}  # height and width as shares of the canvas
+IMAGES = {"small": 0.35, "full": 1.0}  # height and width as shares of the canvas
 CHOICES = list(itertools.product((16, 32, 64), (16, 32), (1, 2, 4)))  # ROWS, COLUMNS, NUM_WARPS
 HALF = (0.5, 0.5, 0.5)  # mean and deviation of the colours
 TOLERANCE = 1e-4
@@ -55,7 +55,7 @@ def cost(run: Callable[[], object]) -> dict[str, float]:
 
 
 def bound(canvas: torch.Tensor, share: float, batch: Batch) -> float:
-    """Milliseconds that reading the pictures and writing the batch take at the speed of a copy."""
+    """Milliseconds that reading the images and writing the batch take at the speed of a copy."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     per_byte = cost(lambda: target.copy_(source))["ms"] / (2 * source.numel())
@@ -64,7 +64,7 @@ def bound(canvas: torch.Tensor, share: float, batch: Batch) -> float:
 
 
 def measure(view: View, share: float, dtype: torch.dtype, *, tune: bool) -> dict[str, Any]:
-    """One size of picture."""
+    """One size of image."""
     from personmae.model import kernel
 
     height, width = view.canvas_size
@@ -101,7 +101,7 @@ def main() -> None:
     """Measure each size and type."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES), help="of the regions (default all)")
-    parser.add_argument("--pictures", nargs="+", choices=list(PICTURES), default=list(PICTURES), help="(default all)")
+    parser.add_argument("--images", nargs="+", choices=list(IMAGES), default=list(IMAGES), help="(default all)")
     parser.add_argument("--tune", action="store_true", help="try every choice of the kernel's constants")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -109,11 +109,11 @@ def main() -> None:
         print("the kernel runs on a GPU and this machine has none: nothing to measure")
         return
     record: dict[str, Any] = {"commit": environment.git_commit(), "hardware": environment.describe_hardware(), "batch": BATCH}
-    for name, pictures in itertools.product(args.sizes, args.pictures):
-        (img_size, max_shift), share = SIZES[name], PICTURES[pictures]
+    for name, images in itertools.product(args.sizes, args.images):
+        (img_size, max_shift), share = SIZES[name], IMAGES[images]
         view = View(img_size, 16, HALF, HALF, max_shift, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
         for dtype in (torch.bfloat16, torch.float32):
-            case = f"{name} {pictures} {dtype}".replace("torch.", "")
+            case = f"{name} {images} {dtype}".replace("torch.", "")
             record[case] = measure(view, share, dtype, tune=args.tune)
             print(case, json.dumps(record[case]), flush=True)
             args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -254,7 +254,7 @@ def run_predict(args: argparse.Namespace) -> None:
         "predicted": tables,
     }
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(tables, args.picture)
+    draw(tables, args.image)
 
 
 def run_measure(args: argparse.Namespace) -> None:
@@ -287,7 +287,7 @@ def main() -> None:
         "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="a constant of the GPUs"
     )
     predicting.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
-    predicting.add_argument("--picture", type=Path, default=ROOT / "docs" / "scaling.png")
+    predicting.add_argument("--image", type=Path, default=ROOT / "docs" / "scaling.png")
     predicting.set_defaults(run=run_predict)
     args = parser.parse_args()
     try:

@@ -3,7 +3,7 @@
 A device is a core here: one thread, so that two ranks have two of them. On a GPU machine it is a GPU, and ranks are left out.
 Which points are held out is fixed before anything is measured; the larger encoder is among them, for that is what is asked of
 the model elsewhere too. Steps cut their regions by matrices on CPUs as well, for these kernels are what ``scaling_work.py``
-counts; a run on a CPU cuts picture by picture, in less time.
+counts; a run on a CPU cuts image by image, in less time.
 """
 
 import json
@@ -112,7 +112,7 @@ def describe(point: Point) -> str:
     if point.kind == "all_reduce":
         return f"all-reduce of {point.num_bytes / 1e6:.2f} MB over {point.world_size} ranks"
     if point.kind == "data":
-        return f"a picture read and decoded on {point.threads} core{'s' * (point.threads > 1)}"
+        return f"an image read and decoded on {point.threads} core{'s' * (point.threads > 1)}"
     if point.kind == "pause":
         return f"pause of a checkpoint of {point.size}, {point.num_bytes / 1e9:.2f} GB"
     if point.kind == "update":

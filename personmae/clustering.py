@@ -59,7 +59,7 @@ def find_clusters(state: Run, images: ImageSet, epoch: int, log: run_log.RunLog,
         options = settings.cluster.model_dump(include={"k1", "k2", "eps", "min_samples"})
         return torch.from_numpy(cluster.pseudo_labels(compared, **options))
 
-    with told(log.say, f"clustering {len(images):,} pictures"):
+    with told(log.say, f"clustering {len(images):,} images"):
         found = dist.on_first_rank(find)
     all_labels = dist.broadcast(torch.zeros(len(images), dtype=torch.int64) if found is None else found).numpy()
     if dist.any_rank(stopped()):
@@ -121,7 +121,7 @@ def _features(state: Run, images: ImageSet, log: run_log.RunLog, stopped: Callab
     """Features of all images on every rank, of length one, in evaluation mode."""
     settings = state.settings
     dist.average_buffers(state.module.model)
-    with told(log.say, f"extracting {len(images):,} pictures"):
+    with told(log.say, f"extracting {len(images):,} images"):
         features = extract(
             state.module.model,
             images,
@@ -169,6 +169,6 @@ def _require_enough(labels: np.ndarray, epoch: int, settings: config.Unsupervise
     change = "raise" if 2 * num_outliers > len(labels) else "lower"  # few clusters of all are too large ones
     raise UserError(
         f"batch.num_ids={settings.batch.num_ids} clusters a batch are required, and epoch {epoch} has "
-        f"{num_clusters} with {num_outliers} of {len(labels)} pictures in none; "
+        f"{num_clusters} with {num_outliers} of {len(labels)} images in none; "
         f"{change} cluster.eps={settings.cluster.eps:g}, lower batch.num_ids, or start from a better encoder"
     )

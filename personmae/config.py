@@ -72,7 +72,7 @@ class Regions(Section):
     max_shift: int = Field(
         default=64, ge=0, description="m of Eq. (1), in pixels of the height; the width shifts by half of it"
     )
-    crop_scale: Range = Field(default=(0.8, 1.0), description="area of the global crop, as a share of the picture")
+    crop_scale: Range = Field(default=(0.8, 1.0), description="area of the global crop, as a share of the image")
     crop_ratio: Range = Field(default=(0.375, 0.667), description="width / height of the global crop")
     flip_prob: Fraction = Field(default=0.5, description="chance of a horizontal flip")
 
@@ -185,7 +185,7 @@ class Data(Section):
     )
     prefetch_batches: int = Field(default=4, gt=0, description="decoded batches kept ready, per rank")
     shuffle_block_size: int = Field(default=1 << 18, gt=0, description="samples that are shuffled among each other")
-    max_bad_ratio: Fraction = Field(default=0.01, description="share of unreadable pictures above which the run stops")
+    max_bad_ratio: Fraction = Field(default=0.01, description="share of unreadable images above which the run stops")
 
 
 class Probe(Section):
@@ -260,7 +260,7 @@ class Pretrain(Section):
         return self
 
     def view_arguments(self) -> dict[str, Any]:
-        """Arguments of ``model.personmae.View``: how pictures become regions."""
+        """Arguments of ``model.personmae.View``: how images become regions."""
         model, mask = self.model, self.mask
         return {
             **model.model_dump(exclude={"size"}),

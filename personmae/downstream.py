@@ -1,4 +1,4 @@
-"""What supervised and unsupervised training on a benchmark share: pictures, what a run is known by, its end."""
+"""What supervised and unsupervised training on a benchmark share: images, what a run is known by, its end."""
 
 import shlex
 from pathlib import Path
@@ -47,15 +47,15 @@ class Run(Protocol):
     def module(self) -> Trained: ...
 
 
-def augmented(state: Run, pictures: Tensor, batch_size: int, ours: slice) -> Tensor:
-    """This rank's pictures of a global batch, augmented on its device; drop path is seeded too, so a resumed run repeats it."""
+def augmented(state: Run, images: Tensor, batch_size: int, ours: slice) -> Tensor:
+    """This rank's images of a global batch, augmented on its device; drop path is seeded too, so a resumed run repeats it."""
     settings = state.settings
     torch.manual_seed(settings.seed + 1000003 * state.step)
     drawn = draw_augmentation(
         batch_size, settings.model.img_size, seed=settings.seed, step=state.step, **settings.augment.model_dump()
     )
     return augment(
-        pictures.to(state.world.device),
+        images.to(state.world.device),
         drawn.part(ours),
         mean=state.model_settings["mean"],
         std=state.model_settings["std"],
@@ -64,7 +64,7 @@ def augmented(state: Run, pictures: Tensor, batch_size: int, ours: slice) -> Ten
 
 
 def identity(settings: Settings, benchmark: Benchmark, precision: str, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What must agree before a run is resumed: settings, what ``auto`` came to, the first weights, the training pictures.
+    """What must agree before a run is resumed: settings, what ``auto`` came to, the first weights, the training images.
 
     Where the weights are gone, they are taken to be those of the ``known`` identity.
     """

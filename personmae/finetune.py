@@ -65,7 +65,7 @@ class Run:
     module: "SupervisedReID"
     model_settings: dict[str, Any]  # architecture and preprocessing, which travel with the weights
     engine: Engine
-    order: np.ndarray  # (total_steps, P * K): the pictures of every global batch
+    order: np.ndarray  # (total_steps, P * K): the images of every global batch
     identity: dict[str, Any]  # what must agree before the run is resumed
     precision: Precision
     step: int = 0
@@ -144,7 +144,7 @@ def train(state: Run, found: Path | None, log: run_log.RunLog, meter: Meter, sto
     labels = torch.from_numpy(train_labels(state.benchmark.train))
     pool = ThreadPoolExecutor(dist.threads_per_rank(world))
     paths = [sample.path for sample in state.benchmark.train]
-    with told(log.say, f"opening {len(paths):,} pictures"):
+    with told(log.say, f"opening {len(paths):,} images"):
         images = ImageSet(paths, settings.model.img_size, pool=pool)
     writer = open_writer(settings, found) if world.is_first else None
     if writer:
@@ -163,10 +163,10 @@ def train(state: Run, found: Path | None, log: run_log.RunLog, meter: Meter, sto
     left = state.order[state.step :]
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
     try:
-        for chosen, pictures in zip(left, load_ahead(images, left[:, ours]), strict=True):
+        for chosen, decoded in zip(left, load_ahead(images, left[:, ours]), strict=True):
             meter.beat(working, state.step)
             meter.enter("inputs")
-            batch = {"images": augmented(state, pictures, len(chosen), ours), "labels": labels[chosen[ours]].to(world.device)}
+            batch = {"images": augmented(state, decoded, len(chosen), ours), "labels": labels[chosen[ours]].to(world.device)}
             meter.enter("forward_backward")
             losses = engine.forward_backward(batch, last_micro=True)
             meter.enter("optimizer")

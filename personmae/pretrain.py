@@ -137,7 +137,7 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
     )
     step = saved = good = first = state.step
     estimate = FloorEstimate(state.floor, steps_left=total_steps - step, global_batch_size=state.plan.global_batch_size)
-    log.say("reading the first pictures" + (", then compiling, which takes minutes" if settings.train.compile else "") + " ...")
+    log.say("reading the first images" + (", then compiling, which takes minutes" if settings.train.compile else "") + " ...")
     num_bad, due = 0, False
     copies = torch.cuda.Stream() if world.device.type == "cuda" else None
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
@@ -399,7 +399,7 @@ def tell_plan(state: Run, meter: Meter, writer: Writer | None, steps_per_epoch: 
 
 
 def flops_per_image(settings: config.Pretrain) -> float:
-    """Operations of a step, for each picture."""
+    """Operations of a step, for each image."""
     model, width = settings.model, SIZES[settings.model.size]["embed_dim"]
     num_patches = model.img_size[0] * model.img_size[1] // model.patch_size**2
     return flops.pretrain_flops(
@@ -416,8 +416,8 @@ def flops_per_image(settings: config.Pretrain) -> float:
 
 
 def tell_bad_samples(reader: BatchReader, told: int) -> int:
-    """Name the unreadable pictures that were replaced since ``told`` of them were; returns how many there are now."""
+    """Name the unreadable images that were replaced since ``told`` of them were; returns how many there are now."""
     new = reader.bad_samples[told:]
     for where in new:
-        print(f"unreadable picture replaced: {where}", flush=True)
+        print(f"unreadable image replaced: {where}", flush=True)
     return told + len(new)

@@ -1,7 +1,7 @@
-"""ReID without labels: clusters of the pictures' features are their classes, found anew before every epoch (arXiv 2103.11568).
+"""ReID without labels: clusters of the images' features are their classes, found anew before every epoch (arXiv 2103.11568).
 
 From a pre-trained encoder this is unsupervised learning (USL); from one fine-tuned on another benchmark it is unsupervised
-domain adaptation (UDA), which uses no source picture. True identities are read for the log alone.
+domain adaptation (UDA), which uses no source image. True identities are read for the log alone.
 """
 
 import contextlib
@@ -134,7 +134,7 @@ def train(state: Run, found: Path | None, log: run_log.RunLog, meter: Meter, sto
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     pool = ThreadPoolExecutor(dist.threads_per_rank(world))
     paths = [sample.path for sample in state.benchmark.train]
-    with told(log.say, f"opening {len(paths):,} pictures"):
+    with told(log.say, f"opening {len(paths):,} images"):
         images = ImageSet(paths, settings.model.img_size, pool=pool)
     if world.is_first:
         trim_clusters(Path(settings.run_dir), state.step)
@@ -159,10 +159,10 @@ def train(state: Run, found: Path | None, log: run_log.RunLog, meter: Meter, sto
         return stop.requested
 
     try:
-        for pictures, labels in batches(state, images, ours, log, clustering_stopped):
+        for decoded, labels in batches(state, images, ours, log, clustering_stopped):
             meter.beat("step", state.step)
             meter.enter("inputs")
-            batch = {"images": augmented(state, pictures, size, ours), "labels": labels[ours]}
+            batch = {"images": augmented(state, decoded, size, ours), "labels": labels[ours]}
             meter.enter("forward_backward")
             outputs = engine.forward_backward(batch, last_micro=True)
             meter.enter("optimizer")
@@ -227,7 +227,7 @@ class ClusterContrast(nn.Module):
 def batches(
     state: Run, images: ImageSet, ours: slice, log: run_log.RunLog, stopped: Callable[[], bool]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``ours`` of the pictures, and the memory's centroids of all (P * K,), of every global batch that is left.
+    """``ours`` of the images, and the memory's centroids of all (P * K,), of every global batch that is left.
 
     Each epoch begins with a clustering.
     """
@@ -249,8 +249,8 @@ def batches(
         )
         targets = torch.from_numpy(memory_targets(state.labels, camids, settings.memory))
         left = planned[done:]
-        for chosen, pictures in zip(left, load_ahead(images, [chosen[ours] for chosen in left]), strict=True):
-            yield pictures, targets[chosen].to(state.world.device)
+        for chosen, decoded in zip(left, load_ahead(images, [chosen[ours] for chosen in left]), strict=True):
+            yield decoded, targets[chosen].to(state.world.device)
 
 
 def build(settings: config.Unsupervised, chosen: Precision) -> tuple[ClusterContrast, dict[str, Any]]:
@@ -295,7 +295,7 @@ def read_start(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def warn_of_same_data(settings: config.Unsupervised, benchmark: Benchmark) -> None:
-    """Say so where the start was fine-tuned on the pictures that are now to be learned from without labels."""
+    """Say so where the start was fine-tuned on the images that are now to be learned from without labels."""
     if settings.init == RANDOM:
         return
     source = portable.read_state(portable.locate(settings.init))

@@ -1,4 +1,4 @@
-"""What all tests share: runtime shape checks, a few threads, pictures and shards of them, an S3 server."""
+"""What all tests share: runtime shape checks, a few threads, images and shards of them, an S3 server."""
 
 import os
 import signal
@@ -23,17 +23,17 @@ if not torch.cuda.is_available():
 torch.set_num_threads(2)
 cv2.setNumThreads(1)
 
-NUM_PICTURES = 50
+NUM_IMAGES = 50
 SHARD_BYTES = 20_000
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 50 JPEGs of different sizes, some of them in a subfolder."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     (folder / "more").mkdir()
     rng = np.random.default_rng(0)
-    for i in range(NUM_PICTURES):
+    for i in range(NUM_IMAGES):
         coarse = rng.integers(0, 256, (6, 3, 3), dtype=np.uint8)
         image = cv2.resize(coarse, (int(rng.integers(30, 60)), int(rng.integers(70, 130))))
         name = f"more/p{i:02}.jpeg" if i % 5 == 0 else f"p{i:02}.jpg"
@@ -42,12 +42,12 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shard_dir(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pictures as shards; read only."""
+def shard_dir(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images as shards; read only."""
     from personmae.data import importer
 
     target = tmp_path_factory.mktemp("shards") / "set"
-    assert importer.write(pictures, str(target), shard_bytes=SHARD_BYTES) == NUM_PICTURES
+    assert importer.write(images, str(target), shard_bytes=SHARD_BYTES) == NUM_IMAGES
     return target
 
 

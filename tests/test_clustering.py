@@ -136,9 +136,9 @@ def test_a_warning_says_that_clusters_follow_cameras_and_what_to_set(tmp_path, s
 
 
 def test_too_few_clusters_are_refused():
-    with pytest.raises(UserError, match=r"epoch 2 has 3 with 1 of 6 pictures in none; lower cluster\.eps"):
+    with pytest.raises(UserError, match=r"epoch 2 has 3 with 1 of 6 images in none; lower cluster\.eps"):
         clustering._require_enough(np.array([0, 0, 1, 2, -1, 2]), 2, settings(batch={"num_ids": 4}))
-    with pytest.raises(UserError, match=r"has 0 with 6 of 6 pictures in none; raise cluster\.eps"):
+    with pytest.raises(UserError, match=r"has 0 with 6 of 6 images in none; raise cluster\.eps"):
         clustering._require_enough(np.full(6, -1), 0, settings(batch={"num_ids": 1}))
     clustering._require_enough(np.array([0, 0, 1, 2, -1, 3]), 2, settings(batch={"num_ids": 4}))
 

@@ -63,7 +63,7 @@ def test_an_evaluation_of_it_and_training_without_labels_do_too(people, run, tmp
     assert main(["unsupervised", "configs/quickstart_usl.yaml", *settings]) == 0
     listed(tmp_path / "usl", people)
     assert main(["doctor", "--data", str(people)]) == 0
-    assert "every file opens as a picture" in capsys.readouterr().out
+    assert "every file opens as an image" in capsys.readouterr().out
 
 
 def test_an_image_with_such_a_name_that_cannot_be_read_is_named_by_evaluation_and_doctor(people, run, tmp_path, capsys):

@@ -204,7 +204,7 @@ def passes(code: str) -> str:
 
 
 def test_training_loads_no_streaming_and_its_parts_are_loaded_without_the_rest():
-    """Ten seconds of imports would otherwise stand before each import of pictures and each store but S3."""
+    """Ten seconds of imports would otherwise stand before each import of images and each store but S3."""
     loaded = {name.split(".")[0] for name in passes(f"{PARTS_OF_STREAMING}print(*sys.modules)").split()}
     assert "torch" in loaded
     assert loaded & {"transformers", "sklearn", "matplotlib"} == set()

@@ -268,10 +268,10 @@ def written(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "SIZES", ("micro",))
 
     def run(*arguments):
-        out, picture = tmp_path / "out.json", tmp_path / "picture.png"
-        monkeypatch.setattr(sys, "argv", ["scaling.py", "predict", f"--out={out}", f"--picture={picture}", *arguments])
+        out, image = tmp_path / "out.json", tmp_path / "image.png"
+        monkeypatch.setattr(sys, "argv", ["scaling.py", "predict", f"--out={out}", f"--image={image}", *arguments])
         scaling.main()
-        assert picture.stat().st_size > 1000
+        assert image.stat().st_size > 1000
         return json.loads(out.read_text())
 
     return run

@@ -40,7 +40,7 @@ from personmae.precision import AUTO, NAMES
 from personmae.pretrain_state import Run
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers.json"
-MOST_FILES = 50_000  # of a large data set, the usual way is given so many pictures
+MOST_FILES = 50_000  # of a large data set, the usual way is given so many images
 MEMORY_WARM_UP = 3  # steps until memory is taken and code is compiled
 TOTAL_STEPS = 100_000  # of the schedules; what a step takes does not depend on it
 Times = dict[str, dict[str, list[float]]]  # milliseconds of a step in each round: by way, then by part
@@ -144,7 +144,7 @@ def _wait(device: torch.device) -> None:
 
 
 def to_files(shards: ShardSet, folder: Path) -> None:
-    """Write pictures as the usual way has them, a file each."""
+    """Write images as the usual way has them, a file each."""
     for sample_id in range(min(len(shards), MOST_FILES)):
         (folder / f"{sample_id:07}.jpg").write_bytes(shards.jpeg(sample_id))
 
@@ -182,12 +182,12 @@ def compare(arguments: argparse.Namespace, world: dist.World, folder: Path, tell
     with ShardSet(arguments.shards, folder / "cache") as shards:
         if len(shards) < arguments.batch_size:
             raise UserError(f"a batch of {arguments.batch_size} samples is required; {shards.root} holds {len(shards)}")
-        (folder / "pictures").mkdir()
-        to_files(shards, folder / "pictures")
+        (folder / "images").mkdir()
+        to_files(shards, folder / "images")
         view = View(**settings.view_arguments())
         pinned = world.device.type == "cuda"
         loader = usual.load(
-            folder / "pictures", view, arguments.batch_size, num_workers, pin_memory=pinned, num_batches=num_batches
+            folder / "images", view, arguments.batch_size, num_workers, pin_memory=pinned, num_batches=num_batches
         )
         batches = iter(loader)
         next(batches)  # workers are forked before any thread of ours is started

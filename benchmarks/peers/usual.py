@@ -1,9 +1,9 @@
 """The same pre-training the usual way, as a sound repository of the MAE family has it: what ours is compared with.
 
-timm's blocks, run eagerly under autocast; pictures read by PIL, cropped and normalised in the workers of a DataLoader; masks
+timm's blocks, run eagerly under autocast; images read by PIL, cropped and normalised in the workers of a DataLoader; masks
 drawn block by block in Python; the teacher averaged parameter by parameter; the loss read in every step. The sizes, the losses
 and the names in the state dict are ours, so that both can be given the same weights: ``tests/integration/test_peers.py`` holds
-losses, gradients and pictures equal.
+losses, gradients and images equal.
 """
 
 import copy
@@ -67,12 +67,12 @@ def _add_block(mask: Bool[np.ndarray, "h w"], num_hidden: int, min_block: int) -
 
 
 def cut(
-    picture: Any, box: tuple[int, int, int, int], flip: bool, scale: int, shift: tuple[int, int], view: View
+    image: Any, box: tuple[int, int, int, int], flip: bool, scale: int, shift: tuple[int, int], view: View
 ) -> tuple[Float[Tensor, "3 H W"], Float[Tensor, "3 H W"]]:
-    """RegionA and RegionB of a PIL picture; ``box`` is (top, left, height, width) of the global crop in pixels."""
+    """RegionA and RegionB of a PIL image; ``box`` is (top, left, height, width) of the global crop in pixels."""
     height, width = view.img_size
     size = [height + scale, width + scale // 2]
-    crop = TF.resized_crop(picture, *box, size, InterpolationMode.BICUBIC)
+    crop = TF.resized_crop(image, *box, size, InterpolationMode.BICUBIC)
     if flip:
         crop = TF.hflip(crop)
     pixels = TF.normalize(TF.to_tensor(crop), list(view.mean), list(view.std))  # pyright: ignore[reportArgumentType]
@@ -92,11 +92,11 @@ class Crops(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         view = self.view
-        picture: Any = Image.open(self.paths[index % len(self.paths)]).convert("RGB")
-        box = RandomResizedCrop.get_params(picture, list(view.crop_scale), list(view.crop_ratio))
+        image: Any = Image.open(self.paths[index % len(self.paths)]).convert("RGB")
+        box = RandomResizedCrop.get_params(image, list(view.crop_scale), list(view.crop_ratio))
         scale = random.randint(0, view.max_shift)
         shift = random.randint(0, scale), random.randint(0, scale // 2)
-        region_a, region_b = cut(picture, box, random.random() < view.flip_prob, scale, shift, view)
+        region_a, region_b = cut(image, box, random.random() < view.flip_prob, scale, shift, view)
         mask = draw_mask(view.grid, self.num_hidden, view.min_block)
         return Sample(region_a, region_b, torch.from_numpy(np.flatnonzero(~mask)), torch.tensor(shift))
 
@@ -137,7 +137,7 @@ def blocks(dim: int, num_heads: int, depth: int) -> nn.ModuleList:
 
 
 class Encoder(nn.Module):
-    """A ViT that embeds the whole picture, then takes the visible tokens."""
+    """A ViT that embeds the whole image, then takes the visible tokens."""
 
     def __init__(self, view: View, *, embed_dim: int, depth: int, num_heads: int):
         super().__init__()

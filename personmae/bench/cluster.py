@@ -24,7 +24,7 @@ from personmae.system import files
 OURS = "pseudo_labels"
 USUAL = "dense N x N"  # matrices, filled image by image, as cluster-contrast and its ports compute it
 K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4
-NOISE = 2.1  # length of a picture's scatter where a person's centre has length 1: most are found, some pictures are outliers
+NOISE = 2.1  # length of an image's scatter where a person's centre has length 1: most are found, some images are outliers
 CHUNK = 512  # rows of features drawn at a time
 _FRESH_PEAK = "5"  # what makes Linux forget a process's peak of memory
 

@@ -184,7 +184,7 @@ def _print(
 
 
 def view_at(img_size: tuple[int, int]) -> View:
-    """The paper's regions and masks for pictures of (height, width) pixels; the shift keeps its share of the picture."""
+    """The paper's regions and masks for images of (height, width) pixels; the shift keeps its share of the image."""
     half = (0.5, 0.5, 0.5)
     return View(img_size, 16, half, half, img_size[0] // 4, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 

@@ -240,17 +240,17 @@ def usual_way(root: str, num_images: int, num_workers: int, crop: bool) -> float
     steps += [transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     transform = transforms.Compose(steps)
 
-    def on_canvas(picture: Image.Image) -> torch.Tensor:
+    def on_canvas(image: Image.Image) -> torch.Tensor:
         height, width = VIEW.canvas_size
-        picture.thumbnail((width, height))
+        image.thumbnail((width, height))
         canvas = torch.zeros(height, width, 3, dtype=torch.uint8)
-        canvas[: picture.height, : picture.width] = torch.from_numpy(np.array(picture))
+        canvas[: image.height, : image.width] = torch.from_numpy(np.array(image))
         return canvas
 
     class Crops(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
-            picture = Image.open(io.BytesIO(super().__getitem__(at)["jpeg"])).convert("RGB")
-            return transform(picture) if crop else on_canvas(picture)
+            image = Image.open(io.BytesIO(super().__getitem__(at)["jpeg"])).convert("RGB")
+            return transform(image) if crop else on_canvas(image)
 
     dataset = Crops(local=root, shuffle=True, batch_size=BATCH_SIZE, num_canonical_nodes=1)
     loader = DataLoader(
@@ -262,7 +262,7 @@ def usual_way(root: str, num_images: int, num_workers: int, crop: bool) -> float
 
 
 def _heights(shards: ShardSet) -> dict[str, float]:
-    """The middle nine tenths of the first shard's picture heights, in pixels."""
+    """The middle nine tenths of the first shard's image heights, in pixels."""
     first = shards.open(0)
     heights = [int(simplejpeg.decode_jpeg_header(first.jpeg(at))[0]) for at in range(shards.sizes[0])]
     return {"height_5_percent": float(np.percentile(heights, 5)), "height_95_percent": float(np.percentile(heights, 95))}
@@ -270,7 +270,7 @@ def _heights(shards: ShardSet) -> dict[str, float]:
 
 def _print(found: dict[str, Measured], record: dict[str, Any]) -> None:
     data, settings = record["data"], record["settings"]
-    title = f"{data['samples']:,} pictures of {data['mean_bytes'] / 1000:.1f} kB, {settings['num_threads']} cores"
+    title = f"{data['samples']:,} images of {data['mean_bytes'] / 1000:.1f} kB, {settings['num_threads']} cores"
     table = Table("way", "images/s", "a core", "MB/s", f"waited at {settings['rate']:,.0f}/s", title=title)
     for column in table.columns[1:]:
         column.justify = "right"

@@ -97,7 +97,7 @@ def product_rates(device: torch.device) -> dict[str, float]:
 
 
 def step_flops(size: str, precision: str, device: str) -> float:
-    """Operations a second of a whole pre-training step of a size, at the picture size that it trains on."""
+    """Operations a second of a whole pre-training step of a size, at the image size that it trains on."""
     batch = _BATCHES[device][size]
     cell = Cell(size, batch, "native", "off", precision, "none", MODELS[size])
     with closing(Loop(cell, None)) as loop, loop.batches(SYNTHETIC) as batches:
@@ -174,7 +174,7 @@ def quickstart_lines(speeds: Speeds, chosen: Precision) -> list[Line]:
 
 @functools.cache
 def num_drawn(synthetic: SynthSettings) -> int:
-    """Pictures of synthetic people in all."""
+    """Images of synthetic people in all."""
     return len(plan(synthetic))
 
 

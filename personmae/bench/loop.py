@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def view(self) -> View:
-        """How its pictures become regions."""
+        """How its images become regions."""
         return view_at(self.img_size)
 
 
@@ -243,7 +243,7 @@ def _build_engine(cell: Cell, model: PersonMAE) -> Engine | PlainLoop:
 
 
 def _synthetic_batch(cell: Cell, device: torch.device) -> CanvasBatch:
-    """Noise that fills its canvases, which is as much as a picture can be; it is on the device already."""
+    """Noise that fills its canvases, which is as much as an image can be; it is on the device already."""
     height, width = cell.view.canvas_size
     canvas = torch.randint(0, 256, (cell.batch_size, height, width, 3), dtype=torch.uint8, device=device)
     size = torch.tensor([[height, width]], device=device).repeat(cell.batch_size, 1)

@@ -25,7 +25,7 @@ PRODUCT = "matrix product alone"
 USUAL = "argsort, loops over queries and ranks"  # as torchreid and fast-reid score
 USUAL_VECTORS = "argsort, loop over queries"  # as the TransReID family scores
 WAYS = (PRODUCT, OURS, USUAL_VECTORS, USUAL)
-NOISE = 3.5  # of a picture, per number of its feature, where people have 1
+NOISE = 3.5  # of an image, per number of its feature, where people have 1
 CHUNK = 512  # rows of features drawn at a time
 
 

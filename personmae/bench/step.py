@@ -54,7 +54,7 @@ _KEYS = ("size", "batch_size", "engine", "precision", "compile", "checkpointing"
 
 @dataclass(frozen=True, slots=True)
 class StepBench:
-    """The grid, and how long each cell is looked at: ``rounds`` of ``num_steps``, with ``shards`` as many on real pictures."""
+    """The grid, and how long each cell is looked at: ``rounds`` of ``num_steps``, with ``shards`` as many on real images."""
 
     sizes: tuple[str, ...] = ("micro",)
     batches: tuple[int, ...] = (32,)
@@ -72,7 +72,7 @@ class StepBench:
         """Cells, those at equal work together.
 
         Raises:
-            UserError: a name is not known, or the pictures do not consist of patches.
+            UserError: a name is not known, or the images do not consist of patches.
         """
         for what, given, known in (
             ("sizes", self.sizes, tuple(SIZES)),

@@ -343,5 +343,5 @@ def versions() -> dict[str, str]:
     from importlib import metadata
 
     names = ("personmae", "torch", "deepspeed", "timm", "mosaicml-streaming", "numpy", "scipy", "scikit-learn")
-    pictures = ("opencv-python-headless", "simplejpeg")
-    return {name: metadata.version(name) for name in names + pictures}
+    images = ("opencv-python-headless", "simplejpeg")
+    return {name: metadata.version(name) for name in names + images}

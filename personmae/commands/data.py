@@ -56,7 +56,7 @@ def add_synth(verbs: argparse._SubParsersAction) -> None:
 
         began = time.monotonic()
         settings = SynthSettings(seed=args.seed, pool_images=args.pool_images, cameras=args.cameras)
-        with Progress("synth", "pictures") as progress:
+        with Progress("synth", "images") as progress:
             counts = write_synthetic(args.out, settings, num_processes=args.processes, progress=progress)
         for split, count in counts.items():
             print(f"{split:40} {count:>8,} images")
@@ -153,7 +153,7 @@ def _shards_write(args: argparse.Namespace) -> None:
         are = "is" if outcome.num_missing == 1 else "are"
         missing = f"{counted(outcome.num_missing, 'shard')} of other parts {are} missing"
         others = missing if outcome.num_missing else "another part ends it"
-        print(f"part {part}: {counted(outcome.num_pictures, 'image')} written to {args.destination}; {others}{passed_over}")
+        print(f"part {part}: {counted(outcome.num_images, 'image')} written to {args.destination}; {others}{passed_over}")
         return
     where = f"{args.destination.rstrip('/')}/{rejects.REJECTS}"
     left_out = rejects.read(args.destination)
@@ -161,7 +161,7 @@ def _shards_write(args: argparse.Namespace) -> None:
     if pass_mark_on(args.source, args.destination):
         passed_over += "; the people are synthetic"
     what = "already complete: {} in" if outcome.was_complete else "{} written to"
-    print(f"{what.format(counted(outcome.num_pictures, 'image'))} {args.destination}{rejected}{passed_over}")
+    print(f"{what.format(counted(outcome.num_images, 'image'))} {args.destination}{rejected}{passed_over}")
     say(ending("shards write", time.monotonic() - began, f"the shards are in {args.destination}", _pretrain(args.destination)))
 
 
@@ -189,7 +189,7 @@ def _shards_verify(args: argparse.Namespace) -> None:
     from personmae.data import shards
 
     began = time.monotonic()
-    with CacheDir(args.cache_dir) as cache, Progress("shards verify", "pictures") as progress:
+    with CacheDir(args.cache_dir) as cache, Progress("shards verify", "images") as progress:
         count = shards.verify(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
     print(f"{count:,} samples of {args.root} are whole")
     say(ending("shards verify", time.monotonic() - began, f"nothing in {args.root} is damaged", _pretrain(args.root)))
@@ -198,7 +198,7 @@ def _shards_verify(args: argparse.Namespace) -> None:
 def _shards_stats(args: argparse.Namespace) -> None:
     from personmae.data import shards
 
-    with CacheDir(args.cache_dir) as cache, Progress("shards stats", "pictures") as progress:
+    with CacheDir(args.cache_dir) as cache, Progress("shards stats", "images") as progress:
         stats = shards.describe(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
     mean = stats.num_bytes / max(1, stats.num_samples)
     there = f"{counted(stats.num_samples, 'sample')} in {counted(stats.num_shards, 'shard')}"

@@ -194,7 +194,7 @@ def _bench_data(actions: argparse._SubParsersAction) -> None:
     data.add_argument(
         "--remote", type=place, metavar="URL", help="the same shards in an object store, read with an empty and a full cache"
     )
-    data.add_argument("--images", type=counting, default=10_000, help="pictures per measurement (default 10000)")
+    data.add_argument("--images", type=counting, default=10_000, help="images per measurement (default 10000)")
     data.add_argument(
         "--rounds", type=counting, default=3, help="times each way is measured, in turn; the median counts (default 3)"
     )

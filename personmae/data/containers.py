@@ -25,7 +25,7 @@ _BLOCK = 1 << 20
 _MOST_BLOCKS = 3  # of a tar
 
 
-class Picture(NamedTuple):
+class ImageEntry(NamedTuple):
     """One image of a source: its name, its size, and where it is."""
 
     key: str
@@ -38,7 +38,7 @@ class Picture(NamedTuple):
 class Container(ABC):
     """One such file. ``read`` may be called by several threads."""
 
-    num_listed = 0  # images that ``pictures`` has found so far
+    num_listed = 0  # images that ``images`` has found so far
 
     def __init__(self, files: Files, name: str, prefix: str):
         self.files, self.name = files, name
@@ -50,7 +50,7 @@ class Container(ABC):
         return f"{self.files.location}/{self.name}"
 
     @abstractmethod
-    def pictures(self, passed_over: Counter[str]) -> list[Picture]:
+    def images(self, passed_over: Counter[str]) -> list[ImageEntry]:
         """All images in an order that stays the same; everything else is counted by kind in ``passed_over``.
 
         Raises:
@@ -58,7 +58,7 @@ class Container(ABC):
         """
 
     @abstractmethod
-    def read(self, picture: Picture) -> bytes:
+    def read(self, image: ImageEntry) -> bytes:
         """The bytes of an image file.
 
         Raises:
@@ -95,8 +95,8 @@ class Tar(Container):
         super().__init__(files, name, prefix)
         self._recent = Recent[bytes](_MOST_BLOCKS)
 
-    def pictures(self, passed_over: Counter[str]) -> list[Picture]:
-        found: dict[str, Picture] = {}
+    def images(self, passed_over: Counter[str]) -> list[ImageEntry]:
+        found: dict[str, ImageEntry] = {}
         try:
             with self.files.open(self.name) as file:
                 if file.read(6).startswith(_COMPRESSED_MARKS):
@@ -110,7 +110,7 @@ class Tar(Container):
             raise UserError(f"{self.location} cannot be read: {error.strerror or error}; repair that and try again") from error
         return list(found.values())
 
-    def _add(self, member: tarfile.TarInfo, found: dict[str, Picture], passed_over: Counter[str]) -> None:
+    def _add(self, member: tarfile.TarInfo, found: dict[str, ImageEntry], passed_over: Counter[str]) -> None:
         """Add an image; of members with one name the last counts, as it does for tar."""
         name = member.name.removeprefix("./")
         key = key_of(self.prefix + name)
@@ -129,12 +129,12 @@ class Tar(Container):
             passed_over["links and sparse members of tars"] += 1
             return
         passed_over["tar members replaced by a later one"] += key in found
-        found[key] = Picture(key, *where, container=self.name)
+        found[key] = ImageEntry(key, *where, container=self.name)
 
-    def read(self, picture: Picture) -> bytes:
-        start, end, size = picture.offset, picture.offset + picture.num_bytes, self.files.block_bytes
-        if not size or picture.num_bytes > size:
-            return self.files.read(self.name, start, picture.num_bytes)
+    def read(self, image: ImageEntry) -> bytes:
+        start, end, size = image.offset, image.offset + image.num_bytes, self.files.block_bytes
+        if not size or image.num_bytes > size:
+            return self.files.read(self.name, start, image.num_bytes)
         first, last = start // size, max(start, end - 1) // size
         content = b"".join(self._block(number) for number in range(first, last + 1))
         return content[start - first * size : end - first * size]
@@ -190,13 +190,13 @@ class Lmdb(Container):
         self._database: lmdb.Environment | None = None
         self._opening = threading.Lock()
 
-    def pictures(self, passed_over: Counter[str]) -> list[Picture]:
+    def images(self, passed_over: Counter[str]) -> list[ImageEntry]:
         found = []
         try:
             with self._opened().begin(buffers=True) as transaction:  # buffers: a value's length without its pages
                 for key, value in transaction.cursor():
                     if _is_image(bytes(key), value):
-                        found.append(Picture(key_of(self.prefix + text_of(bytes(key))), len(value), container=self.name))
+                        found.append(ImageEntry(key_of(self.prefix + text_of(bytes(key))), len(value), container=self.name))
                     else:
                         passed_over[f"LMDB entries {_pattern(bytes(key))}"] += 1
                     self.num_listed = len(found)
@@ -228,10 +228,10 @@ class Lmdb(Container):
             raise UserError(f"{path} must have at least {needed:,} bytes and has {path.stat().st_size:,}; copy it again")
         return database
 
-    def read(self, picture: Picture) -> bytes:
+    def read(self, image: ImageEntry) -> bytes:
         try:
             with self._opened().begin() as transaction:
-                value = transaction.get(bytes_of(name_of(picture.key).removeprefix(self.prefix)))
+                value = transaction.get(bytes_of(name_of(image.key).removeprefix(self.prefix)))
         except lmdb.Error as error:
             raise OSError(str(error)) from error
         if value is None:

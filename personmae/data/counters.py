@@ -1,4 +1,4 @@
-"""What the data plane counts, by the names under which Prometheus will know it. Nothing is counted per picture."""
+"""What the data plane counts, by the names under which Prometheus will know it. Nothing is counted per image."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -26,7 +26,7 @@ class StreamCounters:
         self.cache_bytes = Gauge("personmae_cache_bytes", "size of the shard cache", registry=registry)
         self.queue = Gauge("personmae_prefetch_queue_samples", "decoded samples that wait", registry=registry)
         self.samples = Counter("personmae_stream_samples", "samples handed out", registry=registry)
-        self.bad_samples = Counter("personmae_stream_bad_samples", "unreadable pictures replaced", registry=registry)
+        self.bad_samples = Counter("personmae_stream_bad_samples", "unreadable images replaced", registry=registry)
         self.wait_seconds = Counter("personmae_stream_wait_seconds", "time the consumer waited", registry=registry)
 
     def totals(self) -> dict[str, float]:

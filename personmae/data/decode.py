@@ -14,12 +14,12 @@ from personmae.images import BadImage
 Canvas = NDArray[np.uint8]  # (Hc, Wc, 3), RGB
 Size = tuple[int, int]  # (height, width) in pixels
 
-_EIGHTHS = 8  # the decoder can shrink a picture to any number of eighths while it decodes, which saves time
+_EIGHTHS = 8  # the decoder can shrink an image to any number of eighths while it decodes, which saves time
 _scratch = threading.local()
 
 
 class Placed(NamedTuple):
-    """A picture's own size, upright, and the size at which it stands in the upper left corner of its canvas."""
+    """An image's own size, upright, and the size at which it stands in the upper left corner of its canvas."""
 
     native_size: Size
     size: Size
@@ -28,11 +28,11 @@ class Placed(NamedTuple):
 def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> Placed:
     """Decode a JPEG into the upper left corner of ``canvas``; the rest of the canvas is left as it was.
 
-    The picture is turned as its EXIF orientation says. One that fits is not resized. A larger one is shrunk by the decoder
+    The image is turned as its EXIF orientation says. One that fits is not resized. A larger one is shrunk by the decoder
     to the most eighths of its size that fit.
 
     Raises:
-        BadImage: the bytes are not a readable picture, whole and without a complaint of the decoder.
+        BadImage: the bytes are not a readable image, whole and without a complaint of the decoder.
     """
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(jpeg)[:2])
@@ -47,7 +47,7 @@ def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> Placed:
 
 
 def _decode_turned(jpeg: bytes | memoryview, stored: Size, orientation: int, canvas: Canvas) -> Placed:
-    """As ``decode_onto``, for a picture of the size ``stored`` that is not stored upright.
+    """As ``decode_onto``, for an image of the size ``stored`` that is not stored upright.
 
     Raises:
         ValueError: the bytes are not a whole JPEG.
@@ -70,7 +70,7 @@ def _place(pixels: Canvas, canvas: Canvas) -> Size:
 
 
 def fitted_size(native_size: Size, canvas_size: tuple[int, ...]) -> Size:
-    """The largest size not above its own to which the decoder can bring a picture so that it fits; else an eighth."""
+    """The largest size not above its own to which the decoder can bring an image so that it fits; else an eighth."""
     height, width = native_size
     # The decoder rounds up.
     sizes = [(-(-height * eighths // _EIGHTHS), -(-width * eighths // _EIGHTHS)) for eighths in range(_EIGHTHS, 0, -1)]
@@ -78,7 +78,7 @@ def fitted_size(native_size: Size, canvas_size: tuple[int, ...]) -> Size:
 
 
 def _buffer(size: Size) -> NDArray[np.uint8]:
-    """This thread's memory for a decoded picture: it stays in the processor's cache, and nothing is allocated."""
+    """This thread's memory for a decoded image: it stays in the processor's cache, and nothing is allocated."""
     needed = size[0] * size[1] * 3
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or len(buffer) < needed:

@@ -8,7 +8,7 @@ from typing import Any
 
 import xxhash
 
-from personmae.data.containers import Picture
+from personmae.data.containers import ImageEntry
 from personmae.data.selection import Selection
 from personmae.data.shards import header_bytes, sample_bytes
 from personmae.data.sources import Source, told
@@ -37,38 +37,38 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class Plan:
-    """Which pictures make which shard, and all else that decides what the result is."""
+    """Which images make which shard, and all else that decides what the result is."""
 
     source: Source
-    pictures: list[Picture]
-    starts: list[int]  # place of each shard's first picture
+    images: list[ImageEntry]
+    starts: list[int]  # place of each shard's first image
     shard_bytes: int
     max_side: int | None
     max_rejects: float = 1.0  # share that may be left out; not part of what is compared, as it decides of the end alone
 
-    def of_shard(self, number: int) -> list[Picture]:
-        """The pictures of a shard."""
-        end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.pictures)
-        return self.pictures[self.starts[number] : end]
+    def of_shard(self, number: int) -> list[ImageEntry]:
+        """The images of a shard."""
+        end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.images)
+        return self.images[self.starts[number] : end]
 
     def __str__(self) -> str:
         others = told(self.source.passed_over)
-        line = f"{self.source.location}: {counted(len(self.pictures), 'image')} for {counted(len(self.starts), 'shard')}"
+        line = f"{self.source.location}: {counted(len(self.images), 'image')} for {counted(len(self.starts), 'shard')}"
         return f"{line}; passed over: {others}" if others else line
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
         """What is compared before an unfinished import goes on."""
         digest = xxhash.xxh3_128()
-        for picture in self.pictures:
-            digest.update(f"{picture.key}\0{picture.num_bytes}\n".encode())
+        for image in self.images:
+            digest.update(f"{image.key}\0{image.num_bytes}\n".encode())
         return {
             "format_version": _FORMAT_VERSION,
             "shard_bytes": self.shard_bytes,
             "max_side": self.max_side,
-            "num_pictures": len(self.pictures),
+            "num_images": len(self.images),
             "num_shards": len(self.starts),
-            "pictures": digest.hexdigest(),
+            "images": digest.hexdigest(),
         }
 
     @functools.cached_property
@@ -84,14 +84,14 @@ def make_plan(
     max_side: int | None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """List the source and cut the wanted pictures into shards as streaming's writer would: full, in order."""
-    pictures = selection.of(source.pictures(announce))
+    """List the source and cut the wanted images into shards as streaming's writer would: full, in order."""
+    images = selection.of(source.images(announce))
     empty = header_bytes(shard_bytes)
     starts, size = [0], empty
-    for place, picture in enumerate(pictures):
-        num_bytes = sample_bytes(picture.key, picture.num_bytes)
+    for place, image in enumerate(images):
+        num_bytes = sample_bytes(image.key, image.num_bytes)
         if size + num_bytes > shard_bytes and place > starts[-1]:
             starts.append(place)
             size = empty
         size += num_bytes
-    return Plan(source, pictures, starts, shard_bytes, max_side)
+    return Plan(source, images, starts, shard_bytes, max_side)

@@ -1,6 +1,6 @@
-"""Importing pictures as shards, from ``sources`` to a directory or an object store.
+"""Importing images as shards, from ``sources`` to a directory or an object store.
 
-An import is planned from names and sizes alone: which pictures make which shard. Each shard is then written on its own by some
+An import is planned from names and sizes alone: which images make which shard. Each shard is then written on its own by some
 process, put in place, and only then recorded (``import-00007.json``), so that whenever the import is killed the same command
 finds what is finished and ends with the same bytes. ``index.json`` is written last and marks the data set as complete.
 
@@ -41,7 +41,7 @@ _NUM_KEEPERS = 4  # shards on their way to the destination, besides those that a
 class Outcome:
     """How an import ended."""
 
-    num_pictures: int  # in the data set, or in the shards of this part
+    num_images: int  # in the data set, or in the shards of this part
     passed_over: str = ""  # what the source holds besides images, in words
     num_missing: int = 0  # shards that other parts have still to write
     finished: bool = True  # False where another part writes the index
@@ -49,8 +49,8 @@ class Outcome:
 
 
 def write(source: str | Path, destination: str, **options: Any) -> int:
-    """As ``carry_out``; returns how many pictures were written."""
-    return carry_out(source, destination, **options).num_pictures
+    """As ``carry_out``; returns how many images were written."""
+    return carry_out(source, destination, **options).num_images
 
 
 def carry_out(
@@ -67,11 +67,11 @@ def carry_out(
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Write a source's pictures as shards to a directory or ``s3://bucket/prefix``.
+    """Write a source's images as shards to a directory or ``s3://bucket/prefix``.
 
-    A picture that cannot be decoded is left out and listed in ``rejects.jsonl``. One whose longer side exceeds ``max_side``
+    An image that cannot be decoded is left out and listed in ``rejects.jsonl``. One whose longer side exceeds ``max_side``
     pixels is shrunk to it and encoded again; all others are kept byte for byte. No file exceeds ``shard_bytes``, unless a
-    single picture does or encoding again has made pictures larger. ``progress(done, total)`` counts pictures, ``announce``
+    single image does or encoding again has made images larger. ``progress(done, total)`` counts images, ``announce``
     gets lines about the listing and the plan. ``column`` is the one to read of tables.
 
     Where more than the share ``max_rejects`` is left out, the index is not written, and the same call with a larger share
@@ -81,7 +81,7 @@ def carry_out(
     With a ``part`` only its shards are written, and the index by the one that finds all of them there.
 
     Raises:
-        UserError: an option is out of range, the source holds no readable picture, the destination is taken, holds an
+        UserError: an option is out of range, the source holds no readable image, the destination is taken, holds an
             unfinished import with other options, or cannot be written.
         Stopped: Ctrl-C, SIGTERM or the loss of a process ended it; what is finished stays.
         TooManyRejects: more than ``max_rejects`` was left out; what is finished stays.
@@ -178,7 +178,7 @@ def _already_complete(plan: Plan, destination: str) -> Outcome | None:
             "another, or use it as it is with --if-missing"
         )
     if differing := [name for name, value in plan.record.items() if done.get(name) != value]:
-        what = "other images" if differing == ["pictures"] else " and ".join(name for name in differing if name != "pictures")
+        what = "other images" if differing == ["images"] else " and ".join(name for name in differing if name != "images")
         raise UserError(
             f"an empty destination is required; {destination} already holds a complete import with other {what}: delete it or "
             "choose another"
@@ -219,7 +219,7 @@ def _begin(plan: Plan, root: str, begun: bool, staging: Path) -> None:
         )
     for name, value in plan.record.items():
         if there.get(name) != value:
-            what = "other pictures" if name == "pictures" else f"{name}={there.get(name)} instead of {value}"
+            what = "other images" if name == "images" else f"{name}={there.get(name)} instead of {value}"
             raise UserError(
                 f"{root} holds an unfinished import with {what}; finish it with the source and options it was begun with, "
                 f"or delete {root}"
@@ -281,19 +281,19 @@ def _fill(
 
 
 def _write_index(plan: Plan, records: list[Record], root: str, staging: Path) -> None:
-    """Write the list of rejects and, after it, the index. A shard without a readable picture is not in it."""
+    """Write the list of rejects and, after it, the index. A shard without a readable image is not in it."""
     shards = [record["shard"] for record in records if record["shard"]]
     left_out = [reject for record in records for reject in record["rejects"]]
     if not shards:
         storage.delete(root, [_record_name(number) for number in range(len(plan.starts))])
         storage.delete(root, [PLAN])  # after them, as in _conclude
         raise UserError(
-            f"pictures that can be decoded are required; all {len(left_out):,} of {plan.source.location} were rejected: "
+            f"images that can be decoded are required; all {len(left_out):,} of {plan.source.location} were rejected: "
             f"{rejects.summary(left_out)}"
         )
     if left_out:
         _put_text(root, REJECTS, "".join(f"{json.dumps(reject)}\n" for reject in left_out), staging)
-        rejects.check(left_out, len(plan.pictures), plan.max_rejects, root)
+        rejects.check(left_out, len(plan.images), plan.max_rejects, root)
     _put_text(root, DONE, json.dumps(plan.record), staging)
     _put_text(root, INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True), staging)
 

@@ -10,16 +10,16 @@ import numpy as np
 import xxhash
 
 from personmae import images
-from personmae.data.containers import Picture
+from personmae.data.containers import ImageEntry
 from personmae.data.files import key_of
 from personmae.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Which pictures of a source are wanted: those on a list, the first share of the list, a random share of those.
+    """Which images of a source are wanted: those on a list, the first share of the list, a random share of those.
 
-    ``first`` and ``fraction`` lie in (0, 1]. The random share is exactly ``round(fraction * n)`` of n pictures; a smaller
+    ``first`` and ``fraction`` lie in (0, 1]. The random share is exactly ``round(fraction * n)`` of n images; a smaller
     one is contained in a larger one of the same seed (PersonMAE, arXiv 2311.04496, Figure 4, trains on such shares).
     """
 
@@ -29,33 +29,33 @@ class Selection:
     fraction: float = 1.0
     seed: int = 0
 
-    def of(self, pictures: list[Picture]) -> list[Picture]:
-        """The wanted pictures, in the order given.
+    def of(self, images: list[ImageEntry]) -> list[ImageEntry]:
+        """The wanted images, in the order given.
 
         Raises:
-            UserError: a share out of range or empty, or the list cannot be read or names an unknown picture.
+            UserError: a share out of range or empty, or the list cannot be read or names an unknown image.
         """
         for name, share in (("first", self.first), ("fraction", self.fraction)):
             if not 0 < share <= 1:
                 raise UserError(f"--{name} must be above 0 and at most 1, got {share}")
         if self.list_file is not None:
             names = read_list(self.list_file, trust_pickle=self.trust_pickle)
-            pictures = listed(pictures, names[: round(self.first * len(names))], self.list_file)
+            images = listed(images, names[: round(self.first * len(names))], self.list_file)
         elif self.first != 1:
             raise UserError(f"--first {self.first} is a share of a list; name one with --list, or use --fraction")
         if self.fraction < 1:
-            pictures = random_share(pictures, self.fraction, self.seed)
-        if not pictures:
-            raise UserError("at least one picture must be left to write, but the shares asked for leave none; raise them")
-        return pictures
+            images = random_share(images, self.fraction, self.seed)
+        if not images:
+            raise UserError("at least one image must be left to write, but the shares asked for leave none; raise them")
+        return images
 
 
-def random_share(pictures: list[Picture], fraction: float, seed: int) -> list[Picture]:
-    """The pictures whose keys have the smallest hashes; who they are does not depend on the order."""
-    encoded = (picture.key.encode() for picture in pictures)
-    hashes = np.fromiter((xxhash.xxh64_intdigest(key, seed % 2**64) for key in encoded), np.uint64, len(pictures))
-    kept = np.argsort(hashes, kind="stable")[: round(fraction * len(pictures))]
-    return [pictures[i] for i in np.sort(kept)]
+def random_share(images: list[ImageEntry], fraction: float, seed: int) -> list[ImageEntry]:
+    """The images whose keys have the smallest hashes; who they are does not depend on the order."""
+    encoded = (image.key.encode() for image in images)
+    hashes = np.fromiter((xxhash.xxh64_intdigest(key, seed % 2**64) for key in encoded), np.uint64, len(images))
+    kept = np.argsort(hashes, kind="stable")[: round(fraction * len(images))]
+    return [images[i] for i in np.sort(kept)]
 
 
 def read_list(path: Path, *, trust_pickle: bool = False) -> list[str]:
@@ -106,14 +106,14 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
 
 
-def listed(pictures: list[Picture], names: list[str], list_file: Path) -> list[Picture]:
-    """The pictures that ``names`` name: by key, or by its last part or without .jpg where that is unambiguous.
+def listed(images: list[ImageEntry], names: list[str], list_file: Path) -> list[ImageEntry]:
+    """The images that ``names`` name: by key, or by its last part or without .jpg where that is unambiguous.
 
     Raises:
-        UserError: a name stands for no picture or for several.
+        UserError: a name stands for no image or for several.
     """
-    by_key = {picture.key: place for place, picture in enumerate(pictures)}
-    short = _short_names(pictures) if any(name not in by_key for name in names) else {}
+    by_key = {image.key: place for place, image in enumerate(images)}
+    short = _short_names(images) if any(name not in by_key for name in names) else {}
 
     def place_of(name: str) -> int | None:
         """A key as it is told, a name whose bytes are no UTF-8, or either without its suffix."""
@@ -122,24 +122,24 @@ def listed(pictures: list[Picture], names: list[str], list_file: Path) -> list[P
         return next((place for place in tried if place is not None), None)
 
     places = [place_of(name) for name in names]
-    for wrong, what in ((None, "no picture of the source"), (_SEVERAL, "several pictures of the source")):
+    for wrong, what in ((None, "no image of the source"), (_SEVERAL, "several images of the source")):
         unclear = [name for name, place in zip(names, places, strict=True) if place == wrong]
         if unclear:
             raise UserError(
-                f"every name in {list_file} must be a picture's; {len(unclear):,} of {len(names):,} stand for {what}, the "
-                f"first is {unclear[0]!r}; write names like {pictures[0].key!r}"
+                f"every name in {list_file} must be an image's; {len(unclear):,} of {len(names):,} stand for {what}, the "
+                f"first is {unclear[0]!r}; write names like {images[0].key!r}"
             )
-    return [pictures[place] for place in sorted({place for place in places if place is not None})]
+    return [images[place] for place in sorted({place for place in places if place is not None})]
 
 
 _SEVERAL = -1
 
 
-def _short_names(pictures: list[Picture]) -> dict[str, int]:
+def _short_names(images: list[ImageEntry]) -> dict[str, int]:
     short: dict[str, int] = {}
-    for place, picture in enumerate(pictures):
-        last = picture.key.rpartition("/")[2]
-        for name in {last, _bare(last), _bare(picture.key)}:
+    for place, image in enumerate(images):
+        last = image.key.rpartition("/")[2]
+        for name in {last, _bare(last), _bare(image.key)}:
             short[name] = place if short.get(name, place) == place else _SEVERAL
     return short
 

@@ -1,6 +1,6 @@
-"""MDS shards: writing one of them from checked pictures, verifying and describing a set of them.
+"""MDS shards: writing one of them from checked images, verifying and describing a set of them.
 
-A sample is {jpeg: a JPEG, key: its name in the source, height, width}. The sizes are those of the upright picture. A JPEG that
+A sample is {jpeg: a JPEG, key: its name in the source, height, width}. The sizes are those of the upright image. A JPEG that
 the fast decoder takes is kept byte for byte. Everything else that ``images`` can read is encoded as JPEG.
 mosaicml-streaming writes the shards, so ``streaming.StreamingDataset`` opens them too.
 """
@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 
 from personmae import dist, images
-from personmae.data.containers import Picture
+from personmae.data.containers import ImageEntry
 from personmae.data.files import LOST, patiently
 from personmae.data.mds import INDEX
 from personmae.data.sources import Source
@@ -67,7 +67,7 @@ class Task:
 
     number: int
     source: Source
-    pictures: list[Picture]
+    images: list[ImageEntry]
     shard_bytes: int
     max_side: int | None
     staging: Path
@@ -79,21 +79,21 @@ class Task:
 
 
 def write_shard(task: Task) -> Record:
-    """Read and check a shard's pictures, and write those that are whole into the task's folder."""
-    chunks = [task.pictures[start : start + _CHUNK] for start in range(0, len(task.pictures), _CHUNK)]
+    """Read and check a shard's images, and write those that are whole into the task's folder."""
+    chunks = [task.images[start : start + _CHUNK] for start in range(0, len(task.images), _CHUNK)]
     with task.source, ThreadPoolExecutor(_NUM_READERS) as threads:
-        read = threads.map(lambda chunk: [_sample(task, picture) for picture in chunk], chunks)
+        read = threads.map(lambda chunk: [_sample(task, image) for image in chunk], chunks)
         samples = list(itertools.chain.from_iterable(read))
     whole = [sample for sample in samples if "reason" not in sample]
     rejects = [sample for sample in samples if "reason" in sample]
     return {"shard": _write_mds(task, whole) if whole else None, "rejects": rejects}
 
 
-def _sample(task: Task, picture: Picture) -> dict[str, Any]:
-    """A sample, or {"key", "reason", "kind"} where the picture cannot be used."""
+def _sample(task: Task, image: ImageEntry) -> dict[str, Any]:
+    """A sample, or {"key", "reason", "kind"} where the image cannot be used."""
     try:
-        content = _read(task.source, picture)
-        num_bytes = picture.num_bytes if picture.exact else len(content)
+        content = _read(task.source, image)
+        num_bytes = image.num_bytes if image.exact else len(content)
         jpeg, height, width = checked(content, num_bytes, task.max_side)
     except UserError:  # which is a ValueError too
         raise
@@ -104,36 +104,36 @@ def _sample(task: Task, picture: Picture) -> dict[str, Any]:
     except BadImage as error:
         reason, kind = str(error), error.kind
     else:
-        return {"jpeg": jpeg, "key": picture.key, "height": np.uint16(height), "width": np.uint16(width)}
-    return {"key": picture.key, "reason": reason, "kind": kind}
+        return {"jpeg": jpeg, "key": image.key, "height": np.uint16(height), "width": np.uint16(width)}
+    return {"key": image.key, "reason": reason, "kind": kind}
 
 
-def _read(source: Source, picture: Picture) -> bytes:
-    """The bytes of a picture; a disk or a network that fails is asked again before the import stops.
+def _read(source: Source, image: ImageEntry) -> bytes:
+    """The bytes of an image; a disk or a network that fails is asked again before the import stops.
 
     Raises:
-        OSError: one of ``LOST``: this picture is not to be had.
-        UserError: reading fails in another way, so that leaving the picture out would be wrong.
+        OSError: one of ``LOST``: this image is not to be had.
+        UserError: reading fails in another way, so that leaving the image out would be wrong.
     """
     try:
-        return patiently(lambda: source.read(picture))
+        return patiently(lambda: source.read(image))
     except LOST:
         raise
     except OSError as error:
         what = error.strerror or error
         raise UserError(
-            f"{picture.key} of {source.location} cannot be read: {what}; mend that and run the same command to go on"
+            f"{image.key} of {source.location} cannot be read: {what}; mend that and run the same command to go on"
         ) from error
 
 
 def checked(data: bytes, num_bytes: int, max_side: int | None = None) -> tuple[bytes, int, int]:
-    """A picture that was decoded to its end, as JPEG, with its upright height and width.
+    """An image that was decoded to its end, as JPEG, with its upright height and width.
 
-    A JPEG that the fast decoder takes is kept byte for byte, its EXIF orientation with it. Another picture is encoded as JPEG,
+    A JPEG that the fast decoder takes is kept byte for byte, its EXIF orientation with it. Another image is encoded as JPEG,
     and so is one that is shrunk because its longer side exceeds ``max_side``.
 
     Raises:
-        BadImage: it does not have ``num_bytes``, is not a picture, ends too early or is too large.
+        BadImage: it does not have ``num_bytes``, is not an image, ends too early or is too large.
     """
     if len(data) != num_bytes and data:
         told = f"it has {len(data):,} bytes and had {num_bytes:,} when the source was listed"
@@ -152,7 +152,7 @@ def _write_mds(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Write one file and return its index entry."""
     num_bytes = sum(sample_bytes(sample["key"], len(sample["jpeg"])) for sample in samples)
     limit = task.shard_bytes
-    if header_bytes(limit) + num_bytes > limit:  # one large picture; the writer would begin another file for it
+    if header_bytes(limit) + num_bytes > limit:  # one large image; the writer would begin another file for it
         limit = num_bytes + 1024
     writer_type = mosaic.load("streaming.base.format.mds.writer").MDSWriter
     with writer_type(out=str(task.folder), columns=COLUMNS, hashes=HASHES, size_limit=limit) as writer:
@@ -171,7 +171,7 @@ def _write_mds(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def verify(root: str, *, cache_dir: Path, keep: bool = False, progress: Progress | None = None) -> int:
-    """Read every sample back: shard sizes and hashes, whole pictures, recorded sizes; returns the number of samples.
+    """Read every sample back: shard sizes and hashes, whole images, recorded sizes; returns the number of samples.
 
     Fetched shards stay in ``cache_dir`` where they are to be kept.
 
@@ -202,7 +202,7 @@ def _complaint(sample: dict[str, memoryview]) -> str | None:
         return "is not a JPEG that the decoder of training takes without a complaint"
     size = decoded.pixels.shape[:2]
     recorded = tuple(int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width") if side in sample)
-    # Sets that were written before pictures were turned have the sizes as stored.
+    # Sets that were written before images were turned have the sizes as stored.
     if not recorded or recorded == size or (recorded == size[::-1] and images.orientation(sample["jpeg"]) != images.AS_STORED):
         return None
     return f"is {size}, its record says {recorded}"
@@ -210,7 +210,7 @@ def _complaint(sample: dict[str, memoryview]) -> str | None:
 
 @dataclass(slots=True)
 class Stats:
-    """What a data set holds; heights are those of the pictures, in pixels."""
+    """What a data set holds; heights are those of the images, in pixels."""
 
     num_shards: int = 0
     num_samples: int = 0
@@ -219,7 +219,7 @@ class Stats:
 
 
 def describe(root: str, *, cache_dir: Path, keep: bool = False, progress: Progress | None = None) -> Stats:
-    """Counts, bytes and a histogram of picture heights in half-octaves; fetched shards stay where they are to be kept."""
+    """Counts, bytes and a histogram of image heights in half-octaves; fetched shards stay where they are to be kept."""
     with ShardSet(root, cache_dir, cache_limit_bytes=None if keep else _CACHE_BYTES) as shards:
         heights = np.fromiter(_heights(shards, progress or (lambda done, total: None)), np.int64)
         edges = np.unique(np.round(2.0 ** np.arange(0, 16.5, 0.5)).astype(int))

@@ -16,7 +16,7 @@ from typing import Any, Self, final
 
 from personmae import images
 from personmae.data import mds
-from personmae.data.containers import COMPRESSED_TARS, Container, Lmdb, Picture, Tar, compressed, kind_of
+from personmae.data.containers import COMPRESSED_TARS, Container, ImageEntry, Lmdb, Tar, compressed, kind_of
 from personmae.data.files import BucketFiles, File, Files, LocalFiles, key_of, name_of
 from personmae.data.tables import Mds, Parquet
 from personmae.errors import UserError
@@ -35,7 +35,7 @@ _WANTED = f"images ({', '.join(images.SUFFIXES)}), an LMDB, tars, MDS shards or 
 class Source:
     """All images below a location. It can be pickled, and ``read`` may be called by several threads.
 
-    ``column`` is the one to read of MDS shards and parquet files, where that is not plain. After ``pictures``,
+    ``column`` is the one to read of MDS shards and parquet files, where that is not plain. After ``images``,
     ``passed_over`` has the number of files and entries that are none of its images, by kind.
     """
 
@@ -56,7 +56,7 @@ class Source:
         """Whether it is still there."""
         return self._files.exists()
 
-    def pictures(self, announce: Callable[[str], None] = lambda line: None) -> list[Picture]:
+    def images(self, announce: Callable[[str], None] = lambda line: None) -> list[ImageEntry]:
         """All images in an order that stays the same; no two have one key, and none is read.
 
         ``announce`` gets a line at once, and one every ten seconds while it lasts.
@@ -74,10 +74,10 @@ class Source:
             )
 
         with repeated(announce, so_far):
-            return self._pictures(containers)
+            return self._images(containers)
 
-    def _pictures(self, containers: list[Container]) -> list[Picture]:
-        """As ``pictures``; the containers are added to a list before they are looked into."""
+    def _images(self, containers: list[Container]) -> list[ImageEntry]:
+        """As ``images``; the containers are added to a list before they are looked into."""
         files = self._files.files(self.passed_over)
         parts = self._parts(files)
         containers += [part for part in parts if isinstance(part, Container)]
@@ -150,15 +150,15 @@ class Source:
         return self._containers.setdefault(name, made)
 
     def _merged(
-        self, parts: list[File | Container], listings: Iterator[tuple[list[Picture], Counter[str]]]
-    ) -> Iterator[list[Picture]]:
+        self, parts: list[File | Container], listings: Iterator[tuple[list[ImageEntry], Counter[str]]]
+    ) -> Iterator[list[ImageEntry]]:
         for part in parts:
             if isinstance(part, File):
-                yield [Picture(key_of(part.name), max(0, part.num_bytes))]
+                yield [ImageEntry(key_of(part.name), max(0, part.num_bytes))]
             else:
-                pictures, passed_over = next(listings)
+                images, passed_over = next(listings)
                 self.passed_over += passed_over
-                yield pictures
+                yield images
 
     def __enter__(self) -> Self:
         return self
@@ -168,17 +168,17 @@ class Source:
             for container in self._containers.values():
                 container.close()
 
-    def read(self, picture: Picture) -> bytes:
+    def read(self, image: ImageEntry) -> bytes:
         """The bytes of an image file.
 
         Raises:
             OSError: this one cannot be read; one of ``files.LOST`` if it is not to be had.
         """
-        if not picture.container:
-            return self._files.read(name_of(picture.key))
+        if not image.container:
+            return self._files.read(name_of(image.key))
         with self._opening:
-            container = self._containers.get(picture.container) or self._reopened(picture.container)
-        return container.read(picture)
+            container = self._containers.get(image.container) or self._reopened(image.container)
+        return container.read(image)
 
     def _reopened(self, name: str) -> Container:
         if os.path.basename(name) == mds.INDEX:
@@ -188,9 +188,9 @@ class Source:
         return container
 
 
-def _listing(container: Container) -> tuple[list[Picture], Counter[str]]:
+def _listing(container: Container) -> tuple[list[ImageEntry], Counter[str]]:
     passed_over: Counter[str] = Counter()
-    return container.pictures(passed_over), passed_over
+    return container.images(passed_over), passed_over
 
 
 def _folder(name: str) -> str:
@@ -198,14 +198,14 @@ def _folder(name: str) -> str:
     return name[: name.rfind("/") + 1]
 
 
-def _require_different_keys(pictures: list[Picture]) -> None:
+def _require_different_keys(images: list[ImageEntry]) -> None:
     """Raise a ``UserError`` where two have one key, as of ``a.tar`` with b.jpg and a/b.jpg."""
     seen: dict[str, str] = {}
-    for picture in pictures:
-        if picture.key in seen:
-            places = " and ".join(sorted({seen[picture.key] or "a file", picture.container or "a file"}))
-            raise UserError(f"all images must have different names; {picture.key} stands in {places}; rename one")
-        seen[picture.key] = picture.container
+    for image in images:
+        if image.key in seen:
+            places = " and ".join(sorted({seen[image.key] or "a file", image.container or "a file"}))
+            raise UserError(f"all images must have different names; {image.key} stands in {places}; rename one")
+        seen[image.key] = image.container
 
 
 def told(passed_over: Counter[str]) -> str:

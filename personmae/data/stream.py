@@ -1,4 +1,4 @@
-"""Batches of decoded pictures in the global order: shards fetched ahead of their use, pictures decoded by threads.
+"""Batches of decoded images in the global order: shards fetched ahead of their use, images decoded by threads.
 
 The format is MDS. mosaicml-streaming's own iterator reads sample by sample under a lock that a whole node shares; this
 reader maps each shard once and takes slices of it.
@@ -33,7 +33,7 @@ from personmae.data.prefetch import Lookahead, Orders
 from personmae.errors import RankError, UserError
 from personmae.system import storage
 
-_MIN_SEEN = 1000  # pictures read before the share of bad ones can stop a run
+_MIN_SEEN = 1000  # images read before the share of bad ones can stop a run
 
 
 class ShardSet:
@@ -218,16 +218,16 @@ class JpegReader:
 class CanvasBatch(NamedTuple):
     """One micro-batch of a rank, on the host; it is overwritten some time after the next one was asked for."""
 
-    canvas: Tensor  # uint8 (B, Hc, Wc, 3), RGB: each picture in the upper left corner, the rest undefined
-    size: Tensor  # int64 (B, 2): height, width of the picture on its canvas
-    native_size: Tensor  # int64 (B, 2): height, width of the upright picture in the JPEG
+    canvas: Tensor  # uint8 (B, Hc, Wc, 3), RGB: each image in the upper left corner, the rest undefined
+    size: Tensor  # int64 (B, 2): height, width of the image on its canvas
+    native_size: Tensor  # int64 (B, 2): height, width of the upright image in the JPEG
     keys: Tensor  # int64 (B,): all randomness of a sample
 
 
 class BatchReader:
     """What a ``JpegReader`` reads, decoded ahead of its use by ``num_threads`` threads.
 
-    An unreadable picture is counted, named in ``bad_samples`` and replaced by the next sample; above ``max_bad_ratio`` the
+    An unreadable image is counted, named in ``bad_samples`` and replaced by the next sample; above ``max_bad_ratio`` the
     run ends. ``reading`` are the arguments of ``JpegReader``, which raises the same errors.
     """
 
@@ -360,7 +360,7 @@ class BatchReader:
                     return slot.place(row, self._source.jpeg(following))
                 except BadImage as another:
                     error = another
-        raise UserError(f"{self._shards.root} holds no readable picture")
+        raise UserError(f"{self._shards.root} holds no readable image")
 
     def _note_bad(self, sample_id: int, error: BadImage) -> None:
         if sample_id not in self._bad:
@@ -376,7 +376,7 @@ class BatchReader:
         expected = self._max_bad_ratio * num_seen
         if len(self._bad) > expected + 3 * expected**0.5:  # more than chance gives
             raise UserError(
-                f"at most {self._max_bad_ratio:.1%} of the pictures may be unreadable; {len(self._bad)} of the first "
+                f"at most {self._max_bad_ratio:.1%} of the images may be unreadable; {len(self._bad)} of the first "
                 f"{self._num_seen} are, the last being {self.bad_samples[-1]}; "
                 f"run 'personmae shards verify {self._shards.root}'"
             )

@@ -22,7 +22,7 @@ import xxhash
 
 from personmae.data import mds
 from personmae.data.blocks import Recent
-from personmae.data.containers import Container, Picture
+from personmae.data.containers import Container, ImageEntry
 from personmae.data.files import Files, key_of, patiently
 from personmae.errors import UserError
 from personmae.system import mosaic
@@ -81,14 +81,14 @@ class Table(Container):
         """The names that the rows have themselves, all different; None where they are named by their places."""
         return None
 
-    def pictures(self, passed_over: Counter[str]) -> list[Picture]:
+    def images(self, passed_over: Counter[str]) -> list[ImageEntry]:
         blocks = self.blocks
         names = self.names() if blocks else None
         self.close()
         if not blocks:
             passed_over[f"{self.name.rpartition('.')[2]} files without a column of images (name it with --column)"] += 1
         return [
-            Picture(
+            ImageEntry(
                 f"{self.prefix}{names[block.first + row]}" if names else f"{block.prefix}{block.named_from + row:08}",
                 block.num_bytes,
                 block.first + row,
@@ -99,14 +99,14 @@ class Table(Container):
             for row in range(block.num_rows)
         ]
 
-    def read(self, picture: Picture) -> bytes:
-        number = bisect.bisect_right(self.blocks, picture.offset, key=lambda block: block.first) - 1
+    def read(self, image: ImageEntry) -> bytes:
+        number = bisect.bisect_right(self.blocks, image.offset, key=lambda block: block.first) - 1
         identity = (self.location, self._wanted, number, self.identity(number))
-        images = _recent.get(identity, lambda: self.load(number))
-        image = images[picture.offset - self.blocks[number].first]
-        if image is None:
+        contents = _recent.get(identity, lambda: self.load(number))
+        content = contents[image.offset - self.blocks[number].first]
+        if content is None:
             raise FileNotFoundError("its row has no bytes")
-        return image
+        return content
 
     def choose(self, columns: list[str]) -> str | None:
         """The column to read, of those that may hold images; None where there is none.

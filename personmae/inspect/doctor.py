@@ -335,7 +335,7 @@ def check_disk(directory: Path) -> Outcome:
 
 
 def try_shards(root: str) -> tuple[Outcome, UserError | None]:
-    """List, open the index and decode the first picture; an error is told and handed back."""
+    """List, open the index and decode the first image; an error is told and handed back."""
     try:
         import numpy as np
 
@@ -351,10 +351,10 @@ def try_shards(root: str) -> tuple[Outcome, UserError | None]:
                 (height, width), _ = decode_onto(shards.jpeg(0), np.empty((256, 128, 3), np.uint8))
                 read = time.perf_counter()
                 first = shards.shards[0].num_bytes / 2**20
-                there = f"{counted(len(shards), 'picture')} in {counted(len(shards.shards), 'shard')}"
+                there = f"{counted(len(shards), 'image')} in {counted(len(shards.shards), 'shard')}"
                 detail = (
                     f"{there}; listing and index {_ms(opened - start)}, "
-                    f"first picture ({height} x {width}, of a shard of {first:.1f} MiB) {_ms(read - opened)}"
+                    f"first image ({height} x {width}, of a shard of {first:.1f} MiB) {_ms(read - opened)}"
                 )
             return Outcome(True, detail), None
         except (UserError, BadImage, OSError, IndexError) as error:

@@ -87,8 +87,8 @@ def share_seen(figures: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], dr
 
     ``figures`` are 255 where a pixel is of the figure, on canvases as ``cut_batch`` takes them.
     """
-    picture = regions.resize_canvas(figures, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
-    region_a, _ = regions.cut_regions(picture, draws.regions.shift, view.img_size)
+    image = regions.resize_canvas(figures, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
+    region_a, _ = regions.cut_regions(image, draws.regions.shift, view.img_size)
     parts = patchify(region_a, view.patch_size).sum(dim=2)
     return parts.gather(1, draws.ids_keep).sum(dim=1) / parts.sum(dim=1)
 

@@ -1,6 +1,6 @@
 """``personmae doctor --data``: the ReID benchmarks of a folder, what is wrong with them, and what their crops look like.
 
-Every picture is decoded by the reader that training uses: nothing less tells one that is cut short from a whole one.
+Every image is decoded by the reader that training uses: nothing less tells one that is cut short from a whole one.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from personmae.reid.transforms import decode_image
 
 DEPTH = 2  # folders below the given one that are looked into
 NUM_THREADS = 8  # they wait for the disk about as long as they compute
-TOLD_EVERY = 10_000  # pictures
+TOLD_EVERY = 10_000  # images
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,13 @@ def run(root: Path) -> None:
         described = describe(found.benchmark)
         print(*(f"  {line}" for line in [*described.table.splitlines(), described.note]), sep="\n", flush=True)
         bad = unreadable(found.benchmark)
-        print(f"  {len(bad):,} files do not open as pictures" if bad else "  every file opens as a picture")
+        print(f"  {len(bad):,} files do not open as images" if bad else "  every file opens as an image")
         if pairs := repeated(found.benchmark):
             first = " and ".join(pairs[0])
             print(f"  warning: {len(pairs):,} training images are in query or gallery too, byte for byte (first: {first})")
         if bad:
             some = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-            problems.append(f"{len(bad):,} files of {found.root} are not pictures ({some}); replace them or remove them")
+            problems.append(f"{len(bad):,} files of {found.root} are not images ({some}); replace them or remove them")
         elif found.benchmark.train:
             pids, camids = pids_and_camids(found.benchmark.train)
             known = camids if (camids != UNKNOWN_CAMID).all() else None
@@ -107,14 +107,14 @@ def crops_below(root: Path) -> list[Path]:
 
 
 def unreadable(benchmark: Benchmark) -> list[str]:
-    """The pictures that do not decode to their end."""
+    """The images that do not decode to their end."""
     paths = sorted({sample.path for split in SPLITS for sample in getattr(benchmark, split)})
     bad = []
     with ThreadPoolExecutor(NUM_THREADS) as pool:
         for done, (path, opens) in enumerate(zip(paths, pool.map(_opens, paths), strict=True), 1):
             bad += [] if opens else [path]
             if done % TOLD_EVERY == 0 or (done == 1 and len(paths) > TOLD_EVERY):
-                print(f"  decoding pictures: {done:,} of {len(paths):,}", flush=True)
+                print(f"  decoding images: {done:,} of {len(paths):,}", flush=True)
     return bad
 
 

@@ -120,7 +120,7 @@ class Cluster(Section):
     k1: int = Field(default=30, gt=1, description="neighbours whose neighbours are compared")
     k2: int = Field(default=6, gt=0, description="neighbours over which an encoding is averaged")
     eps: float = Field(default=0.6, gt=0, lt=1, description="largest Jaccard distance of neighbours in a cluster")
-    min_samples: int = Field(default=4, gt=0, description="pictures that near together begin a cluster")
+    min_samples: int = Field(default=4, gt=0, description="images that near together begin a cluster")
     per_camera: Literal["none", "standardise", "whiten"] = Field(
         default="none", description="what is taken out of features within each camera: a weak encoder else clusters by camera"
     )
@@ -146,7 +146,7 @@ class Memory(Section):
         default="cluster", description="a centroid for each cluster, or for each camera of a cluster (camera proxies)"
     )
     mode: Literal["mean", "hard"] = Field(
-        default="mean", description="which pictures of a batch move a centroid: all in turn, or the least similar"
+        default="mean", description="which images of a batch move a centroid: all in turn, or the least similar"
     )
     momentum: Fraction = Field(default=0.1, description="what a centroid keeps of itself at each move")
     temperature: float = Field(default=0.05, gt=0, description="by which similarities to centroids are divided")

@@ -20,7 +20,7 @@ def choose_prepare(
 ) -> Callable[..., Batch]:
     """``prepare_batch``, or what takes its place: on a GPU it can be compiled, or leave the cutting to the kernel.
 
-    On a CPU it goes picture by picture, which the compiler does not better.
+    On a CPU it goes image by image, which the compiler does not better.
 
     Raises:
         UserError: the kernel is asked for and there is no GPU.

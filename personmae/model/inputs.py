@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How a picture becomes the two regions: sizes in pixels, shares and chances; defaults in ``config.py``."""
+    """How an image becomes the two regions: sizes in pixels, shares and chances; defaults in ``config.py``."""
 
     img_size: tuple[int, int]
     patch_size: int
@@ -40,10 +40,10 @@ class View:
 
     @property
     def canvas_size(self) -> tuple[int, int]:
-        """(height, width) of the canvas that carries a picture to the device.
+        """(height, width) of the canvas that carries an image to the device.
 
-        A crop of most of a picture is resized to at most [H + m, W + m/2] (Eq. (1)); half as much again leaves it enough
-        pixels. Larger pictures are shrunk while they are decoded.
+        A crop of most of an image is resized to at most [H + m, W + m/2] (Eq. (1)); half as much again leaves it enough
+        pixels. Larger images are shrunk while they are decoded.
         """
         largest = self.img_size[0] + self.max_shift, self.img_size[1] + self.max_shift // 2
         return math.ceil(1.5 * largest[0]), math.ceil(1.5 * largest[1])
@@ -96,12 +96,12 @@ def cut_batch(
 ) -> Batch:
     """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
 
-    The pictures stand in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
+    The images stand in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
     ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
     ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
     """
-    picture = resize(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
-    region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)  # Eq. (2)
+    image = resize(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
+    region_a, region_b = regions.cut_regions(image, draws.regions.shift, view.img_size)  # Eq. (2)
     coords = grid_coords(view.grid, canvas.device)
     patches_a, patches_b = patchify(region_a, view.patch_size), patchify(region_b, view.patch_size)
     return {
@@ -120,5 +120,5 @@ def prepare_batch(
     view: View,
 ) -> Batch:
     """What ``cut_batch`` returns for the draws that belong to the samples' keys, by the way that suits the device."""
-    resize = regions.resize_pictures if canvas.device.type == "cpu" else regions.resize_canvas
+    resize = regions.resize_images if canvas.device.type == "cpu" else regions.resize_canvas
     return cut_batch(canvas, size, draw_batch(keys, native_size, view), view, resize)

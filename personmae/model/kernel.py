@@ -1,10 +1,10 @@
-"""From bytes to tokens on a GPU: the kernel that does what ``personmae.cut_batch`` does, in one pass, with no picture between.
+"""From bytes to tokens on a GPU: the kernel that does what ``personmae.cut_batch`` does, in one pass, with no image between.
 
 One program makes one patch of one sample: of RegionA where it is visible, of RegionB always. It reads the pixels under the
 patch from the canvas, resizes them by two small matrix products whose weights it computes itself, and writes the normalised
 patch, its coordinates and, for RegionB, the target of Eq. (5). What is random is drawn before (``draw_batch``).
 
-At 256 x 128 and a batch of 1,024, pictures that fill their canvases are 0.35 GB to read, and bf16 patches with fp32 targets
+At 256 x 128 and a batch of 1,024, images that fill their canvases are 0.35 GB to read, and bf16 patches with fp32 targets
 are 0.66 GB to write: at least 0.30 ms at 3.35 TB/s and 0.21 ms at 4.8 TB/s. That is arithmetic; it was not yet run on a GPU.
 """
 
@@ -113,7 +113,7 @@ def _cut_patch(
     shift_h = tl.where(in_a, 0, tl.load(shift + 2 * sample).to(tl.int32))
     shift_w = tl.where(in_a, 0, tl.load(shift + 2 * sample + 1).to(tl.int32))
 
-    # Eq. (1). A flip mirrors the picture before anything is cut from it.
+    # Eq. (1). A flip mirrors the image before anything is cut from it.
     size_h, size_w = tl.load(size + 2 * sample).to(tl.int32), tl.load(size + 2 * sample + 1).to(tl.int32)
     y0, x0 = tl.load(boxes + 4 * sample), tl.load(boxes + 4 * sample + 1)
     y1, x1 = tl.load(boxes + 4 * sample + 2), tl.load(boxes + 4 * sample + 3)
@@ -164,7 +164,7 @@ def _resize(
 ):
     """Three colours (tile, tile) in [0, 255] of the patch that begins at a given pixel of the resized crop.
 
-    ``rows`` and ``columns`` are (start, stop, size of the result, first pixel of the patch, size of the picture): the first
+    ``rows`` and ``columns`` are (start, stop, size of the result, first pixel of the patch, size of the image): the first
     four as in ``regions.resize_matrix``.
     """
     top, bottom, out_h, first_y, size_h = rows
@@ -199,7 +199,7 @@ def _resize(
 @triton.jit
 @no_type_check
 def _reach(start, step, first, in_size, patch_size: tl.constexpr):
-    """The pixels [begin, end) of the picture that a patch has weights for."""
+    """The pixels [begin, end) of the image that a patch has weights for."""
     support = tl.maximum(step, 1.0)
     begin = tl.ceil(start + (first + 0.5) * step - 2 * support - 0.5).to(tl.int32)
     end = tl.floor(start + (first + (patch_size - 0.5)) * step + 2 * support - 0.5).to(tl.int32) + 1

@@ -1,4 +1,4 @@
-"""RegionA and RegionB: what is random about a picture, and cutting both regions for a whole batch (Sec. III-B).
+"""RegionA and RegionB: what is random about an image, and cutting both regions for a whole batch (Sec. III-B).
 
 Everything random about a sample is drawn from its 64-bit key alone, so the same sample gives the same regions on any
 device, in any batch and on any number of ranks.
@@ -42,7 +42,7 @@ def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
 class RegionDraws(NamedTuple):
     """What Eq. (1) and (2) leave to chance, one row per sample."""
 
-    boxes: Float[Tensor, "B 4"]  # the global crop: y0, x0, y1, x1 as shares of the picture
+    boxes: Float[Tensor, "B 4"]  # the global crop: y0, x0, y1, x1 as shares of the image
     flip: Bool[Tensor, " B"]
     scale: Int[Tensor, " B"]  # p of Eq. (1), in pixels
     shift: Int[Tensor, "B 2"]  # (s_h, s_w) of RegionB in Eq. (2), in pixels
@@ -59,8 +59,8 @@ def draw_regions(
 ) -> RegionDraws:
     """Draw the global crop, the flip, p ~ U{0..m}, s_h ~ U{0..p} and s_w ~ U{0..p//2} for each sample.
 
-    ``native_size`` is (height, width) of the pictures before they were put on a canvas: ``crop_ratio`` is width / height
-    in the picture's own pixels.
+    ``native_size`` is (height, width) of the images before they were put on a canvas: ``crop_ratio`` is width / height
+    in the image's own pixels.
     """
     u = uniforms(keys, SHIFT_STREAM, 4)
     scale = (u[:, 0] * (max_shift + 1)).long()
@@ -77,9 +77,9 @@ def draw_boxes(
     crop_scale: tuple[float, float],
     crop_ratio: tuple[float, float],
 ) -> Float[Tensor, "B 4"]:
-    """Random resized crops as shares of the picture: area uniform, log aspect uniform, the first of ten that fits.
+    """Random resized crops as shares of the image: area uniform, log aspect uniform, the first of ten that fits.
 
-    A picture that none fits is cropped in its middle to the nearest allowed aspect, as torchvision does.
+    An image that none fits is cropped in its middle to the nearest allowed aspect, as torchvision does.
     """
     u = uniforms(keys, CROP_STREAM, 4 * _CROP_TRIES).reshape(len(keys), 4, _CROP_TRIES)
     height, width = native_size.float().unbind(dim=1)
@@ -102,7 +102,7 @@ def _middle_box(aspect: Float[Tensor, " B"], crop_ratio: tuple[float, float]) ->
 
 
 def pixel_boxes(boxes: Float[Tensor, "B 4"], size: Int[Tensor, "B 2"]) -> Int[Tensor, "B 4"]:
-    """Crops in whole pixels of pictures of a (height, width): each edge to the nearest, at least one, as torchvision."""
+    """Crops in whole pixels of images of a (height, width): each edge to the nearest, at least one, as torchvision."""
     edges = (boxes * torch.cat([size, size], dim=1) + 0.5).floor().long()
     start = torch.minimum(edges[:, :2], size - 1)
     return torch.cat([start, torch.maximum(edges[:, 2:], start + 1)], dim=1)
@@ -124,7 +124,7 @@ def resize_matrix(
     The input fills the first ``in_size`` of ``in_length`` pixels; where ``mirrored``, it is read backwards. ``start`` and
     ``stop`` are in pixels of the input and need not be whole; rows at or beyond ``out_size``, which is at least
     ``min_out_size``, continue past the crop and hold nothing of use. A pixel outside the crop has no weight, as if the
-    picture had been cropped first.
+    image had been cropped first.
     """
     step = (stop - start) / out_size
     support = step.clamp(min=1.0)[:, None, None]
@@ -161,7 +161,7 @@ def resize_canvas(
 ) -> Float[Tensor, "B 3 Hm Wm"]:
     """Eq. (1): the global crop, flipped and resized to [H + p, W + p/2]; values in [0, 255].
 
-    Each picture stands in the upper left corner of its canvas, ``size`` (height, width) pixels large. The result has room
+    Each image stands in the upper left corner of its canvas, ``size`` (height, width) pixels large. The result has room
     for the largest p; beyond a sample's own H + p and W + p/2 it holds nothing of use.
     """
     _, canvas_h, canvas_w, _ = canvas.shape
@@ -177,7 +177,7 @@ def resize_canvas(
         out_length=height + max_shift,
         min_out_size=height,
     )
-    # A flip mirrors the picture before anything is cut from it.
+    # A flip mirrors the image before anything is cut from it.
     columns = resize_matrix(
         torch.where(draws.flip, size_w - x1, x0).float(),
         torch.where(draws.flip, size_w - x0, x1).float(),
@@ -191,11 +191,11 @@ def resize_canvas(
     # Each row colour by colour: then neither product has to move its operands.
     by_colour = canvas.transpose(2, 3).to(torch.float32, memory_format=torch.contiguous_format)  # (B, Hc, 3, Wc)
     wide = torch.bmm(by_colour.flatten(1, 2), columns.transpose(1, 2))  # (B, Hc * 3, Wm)
-    picture = torch.bmm(rows, wide.unflatten(1, (canvas_h, 3)).flatten(2))  # (B, Hm, 3 * Wm)
-    return picture.unflatten(2, (3, width + shift_w)).transpose(1, 2).clamp_(0, 255)
+    image = torch.bmm(rows, wide.unflatten(1, (canvas_h, 3)).flatten(2))  # (B, Hm, 3 * Wm)
+    return image.unflatten(2, (3, width + shift_w)).transpose(1, 2).clamp_(0, 255)
 
 
-def resize_pictures(
+def resize_images(
     canvas: UInt8[Tensor, "B Hc Wc 3"],
     size: Int[Tensor, "B 2"],
     draws: RegionDraws,
@@ -203,7 +203,7 @@ def resize_pictures(
     img_size: tuple[int, int],
     max_shift: int,
 ) -> UInt8[Tensor, "B 3 Hm Wm"]:
-    """``resize_canvas`` for a CPU, picture by picture: it weighs only the pixels under the kernel, and rounds both passes."""
+    """``resize_canvas`` for a CPU, image by image: it weighs only the pixels under the kernel, and rounds both passes."""
     boxes, flips, scales = pixel_boxes(draws.boxes, size).tolist(), draws.flip.tolist(), draws.scale.tolist()
     height, width, num_threads = img_size[0] + max_shift, img_size[1] + max_shift // 2, torch.get_num_threads()
     result = torch.zeros(len(canvas), height, width, 3, dtype=torch.uint8)
@@ -222,13 +222,13 @@ def resize_pictures(
 
 
 def cut_regions(
-    picture: Real[Tensor, "B 3 Hm Wm"], shift: Int[Tensor, "B 2"], img_size: tuple[int, int]
+    image: Real[Tensor, "B 3 Hm Wm"], shift: Int[Tensor, "B 2"], img_size: tuple[int, int]
 ) -> tuple[Real[Tensor, "B 3 H W"], Real[Tensor, "B 3 H W"]]:
     """Eq. (2): RegionA at the origin and RegionB at (s_h, s_w), both of size [H, W]."""
     height, width = img_size
-    windows = picture.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, m + 1, m//2 + 1, H, W), a view
-    samples = torch.arange(len(picture), device=picture.device)
-    return picture[:, :, :height, :width], windows[samples, :, shift[:, 0], shift[:, 1]]
+    windows = image.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, m + 1, m//2 + 1, H, W), a view
+    samples = torch.arange(len(image), device=image.device)
+    return image[:, :, :height, :width], windows[samples, :, shift[:, 0], shift[:, 1]]
 
 
 def region_b_coords(coords: Float[Tensor, "L 2"], shift: Int[Tensor, "B 2"], patch_size: int) -> Float[Tensor, "B L 2"]:

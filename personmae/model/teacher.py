@@ -52,7 +52,7 @@ class Centre(nn.Module):
 
 
 class Teacher(nn.Module):
-    """Encodes all of RegionB, as a picture of its own, into the feature targets.
+    """Encodes all of RegionB, as an image of its own, into the feature targets.
 
     ``features`` says what the targets are, of the patch tokens after the last block: ``layer_norm`` each token normalised
     without weights, ``raw`` the tokens as they are, ``position_centred`` the normalised ones less the mean of all images at

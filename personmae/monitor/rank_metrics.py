@@ -155,7 +155,7 @@ class RunNumbers:
         Gauge("personmae_build_info", "What runs", list(labels), registry=registry).labels(**labels).set(1)
         Gauge("personmae_run_info", "Which program runs", ["job_kind"], registry=registry).labels(job_kind).set(1)
         self.steps = Counter("personmae_steps", "Optimizer steps done, those done again included", registry=registry)
-        self.samples = Counter("personmae_samples", "Pictures trained on", registry=registry)
+        self.samples = Counter("personmae_samples", "Images trained on", registry=registry)
         self.skipped = Counter("personmae_skipped_steps", "Steps that changed nothing", ["reason"], registry=registry)
         self.skipped.labels("non_finite")
         self.rollbacks = Counter("personmae_rollbacks", "Returns to a checkpoint after a jump of the loss", registry=registry)
@@ -225,7 +225,7 @@ _GAUGES: Final = {
     "loss": "Mean loss of the last logged step",
     "learning_rate": "Learning rate of the last logged step",
     "grad_norm": "Norm of the gradient of the last logged step",
-    "images_per_second": "Pictures a second since the log line before",
+    "images_per_second": "Images a second since the log line before",
     "progress_ratio": "Share of the run's steps that is done",
     "epoch": "Passes over the data set that are done",
     "run_completed_timestamp_seconds": "When the run was complete, or was found to be",

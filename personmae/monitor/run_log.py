@@ -1,6 +1,6 @@
 """What a run reports: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard files, and the record of its set-up.
 
-Also how much arithmetic a picture needs, and how much a GPU could do. What Prometheus is told stands in meter.py.
+Also how much arithmetic an image needs, and how much a GPU could do. What Prometheus is told stands in meter.py.
 """
 
 import contextlib

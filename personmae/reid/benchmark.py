@@ -66,7 +66,7 @@ class Description:
 
 
 def is_synthetic(root: str | Path) -> bool:
-    """Whether a set is marked as drawn: by a file in it, or by one beside it that counts its pictures.
+    """Whether a set is marked as drawn: by a file in it, or by one beside it that counts its images.
 
     A mark beside it that counts other folders says nothing: a real benchmark may be unpacked next to drawn ones.
     """
@@ -86,7 +86,7 @@ def train_labels(samples: Sequence[Sample]) -> Int[np.ndarray, " N"]:
 
 
 def identity(benchmark: Benchmark) -> dict[str, int | str]:
-    """Counts of the training pictures and a digest of their paths below the root, classes and cameras, by dotted key."""
+    """Counts of the training images and a digest of their paths below the root, classes and cameras, by dotted key."""
     labels = train_labels(benchmark.train)
     lines = [
         f"{os.path.relpath(sample.path, benchmark.root)}\t{label}\t{sample.camid}\n"
@@ -97,12 +97,12 @@ def identity(benchmark: Benchmark) -> dict[str, int | str]:
 
 
 def digest(benchmark: Benchmark) -> str:
-    """What tells two test sets apart: names below the root, bytes, ids and cameras of all queries and gallery pictures.
+    """What tells two test sets apart: names below the root, bytes, ids and cameras of all queries and gallery images.
 
     Where the set lies does not matter, nor what its layout is called.
 
     Raises:
-        UserError: a picture is gone.
+        UserError: an image is gone.
     """
     lines = []
     for split in ("query", "gallery"):
@@ -120,7 +120,7 @@ def record(benchmark: Benchmark) -> dict[str, Any]:
     """What a result says of its data: the digest, whether people are drawn, images and identities by split, and a title.
 
     Raises:
-        UserError: a picture is gone.
+        UserError: an image is gone.
     """
     return {
         "benchmark_digest": digest(benchmark),

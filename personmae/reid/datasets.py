@@ -108,7 +108,7 @@ PUBLISHED: Final[dict[str, Counts]] = {
     "dukemtmc": {"train": (16_522, 702), "query": (2_228, 702), "gallery": (17_661, 1_110)},
     "cuhk03_np_detected": {"train": (7_365, 767), "query": (1_400, 700), "gallery": (5_332, 700)},
     "cuhk03_np_labeled": {"train": (7_368, 767), "query": (1_400, 700), "gallery": (5_328, 700)},
-    **dict.fromkeys(("msmt17", *VERSIONS), _MSMT17),  # both versions are the same pictures, with other faces
+    **dict.fromkeys(("msmt17", *VERSIONS), _MSMT17),  # both versions are the same images, with other faces
 }
 
 
@@ -118,7 +118,7 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, sp
     Market-1501's pid -1 is dropped; its pid 0000 stays in the gallery, as a negative for every query. "msmt17" takes
     either version and the benchmark is named after it; "msmt17_v1" takes no other. MSMT17's list_val belongs to training
     (as TransReID and PASS have it) unless ``train_on_val`` is false. "folder" and "csv" are data sets of the user's own.
-    Only ``splits`` are read, the others are empty: an evaluation needs no training pictures.
+    Only ``splits`` are read, the others are empty: an evaluation needs no training images.
 
     Raises:
         UserError: there is no such benchmark, a part of it is missing or does not fit, it is another benchmark or

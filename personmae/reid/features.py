@@ -19,7 +19,7 @@ from personmae.reid.transforms import ImageSet, normalise
 
 NUM_STRIPES = 6
 NUM_BINS = 8
-BIN_RANGE = 3.0  # bins cover this many standard deviations to either side of the picture's mean
+BIN_RANGE = 3.0  # bins cover this many standard deviations to either side of the image's mean
 SIDE_SHARE = 3 / 16  # of the width, left out on either side: there is more background than person
 THUMBNAIL_SIZE = (16, 4)  # (height, width) in pixels of what is left of the middle half of an image
 

@@ -70,7 +70,7 @@ class Neck(nn.Module):
     """Pooled tokens and batch normalisation with its bias frozen: the head without classes of unsupervised training.
 
     ``pool`` is as in BNNeck, or "rows": the means of the patch tokens of each row, from top to bottom (h D), over all columns
-    or the middle ones. Rows need their number, ``num_rows``: the pictures are of one size.
+    or the middle ones. Rows need their number, ``num_rows``: the images are of one size.
     """
 
     num_blocks = 0
@@ -100,13 +100,13 @@ class Neck(nn.Module):
         """After the normalisation.
 
         Raises:
-            UserError: the pictures have another number of rows than the head.
+            UserError: the images have another number of rows than the head.
         """
         if self.pool != "rows":
             return self.bn(pooled(tokens, self.pool))
         if grid[0] != self.num_rows:
             raise UserError(
-                f"features of {self.num_rows} rows need pictures of {self.num_rows} rows of patches; these have {grid[0]}: "
+                f"features of {self.num_rows} rows need images of {self.num_rows} rows of patches; these have {grid[0]}: "
                 "use the img_size of the training"
             )
         return self.bn(row_features(tokens[:, 1:], grid, self.columns))
@@ -201,7 +201,7 @@ class ReIDModel(nn.Module):
 
     The encoder is copied. Blocks that the head took over are left out of the copy, with the final norm, so every
     parameter of the model is trained; ``depth`` is the number of blocks before that, as ``layer_id`` needs it.
-    ``trained_size`` is the (H, W) that the encoder knows: positions in pictures of another size are interpolated into it.
+    ``trained_size`` is the (H, W) that the encoder knows: positions in images of another size are interpolated into it.
     """
 
     def __init__(self, encoder: VisionTransformer, head: BNNeck | MGN | Neck, *, trained_size: tuple[int, int] | None = None):
@@ -231,7 +231,7 @@ class ReIDModel(nn.Module):
         coords = grid_coords(grid, images.device)
         if self.trained_size and self.trained_size != (height, width):
             scale = torch.tensor(self.trained_size, device=images.device) / torch.tensor([height, width], device=images.device)
-            coords = (coords + 0.5) * scale - 0.5  # the middle of a patch stays where it is in the picture
+            coords = (coords + 0.5) * scale - 0.5  # the middle of a patch stays where it is in the image
         return self.encoder(patchify(images, size), coords.expand(b, -1, -1)), grid
 
 
@@ -368,7 +368,7 @@ def trained_size(model_settings: dict[str, Any]) -> tuple[int, int]:
 
 
 def describe_start(model: ReIDModel, init: str, img_size: tuple[int, int]) -> str:
-    """Which of a new model's tensors come from the weights ``init``, which are new, and what another picture size means.
+    """Which of a new model's tensors come from the weights ``init``, which are new, and what another image size means.
 
     ``img_size`` is the (H, W) in pixels that the model will see.
     """

@@ -1,7 +1,7 @@
 """Retrieval scores: mAP, CMC and mINP under the single-query protocol of Market-1501, streamed by blocks of queries.
 
-Removed for a query are the gallery images of its own pid and camera, its own picture, and junk (pid -1) for everybody. A query
-of camera -1, which is not known, removes no other picture. Queries without a match are left out of every mean.
+Removed for a query are the gallery images of its own pid and camera, its own image, and junk (pid -1) for everybody. A query
+of camera -1, which is not known, removes no other image. Queries without a match are left out of every mean.
 
 Images are ranked by falling similarity; equal ones keep the order of the gallery. What is compared is fp32 as it comes out of
 one matrix product. The rank of a match is one more than the number of images before it, so nothing is put in order but the bare
@@ -27,7 +27,7 @@ Similarity = Callable[[Int[np.ndarray, " b"]], Float[Tensor, "b G"]]  # queries 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Who is seen by which camera; ``own_index`` is the query's own picture in the gallery, -1 where it is not there."""
+    """Who is seen by which camera; ``own_index`` is the query's own image in the gallery, -1 where it is not there."""
 
     query_pids: Int[np.ndarray, " Q"]
     query_camids: Int[np.ndarray, " Q"]
@@ -200,5 +200,5 @@ def _why_no_match(labels: Labels) -> str:
         return "no query can be scored: query and gallery have no pid in common; check that they belong together"
     return (
         "no query can be scored: every gallery image with a query's pid comes from the query's own camera or is the query's "
-        "own picture, and those are removed by the protocol; check the camera numbers"
+        "own image, and those are removed by the protocol; check the camera numbers"
     )

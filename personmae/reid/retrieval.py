@@ -59,7 +59,7 @@ def measure(
         raise UserError(f"rerank must be one of {', '.join(RERANKINGS)}; got {rerank!r}")
     start = time.monotonic()
     samples = [*benchmark.query, *benchmark.gallery]
-    with ThreadPoolExecutor(num_threads) as pool, told(say, f"extracting {len(samples):,} pictures"):
+    with ThreadPoolExecutor(num_threads) as pool, told(say, f"extracting {len(samples):,} images"):
         images = ImageSet([sample.path for sample in samples], img_size, pool=pool, cache_bytes=0)  # each is read once
         vectors = features(images, pids_and_camids(samples)[1])
 
@@ -221,8 +221,8 @@ def require_same(where: str | Path, ours: dict[str, Any], theirs: dict[str, Any]
 def _data_change(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     before, now = ([found[f"data.{name}"] for name in ("num_images", "num_ids")] for found in (theirs, ours))
     if before == now:
-        return f"{now[0]:,} training pictures of {now[1]:,} ids, as now, but with other names, ids or cameras"
-    told = "{:,} training pictures of {:,} ids (now {:,} of {:,})".format(*before, *now)
+        return f"{now[0]:,} training images of {now[1]:,} ids, as now, but with other names, ids or cameras"
+    told = "{:,} training images of {:,} ids (now {:,} of {:,})".format(*before, *now)
     needs_head = "head.kind" in ours and before[1] != now[1]
     return told + (f", so its head has {before[1]:,} classes and {now[1]:,} are required" if needs_head else "")
 

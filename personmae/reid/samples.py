@@ -1,6 +1,6 @@
-"""Pictures with identities, as file names, lists, folders and tables give them.
+"""Images with identities, as file names, lists, folders and tables give them.
 
-No picture is decoded here, and no benchmark's rules are known. What does not fit is named, and what is passed over is counted
+No image is decoded here, and no benchmark's rules are known. What does not fit is named, and what is passed over is counted
 by kind. Never is anything skipped in silence.
 """
 
@@ -42,13 +42,13 @@ def told(passed_over: PassedOver) -> str:
 
 
 def match_name(name: str, pattern: re.Pattern[str], example: str) -> re.Match[str] | None:
-    """The match of a name with a pattern that is for names like ``example``, whichever suffix of a picture it has."""
+    """The match of a name with a pattern that is for names like ``example``, whichever suffix of an image it has."""
     stem, suffix = os.path.splitext(name)
     return pattern.fullmatch(stem + os.path.splitext(example)[1] if suffix.lower() in SUFFIXES else name)
 
 
 def read_names(folder: Path, pattern: re.Pattern[str], example: str, passed_over: PassedOver) -> list[Sample]:
-    """The pictures of one folder in file name order; the groups ``pid`` and ``camid`` of ``pattern`` label them.
+    """The images of one folder in file name order; the groups ``pid`` and ``camid`` of ``pattern`` label them.
 
     A benchmark that was converted to another format has the same names with another suffix.
 
@@ -69,7 +69,7 @@ def read_names(folder: Path, pattern: re.Pattern[str], example: str, passed_over
 
 
 def find_images(folder: Path, passed_over: PassedOver) -> set[str]:
-    """IDENTITY/NAME of all pictures below a folder.
+    """IDENTITY/NAME of all images below a folder.
 
     Raises:
         UserError: there is no such folder.
@@ -88,16 +88,16 @@ def find_images(folder: Path, passed_over: PassedOver) -> set[str]:
 
 
 def count_unlisted(files: Sequence[Path], present: set[str], passed_over: PassedOver) -> None:
-    """Count the pictures that none of the lists names."""
+    """Count the images that none of the lists names."""
     listed = {name for file in files for _, name, _ in _listed(file)}
     _count(passed_over, "images on no list", len(present - listed))
 
 
 def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[Sample]:
-    """The pictures below ``folder`` that MSMT17's lists name, in their order; a line is "PID/PID_INDEX_CAMERA_... PID".
+    """The images below ``folder`` that MSMT17's lists name, in their order; a line is "PID/PID_INDEX_CAMERA_... PID".
 
     Raises:
-        UserError: a list is missing, a line does not fit, its pid is not that of the folder and of the name, or a picture is
+        UserError: a list is missing, a line does not fit, its pid is not that of the folder and of the name, or an image is
             not ``present`` or is named twice.
     """
     samples: dict[str, Sample] = {}
@@ -142,7 +142,7 @@ def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, 
     without = None  # a file name without a camera
     for split in splits:
         rows[split] = []
-        for path in _pictures_of(root, split, passed_over):
+        for path in _images_of(root, split, passed_over):
             match = CAMERA.search(path.stem)
             without = without or (None if match else path)
             rows[split].append((str(path), path.parent.name, int(match[1]) if match else UNKNOWN_CAMID))
@@ -157,7 +157,7 @@ def read_tables(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, l
     """``root/SPLIT.csv`` by split, with a remark; columns are path (absolute or below ``root``), pid and perhaps camid.
 
     Raises:
-        UserError: a table is missing, empty or has other columns, a cell is empty, or a picture is absent or named twice.
+        UserError: a table is missing, empty or has other columns, a cell is empty, or an image is absent or named twice.
     """
     rows = {split: list(_table(root / f"{split}.csv", root)) for split in splits}
     cameras = {split: any(camid != UNKNOWN_CAMID for *_, camid in found) for split, found in rows.items()}
@@ -192,7 +192,7 @@ def _listed(file: Path) -> Iterator[tuple[int, str, str]]:
     yield from ((number, " ".join(words[:-1]), words[-1]) for number, words in lines)
 
 
-def _pictures_of(root: Path, split: str, passed_over: PassedOver) -> Iterator[Path]:
+def _images_of(root: Path, split: str, passed_over: PassedOver) -> Iterator[Path]:
     wanted = f"{root / split}/IDENTITY/*.jpg"
     if not (root / split).is_dir():
         raise UserError(f"{root / split} is missing; expected {wanted} for each of {', '.join(SPLITS)}")

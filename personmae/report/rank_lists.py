@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from personmae.report import pictures
+from personmae.report import figures
 from personmae.report.comparison import distinct
 from personmae.report.places import Lost, printable
 from personmae.report.runs import RankList, Run
@@ -12,14 +12,14 @@ NUM_QUERIES = 6  # on the page
 THUMBNAIL = (128, 64)  # (height, width) of an image
 
 
-def draw(chosen: Sequence[Run]) -> dict[str, list[pictures.Row]]:
+def draw(chosen: Sequence[Run]) -> dict[str, list[figures.Row]]:
     """Rows of images by the runs' names, for queries that all of them have.
 
     Raises:
         UserError: no run has rank lists, or their images are gone.
     """
     if not chosen:
-        raise pictures.NotYet("no run has a rank_lists.json yet; fine-tuning and 'personmae evaluate --out' write one")
+        raise figures.NotYet("no run has a rank_lists.json yet; fine-tuning and 'personmae evaluate --out' write one")
     by_query = [{_below_root(run, e.query): e for e in run.rank_lists.entries} for run in chosen if run.rank_lists]
     queries = [query for query in by_query[0] if all(query in entries for entries in by_query)][:NUM_QUERIES]
     return {
@@ -39,8 +39,8 @@ def _below_root(run: Run, path: str) -> str:
     return path.removeprefix(root).lstrip("/")
 
 
-def _draw_row(run: Run, entry: RankList) -> pictures.Row:
-    query, *found = (pictures.read_thumbnail(_find(run, path), THUMBNAIL) for path in (entry.query, *entry.gallery))
+def _draw_row(run: Run, entry: RankList) -> figures.Row:
+    query, *found = (figures.read_thumbnail(_find(run, path), THUMBNAIL) for path in (entry.query, *entry.gallery))
     return [(query, None), *zip(found, entry.correct, strict=True)]
 
 
@@ -55,10 +55,10 @@ def _find(run: Run, path: str) -> Path:
         return Path(run.place.find(path))
 
 
-def embed(drawn: dict[str, list[pictures.Row]]) -> list[list[tuple[str, list[tuple[str, bool | None]]]]]:
+def embed(drawn: dict[str, list[figures.Row]]) -> list[list[tuple[str, list[tuple[str, bool | None]]]]]:
     """For each query, (name, [(image address, correct)]) of every run: what is compared stands together."""
     named = [
-        [(name, [(pictures.data_uri(pictures.framed(p, ok), ".jpg"), ok) for p, ok in row]) for row in rows]
+        [(name, [(figures.data_uri(figures.framed(p, ok), ".jpg"), ok) for p, ok in row]) for row in rows]
         for name, rows in drawn.items()
     ]
     return [list(lines) for lines in zip(*named, strict=True)]

@@ -26,7 +26,7 @@ from personmae.model.inputs import View
 from personmae.monitor import progress
 from personmae.monitor.progress import counted
 from personmae.reid.datasets import describe, load_benchmark
-from personmae.report import charts, pictures, rank_lists, sections
+from personmae.report import charts, figures, rank_lists, sections
 from personmae.report.comparison import (
     SCORES,
     Group,
@@ -128,7 +128,7 @@ def run(run_dir: Path) -> Path:
         stages=sections.stages(runs),
         totals=sections.totals(runs),
         regions=[region_of(r, section) for r, section in regions],
-        region_words=pictures.REGION_WORDS,
+        region_words=figures.REGION_WORDS,
         rank_lists={
             "title": title,
             "content": rank_lists.embed(lists.content or {}),
@@ -142,7 +142,7 @@ def run(run_dir: Path) -> Path:
     shown = next((s.content for _, s in regions if s.content), [])[:FIGURE_GROUPS]
     rows_shown = {name: rows[:FIGURE_QUERIES] for name, rows in (lists.content or {}).items()}
     if shown or rows_shown:
-        pictures.write_figure(run_dir / "figure.png", shown, rows_shown, title=summary)
+        figures.write_figure(run_dir / "figure.png", shown, rows_shown, title=summary)
         print(printable(run_dir / "figure.png"))
     print(printable(page))
     progress.log(f"report: done in {progress.duration(time.monotonic() - began)}; open the page in a browser")
@@ -169,7 +169,7 @@ def attempt(build: Callable[[], T]) -> Section:
     """What ``build`` returns, or the sentence of the error that a missing piece gives."""
     try:
         return Section(build())
-    except pictures.NotYet as early:
+    except figures.NotYet as early:
         return Section(missing=printable(early))
     except (UserError, Unavailable, BadImage, OSError) as error:
         return Section(missing=printable(error), lost=True)
@@ -223,7 +223,7 @@ def data_counts(runs: Sequence[Run]) -> list[tuple[str, Callable[[], str]]]:
 
 def count_shards(run: Run) -> str:
     """Samples, shards and bytes of a pre-training run's data."""
-    with pictures.open_shards(_pretraining(run), run.directory) as shards:
+    with figures.open_shards(_pretraining(run), run.directory) as shards:
         num_bytes = sum(shard.num_bytes for shard in shards.shards)
         return f"{counted(len(shards), 'image')} in {counted(len(shards.shards), 'shard')}, {num_bytes / 2**20:,.1f} MiB"
 
@@ -280,14 +280,14 @@ def draw_cmc(groups: Sequence[Group]) -> list[tuple[str, Markup]]:
     return drawn
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------------
 
 
-def predict(run: Run) -> list[list[pictures.Picture]]:
+def predict(run: Run) -> list[list[figures.Pixels]]:
     """Groups of Figure 3 from the newest checkpoint of a pre-training run."""
     if not portable.folders(run.directory):
-        raise pictures.NotYet(f"{run.directory} has no checkpoint yet, so there is nothing to predict with")
-    drawn = pictures.reconstruct_run(_pretraining(run), run.directory, NUM_GROUPS)
+        raise figures.NotYet(f"{run.directory} has no checkpoint yet, so there is nothing to predict with")
+    drawn = figures.reconstruct_run(_pretraining(run), run.directory, NUM_GROUPS)
     return [[images[i].numpy() for images in drawn] for i in range(len(drawn.region_a))]
 
 
@@ -327,7 +327,7 @@ def hiding_of(run: Run, mark: bytes | None) -> dict[str, str]:
     view = View(**settings.view_arguments())
     shares, seen = hiding.hiding_map(view, settings.seed), hiding.seen_of_drawn(view, settings.seed, mark)
     return {
-        "address": pictures.data_uri(pictures.draw_map(shares)),
+        "address": figures.data_uri(figures.draw_map(shares)),
         "words": hiding.describe_map(shares),
         "seen": hiding.describe_seen(seen) if seen is not None else "",
     }
@@ -350,9 +350,9 @@ def find_rank_lists(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[str, 
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def embed_groups(groups: list[list[pictures.Picture]] | None) -> list[list[str]]:
+def embed_groups(groups: list[list[figures.Pixels]] | None) -> list[list[str]]:
     """Image addresses for groups of images."""
-    return [[pictures.data_uri(picture) for picture in group] for group in groups or []]
+    return [[figures.data_uri(image) for image in group] for group in groups or []]
 
 
 def render(**context: Any) -> str:

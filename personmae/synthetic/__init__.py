@@ -1,1 +1,1 @@
-"""The people and places of the synthetic data, and which picture shows whom; ``synthetic/benchmarks.py`` writes them."""
+"""The people and places of the synthetic data, and which image shows whom; ``synthetic/benchmarks.py`` writes them."""

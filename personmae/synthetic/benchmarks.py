@@ -2,7 +2,7 @@
 
 Owns writing them. An unlabelled pool and two benchmarks with a visible domain gap come out: ``market1501`` (summer
 clothes, outdoor, 128 x 64) and ``occluded_duke`` (winter clothes, darker scenes, native sizes, every query occluded).
-Every picture is a pure function of the seed, its split, its identity and its number, so the number of processes
+Every image is a pure function of the seed, its split, its identity and its number, so the number of processes
 changes nothing. Who is drawn where, and how, is in ``pedestrians``.
 """
 
@@ -38,10 +38,10 @@ def write_synthetic(
     num_processes: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Draw everything into ``out`` and return the number of pictures per folder.
+    """Draw everything into ``out`` and return the number of images per folder.
 
     ``out`` appears complete or not at all: the work is done in ``out.partial`` beside it and renamed. If ``out`` is
-    there with the same settings, nothing is done. ``progress(done, total)`` counts pictures. Beside the pictures
+    there with the same settings, nothing is done. ``progress(done, total)`` counts images. Beside the images
     stand ``contact_sheet.png``, ``occluded_duke/query_occlusion.json`` (file name -> share hidden) and, written last,
     the completion mark ``synthetic.json``. Each benchmark has a copy of it, by which its readers know that people are drawn.
 
@@ -160,7 +160,7 @@ def _one_opencv_thread() -> Iterator[None]:
 
 
 def _draw_all(out: Path, settings: SynthSettings, shots: list[Shot], num_processes: int) -> Iterator[int]:
-    """Draw in chunks; yields how many pictures each finished chunk has."""
+    """Draw in chunks; yields how many images each finished chunk has."""
     draw = partial(_draw_chunk, out, settings)
     chunks = [shots[start : start + CHUNK_IMAGES] for start in range(0, len(shots), CHUNK_IMAGES)]
     if num_processes == 1:

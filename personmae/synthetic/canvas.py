@@ -40,7 +40,7 @@ _CIRCLE = np.exp(1j * np.linspace(0, 2 * np.pi, 20, endpoint=False))
 
 
 class Canvas:
-    """Material labels and shades of a picture, both uint8 (H, W), and the colour of each label."""
+    """Material labels and shades of an image, both uint8 (H, W), and the colour of each label."""
 
     def __init__(self, height: int, width: int) -> None:
         self.label = np.zeros((height, width), np.uint8)
@@ -56,7 +56,7 @@ class Canvas:
         cv2.fillPoly(self.shade, [corners], (round(shade),), cv2.LINE_8, _FIXED)
 
     def render(self, *, softness: int, wrinkle_offset: tuple[int, int]) -> NDArray[np.uint8]:
-        """The picture as premultiplied BGRA uint8 (H, W, 4); ``softness`` is the shading blur in pixels."""
+        """The image as premultiplied BGRA uint8 (H, W, 4); ``softness`` is the shading blur in pixels."""
         height, width = self.label.shape
         kernel = 2 * softness + 1
         shade = cv2.blur(self.shade, (kernel, kernel))

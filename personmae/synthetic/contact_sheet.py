@@ -1,4 +1,4 @@
-"""The contact sheet: a picture for people who want to see what was drawn."""
+"""The contact sheet: an image for people who want to see what was drawn."""
 
 from dataclasses import asdict
 
@@ -15,7 +15,7 @@ SHEET_COLUMNS = 14
 
 
 def contact_sheet(settings: SynthSettings, shots: list[Shot]) -> Image:
-    """A picture for people: samples of every folder, one identity over its cameras, look-alikes, hard cases."""
+    """An image for people: samples of every folder, one identity over its cameras, look-alikes, hard cases."""
     folders = {
         name: [s for s in shots if s.path.startswith(name)]
         for name in ("pool", "market1501/b", "market1501/q", "occluded_duke/b", "occluded_duke/q")

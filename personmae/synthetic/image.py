@@ -1,4 +1,4 @@
-"""One picture: a shot's person, what hides it and the camera's background, as the sensor stores them."""
+"""One image: a shot's person, what hides it and the camera's background, as the sensor stores them."""
 
 import math
 from functools import lru_cache
@@ -20,8 +20,8 @@ MARKET_SIZE = (128, 64)  # height, width in pixels of every Market-1501 crop
 NATIVE_HEIGHT = (60, 500)  # pixels, the range of native crops
 NATIVE_ASPECT = (0.34, 0.5)  # width / height
 MEDIAN_HEIGHT, HEIGHT_SPREAD = 150, 0.42  # of the log-normal law of native heights
-CHANCE_OCCLUSION = (0.12, 0.5)  # share hidden in ordinary pictures that are occluded
-TURNING_FRACTION = 0.15  # of pictures show another view than the rest of their track
+CHANCE_OCCLUSION = (0.12, 0.5)  # share hidden in ordinary images that are occluded
+TURNING_FRACTION = 0.15  # of images show another view than the rest of their track
 SHADING_BLUR = 0.011  # of the canvas height
 
 
@@ -35,7 +35,7 @@ def _camera(seed: int, kind: str, benchmark: str, index: int) -> Camera:
 
 
 def draw_shot(settings: SynthSettings, shot: Shot) -> tuple[Image, int]:
-    """The picture of a shot, BGR uint8 (H, W, 3), and its JPEG quality."""
+    """The image of a shot, BGR uint8 (H, W, 3), and its JPEG quality."""
     camera, rng, size, seen = _taken(settings, shot)
     scene = background(camera, seen, rng)
     figure = _draw_figures(settings, shot, camera, seen, rng)
@@ -47,7 +47,7 @@ def draw_shot(settings: SynthSettings, shot: Shot) -> tuple[Image, int]:
 
 
 def draw_silhouette(settings: SynthSettings, shot: Shot) -> Image:
-    """Where the picture of a shot shows its person: 255 there, 0 elsewhere and where something hides it, uint8 (H, W)."""
+    """Where the image of a shot shows its person: 255 there, 0 elsewhere and where something hides it, uint8 (H, W)."""
     camera, rng, size, seen = _taken(settings, shot)
     background(camera, seen, rng)  # for what it draws
     label = _draw_labels(settings, shot, camera, seen, rng).label
@@ -56,7 +56,7 @@ def draw_silhouette(settings: SynthSettings, shot: Shot) -> Image:
 
 
 def _taken(settings: SynthSettings, shot: Shot) -> tuple[Camera, Rng, tuple[int, int], tuple[int, int]]:
-    """The camera of a shot, its random numbers, and the picture's (height, width) as it is stored and as the sensor sees it."""
+    """The camera of a shot, its random numbers, and the image's (height, width) as it is stored and as the sensor sees it."""
     seed, split = settings.seed, shot.split
     camera = _camera(seed, settings.cameras, split.split("_")[0], shot.camera)
     rng = rng_of(seed, split, "image", shot.subject, shot.image)
@@ -96,7 +96,7 @@ def _draw_labels(settings: SynthSettings, shot: Shot, camera: Camera, size: tupl
 
 
 def _draw_subject(settings: SynthSettings, shot: Shot, camera: Camera, canvas: Canvas, rng: Rng) -> None:
-    """The person the picture is of; every second piece of junk shows nobody."""
+    """The person the image is of; every second piece of junk shows nobody."""
     height, width = canvas.label.shape
     identity = identity_of(settings.seed, shot.split, shot.subject)
     top, bottom, shift = _detector_box(rng, shot.framing, settings.cut_fraction)

@@ -1,4 +1,4 @@
-"""Which picture is where: the settings, and every shot of the pool and of the two benchmarks in a fixed order."""
+"""Which image is where: the settings, and every shot of the pool and of the two benchmarks in a fixed order."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ POOL_FOLDER_IMAGES = 1000
 CAMERAS_PER_IDENTITY = 4
 MAX_PIDS = 9999  # four digits in a file name
 MARKET_CAMERAS, DUKE_CAMERAS = 6, 8
-OCCLUSION_GRADES = (0.25, 0.45, 0.65)  # mild, medium, severe: the share of the picture that is hidden, roughly
+OCCLUSION_GRADES = (0.25, 0.45, 0.65)  # mild, medium, severe: the share of the image that is hidden, roughly
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,8 @@ class SynthSettings:
     occluded_duke_test_ids: int = 150
     images_per_id: int = 8  # of a training or gallery identity, spread over four cameras
     queries_per_id: int = 4  # at most one per camera
-    occluded_fraction: float = 0.15  # of ordinary pictures
-    cut_fraction: float = 0.12  # of ordinary pictures: the box cuts the person
+    occluded_fraction: float = 0.15  # of ordinary images
+    cut_fraction: float = 0.12  # of ordinary images: the box cuts the person
     cameras: str = "usual"  # or hard: without white balance, with strong colour casts
 
     def __post_init__(self) -> None:
@@ -56,7 +56,7 @@ class SynthSettings:
                 raise UserError(f"synth.{name} must be in [0, 1], got {getattr(self, name)}")
 
 
-# A query needs a gallery picture from another camera, hence two images on two cameras.
+# A query needs a gallery image from another camera, hence two images on two cameras.
 _LEAST = {
     "seed": 0, "pool_images": 1, "pool_identities": 1, "pool_cameras": 2, "market_train_ids": 1, "market_test_ids": 1,
     "market_distractors": 0, "market_junk": 0, "occluded_duke_train_ids": 1, "occluded_duke_test_ids": 1,
@@ -65,19 +65,19 @@ _LEAST = {
 
 
 class Shot(NamedTuple):
-    """One picture to be drawn."""
+    """One image to be drawn."""
 
     path: str  # below OUT
     split: str
     subject: int  # identity index in the split
-    image: int  # number among the pictures of the subject
+    image: int  # number among the images of the subject
     camera: int  # index among the cameras of the benchmark
     occlusion: float | None  # share hidden, 0 nothing; None leaves it to chance
     framing: str = "usual"  # usual: the box cuts some people; whole: nobody; junk: it misses them
 
 
 def plan(settings: SynthSettings) -> list[Shot]:
-    """Every picture of the settings, in a fixed order."""
+    """Every image of the settings, in a fixed order."""
     return [*_pool_shots(settings), *_market_shots(settings), *_duke_shots(settings)]
 
 
@@ -104,7 +104,7 @@ def _camera_of(settings: SynthSettings, split: str, subject: int, slot: int) -> 
 def _identity_shots(
     settings: SynthSettings, split: str, count: int, images: range, *, occlusion: Callable[[int], float | None]
 ) -> Iterator[Shot]:
-    """Pictures ``images`` of each identity, without their paths; two pictures in a row share a camera slot."""
+    """Images ``images`` of each identity, without their paths; two images in a row share a camera slot."""
     gallery = settings.images_per_id
     for subject in range(count):
         for image in images:

@@ -79,7 +79,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Everything that stays the same between two pictures of one person; each field is one visible detail."""
+    """Everything that stays the same between two images of one person; each field is one visible detail."""
 
     height: float  # of the figure in its detection box, 0.9..1
     build: float  # width factor, 0.85 slim .. 1.25 heavy
@@ -155,7 +155,7 @@ def _wearable(who: Identity) -> Identity:
 
 
 def _differ(a: Item | Garment, b: Item | Garment) -> bool:
-    """Whether two values of one detail can be told apart in a picture: another kind, or a clearly other colour."""
+    """Whether two values of one detail can be told apart in an image: another kind, or a clearly other colour."""
     return a[0] != b[0] or (a[0] != "none" and sum(abs(p - q) for p, q in zip(a.colour, b.colour, strict=True)) > 120)
 
 

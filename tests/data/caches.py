@@ -38,7 +38,7 @@ def present(data: ShardSet) -> list[str]:
 
 
 def read_epochs(data: ShardSet, count: int = 1, **options) -> list[CanvasBatch]:
-    """Every batch of the first epochs, black where there is no picture."""
+    """Every batch of the first epochs, black where there is no image."""
     batches = []
     with closing(BatchReader(data, **(OPTIONS | options))) as reader:
         for batch in islice(reader, count * reader.steps_per_epoch):

@@ -14,7 +14,7 @@ from personmae.system import mosaic, storage
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 shards of 4 pictures, 7 kB each; read only."""
+    """64 shards of 4 images, 7 kB each; read only."""
     directory, rng = tmp_path_factory.mktemp("many") / "set", np.random.default_rng(0)
     new_writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
     with new_writer(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=8_000) as writer:

@@ -26,16 +26,16 @@ from personmae.errors import Stopped, UserError
 from personmae.monitor import progress
 from personmae.system import storage
 
-NUM_PICTURES = 50
+NUM_IMAGES = 50
 SHARD_BYTES = 20_000
 
 
 @pytest.fixture
-def bucket(s3_server, pictures) -> str:
+def bucket(s3_server, images) -> str:
     """The images as objects below a prefix with characters of their own, beside others."""
     name = s3_server.bucket("crops")
-    for path in pictures.rglob("*.jp*g"):
-        s3_server.client.upload_file(str(path), name, f"a #1/{path.relative_to(pictures).as_posix()}")
+    for path in images.rglob("*.jp*g"):
+        s3_server.client.upload_file(str(path), name, f"a #1/{path.relative_to(images).as_posix()}")
     for key in ("a #1/note.txt", "a #1/.hidden.jpg", "a #1/.cache/x.jpg", "a #1/more/", "a #10/other.jpg", "a/other.jpg"):
         s3_server.client.put_object(Bucket=name, Key=key, Body=b"x")
     return name
@@ -60,10 +60,10 @@ def test_a_bucket_gives_the_shards_that_the_same_folder_gives(bucket, shard_dir,
     assert capsys.readouterr().out.startswith("already complete: 50 images in ")
 
 
-def test_lists_and_shares_choose_of_a_bucket_as_of_a_folder(bucket, pictures, tmp_path):
+def test_lists_and_shares_choose_of_a_bucket_as_of_a_folder(bucket, images, tmp_path):
     (tmp_path / "list.txt").write_text("p01\nmore/p05.jpeg\np02.jpg\n")
     for selection in (Selection(fraction=0.3, seed=4), Selection(list_file=tmp_path / "list.txt", first=0.7)):
-        chosen = [selection.of(open_source(place).pictures()) for place in (f"s3://{bucket}/a #1", pictures)]
+        chosen = [selection.of(open_source(place).images()) for place in (f"s3://{bucket}/a #1", images)]
         assert chosen[0] == chosen[1]
         assert chosen[0]
 
@@ -77,7 +77,7 @@ def test_an_import_from_a_bucket_that_was_interrupted_goes_on_with_the_same_plan
     with pytest.raises(Stopped):
         importer.write(source, out, shard_bytes=SHARD_BYTES, progress=stop)
     seen = []
-    assert importer.write(source, out, shard_bytes=SHARD_BYTES, progress=lambda done, total: seen.append(done)) == NUM_PICTURES
+    assert importer.write(source, out, shard_bytes=SHARD_BYTES, progress=lambda done, total: seen.append(done)) == NUM_IMAGES
     assert seen[0] > 10
     assert tree(tmp_path / "out") == tree(shard_dir)
 
@@ -90,9 +90,9 @@ def packed(paths: list[Path]) -> bytes:
     return content.getvalue()
 
 
-def test_tars_of_a_bucket_are_read_in_place(s3_server, pictures, tmp_path, monkeypatch):
+def test_tars_of_a_bucket_are_read_in_place(s3_server, images, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_AHEAD", 10_000)  # so that a tar is many requests
-    name, paths = s3_server.bucket("tars"), sorted(pictures.glob("*.jpg"))
+    name, paths = s3_server.bucket("tars"), sorted(images.glob("*.jpg"))
     for number in range(2):
         content = packed(paths[number * 20 : number * 20 + 20])
         s3_server.client.put_object(Bucket=name, Key=f"wds/{number:03}.tar", Body=content)
@@ -103,7 +103,7 @@ def test_tars_of_a_bucket_are_read_in_place(s3_server, pictures, tmp_path, monke
     assert importer.write(tmp_path / "wds", str(tmp_path / "local")) == 40
     assert tree(tmp_path / "remote") == tree(tmp_path / "local")
     single = open_source(f"s3://{name}/wds/001.tar")
-    assert [picture.key for picture in single.pictures()] == [f"001/{path.name}" for path in paths[20:40]]
+    assert [image.key for image in single.images()] == [f"001/{path.name}" for path in paths[20:40]]
     assert single.location == f"s3://{name}/wds/001.tar"
 
 
@@ -124,16 +124,16 @@ def test_small_members_of_a_tar_are_listed_by_few_requests_and_large_ones_by_lit
                 archive.addfile(member, io.BytesIO(bytes(num_bytes)))
         s3_server.client.put_object(Bucket=name, Key=key, Body=content.getvalue())
         asked.clear()
-        assert len(open_source(f"s3://{name}/{key}").pictures()) == count
+        assert len(open_source(f"s3://{name}/{key}").images()) == count
         if key == "small.tar":
             assert len(asked) < len(content.getvalue()) / 10_240 / 5
         else:
             assert sum(asked) < 200_000
 
 
-def test_a_listing_tells_how_far_it_is(s3_server, pictures, monkeypatch):
+def test_a_listing_tells_how_far_it_is(s3_server, images, monkeypatch):
     """A bucket of tars was listed for minutes without a word."""
-    name, paths = s3_server.bucket("told"), sorted(pictures.glob("*.jpg"))
+    name, paths = s3_server.bucket("told"), sorted(images.glob("*.jpg"))
     for number in range(2):
         s3_server.client.put_object(Bucket=name, Key=f"{number}.tar", Body=packed(paths[number * 20 : number * 20 + 20]))
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.01)
@@ -149,18 +149,18 @@ def test_a_listing_tells_how_far_it_is(s3_server, pictures, monkeypatch):
         return read(self, *of)
 
     monkeypatch.setattr(BucketFiles, "read", slow)
-    assert len(open_source(f"s3://{name}").pictures(lines.append)) == 40
+    assert len(open_source(f"s3://{name}").images(lines.append)) == 40
     assert lines[0] == f"listing s3://{name}"
     assert re.fullmatch(rf"listing s3://{name}: \d+ images so far in 2 tars or the like", lines[-1])
 
 
-def test_members_of_a_tar_that_lie_side_by_side_are_one_request(s3_server, pictures, monkeypatch):
-    name, paths = s3_server.bucket("tars"), sorted(pictures.glob("*.jpg"))[:30]
+def test_members_of_a_tar_that_lie_side_by_side_are_one_request(s3_server, images, monkeypatch):
+    name, paths = s3_server.bucket("tars"), sorted(images.glob("*.jpg"))[:30]
     s3_server.client.put_object(Bucket=name, Key="w.tar", Body=packed(paths))
     source = open_source(f"s3://{name}")
-    listed, asked, read = source.pictures(), [], BucketFiles.read
+    listed, asked, read = source.images(), [], BucketFiles.read
     monkeypatch.setattr(BucketFiles, "read", lambda self, *place: asked.append(place) or read(self, *place))
-    assert [source.read(picture) for picture in listed] == [path.read_bytes() for path in paths]
+    assert [source.read(image) for image in listed] == [path.read_bytes() for path in paths]
     assert len(asked) == 1
 
 
@@ -200,7 +200,7 @@ def test_an_object_that_has_gone_is_rejected_and_a_fault_that_passes_is_not(buck
 
     monkeypatch.setattr(BucketFiles, "read", fail)
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
-    assert importer.write(f"s3://{bucket}/a #1", str(tmp_path / "out")) == NUM_PICTURES - 1
+    assert importer.write(f"s3://{bucket}/a #1", str(tmp_path / "out")) == NUM_IMAGES - 1
     (line,) = (tmp_path / "out" / importer.REJECTS).read_text().splitlines()
     assert json.loads(line)["key"] == "p02.jpg"
     assert "no longer in the bucket" in line
@@ -243,24 +243,24 @@ def test_parts_are_all_shards_once():
             assert numbers == list(range(num_shards))
 
 
-def test_parts_one_after_another_give_the_set_of_one_host(pictures, shard_dir, tmp_path):
+def test_parts_one_after_another_give_the_set_of_one_host(images, shard_dir, tmp_path):
     out = tmp_path / "out"
-    first, last = part(pictures, out, 1, 3), part(pictures, out, 3, 3)
+    first, last = part(images, out, 1, 3), part(images, out, 3, 3)
     assert (first.finished, last.finished) == (False, False)
     assert first.num_missing > last.num_missing > 0
     assert not out.exists()
     assert not list(tmp_path.glob("out.partial/index.json"))
-    assert part(pictures, out, 1, 3) == first.__class__(first.num_pictures, num_missing=last.num_missing, finished=False)
-    assert part(pictures, out, 2, 3) == importer.Outcome(NUM_PICTURES)
+    assert part(images, out, 1, 3) == first.__class__(first.num_images, num_missing=last.num_missing, finished=False)
+    assert part(images, out, 2, 3) == importer.Outcome(NUM_IMAGES)
     assert tree(out) == tree(shard_dir)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert part(pictures, out, 2, 3).was_complete  # a host that comes late
+    assert part(images, out, 2, 3).was_complete  # a host that comes late
 
 
-def test_a_part_that_another_host_overtakes_finds_the_import_complete(pictures, shard_dir, tmp_path, monkeypatch):
+def test_a_part_that_another_host_overtakes_finds_the_import_complete(images, shard_dir, tmp_path, monkeypatch):
     """The other host ends between the look at what is there and the comparison of plans."""
     out, begin = tmp_path / "out", importer._begin
-    part(pictures, out, 1, 2)
+    part(images, out, 1, 2)
 
     def overtaken(*arguments) -> None:
         shutil.rmtree(tmp_path / "out.partial")
@@ -268,12 +268,12 @@ def test_a_part_that_another_host_overtakes_finds_the_import_complete(pictures, 
         begin(*arguments)
 
     monkeypatch.setattr(importer, "_begin", overtaken)
-    assert part(pictures, out, 2, 2) == importer.Outcome(NUM_PICTURES, was_complete=True)
+    assert part(images, out, 2, 2) == importer.Outcome(NUM_IMAGES, was_complete=True)
     assert tree(out) == tree(shard_dir)
 
 
-def test_a_part_that_ends_while_another_host_removes_the_records_misses_nothing(pictures, shard_dir, tmp_path, monkeypatch):
-    part(pictures, tmp_path / "out", 1, 2)
+def test_a_part_that_ends_while_another_host_removes_the_records_misses_nothing(images, shard_dir, tmp_path, monkeypatch):
+    part(images, tmp_path / "out", 1, 2)
     partial, looks, records = tmp_path / "out.partial", [], importer._records
 
     def overtaken(plan, root):
@@ -285,19 +285,19 @@ def test_a_part_that_ends_while_another_host_removes_the_records_misses_nothing(
         return records(plan, root)
 
     monkeypatch.setattr(importer, "_records", overtaken)
-    assert part(pictures, tmp_path / "out", 2, 2) == importer.Outcome(NUM_PICTURES, was_complete=True)
+    assert part(images, tmp_path / "out", 2, 2) == importer.Outcome(NUM_IMAGES, was_complete=True)
     assert len(looks) == 2
 
 
-def test_the_command_without_a_part_writes_what_is_missing_and_the_index(pictures, shard_dir, tmp_path):
-    part(pictures, tmp_path / "out", 2, 3)
-    assert importer.write(pictures, str(tmp_path / "out"), shard_bytes=SHARD_BYTES) == NUM_PICTURES
+def test_the_command_without_a_part_writes_what_is_missing_and_the_index(images, shard_dir, tmp_path):
+    part(images, tmp_path / "out", 2, 3)
+    assert importer.write(images, str(tmp_path / "out"), shard_bytes=SHARD_BYTES) == NUM_IMAGES
     assert tree(tmp_path / "out") == tree(shard_dir)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("store", ["directory", "bucket"])
-def test_parts_at_the_same_time_give_the_set_of_one_host(pictures, shard_dir, s3_server, tmp_path, store):
+def test_parts_at_the_same_time_give_the_set_of_one_host(images, shard_dir, s3_server, tmp_path, store):
     """Threads that meet before each end, so that all find everything recorded."""
     name = s3_server.bucket("shared")
     out = str(tmp_path / "out") if store == "directory" else f"s3://{name}/out"
@@ -311,7 +311,7 @@ def test_parts_at_the_same_time_give_the_set_of_one_host(pictures, shard_dir, s3
                     meet.wait()
 
             try:
-                ended.append(part(pictures, out, number, 3, progress=wait))
+                ended.append(part(images, out, number, 3, progress=wait))
             except BaseException as error:
                 faults.append(error)
 
@@ -332,59 +332,59 @@ def test_parts_at_the_same_time_give_the_set_of_one_host(pictures, shard_dir, s3
                 s3_server.client.delete_object(Bucket=name, Key=key)
 
 
-def test_a_part_that_is_at_work_on_this_host_is_not_begun_twice_nor_the_whole(pictures, tmp_path):
+def test_a_part_that_is_at_work_on_this_host_is_not_begun_twice_nor_the_whole(images, tmp_path):
     refusals = []
 
     def begin_again(done: int, total: int) -> None:
         if refusals:
             return
         for again in (
-            lambda: part(pictures, tmp_path / "out", 1, 2),
-            lambda: importer.write(pictures, str(tmp_path / "out"), shard_bytes=SHARD_BYTES),
+            lambda: part(images, tmp_path / "out", 1, 2),
+            lambda: importer.write(images, str(tmp_path / "out"), shard_bytes=SHARD_BYTES),
         ):
             with pytest.raises(UserError, match="another process is writing") as caught:
                 again()
             refusals.append(str(caught.value))
 
-    part(pictures, tmp_path / "out", 1, 2, progress=begin_again)
+    part(images, tmp_path / "out", 1, 2, progress=begin_again)
     assert refusals[0].startswith("part 1/2: ")
     assert len(refusals) == 2
-    part(pictures, tmp_path / "out", 2, 2)
+    part(images, tmp_path / "out", 2, 2)
     assert (tmp_path / "out" / "index.json").exists()
 
 
-def test_a_part_of_another_plan_is_refused_and_shards_of_another_plan_do_not_count(pictures, tmp_path):
+def test_a_part_of_another_plan_is_refused_and_shards_of_another_plan_do_not_count(images, tmp_path):
     out = tmp_path / "out"
-    part(pictures, out, 1, 2)
-    with pytest.raises(UserError, match="unfinished import with num_pictures=50 instead of 25"):
-        part(pictures, out, 2, 2, selection=Selection(fraction=0.5))
+    part(images, out, 1, 2)
+    with pytest.raises(UserError, match="unfinished import with num_images=50 instead of 25"):
+        part(images, out, 2, 2, selection=Selection(fraction=0.5))
     for path in (tmp_path / "out.partial").glob("import-*.json"):  # as of a host that overwrote the plan in the same moment
         path.write_text(json.dumps({**json.loads(path.read_text()), "plan": "another"}))
-    assert not part(pictures, out, 2, 2).finished
-    assert part(pictures, out, 1, 2).finished
+    assert not part(images, out, 2, 2).finished
+    assert part(images, out, 1, 2).finished
 
 
-def test_an_interrupted_part_leaves_what_others_have_begun(pictures, tmp_path):
-    part(pictures, tmp_path / "out", 1, 2)
+def test_an_interrupted_part_leaves_what_others_have_begun(images, tmp_path):
+    part(images, tmp_path / "out", 1, 2)
     left = set(os.listdir(tmp_path / "out.partial"))
 
     def stop(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(Stopped):
-        part(pictures, tmp_path / "out", 2, 2, progress=stop)
+        part(images, tmp_path / "out", 2, 2, progress=stop)
     assert left <= set(os.listdir(tmp_path / "out.partial"))
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", ""])
-def test_a_part_that_is_none_is_refused(pictures, tmp_path, capsys, text):
+def test_a_part_that_is_none_is_refused(images, tmp_path, capsys, text):
     with pytest.raises(SystemExit, match="78"):
-        main(["shards", "write", str(pictures), str(tmp_path / "out"), "--part", text])
+        main(["shards", "write", str(images), str(tmp_path / "out"), "--part", text])
     assert f"must be I/N with I from 1 to N, got {text!r}" in capsys.readouterr().err
 
 
-def test_the_command_says_what_is_missing_and_what_comes_next(pictures, tmp_path, capsys):
-    command = ["shards", "write", str(pictures), str(tmp_path / "out"), "--processes", "1", "--shard-mb", "0.02"]
+def test_the_command_says_what_is_missing_and_what_comes_next(images, tmp_path, capsys):
+    command = ["shards", "write", str(images), str(tmp_path / "out"), "--processes", "1", "--shard-mb", "0.02"]
     assert main([*command, "--part", "1/2"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("part 1/2: ")

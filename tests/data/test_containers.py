@@ -53,7 +53,7 @@ def database(path: Path, entries: dict[bytes, bytes]) -> Path:
 
 def listing(location: Path) -> tuple[list[str], Counter[str]]:
     source = open_source(location)
-    return [picture.key for picture in source.pictures()], +source.passed_over
+    return [image.key for image in source.images()], +source.passed_over
 
 
 def test_every_kind_of_image_is_taken_in_any_case_and_all_else_is_counted(tmp_path):
@@ -87,22 +87,22 @@ def test_what_was_passed_over_is_told_most_frequent_first_and_long_lists_are_cut
 def test_of_tars_that_were_written_one_behind_another_all_members_are_read(tmp_path):
     (tmp_path / "two.tar").write_bytes(tar("a.jpg", "b.jpg") + tar("c.jpg", "b.jpg") + tar("d.txt"))
     source = open_source(tmp_path / "two.tar")
-    pictures = source.pictures()
-    assert [picture.key for picture in pictures] == ["two/a.jpg", "two/b.jpg", "two/c.jpg"]
-    assert [source.read(picture) for picture in pictures] == [JPEG + name for name in (b"a.jpg", b"b.jpg", b"c.jpg")]
+    images = source.images()
+    assert [image.key for image in images] == ["two/a.jpg", "two/b.jpg", "two/c.jpg"]
+    assert [source.read(image) for image in images] == [JPEG + name for name in (b"a.jpg", b"b.jpg", b"c.jpg")]
     assert +source.passed_over == {".txt": 1, "tar members replaced by a later one": 1}
 
 
 def test_damage_behind_the_end_of_a_tar_is_no_end(tmp_path):
     (tmp_path / "two.tar").write_bytes(tar("a.jpg") + b"rubbish" * 1000)
     with pytest.raises(UserError, match=r"a whole tar is required; .*what follows byte 10,240 is neither"):
-        open_source(tmp_path / "two.tar").pictures()
+        open_source(tmp_path / "two.tar").images()
 
 
 def test_a_hard_link_in_a_tar_is_the_image_it_leads_to(tmp_path):
     (tmp_path / "l.tar").write_bytes(tar("a.jpg", ".h.jpg", links={"b.jpg": "a.jpg", "c.jpg": "missing.jpg"}))
     source = open_source(tmp_path / "l.tar")
-    assert {picture.key: source.read(picture) for picture in source.pictures()} == {
+    assert {image.key: source.read(image) for image in source.images()} == {
         "l/a.jpg": JPEG + b"a.jpg",
         "l/b.jpg": JPEG + b"a.jpg",
     }
@@ -127,21 +127,21 @@ def test_an_lmdb_is_found_in_a_folder_further_down_and_its_own_files_are_not_tol
     (tmp_path / "LUP" / "lmdb" / "keys.pkl").write_bytes(b"x")
     put(tmp_path / "LUP", "more/a.jpg")
     source = open_source(tmp_path / "LUP")
-    assert [(picture.key, source.read(picture)) for picture in source.pictures()] == [
+    assert [(image.key, source.read(image)) for image in source.images()] == [
         ("lmdb/01_a", JPEG),
         ("more/a.jpg", JPEG + b"more/a.jpg"),
     ]
     assert +source.passed_over == {".pkl": 1}
     with source:
         pass
-    assert source.read(source.pictures()[0]) == JPEG  # it is opened again
+    assert source.read(source.images()[0]) == JPEG  # it is opened again
 
 
 def test_two_images_of_one_name_are_refused(tmp_path):
     put(tmp_path, "a/b.jpg")
     (tmp_path / "a.tar").write_bytes(tar("b.jpg"))
     with pytest.raises(UserError, match=r"different names; a/b.jpg stands in a file and a.tar; rename one"):
-        open_source(tmp_path).pictures()
+        open_source(tmp_path).images()
 
 
 # --- names that are no UTF-8 ---
@@ -163,11 +163,11 @@ def test_names_differ_as_keys_and_common_ones_stay_as_they_are():
     assert keys[4:6] == ["日本 #1?.jpg", r"a\b.jpg"]
 
 
-def test_images_whose_names_are_no_utf8_are_imported_resumed_listed_and_rejected(pictures, tmp_path):
+def test_images_whose_names_are_no_utf8_are_imported_resumed_listed_and_rejected(images, tmp_path):
     folder = os.fsencode(tmp_path / "odd")
     os.makedirs(folder + b"/d\xe9")
     for number, name in enumerate((b"d\xe9/a.jpg", b"caf\xe9.jpg", b"b.jpg")):
-        os.link(sorted(pictures.glob("*.jpg"))[number], folder + b"/" + name)
+        os.link(sorted(images.glob("*.jpg"))[number], folder + b"/" + name)
     with open(folder + b"/\xfcbad.jpg", "wb") as file:
         file.write(b"hello")
     assert importer.write(tmp_path / "odd", str(tmp_path / "out")) == 3
@@ -175,15 +175,15 @@ def test_images_whose_names_are_no_utf8_are_imported_resumed_listed_and_rejected
     assert line["key"] == r"\xfcbad.jpg"
     assert shards.verify(str(tmp_path / "out"), cache_dir=tmp_path) == 3
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.jpg\nd\\xe9/a.jpg\n")  # as the file system has it, and as it is told
-    chosen = Selection(list_file=tmp_path / "list.txt").of(open_source(tmp_path / "odd").pictures())
-    assert [picture.key for picture in chosen] == [r"caf\xe9.jpg", r"d\xe9/a.jpg"]
+    chosen = Selection(list_file=tmp_path / "list.txt").of(open_source(tmp_path / "odd").images())
+    assert [image.key for image in chosen] == [r"caf\xe9.jpg", r"d\xe9/a.jpg"]
 
 
 # --- the command ---
 
 
-def test_the_command_tells_what_it_passes_over_at_the_plan_and_at_the_end(pictures, tmp_path, capsys):
-    os.link(pictures / "p01.jpg", tmp_path / "a.jpg")
+def test_the_command_tells_what_it_passes_over_at_the_plan_and_at_the_end(images, tmp_path, capsys):
+    os.link(images / "p01.jpg", tmp_path / "a.jpg")
     put(tmp_path, "a.txt", "b.txt", "c.mat")
     assert main(["shards", "write", str(tmp_path), str(tmp_path / "out"), "--processes", "1"]) == 0
     out, err = capsys.readouterr()
@@ -191,15 +191,15 @@ def test_the_command_tells_what_it_passes_over_at_the_plan_and_at_the_end(pictur
     assert out == f"1 image written to {tmp_path}/out; passed over: 2 .txt, 1 .mat\n"
 
 
-def test_a_complete_import_that_is_repeated_says_so_and_one_of_something_else_is_refused(pictures, tmp_path, capsys):
-    command = ["shards", "write", str(pictures), str(tmp_path / "out"), "--processes", "1"]
+def test_a_complete_import_that_is_repeated_says_so_and_one_of_something_else_is_refused(images, tmp_path, capsys):
+    command = ["shards", "write", str(images), str(tmp_path / "out"), "--processes", "1"]
     assert main(command) == 0
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     capsys.readouterr()
     assert main(command) == 0
     assert capsys.readouterr().out == f"already complete: 50 images in {tmp_path}/out\n"
     assert main([*command, "--fraction", "0.5"]) == 78
-    assert "already holds a complete import with other num_pictures: delete it or choose another" in capsys.readouterr().err
+    assert "already holds a complete import with other num_images: delete it or choose another" in capsys.readouterr().err
     assert main([*command, "--max-side", "30"]) == 78
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     (tmp_path / "out" / importer.DONE).unlink()  # as an older version left it
@@ -210,12 +210,12 @@ def test_a_complete_import_that_is_repeated_says_so_and_one_of_something_else_is
 def test_a_source_can_be_pickled_after_it_was_listed_and_opened(tmp_path):
     database(tmp_path / "lup", {b"k": JPEG})
     source = open_source(tmp_path / "lup")
-    (picture,) = source.pictures()
-    assert source.read(picture) == JPEG
+    (image,) = source.images()
+    assert source.read(image) == JPEG
     copy: Source = pickle.loads(pickle.dumps(source))
     with source:
         pass  # a process opens an LMDB once
-    assert copy.read(picture) == JPEG
+    assert copy.read(image) == JPEG
     assert copy.location == source.location
 
 

@@ -1,4 +1,4 @@
-"""JPEG bytes onto canvases, and what the regions cut from them have to do with the full picture."""
+"""JPEG bytes onto canvases, and what the regions cut from them have to do with the full image."""
 
 import io
 
@@ -43,7 +43,7 @@ def test_channels_are_red_green_blue():
 
 
 @pytest.mark.parametrize("size", [(40, 20), (160, 80), (1, 1), (97, 80), (160, 3)])
-def test_a_picture_that_fits_stands_in_the_upper_left_corner_as_pil_decodes_it(size):
+def test_an_image_that_fits_stands_in_the_upper_left_corner_as_pil_decodes_it(size):
     jpeg, canvas = jpeg_of(smooth(*size)), canvas_of(160, 80)
     assert decode_onto(jpeg, canvas) == (size, size)
     assert np.abs(canvas[: size[0], : size[1]] - pil_pixels(jpeg)).max() <= 2
@@ -52,7 +52,7 @@ def test_a_picture_that_fits_stands_in_the_upper_left_corner_as_pil_decodes_it(s
 
 
 @pytest.mark.parametrize("size", [(161, 80), (320, 160), (400, 120), (100, 300), (1100, 500), (640, 640)])
-def test_a_larger_picture_is_shrunk_by_eighths_until_it_fits(size):
+def test_a_larger_image_is_shrunk_by_eighths_until_it_fits(size):
     image, canvas = smooth(*size), canvas_of(160, 80)
     placed = decode_onto(jpeg_of(image), canvas)
     assert placed.native_size == size
@@ -65,7 +65,7 @@ def test_a_larger_picture_is_shrunk_by_eighths_until_it_fits(size):
     assert (canvas[:, width:] == 77).all()
 
 
-def test_a_picture_of_more_than_eight_canvases_is_made_to_fit():
+def test_an_image_of_more_than_eight_canvases_is_made_to_fit():
     image, canvas = smooth(1500, 100), canvas_of(160, 80)
     assert decode_onto(jpeg_of(image), canvas).size == (160, 13)
     assert decode_onto(jpeg_of(image.transpose(1, 0, 2)), canvas).size == (13, 80)
@@ -101,19 +101,19 @@ def test_a_grey_jpeg_becomes_three_equal_channels():
     assert canvas.std() > 10
 
 
-@pytest.mark.parametrize("jpeg", [b"", b"\xff\xd8\xff", b"not a picture at all", bytes(1000), jpeg_of(smooth(99, 50))[:-300]])
-def test_bytes_that_are_no_whole_picture_are_a_bad_image(jpeg):
+@pytest.mark.parametrize("jpeg", [b"", b"\xff\xd8\xff", b"not an image at all", bytes(1000), jpeg_of(smooth(99, 50))[:-300]])
+def test_bytes_that_are_no_whole_image_are_a_bad_image(jpeg):
     with pytest.raises(BadImage):
         decode_onto(jpeg, canvas_of(160, 80))
 
 
-# --- the canvas path against the faithful one: the crop cut from the fully decoded picture, resized by PIL ---
+# --- the canvas path against the faithful one: the crop cut from the fully decoded image, resized by PIL ---
 
 IMG_SIZE, MAX_SHIFT, CANVAS = (256, 128), 64, (480, 240)
 
 
 def textured(height: int, width: int, seed: int) -> np.ndarray:
-    """A picture with detail at every scale: twice the frequency has half the amplitude, as in photographs."""
+    """An image with detail at every scale: twice the frequency has half the amplitude, as in photographs."""
     rng, image = np.random.default_rng(seed), np.zeros((height, width, 3))
     for octave in range(2, 9):
         side = 2**octave
@@ -142,8 +142,8 @@ def differences(native: tuple[int, int], count: int = 8) -> list[float]:
         shrunk = np.array(native) / size[i].numpy()
         y0, x0, y1, x1 = (pixel_boxes(drawn.boxes, size)[i].numpy() * [*shrunk, *shrunk]).tolist()
         p = int(drawn.scale[i])
-        picture = Image.open(io.BytesIO(jpeg)).resize((128 + p // 2, 256 + p), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
-        expected = np.asarray(picture, np.float64)
+        image = Image.open(io.BytesIO(jpeg)).resize((128 + p // 2, 256 + p), Image.Resampling.BICUBIC, box=(x0, y0, x1, y1))
+        expected = np.asarray(image, np.float64)
         expected = expected[:, ::-1] if drawn.flip[i] else expected
         mine = ours[i].permute(1, 2, 0).double().numpy()[: 256 + p, : 128 + p // 2]
         found.append(float(np.abs(mine - expected).mean()))
@@ -151,10 +151,10 @@ def differences(native: tuple[int, int], count: int = 8) -> list[float]:
 
 
 @pytest.mark.parametrize("native", [(150, 60), (256, 128), (399, 150), (480, 240), (180, 239)])
-def test_a_picture_that_fits_its_canvas_gives_the_pixels_of_the_faithful_path(native):
+def test_an_image_that_fits_its_canvas_gives_the_pixels_of_the_faithful_path(native):
     assert largest(differences(native)) < 0.5  # grey levels of 255: PIL rounds between its two passes
 
 
 @pytest.mark.parametrize("native", [(481, 190), (500, 230), (640, 300), (720, 360), (1200, 500), (400, 290)])
-def test_a_picture_that_the_decoder_shrinks_agrees_to_one_and_a_half_grey_levels(native):
+def test_an_image_that_the_decoder_shrinks_agrees_to_one_and_a_half_grey_levels(native):
     assert largest(differences(native)) < 1.5

@@ -1,4 +1,4 @@
-"""Importing pictures into a directory of shards, interruptions included."""
+"""Importing images into a directory of shards, interruptions included."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ from personmae.system import mosaic
 
 StreamingDataset = mosaic.load("streaming.base.dataset").StreamingDataset
 MDSWriter = mosaic.load("streaming.base.format.mds.writer").MDSWriter
-NUM_PICTURES = 50
+NUM_IMAGES = 50
 SHARD_BYTES = 20_000
 
 
@@ -46,8 +46,8 @@ def tree(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def test_writing_again_gives_the_same_bytes(pictures, shard_dir, tmp_path):
-    importer.write(pictures, str(tmp_path / "again"), shard_bytes=SHARD_BYTES)
+def test_writing_again_gives_the_same_bytes(images, shard_dir, tmp_path):
+    importer.write(images, str(tmp_path / "again"), shard_bytes=SHARD_BYTES)
     assert len(tree(shard_dir)) > 3
     assert tree(tmp_path / "again") == tree(shard_dir)
 
@@ -58,17 +58,17 @@ def test_no_shard_is_larger_than_asked_for(shard_dir):
     assert sorted(sizes)[1] > SHARD_BYTES / 2  # all but the last are full
 
 
-def test_shards_are_those_of_streamings_own_writer(pictures, shard_dir, tmp_path):
+def test_shards_are_those_of_streamings_own_writer(images, shard_dir, tmp_path):
     with MDSWriter(out=str(tmp_path / "own"), columns=shards.COLUMNS, hashes=shards.HASHES, size_limit=SHARD_BYTES) as writer:
-        for path in sorted(pictures.rglob("*.jp*g")):
+        for path in sorted(images.rglob("*.jp*g")):
             height, width = np.asarray(cv2.imread(str(path))).shape[:2]
-            key = path.relative_to(pictures).as_posix()
+            key = path.relative_to(images).as_posix()
             writer.write({"jpeg": path.read_bytes(), "key": key, "height": np.uint16(height), "width": np.uint16(width)})
     assert tree(tmp_path / "own") == {name: content for name, content in tree(shard_dir).items() if name != importer.DONE}
 
 
 def test_streaming_opens_what_was_written_even_where_a_whole_shard_was_rejected(source, tmp_path):
-    (source / "1.jpg").write_bytes(b"not a picture" * 100)
+    (source / "1.jpg").write_bytes(b"not an image" * 100)
     assert importer.write(source, str(tmp_path / "out"), shard_bytes=1500) == 3
     names = sorted(path.name for path in (tmp_path / "out").glob("*.mds"))
     assert names == ["shard.00000.mds", "shard.00002.mds", "shard.00003.mds"]
@@ -83,7 +83,7 @@ def test_a_missing_source_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_source_without_pictures_says_what_is_wanted(tmp_path):
+def test_a_source_without_images_says_what_is_wanted(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.gif").touch()
     assert "holds none beside 1 .gif" in refused(tmp_path / "source", tmp_path / "out")
@@ -104,7 +104,7 @@ def test_an_option_out_of_range_is_named(source, tmp_path, options, expected):
     assert not list(tmp_path.glob("out*"))
 
 
-# --- pictures that cannot be used ---
+# --- images that cannot be used ---
 
 
 def rejects(root: Path) -> dict[str, str]:
@@ -150,7 +150,7 @@ def test_a_whole_source_leaves_no_list_of_rejects(source, tmp_path):
     assert sorted(tree(tmp_path / "out")) == ["imported.json", "index.json", "shard.00000.mds"]
 
 
-def test_a_picture_that_claims_to_be_enormous_is_not_decoded(source):
+def test_an_image_that_claims_to_be_enormous_is_not_decoded(source):
     jpeg = (source / "0.jpg").read_bytes()
     at = jpeg.index(b"\xff\xc0") + 5
     claim = jpeg[:at] + (60_000).to_bytes(2, "big") * 2 + jpeg[at + 4 :]
@@ -158,14 +158,14 @@ def test_a_picture_that_claims_to_be_enormous_is_not_decoded(source):
         shards.checked(claim, len(claim))
 
 
-def test_a_picture_that_changed_since_it_was_listed_is_not_used(source):
+def test_an_image_that_changed_since_it_was_listed_is_not_used(source):
     jpeg = (source / "0.jpg").read_bytes()
     assert shards.checked(jpeg, len(jpeg)) == (jpeg, 40, 20)
     with pytest.raises(ValueError, match="when the source was listed"):
         shards.checked(jpeg, len(jpeg) - 1)
 
 
-def test_a_source_without_a_single_readable_picture_is_refused_and_leaves_nothing(source, tmp_path):
+def test_a_source_without_a_single_readable_image_is_refused_and_leaves_nothing(source, tmp_path):
     for path in source.iterdir():
         path.write_text("hello")
     message = refused(source, tmp_path / "out", shard_bytes=50)
@@ -186,7 +186,7 @@ def test_rejects_from_an_lmdb_are_listed_too(source, tmp_path):
 # --- shrinking ---
 
 
-def test_only_pictures_with_a_longer_side_are_shrunk_to_it(source, tmp_path):
+def test_only_images_with_a_longer_side_are_shrunk_to_it(source, tmp_path):
     assert importer.write(source, str(tmp_path / "out"), max_side=41) == 4
     samples = list(StreamingDataset(local=str(tmp_path / "out"), batch_size=1, shuffle=False))
     assert [(sample["height"], sample["width"]) for sample in samples] == [(40, 20), (41, 20), (41, 20), (41, 19)]
@@ -196,7 +196,7 @@ def test_only_pictures_with_a_longer_side_are_shrunk_to_it(source, tmp_path):
         assert simplejpeg.decode_jpeg_header(sample["jpeg"])[:2] == (sample["height"], sample["width"])
 
 
-def test_a_shrunk_picture_shows_what_it_showed(tmp_path):
+def test_a_shrunk_image_shows_what_it_showed(tmp_path):
     red_over_blue = np.zeros((400, 100, 3), np.uint8)
     red_over_blue[:200, :, 0] = red_over_blue[200:, :, 2] = 255
     jpeg, height, width = shards.checked(*sized(simplejpeg.encode_jpeg(red_over_blue, 95)), max_side=100)
@@ -278,7 +278,7 @@ def test_an_interruption_before_the_first_shard_leaves_nothing(source, tmp_path)
     [
         ({"shard_bytes": 2000}, "shard_bytes=1500 instead of 2000"),
         ({"shard_bytes": 1500, "max_side": 30}, "max_side=None instead of 30"),
-        ({"shard_bytes": 1500, "selection": Selection(fraction=0.5)}, "num_pictures=4 instead of 2"),
+        ({"shard_bytes": 1500, "selection": Selection(fraction=0.5)}, "num_images=4 instead of 2"),
     ],
 )
 def test_an_unfinished_import_goes_on_with_its_own_options_only(source, tmp_path, options, expected):
@@ -318,10 +318,10 @@ def test_a_record_without_the_digest_of_its_plan_does_not_count(source, tmp_path
     assert importer.write(source, str(tmp_path / "out"), shard_bytes=1500) == 4
 
 
-def test_an_unfinished_import_does_not_go_on_with_other_pictures(source, tmp_path):
+def test_an_unfinished_import_does_not_go_on_with_other_images(source, tmp_path):
     interrupted(source, tmp_path / "out", after=2)
     (source / "3.jpg").rename(source / "4.jpg")
-    assert "unfinished import with other pictures" in refused(source, tmp_path / "out", shard_bytes=1500)
+    assert "unfinished import with other images" in refused(source, tmp_path / "out", shard_bytes=1500)
 
 
 def test_a_shard_that_a_power_cut_has_shortened_is_written_again(source, tmp_path):
@@ -362,11 +362,11 @@ def failing_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """The first ``times`` reads of 2.jpg fail as on a network that is away; nobody waits for it."""
     left, read = [times], Source.read
 
-    def fail(self, picture):
-        if picture.key == "2.jpg" and left[0]:
+    def fail(self, image):
+        if image.key == "2.jpg" and left[0]:
             left[0] -= 1
             raise OSError(errno.EIO, "Input/output error")
-        return read(self, picture)
+        return read(self, image)
 
     monkeypatch.setattr(Source, "read", fail)
     monkeypatch.setattr(files.time, "sleep", lambda seconds: None)

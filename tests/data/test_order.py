@@ -42,7 +42,7 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_nothing_else():
 
 def test_the_order_is_the_one_that_earlier_runs_had():
     order = epoch_order([3, 2, 4], seed=1, epoch=2, block_size=4).ids.tolist()
-    assert order == [4, 2, 1, 0, 3, 6, 5, 7, 8]  # or a run that is resumed under a newer numpy reads other pictures
+    assert order == [4, 2, 1, 0, 3, 6, 5, 7, 8]  # or a run that is resumed under a newer numpy reads other images
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

@@ -14,9 +14,9 @@ SHARD_BYTES = 20_000
 
 
 @pytest.fixture
-def source(pictures: Path, tmp_path: Path) -> Path:
+def source(images: Path, tmp_path: Path) -> Path:
     """50 images, two that end early and one that is a text: 5.7 % cannot be used."""
-    folder = Path(shutil.copytree(pictures, tmp_path / "source"))
+    folder = Path(shutil.copytree(images, tmp_path / "source"))
     whole = (folder / "p01.jpg").read_bytes()
     (folder / "cut1.jpg").write_bytes(whole[:-20])
     (folder / "cut2.jpg").write_bytes(whole[:-40])

@@ -12,7 +12,7 @@ from personmae.data import shards
 from personmae.errors import UserError
 from personmae.system import mosaic
 
-NUM_PICTURES = 50
+NUM_IMAGES = 50
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def own_shards(shard_dir: Path, tmp_path: Path) -> Path:
 def test_every_sample_of_a_whole_data_set_is_verified(shard_dir, tmp_path):
     seen = []
     count = shards.verify(str(shard_dir), cache_dir=tmp_path, progress=lambda done, total: seen.append((done, total)))
-    assert count == NUM_PICTURES
-    assert seen[-1] == (NUM_PICTURES, NUM_PICTURES)
+    assert count == NUM_IMAGES
+    assert seen[-1] == (NUM_IMAGES, NUM_IMAGES)
 
 
 def test_verifying_finds_a_flipped_byte_and_names_the_shard(own_shards, tmp_path):
@@ -54,7 +54,7 @@ def without_hashes(root: Path) -> None:
     (root / "index.json").write_text(json.dumps(index))
 
 
-def test_verifying_reads_the_pictures_where_the_index_has_no_hashes(own_shards, tmp_path):
+def test_verifying_reads_the_images_where_the_index_has_no_hashes(own_shards, tmp_path):
     without_hashes(own_shards)
     path = own_shards / "shard.00000.mds"
     content = path.read_bytes()
@@ -73,13 +73,13 @@ def test_verifying_compares_the_recorded_height_and_width(source, tmp_path):
         shards.verify(str(tmp_path / "out"), cache_dir=tmp_path)
 
 
-def test_a_description_counts_shards_samples_bytes_and_heights(pictures, shard_dir, tmp_path):
+def test_a_description_counts_shards_samples_bytes_and_heights(images, shard_dir, tmp_path):
     stats = shards.describe(str(shard_dir), cache_dir=tmp_path)
     files = list(shard_dir.glob("*.mds"))
-    assert (stats.num_shards, stats.num_samples) == (len(files), NUM_PICTURES)
+    assert (stats.num_shards, stats.num_samples) == (len(files), NUM_IMAGES)
     assert stats.num_bytes == sum(path.stat().st_size for path in files)
-    heights = [np.asarray(cv2.imread(str(path))).shape[0] for path in sorted(pictures.rglob("*.jp*g"))]
-    assert sum(stats.heights.values()) == NUM_PICTURES
+    heights = [np.asarray(cv2.imread(str(path))).shape[0] for path in sorted(images.rglob("*.jp*g"))]
+    assert sum(stats.heights.values()) == NUM_IMAGES
     for band, count in stats.heights.items():
         low, high = map(int, band.removesuffix(" px").split("-"))
         assert count == sum(low <= height <= high for height in heights)

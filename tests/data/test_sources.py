@@ -1,4 +1,4 @@
-"""Folders, LMDBs and tars as sources of pictures; lists and shares of them."""
+"""Folders, LMDBs and tars as sources of images; lists and shares of them."""
 
 import errno
 import gzip
@@ -11,7 +11,7 @@ from pathlib import Path
 import lmdb
 import pytest
 
-from personmae.data.containers import Picture
+from personmae.data.containers import ImageEntry
 from personmae.data.selection import Selection, read_list
 from personmae.data.sources import open_source
 from personmae.errors import UserError
@@ -45,16 +45,16 @@ def tar(path: Path, *names: str, content: bytes = JPEG) -> Path:
 
 
 def keys(path: Path, selection: Selection | None = None) -> list[str]:
-    pictures = open_source(path).pictures()
-    return [picture.key for picture in (selection.of(pictures) if selection else pictures)]
+    images = open_source(path).images()
+    return [image.key for image in (selection.of(images) if selection else images)]
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """All pictures as another process gets them; their listed sizes are compared on the way."""
-    pictures = open_source(path).pictures()
+    """All images as another process gets them; their listed sizes are compared on the way."""
+    images = open_source(path).images()
     with pickle.loads(pickle.dumps(open_source(path))) as source:
-        found = {picture.key: source.read(picture) for picture in pictures}
-    assert [picture.num_bytes for picture in pictures] == [len(content) for content in found.values()]
+        found = {image.key: source.read(image) for image in images}
+    assert [image.num_bytes for image in images] == [len(content) for content in found.values()]
     return found
 
 
@@ -68,7 +68,7 @@ def refused(call, *args, **options) -> str:
 # --- folders ---
 
 
-def test_pictures_are_found_at_any_depth_in_upper_and_lower_case_and_in_order(tmp_path):
+def test_images_are_found_at_any_depth_in_upper_and_lower_case_and_in_order(tmp_path):
     files(tmp_path, "b.JPG", "a.jpeg", "c/d.jpg", "c-1/e.jpg", "c/ignored.gif", "ignored.txt")
     assert keys(tmp_path) == ["a.jpeg", "b.JPG", "c-1/e.jpg", "c/d.jpg"]
     assert contents(tmp_path)["c/d.jpg"] == JPEG + b"c/d.jpg"
@@ -79,7 +79,7 @@ def test_links_are_followed_and_a_link_to_a_folder_above_is_not(tmp_path):
     (tmp_path / "source" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "source" / "loop").symlink_to(tmp_path / "source")
     (tmp_path / "source" / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    assert open_source(tmp_path / "source").pictures()[1] == Picture("gone.jpg", 0)
+    assert open_source(tmp_path / "source").images()[1] == ImageEntry("gone.jpg", 0)
     assert keys(tmp_path / "source") == ["a.jpg", "gone.jpg", "link/b.jpg"]
 
 
@@ -164,7 +164,7 @@ def test_a_compressed_tar_is_refused_whatever_its_name(tmp_path, name):
         assert f"decompress {tmp_path}/wds/{name} first" in refused(keys, path)
 
 
-def test_a_tar_that_is_cut_off_or_none_or_holds_no_picture_is_refused(tmp_path):
+def test_a_tar_that_is_cut_off_or_none_or_holds_no_image_is_refused(tmp_path):
     whole = tar(tmp_path / "plain.tar", "a.jpg", content=JPEG * 1000).read_bytes()
     (tmp_path / "cut.tar").write_bytes(whole[:2000])
     (tmp_path / "text.tar").write_text("hello" * 1000)
@@ -207,9 +207,9 @@ def test_a_list_of_file_names_selects_from_an_lmdb_whose_keys_have_no_suffix(tmp
 
 def test_unknown_and_ambiguous_names_are_counted_and_the_first_is_given(source, tmp_path):
     message = refused(keys, source, Selection(list_file=text_list(tmp_path, "1.jpg", "c/1.jpg", "9.jpg")))
-    assert "2 of 3 stand for no picture of the source, the first is 'c/1.jpg'" in message
+    assert "2 of 3 stand for no image of the source, the first is 'c/1.jpg'" in message
     message = refused(keys, source, Selection(list_file=text_list(tmp_path, "2.jpg", "1.jpg")))
-    assert "1 of 2 stand for several pictures of the source, the first is '2.jpg'" in message
+    assert "1 of 2 stand for several images of the source, the first is '2.jpg'" in message
 
 
 def test_the_first_share_is_that_of_the_list_not_of_the_source(source, tmp_path):
@@ -263,11 +263,11 @@ def test_a_pickle_of_something_else_is_refused(tmp_path, content):
 
 # --- random shares ---
 
-MANY = [Picture(f"{i:05}.jpg", i) for i in range(1001)]
+MANY = [ImageEntry(f"{i:05}.jpg", i) for i in range(1001)]
 
 
-def share(fraction: float, seed: int = 0, pictures: list[Picture] = MANY) -> list[Picture]:
-    return Selection(fraction=fraction, seed=seed).of(pictures)
+def share(fraction: float, seed: int = 0, images: list[ImageEntry] = MANY) -> list[ImageEntry]:
+    return Selection(fraction=fraction, seed=seed).of(images)
 
 
 def test_a_share_has_the_exact_count_and_keeps_the_order():
@@ -284,8 +284,8 @@ def test_a_smaller_share_is_contained_in_a_larger_one_of_the_same_seed_only():
 
 
 def test_a_share_depends_on_names_not_on_their_order_or_sizes():
-    turned = [Picture(picture.key, 7) for picture in reversed(MANY)]
-    assert {picture.key for picture in share(0.5, pictures=turned)} == {picture.key for picture in share(0.5)}
+    turned = [ImageEntry(image.key, 7) for image in reversed(MANY)]
+    assert {image.key for image in share(0.5, images=turned)} == {image.key for image in share(0.5)}
 
 
 def test_a_share_that_is_empty_or_no_share_is_refused():
@@ -301,12 +301,12 @@ def test_a_tar_that_is_damaged_after_its_first_member_is_refused_and_not_half_re
             member = tarfile.TarInfo(f"{i:02}.jpg")
             member.size = 600
             archive.addfile(member, io.BytesIO(bytes([i]) * 600))
-    assert len(open_source(path).pictures()) == 20
+    assert len(open_source(path).images()) == 20
     content, header = bytearray(path.read_bytes()), 12 * (512 + 1024)
     content[header + 3] ^= 1
     path.write_bytes(content if damage == "flip" else content[: header + 100])
     with pytest.raises(UserError, match=rf"a whole tar is required; .*crops\.tar is not one: what follows byte {header:,} is"):
-        open_source(path).pictures()
+        open_source(path).images()
 
 
 def test_folders_that_are_linked_to_each_other_are_walked_once_from_each_side(tmp_path):
@@ -314,7 +314,7 @@ def test_folders_that_are_linked_to_each_other_are_walked_once_from_each_side(tm
         (tmp_path / here).mkdir()
         (tmp_path / here / f"{here}.jpg").touch()
         (tmp_path / here / "l").symlink_to(f"../{there}")
-    keys = [picture.key for picture in open_source(tmp_path).pictures()]
+    keys = [image.key for image in open_source(tmp_path).images()]
     assert keys == ["a/a.jpg", "a/l/b.jpg", "b/b.jpg", "b/l/a.jpg"]
 
 
@@ -331,4 +331,4 @@ def test_a_folder_that_cannot_be_listed_stops_the_import(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", failing)
     with pytest.raises(UserError, match=r"all folders below .* must be readable; .*/lost is not: Input/output error"):
-        open_source(tmp_path).pictures()
+        open_source(tmp_path).images()

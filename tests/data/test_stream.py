@@ -22,7 +22,7 @@ from personmae.data.decode import decode_onto
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.errors import UserError
 
-NUM_PICTURES = 50
+NUM_IMAGES = 50
 CANVAS = (40, 20)
 OPTIONS: dict[str, Any] = {
     "canvas_size": CANVAS,
@@ -66,7 +66,7 @@ def read(data: ShardSet, count: int, **options) -> list[CanvasBatch]:
 
 
 def kept(batch: CanvasBatch) -> CanvasBatch:
-    """A copy that the reader does not overwrite, black where there is no picture."""
+    """A copy that the reader does not overwrite, black where there is no image."""
     copy = CanvasBatch(*(tensor.clone() for tensor in batch))
     for canvas, (height, width) in zip(copy.canvas, copy.size.tolist(), strict=True):
         canvas[height:], canvas[:, width:] = 0, 0
@@ -90,15 +90,15 @@ def opening(root: Path, cache: Path) -> str:
 # --- shards ---
 
 
-def test_samples_are_the_files_byte_for_byte_with_their_names_and_sizes(data, pictures):
-    files = sorted(path for path in pictures.rglob("*") if path.is_file())
-    assert len(data) == len(files) == NUM_PICTURES
+def test_samples_are_the_files_byte_for_byte_with_their_names_and_sizes(data, images):
+    files = sorted(path for path in images.rglob("*") if path.is_file())
+    assert len(data) == len(files) == NUM_IMAGES
     number = 0
     for index, shard in enumerate(data.shards):
         for position in range(shard.samples):
             sample, file = data.open(index).sample(position), files[number]
             assert bytes(sample["jpeg"]) == bytes(data.jpeg(number)) == file.read_bytes()
-            assert bytes(sample["key"]).decode() == file.relative_to(pictures).as_posix()
+            assert bytes(sample["key"]).decode() == file.relative_to(images).as_posix()
             height, width = (int(np.frombuffer(sample[side], np.uint16)[0]) for side in ("height", "width"))
             assert (height, width) == decode_onto(sample["jpeg"], np.empty((8, 8, 3), np.uint8)).native_size
             assert data.where(number) == f"sample {position} of {data.root}/{shard.name}"
@@ -186,7 +186,7 @@ def test_a_hash_that_does_not_agree_names_the_shard(own_shards, tmp_path):
 # --- batches ---
 
 
-def test_batches_hold_the_decoded_pictures_of_the_global_order_with_their_keys(data):
+def test_batches_hold_the_decoded_images_of_the_global_order_with_their_keys(data):
     ids = order.epoch_order(data.sizes, seed=3, epoch=0, block_size=16).ids
     batch = joined(read(data, 12))
     assert [tuple(t.shape) for t in batch] == [(48, *CANVAS, 3), (48, 2), (48, 2), (48,)]
@@ -262,7 +262,7 @@ def test_a_run_of_so_many_steps_ends_after_them_and_opens_no_shard_beyond(data, 
 
 def test_too_few_samples_for_a_global_batch_are_refused_at_once(data):
     before = threading.active_count()
-    with pytest.raises(UserError, match=f"one global batch needs 51 samples; .* holds {NUM_PICTURES}"):
+    with pytest.raises(UserError, match=f"one global batch needs 51 samples; .* holds {NUM_IMAGES}"):
         BatchReader(data, **{**OPTIONS, "global_batch_size": 51})
     assert threading.active_count() == before
 
@@ -304,7 +304,7 @@ def test_a_bad_image_is_named_counted_and_replaced_by_its_successor(data, own_sh
 def test_the_last_sample_is_replaced_by_the_first(data, own_shards, tmp_path):
     last = len(data.shards) - 1
     bad = spoil(own_shards, last, data.shards[last].samples - 1, tmp_path)
-    assert bad == NUM_PICTURES - 1
+    assert bad == NUM_IMAGES - 1
     ids = order.epoch_order(data.sizes, seed=3, epoch=0, block_size=16).ids.tolist()
     with ShardSet(str(own_shards), tmp_path) as damaged:
         batch = joined(read(damaged, 5, global_batch_size=10, micro_batch_size=10))  # no tail
@@ -334,7 +334,7 @@ def test_more_bad_images_than_allowed_stop_the_run_with_one_line(own_shards, tmp
     for position in range(6):
         spoil(own_shards, 0, position, tmp_path)
     with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged, max_bad_ratio=0.01) as reader:
-        with pytest.raises(UserError, match=r"at most 1\.0% of the pictures may be unreadable") as caught:
+        with pytest.raises(UserError, match=r"at most 1\.0% of the images may be unreadable") as caught:
             list(islice(reader, 12))
         assert f"run 'personmae shards verify {own_shards}'" in str(caught.value)
         assert "shard.00000.mds" in str(caught.value)

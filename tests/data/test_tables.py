@@ -23,8 +23,8 @@ MDSWriter = mosaic.load("streaming.base.format.mds.writer").MDSWriter
 
 
 @pytest.fixture(scope="module")
-def jpegs(pictures: Path) -> list[bytes]:
-    return [path.read_bytes() for path in sorted(pictures.rglob("*.jp*g"))[:30]]
+def jpegs(images: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted(images.rglob("*.jp*g"))[:30]]
 
 
 def foreign(out: Path, jpegs: list[bytes], column: str = "image", encoding: str = "bytes", **options) -> Path:
@@ -39,7 +39,7 @@ def foreign(out: Path, jpegs: list[bytes], column: str = "image", encoding: str 
 def contents(location: Path | str, column: str | None = None) -> dict[str, bytes]:
     source = open_source(location, column)
     with source:
-        return {picture.key: source.read(picture) for picture in source.pictures()}
+        return {image.key: source.read(image) for image in source.images()}
 
 
 def pixels(content: bytes) -> np.ndarray:
@@ -98,14 +98,14 @@ def test_an_index_over_indices_counts_once_and_others_beside_it_too(jpegs, tmp_p
     assert apart == list(contents(tmp_path / "set"))
     (tmp_path / "set" / "index.json").write_text('{"something": "else"}')
     source = open_source(tmp_path / "set")
-    assert len(source.pictures()) == 20
+    assert len(source.images()) == 20
     assert +source.passed_over == {".json": 1}
 
 
-def test_our_own_shards_are_a_source_too_and_keep_their_names(shard_dir, pictures, tmp_path):
+def test_our_own_shards_are_a_source_too_and_keep_their_names(shard_dir, images, tmp_path):
     """They became SHARD/ROW, so that no list of names fitted them any more."""
     source = open_source(shard_dir)
-    original = {picture.key: open_source(pictures).read(picture) for picture in open_source(pictures).pictures()}
+    original = {image.key: open_source(images).read(image) for image in open_source(images).images()}
     assert contents(shard_dir) == original
     (tmp_path / "set" / "below").mkdir(parents=True)
     for path in shard_dir.iterdir():
@@ -125,7 +125,7 @@ def test_our_own_shards_are_a_source_too_and_keep_their_names(shard_dir, picture
     ]
     assert main(command) == 0
     assert {name: original[name] for name in names} == contents(tmp_path / "out")
-    assert len(source.pictures()) == 50
+    assert len(source.images()) == 50
     assert +source.passed_over == {".json": 1}  # imported.json
 
 
@@ -155,7 +155,7 @@ def test_a_damaged_or_missing_shard_stops_the_import_and_names_it(jpegs, tmp_pat
         importer.write(source, str(tmp_path / "out"))
     shard.unlink()
     with pytest.raises(UserError, match=r"all shards of .*index\.json are required; shard\.00001\.mds is not there"):
-        open_source(source).pictures()
+        open_source(source).images()
 
 
 def test_a_column_is_chosen_where_it_is_not_plain(jpegs, tmp_path, capsys):
@@ -206,9 +206,9 @@ def test_parquet_in_a_bucket_is_read_a_row_group_at_a_time(jpegs, s3_server, tmp
     loaded, load = [], tables.Parquet.load
     monkeypatch.setattr(tables.Parquet, "load", lambda self, number: loaded.append(number) or load(self, number))
     source = open_source(f"s3://{name}/set")
-    listed = source.pictures()
+    listed = source.images()
     assert (len(listed), loaded) == (30, [])
-    assert [source.read(picture) for picture in listed] == jpegs
+    assert [source.read(image) for image in listed] == jpegs
     assert loaded == list(range(6))
 
 
@@ -225,7 +225,7 @@ def test_a_row_without_bytes_is_rejected_and_a_table_without_images_is_told(jpeg
     pq.write_table(pa.table({"id": [1, 2]}), tmp_path / "set" / "labels.parquet")
     (tmp_path / "set" / "b.jpg").write_bytes(jpegs[2])
     outcome = importer.carry_out(tmp_path / "set", str(tmp_path / "out"))
-    assert outcome.num_pictures == 3
+    assert outcome.num_images == 3
     assert outcome.passed_over == "1 parquet files without a column of images (name it with --column)"
     assert (
         '"key": "a/00000001", "reason": "it cannot be read: its row has no bytes"'
@@ -237,7 +237,7 @@ def test_a_parquet_file_that_is_cut_off_is_refused(jpegs, tmp_path):
     path = table(tmp_path / "a.parquet", [*jpegs])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"a whole parquet file is required; .*a\.parquet is not one"):
-        open_source(path).pictures()
+        open_source(path).images()
 
 
 def test_a_row_group_is_described_once_however_many_of_its_images_are_read(jpegs, tmp_path, monkeypatch):
@@ -247,9 +247,9 @@ def test_a_row_group_is_described_once_however_many_of_its_images_are_read(jpegs
     opened = tables.Parquet._opened
     monkeypatch.setattr(tables.Parquet, "_opened", lambda self: asked.append(self) or opened(self))
     with open_source(path) as source:
-        pictures = source.pictures()
+        images = source.images()
         asked.clear()
-        assert [source.read(picture) for picture in pictures] == jpegs
+        assert [source.read(image) for image in images] == jpegs
     assert 0 < len(asked) <= 2 * 2  # for each group: it is described, and it is read
 
 
@@ -263,16 +263,16 @@ def test_of_a_large_row_group_some_rows_are_held_at_a_time(jpegs, tmp_path, monk
     held, load = [], tables.Parquet.load
     monkeypatch.setattr(tables.Parquet, "load", lambda self, number: held.append(load(self, number)) or held[-1])
     with open_source(path) as source:
-        pictures = source.pictures()
-        assert [picture.key for picture in pictures] == [f"a/{row:08}" for row in range(91)]
-        assert [source.read(picture) for picture in pictures if many[picture.offset]] == [jpeg for jpeg in many if jpeg]
+        images = source.images()
+        assert [image.key for image in images] == [f"a/{row:08}" for row in range(91)]
+        assert [source.read(image) for image in images if many[image.offset]] == [jpeg for jpeg in many if jpeg]
     assert len(held) > 8
-    assert max(sum(len(image or b"") for image in images) for images in held) < sum(map(len, jpegs)) / 2
+    assert max(sum(len(content or b"") for content in contents) for contents in held) < sum(map(len, jpegs)) / 2
     with open_source(path) as source:  # from the end to the beginning, as another process may begin in the middle
-        pictures = source.pictures()
-        assert [source.read(picture) for picture in pictures[:59:-1]] == many[:59:-1]
+        images = source.images()
+        assert [source.read(image) for image in images[:59:-1]] == many[:59:-1]
     with open_source(path) as source, pytest.raises(FileNotFoundError, match="its row has no bytes"):
-        source.read(source.pictures()[30])
+        source.read(source.images()[30])
 
 
 def test_the_first_rows_of_a_group_are_there_before_the_others_are_read(tmp_path, monkeypatch):
@@ -284,7 +284,7 @@ def test_the_first_rows_of_a_group_are_there_before_the_others_are_read(tmp_path
     monkeypatch.setattr(tables, "_BLOCK_BYTES", 50_000)
     monkeypatch.setattr(tables, "_BUFFER_BYTES", 10_000)
     with open_source(tmp_path / "a.parquet") as source:
-        first = source.pictures()[0]
+        first = source.images()[0]
         assert source.read(first) == noise[0]
         container: Any = source._containers["a.parquet"]
         assert container._handle.tell() < 200_000 < (tmp_path / "a.parquet").stat().st_size

@@ -49,7 +49,7 @@ def test_graphs_give_the_losses_of_the_plain_loop(device: str) -> None:
 
 
 def host_batch(seed: int) -> CanvasBatch:
-    """64 different pictures of 100 x 100 pixels, in pinned memory as a ``BatchReader`` has them."""
+    """64 different images of 100 x 100 pixels, in pinned memory as a ``BatchReader`` has them."""
     generator = torch.Generator().manual_seed(seed)
     canvas = torch.randint(0, 256, (64, *VIEW.canvas_size, 3), dtype=torch.uint8, generator=generator)
     size = torch.full((64, 2), 100)

@@ -41,8 +41,8 @@ def test_doctor_reports_torch_and_every_verb_and_no_secret(
         "give train.precision=fp32",
         "found (env)",
         "http://127.0.0.1:9",
-        "50 pictures",
-        "first picture",
+        "50 images",
+        "first image",
     ):
         assert expected in printed
     for verb in doctor.VERBS:

@@ -45,7 +45,7 @@ def test_a_map_is_told_by_its_middle_and_its_corners() -> None:
     assert hiding.describe_map(odd).startswith("the middle 100.0 %, a corner 0.0 %")
 
 
-def whole_picture(count: int) -> RegionDraws:
+def whole_image(count: int) -> RegionDraws:
     """The whole canvas, neither flipped nor shifted."""
     boxes, none = torch.tensor([[0.0, 0.0, 1.0, 1.0]] * count), torch.zeros(count, dtype=torch.int64)
     return RegionDraws(boxes, torch.zeros(count, dtype=torch.bool), none, torch.zeros(count, 2, dtype=torch.int64))
@@ -56,7 +56,7 @@ def test_what_is_seen_are_the_figures_pixels_in_visible_patches() -> None:
     figure[0, 16:48, 16:32] = 255  # two patches, one of them visible
     ids = torch.tensor([[5, 0, 31]] * 2).sort(dim=1)[0]  # 5 is the patch at (1, 1)
     view = dataclasses.replace(VIEW, max_shift=0)
-    seen = hiding.share_seen(figure, torch.tensor([[128, 64]] * 2), Draws(whole_picture(2), ids), view)
+    seen = hiding.share_seen(figure, torch.tensor([[128, 64]] * 2), Draws(whole_image(2), ids), view)
     assert seen[0].item() == pytest.approx(0.5, abs=1e-3)
     assert seen[1].isnan()
 
@@ -85,7 +85,7 @@ def test_where_people_are_not_drawn_by_this_version_nothing_is_told_of_figures(m
     assert hiding.seen_of_drawn(VIEW, 0, mark) is None
 
 
-def test_a_silhouette_is_where_a_picture_shows_its_person() -> None:
+def test_a_silhouette_is_where_an_image_shows_its_person() -> None:
     """Crops fill their boxes, so it is tall and in the middle."""
     shots = [shot for shot in plan(SETTINGS) if shot.split == "pool"][:12]
     for shot in shots:

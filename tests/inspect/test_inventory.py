@@ -1,4 +1,4 @@
-"""What lies in a folder of benchmarks: found, named, counted, and its pictures opened."""
+"""What lies in a folder of benchmarks: found, named, counted, and its images opened."""
 
 from pathlib import Path
 
@@ -111,7 +111,7 @@ def test_all_benchmarks_below_a_folder_are_told_each_with_its_counts(tmp_path, c
         f"dukemtmc at {tmp_path}/others/duke",
     ]
     assert [line.split() for line in lines[1:3]] == [["split", "images", "ids", "cameras"], ["train", "2", "1", "2"]]
-    assert sum("every file opens as a picture" in line for line in lines) == 2
+    assert sum("every file opens as an image" in line for line in lines) == 2
     assert sum("published 12,936 images of 751 ids" in line for line in lines) == 1
 
 
@@ -125,22 +125,22 @@ def test_a_layout_without_its_lists_is_named_with_what_is_missing_after_the_othe
     assert f"market1501 at {tmp_path}/b" in printed
 
 
-def test_files_that_are_no_pictures_are_counted_and_the_first_three_named(tmp_path, capsys):
+def test_files_that_are_no_images_are_counted_and_the_first_three_named(tmp_path, capsys):
     build(tmp_path, MARKET)
     query = tmp_path / "query" / MARKET["query"][0]
-    query.write_text("not a picture")
+    query.write_text("not an image")
     with pytest.raises(UserError) as caught:
         inventory.run(tmp_path)
-    assert str(caught.value) == f"1 files of {tmp_path} are not pictures ({query}); replace them or remove them"
+    assert str(caught.value) == f"1 files of {tmp_path} are not images ({query}); replace them or remove them"
     for name in MARKET["bounding_box_train"] + [MARKET["bounding_box_test"][1]]:
         next(tmp_path.glob(f"bounding_box_*/{name}")).write_bytes(b"")
     with pytest.raises(UserError, match=r"4 files of .*, \.\.\.\)") as caught:
         inventory.run(tmp_path)
     assert str(caught.value).count(".jpg") == 3
-    assert "4 files do not open as pictures" in capsys.readouterr().out
+    assert "4 files do not open as images" in capsys.readouterr().out
 
 
-def test_a_picture_that_is_cut_short_behind_a_good_header_is_found(tmp_path):
+def test_an_image_that_is_cut_short_behind_a_good_header_is_found(tmp_path):
     build(tmp_path, MARKET)
     cut = tmp_path / "query" / MARKET["query"][0]
     Image.effect_noise((64, 128), 50).save(cut)
@@ -160,7 +160,7 @@ def test_several_problems_are_one_line(tmp_path):
 
 def test_junk_is_not_opened_as_nothing_reads_it(tmp_path):
     build(tmp_path, MARKET)
-    (tmp_path / "bounding_box_test" / "-1_c1s1_000401_03.jpg").write_text("not a picture")
+    (tmp_path / "bounding_box_test" / "-1_c1s1_000401_03.jpg").write_text("not an image")
     inventory.run(tmp_path)
 
 

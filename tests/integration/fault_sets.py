@@ -44,9 +44,9 @@ class Remote:
 
     port: int
     client: Any
-    small: Path  # the 50 pictures of all tests, shards of 20 kB
+    small: Path  # the 50 images of all tests, shards of 20 kB
     large: Path  # 3 shards of 3.5 MB
-    many: Path  # 64 shards of 5 pictures, 0.1 MB each
+    many: Path  # 64 shards of 5 images, 0.1 MB each
 
     def copy(self, name: str, prefix: str) -> str:
         """A copy that a test may damage; returns its location."""
@@ -55,7 +55,7 @@ class Remote:
 
 
 def write_noise(directory: Path, *, count: int, size: tuple[int, int], shard_bytes: int) -> Path:
-    """Pictures that compress badly, as shards."""
+    """Images that compress badly, as shards."""
     rng = np.random.default_rng(0)
     new_writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
     with new_writer(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=shard_bytes) as writer:
@@ -121,7 +121,7 @@ def proxy(
 
 
 def read_epoch(data: ShardSet, **options) -> list[CanvasBatch]:
-    """Every batch of the first epoch, black where there is no picture."""
+    """Every batch of the first epoch, black where there is no image."""
     batches = []
     with closing(BatchReader(data, **(OPTIONS | options))) as reader:
         for batch in islice(reader, reader.steps_per_epoch):

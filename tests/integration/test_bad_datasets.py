@@ -115,4 +115,4 @@ def test_doctor_tells_all_benchmarks_of_a_folder_and_ends_as_the_worst_of_them(t
     assert "list_val.txt is missing" in line
     assert "and 1 more, see above" in line
     assert f"folder at {tmp_path}/mine" in result.stdout
-    assert "1 files do not open as pictures" in result.stdout
+    assert "1 files do not open as images" in result.stdout

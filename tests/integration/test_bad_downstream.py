@@ -63,7 +63,7 @@ def test_a_start_that_has_seen_the_labels_is_told_with_what_matches(market, tune
     assert "and has seen these labels" in done.stdout
     assert f"of {tuned} match; the head starts new: " in done.stdout
     for work in ("opening", "extracting", "clustering"):
-        assert f"{work} 64 pictures" in done.stdout
+        assert f"{work} 64 images" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_plan_is_offered_by_pre_training_alone(market, tmp_path):
     assert "--dry-run" in personmae("pretrain", "--help").stdout
 
 
-def test_a_picture_that_is_cut_short_is_named_before_the_first_step(market, tmp_path):
+def test_an_image_that_is_cut_short_is_named_before_the_first_step(market, tmp_path):
     root = copied(market, tmp_path / "data")
     cut = min((root / "bounding_box_train").glob("*.jpg"))
     cut.write_bytes(cut.read_bytes()[:-40])
@@ -101,10 +101,10 @@ def test_a_picture_that_is_cut_short_is_named_before_the_first_step(market, tmp_
 
 
 @pytest.mark.slow
-def test_a_picture_that_the_second_rank_alone_reads_is_named(market, tmp_path):
+def test_an_image_that_the_second_rank_alone_reads_is_named(market, tmp_path):
     root = copied(market, tmp_path / "data")
     bad = max((root / "bounding_box_test").glob("*.jpg"))
-    bad.write_bytes(b"not a picture")
+    bad.write_bytes(b"not an image")
     options = ["--standalone", "--nproc-per-node", "2", "launcher/finetune.py", "--config"]
     done = launch("torchrun", *options, *finetuning(root, tmp_path / "run", "train.bn_group_size=8"))
     assert done.returncode != 0
@@ -123,7 +123,7 @@ def test_a_place_that_takes_no_result_is_told_before_anything_is_computed(market
     assert "extracting" not in done.stdout
 
 
-def test_an_evaluation_needs_no_training_pictures(market, tmp_path):
+def test_an_evaluation_needs_no_training_images(market, tmp_path):
     root = copied(market, tmp_path / "data")
     shutil.rmtree(root / "bounding_box_train")
     done = personmae("evaluate", "histogram", "market1501", root)

@@ -30,13 +30,13 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(arguments: list[str],
     assert not (tmp_path / "run").exists()
 
 
-def test_an_empty_folder_is_refused_and_a_text_file_named_jpg_is_left_out_and_listed(tmp_path: Path, pictures: Path) -> None:
+def test_an_empty_folder_is_refused_and_a_text_file_named_jpg_is_left_out_and_listed(tmp_path: Path, images: Path) -> None:
     (tmp_path / "empty").mkdir()
     line = one_line_error(personmae("shards", "write", tmp_path / "empty", tmp_path / "out"))
     assert "parquet files are required; " in line
     mixed = tmp_path / "mixed"
-    shutil.copytree(pictures, mixed)
-    (mixed / "0500.jpg").write_text("this is not a picture")
+    shutil.copytree(images, mixed)
+    (mixed / "0500.jpg").write_text("this is not an image")
     assert not list(tmp_path.glob("out*"))
     written = personmae("shards", "write", mixed, tmp_path / "out")
     assert written.returncode == 0, written.stderr
@@ -77,11 +77,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_the_command_and_leaves_no_half_written_data_set(
-    small_disk: Path, pictures: Path, tmp_path: Path
+    small_disk: Path, images: Path, tmp_path: Path
 ) -> None:
     many = tmp_path / "many"
     for copy in range(30):
-        shutil.copytree(pictures, many / str(copy))
+        shutil.copytree(images, many / str(copy))
     line = one_line_error(personmae("shards", "write", many, small_disk / "shards"))
     assert "the disk is full" in line
     assert not list(small_disk.iterdir())

@@ -23,11 +23,11 @@ SHARD_BYTES = int(SHARD_MB * 2**20)
 
 
 @pytest.fixture(scope="module")
-def many(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """300 pictures and two that are none."""
+def many(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 images and two that are none."""
     folder = tmp_path_factory.mktemp("many")
     for copy in range(6):
-        shutil.copytree(pictures, folder / str(copy))
+        shutil.copytree(images, folder / str(copy))
     (folder / "2" / "note.jpg").write_text("hello")
     (folder / "4" / "empty.jpg").touch()
     return folder

@@ -165,7 +165,7 @@ def test_a_result_that_was_cut_off_is_measured_again(finished, benchmarks, tmp_p
     (run_dir / "result.json").write_text(text[: len(text) // 2])
     done = personmae("finetune", *arguments(benchmarks, run_dir))
     assert done.returncode == 0, done.stderr
-    assert "extracting 100 pictures: " in done.stdout
+    assert "extracting 100 images: " in done.stdout
     assert "ranking 32 x 68: " in done.stdout
     assert result(run_dir)["mAP"] == result(finished)["mAP"]
 
@@ -179,7 +179,7 @@ def test_data_that_have_changed_are_named_with_their_counts_and_classes(finished
     for path in gone:
         path.unlink()
     run_dir = copied(finished, tmp_path / "run")
-    told = f"64 training pictures of 8 ids (now {64 - len(gone)} of 7), so its head has 8 classes and 7 are required"
+    told = f"64 training images of 8 ids (now {64 - len(gone)} of 7), so its head has 8 classes and 7 are required"
     assert told in one_line_error(personmae("finetune", *arguments(changed, run_dir)))
     (run_dir / "result.json").unlink()
     line = one_line_error(personmae("finetune", *arguments(changed, run_dir)))
@@ -221,13 +221,13 @@ def opened_for_writing(pipe: Path, reader: warm.Process) -> int:
 def test_a_run_that_is_stopped_in_its_evaluation_is_measured_when_it_goes_on(finished, benchmarks, tmp_path):
     held = tmp_path / "data"
     shutil.copytree(benchmarks, held)
-    picture = max((held / "market1501" / "bounding_box_test").glob("*.jpg"))
-    content = picture.read_bytes()
-    picture.unlink()
-    os.mkfifo(picture)  # whoever reads it waits for a writer: so the evaluation is under way when the signal comes
+    image = max((held / "market1501" / "bounding_box_test").glob("*.jpg"))
+    content = image.read_bytes()
+    image.unlink()
+    os.mkfifo(image)  # whoever reads it waits for a writer: so the evaluation is under way when the signal comes
     command = ["-m", "personmae", "finetune", *arguments(held, tmp_path / "run")]
     run = warm.start(command, env=environment(), stderr=subprocess.PIPE, text=True)
-    pipe = opened_for_writing(picture, run)
+    pipe = opened_for_writing(image, run)
     run.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     with open(pipe, "wb") as file:
@@ -235,8 +235,8 @@ def test_a_run_that_is_stopped_in_its_evaluation_is_measured_when_it_goes_on(fin
     _, told = run.communicate(timeout=60)
     assert run.returncode == 75, told
     assert "while the gallery was ranked, all" in told
-    picture.unlink()
-    picture.write_bytes(content)
+    image.unlink()
+    image.write_bytes(content)
     done = personmae("finetune", *arguments(held, tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "run")["mAP"] == result(finished)["mAP"]

@@ -87,7 +87,7 @@ def test_ten_epochs_through_a_small_cache_take_no_more_than_two(s3_server, tmp_p
 
 
 def write_shards(directory: Path) -> Path:
-    """Some 100 shards of 10 pictures, 70 kB each."""
+    """Some 100 shards of 10 images, 70 kB each."""
     rng = np.random.default_rng(0)
     new_writer = mosaic.load("streaming.base.format.mds.writer").MDSWriter
     with new_writer(out=str(directory), columns={"jpeg": "bytes"}, hashes=["xxh64"], size_limit=70_000) as writer:

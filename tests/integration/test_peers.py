@@ -1,4 +1,4 @@
-"""The usual way that ours is compared with does the same work: the same losses, gradients, updates and pictures."""
+"""The usual way that ours is compared with does the same work: the same losses, gradients, updates and images."""
 
 import importlib
 import json
@@ -157,8 +157,8 @@ def test_regions_are_those_that_ours_cuts_for_the_same_draws(usual: Any) -> None
         assert levels.max() < 3
 
 
-def test_samples_of_a_folder_are_random_but_whole(usual: Any, pictures: Path) -> None:
-    crops = usual.Crops(pictures / "more", VIEW)
+def test_samples_of_a_folder_are_random_but_whole(usual: Any, images: Path) -> None:
+    crops = usual.Crops(images / "more", VIEW)
     assert len(crops) == 10
     samples = [crops[i % 10] for i in range(40)]
     for region_a, region_b, ids_keep, (down, right) in samples:
@@ -170,12 +170,12 @@ def test_samples_of_a_folder_are_random_but_whole(usual: Any, pictures: Path) ->
         torch.testing.assert_close(region_a[:, down:, right:], region_b[:, : 128 - down, : 64 - right])
     assert len({tuple(sample.shift.tolist()) for sample in samples}) > 20
     assert len({tuple(sample.ids_keep.tolist()) for sample in samples}) > 30
-    batch = next(iter(usual.load(pictures / "more", VIEW, 4, 0, pin_memory=False)))
+    batch = next(iter(usual.load(images / "more", VIEW, 4, 0, pin_memory=False)))
     assert batch.region_a.shape == (4, 3, 128, 64)
 
 
-def test_an_epoch_has_as_many_batches_as_are_asked_for(usual: Any, pictures: Path) -> None:
-    batches = list(usual.load(pictures / "more", VIEW, 4, 0, pin_memory=False, num_batches=6))
+def test_an_epoch_has_as_many_batches_as_are_asked_for(usual: Any, images: Path) -> None:
+    batches = list(usual.load(images / "more", VIEW, 4, 0, pin_memory=False, num_batches=6))
     assert len(batches) >= 6
     assert {len(batch.region_a) for batch in batches} == {4}
 

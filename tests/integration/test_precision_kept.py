@@ -102,7 +102,7 @@ def test_auto_records_what_it_came_to_and_says_why(
     assert "precision fp32 (as set)" in capsys.readouterr().out
 
 
-def test_an_encoder_of_another_picture_size_is_told_and_of_another_architecture_refused(
+def test_an_encoder_of_another_image_size_is_told_and_of_another_architecture_refused(
     shard_dir: Path, market: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(pretraining(shard_dir, tmp_path / "start", "train.precision=fp32")) == 0

@@ -67,10 +67,10 @@ def test_a_run_is_not_continued_with_other_settings(shard_dir: Path, native_run:
     assert not (run_dir / "metrics.jsonl").exists()
 
 
-def test_a_run_is_not_continued_on_the_same_pictures_in_other_shards(
-    shard_dir: Path, pictures: Path, native_run: Path, tmp_path: Path
+def test_a_run_is_not_continued_on_the_same_images_in_other_shards(
+    shard_dir: Path, images: Path, native_run: Path, tmp_path: Path
 ) -> None:
-    importer.write(pictures, str(tmp_path / "other"), shard_bytes=30_000)  # another order follows from other shards
+    importer.write(images, str(tmp_path / "other"), shard_bytes=30_000)  # another order follows from other shards
     run_dir = copy_of(native_run, tmp_path / "run")
     run = start_pretrain(tmp_path / "other", run_dir, "engine.name=native")
     assert run.wait(timeout=60) == 78

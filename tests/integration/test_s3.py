@@ -46,12 +46,12 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         subprocess.run([_SCRIPT, "stop", directory], check=False, capture_output=True)
 
 
-def test_pictures_travel_through_the_bucket_into_the_same_losses(
-    gateway: dict[str, str], pictures: Path, shard_dir: Path, native_run: Path, tmp_path: Path
+def test_images_travel_through_the_bucket_into_the_same_losses(
+    gateway: dict[str, str], images: Path, shard_dir: Path, native_run: Path, tmp_path: Path
 ) -> None:
     shard_bytes = json.loads((shard_dir / "index.json").read_text())["shards"][0]["size_limit"]
     location = "s3://crops/people/shards"
-    written = personmae("shards", "write", pictures, location, "--shard-mb", str(shard_bytes / 2**20), env=gateway)
+    written = personmae("shards", "write", images, location, "--shard-mb", str(shard_bytes / 2**20), env=gateway)
     assert written.returncode == 0, written.stderr
     verified = personmae("shards", "verify", location, env=gateway)
     assert verified.stdout.strip() == f"50 samples of {location} are whole", verified.stderr
@@ -59,8 +59,8 @@ def test_pictures_travel_through_the_bucket_into_the_same_losses(
     np.testing.assert_array_equal(losses(tmp_path / "run"), losses(native_run))
 
 
-def test_a_missing_bucket_and_a_wrong_key_are_named(gateway: dict[str, str], pictures: Path, tmp_path: Path) -> None:
-    missing = personmae("shards", "write", pictures, "s3://no-such-bucket/x", env=gateway)
+def test_a_missing_bucket_and_a_wrong_key_are_named(gateway: dict[str, str], images: Path, tmp_path: Path) -> None:
+    missing = personmae("shards", "write", images, "s3://no-such-bucket/x", env=gateway)
     assert "s3://no-such-bucket/x" in one_line_error(missing)
     assert "the bucket does not exist" in missing.stderr
     wrong = personmae("shards", "stats", "s3://crops/people/shards", env=(gateway | {"AWS_SECRET_ACCESS_KEY": "wrong"}))

@@ -120,7 +120,7 @@ def test_a_run_that_is_stopped_in_a_clustering_clusters_again(finished, benchmar
     run = warm.start(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert run.stdout is not None
     for _ in range(2):  # the second is that of epoch 1
-        assert any(line.endswith("extracting 64 pictures ...\n") for line in run.stdout)
+        assert any(line.endswith("extracting 64 images ...\n") for line in run.stdout)
     run.send_signal(signal.SIGTERM)
     _, told = run.communicate(timeout=60)
     assert run.returncode == 75, told
@@ -250,7 +250,7 @@ def test_random_weights_are_a_start_too_as_a_control(benchmarks, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["cluster.min_samples=60"], "clusters a batch are required, and epoch 0 has 0 with 64 of 64 pictures in none"),
+        (["cluster.min_samples=60"], "clusters a batch are required, and epoch 0 has 0 with 64 of 64 images in none"),
         (["batch.num_ids=40"], "batch.num_ids=40 clusters a batch are required"),
         (["train.bn_group_size=7"], "train.bn_group_size=7"),
         (["model.size=small"], "model.size=small must be that of"),

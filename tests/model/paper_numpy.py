@@ -1,6 +1,6 @@
 """The paper's equations in float64 numpy, written from the text and not from the package: slow, one sample at a time.
 
-Pictures are (H, W, C); a patch's vector is (C, y, x), as a convolution's weight would meet it.
+Images are (H, W, C); a patch's vector is (C, y, x), as a convolution's weight would meet it.
 """
 
 import math
@@ -35,7 +35,7 @@ def resize_line(line: Array, start: float, stop: float, size: int) -> Array:
 
 
 def whole_pixels(box: NDArray[np.float32], height: int, width: int) -> tuple[int, int, int, int]:
-    """A crop (y0, x0, y1, x1) in shares of a picture, each edge at the nearest pixel, at least one pixel large."""
+    """A crop (y0, x0, y1, x1) in shares of an image, each edge at the nearest pixel, at least one pixel large."""
     y0, x0, y1, x1 = (math.floor(share * side + np.float32(0.5)) for share, side in zip(box, 2 * (height, width), strict=True))
     y0, x0 = min(y0, height - 1), min(x0, width - 1)
     return y0, x0, max(y1, y0 + 1), max(x1, x0 + 1)

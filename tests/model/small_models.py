@@ -28,7 +28,7 @@ HEADS = {"encoder": 4, "pixel_decoder": 2, "feature_decoder": 2}
 
 
 def a_batch(count: int = 3, view: View = VIEW) -> tuple[Tensor, Tensor, Draws]:
-    """Canvases, the sizes of the pictures on them, and draws."""
+    """Canvases, the sizes of the images on them, and draws."""
     generator = torch.Generator().manual_seed(0)
     height, width = view.canvas_size
     canvas = torch.randint(0, 256, (count, height, width, 3), dtype=torch.uint8, generator=generator)
@@ -54,13 +54,13 @@ def numpy_batch(canvas: Tensor, sizes: Tensor, draws: Draws, view: View) -> list
     batch, grid, size = [], view.grid, view.img_size
     mean, std = np.array(view.mean) * 255, np.array(view.std) * 255
     for i, (height, width) in enumerate(sizes.tolist()):
-        image = canvas[i, :height, :width].double().numpy()
+        pixels = canvas[i, :height, :width].double().numpy()
         box = paper.whole_pixels(draws.regions.boxes[i].numpy(), height, width)
         p, flip = int(draws.regions.scale[i]), bool(draws.regions.flip[i])
         s_h, s_w = draws.regions.shift[i].tolist()
-        picture = paper.eq1_resize(image, box, flip, p, size)
-        region_a = paper.tokens_of((paper.eq2_slice(picture, 0, 0, size) - mean) / std, view.patch_size)
-        region_b = paper.tokens_of((paper.eq2_slice(picture, s_h, s_w, size) - mean) / std, view.patch_size)
+        image = paper.eq1_resize(pixels, box, flip, p, size)
+        region_a = paper.tokens_of((paper.eq2_slice(image, 0, 0, size) - mean) / std, view.patch_size)
+        region_b = paper.tokens_of((paper.eq2_slice(image, s_h, s_w, size) - mean) / std, view.patch_size)
         visible = draws.ids_keep[i].numpy()
         coords_a = paper.eq4_coords(grid, 0, 0, view.patch_size)
         sample = {"patches_a": region_a[visible], "coords_a": coords_a[visible], "patches_b": region_b}

@@ -161,19 +161,19 @@ def test_the_kernel_gives_what_its_twin_gives(outcomes, name):
     assert_equal_to_the_twin(*outcomes[name])
 
 
-def test_the_target_of_a_picture_of_one_colour_is_no_noise_made_large(outcomes):
+def test_the_target_of_an_image_of_one_colour_is_no_noise_made_large(outcomes):
     _, batch = outcomes["one colour"]
     assert batch["patches_b"].mean().item() == pytest.approx((200 / 255 - 0.5) / 0.25, abs=1e-5)
     assert batch["pixel_target"].abs().max() < 0.01
 
 
-def test_pixels_stay_in_the_range_of_the_picture(outcomes):
+def test_pixels_stay_in_the_range_of_the_image(outcomes):
     _, batch = outcomes["black and white"]
     assert batch["patches_b"].min() == pytest.approx(-2)
     assert batch["patches_b"].max() == pytest.approx(2)
 
 
-def test_what_lies_beside_the_picture_on_its_canvas_is_never_seen(outcomes):
+def test_what_lies_beside_the_image_on_its_canvas_is_never_seen(outcomes):
     (case, batch), (other_case, other_batch) = outcomes["beside"], outcomes["other beside"]
     assert not torch.equal(case[0], other_case[0])
     assert all(torch.equal(batch[name], other_batch[name]) for name in batch)

@@ -170,7 +170,7 @@ def test_the_whole_forward_pass_equals_float64_numpy():
             paper.decode(tokens, sample["coords_b"], paper.below(weights, name), 2, HEADS[name])
             for name in ("pixel_decoder", "feature_decoder")
         )
-        coords = paper.eq4_coords(VIEW.grid, 0, 0, 16)  # RegionB is a picture of its own to the teacher
+        coords = paper.eq4_coords(VIEW.grid, 0, 0, 16)  # RegionB is an image of its own to the teacher
         target = paper.layer_norm(paper.encode(sample["patches_b"], coords, teacher_weights, 4, HEADS["encoder"])[1:], eps=1e-5)
         pixel.append(paper.eq5_loss(sample["patches_b"], z))
         feature.append(paper.eq7_loss(target, y, 0.7))

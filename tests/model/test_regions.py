@@ -1,4 +1,4 @@
-"""Eq. (1), (2) and (4), and what is random about a picture."""
+"""Eq. (1), (2) and (4), and what is random about an image."""
 
 import math
 from typing import Any
@@ -21,8 +21,8 @@ from personmae.model.regions import (
     pixel_boxes,
     region_b_coords,
     resize_canvas,
+    resize_images,
     resize_matrix,
-    resize_pictures,
     uniforms,
 )
 from personmae.model.vit import grid_coords, patchify
@@ -44,7 +44,7 @@ def draws(boxes: list, flip: list[bool], scale: list[int], shift: list[tuple[int
 
 
 def whole(canvas: Tensor) -> Tensor:
-    """Sizes of pictures that fill their canvases."""
+    """Sizes of images that fill their canvases."""
     return torch.tensor([canvas.shape[1:3]] * len(canvas))
 
 
@@ -146,7 +146,7 @@ def test_a_flip_probability_of_zero_or_one_decides():
 
 
 @pytest.mark.parametrize("native", [(200, 100), (96, 60), (384, 160)])
-def test_crop_boxes_lie_inside_and_have_the_area_and_aspect_asked_for_in_the_pictures_own_pixels(native):
+def test_crop_boxes_lie_inside_and_have_the_area_and_aspect_asked_for_in_the_images_own_pixels(native):
     boxes = draw_boxes(keys_of(5000), sizes(5000, *native), **PAPER)
     height, width = (boxes[:, 2] - boxes[:, 0]) * native[0], (boxes[:, 3] - boxes[:, 1]) * native[1]
     area, aspect = height * width / (native[0] * native[1]), width / height
@@ -170,7 +170,7 @@ def test_crops_are_placed_evenly_where_there_is_room():
 
 
 @pytest.mark.parametrize(("native", "wanted"), [((100, 300), 0.667), ((900, 100), 0.375)])
-def test_a_picture_that_no_crop_fits_is_cropped_in_its_middle_to_the_nearest_aspect(native, wanted):
+def test_an_image_that_no_crop_fits_is_cropped_in_its_middle_to_the_nearest_aspect(native, wanted):
     boxes = draw_boxes(keys_of(20), sizes(20, *native), **PAPER)
     height, width = (boxes[:, 2] - boxes[:, 0]) * native[0], (boxes[:, 3] - boxes[:, 1]) * native[1]
     assert (width / height).tolist() == pytest.approx([wanted] * 20, rel=1e-4)
@@ -201,19 +201,19 @@ def test_eq1_equals_a_float64_crop_resize_and_flip_for_each_sample():
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("box", [(0, 0, 256, 128), (10, 4, 240, 120), (30, 60, 90, 100)])
-def test_eq1_equals_pils_bicubic_resize_of_the_cropped_picture(box, flip):
+def test_eq1_equals_pils_bicubic_resize_of_the_cropped_image(box, flip):
     coarse = noise(1, 32, 16)[0].numpy()
-    picture = Image.fromarray(coarse).resize((128, 256), Image.Resampling.BICUBIC)
+    image = Image.fromarray(coarse).resize((128, 256), Image.Resampling.BICUBIC)
     y0, x0, y1, x1 = box
-    cropped = picture.crop((x0, y0, x1, y1)).resize((128 // 2 + 8, 256 // 2 + 16), Image.Resampling.BICUBIC)
+    cropped = image.crop((x0, y0, x1, y1)).resize((128 // 2 + 8, 256 // 2 + 16), Image.Resampling.BICUBIC)
     expected = np.asarray(cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else cropped, np.float64)
     drawn = draws([[y0 / 256, x0 / 128, y1 / 256, x1 / 128]], [flip], [16])
-    canvas = torch.from_numpy(np.array(picture))[None]
+    canvas = torch.from_numpy(np.array(image))[None]
     ours = resize_canvas(canvas, whole(canvas), drawn, img_size=(128, 64), max_shift=16)[0].permute(1, 2, 0).double().numpy()
     assert np.abs(ours - expected).max() < 1.5
 
 
-def test_crops_are_whole_pixels_of_the_picture_and_at_least_one():
+def test_crops_are_whole_pixels_of_the_image_and_at_least_one():
     boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0000001], [0.1, 0.26, 0.34, 0.9], [0.999, 0.5, 1.0, 0.501], [0.2, 0.2, 0.2, 0.2]])
     size = torch.tensor([[80, 40], [10, 10], [61, 33], [7, 3]])
     expected = [[0, 0, 80, 40], [1, 3, 3, 9], [60, 17, 61, 18], [1, 1, 2, 2]]
@@ -222,11 +222,11 @@ def test_crops_are_whole_pixels_of_the_picture_and_at_least_one():
 
 
 @pytest.mark.parametrize("count", [1, 40])
-def test_picture_by_picture_and_by_matrices_they_are_resized_to_the_same_grey_levels(count):
-    canvas = noise(count, 80, 40) // 2 + 64  # overshoots stay in range: picture by picture they are clipped after each pass
+def test_image_by_image_and_by_matrices_they_are_resized_to_the_same_grey_levels(count):
+    canvas = noise(count, 80, 40) // 2 + 64  # overshoots stay in range: image by image they are clipped after each pass
     own = torch.tensor([[80, 40], [61, 33], [7, 40], [80, 5], [77, 39]]).repeat(8, 1)[:count]
     drawn = draw_regions(keys_of(count), own, max_shift=16, flip_prob=0.5, crop_scale=(0.1, 1.0), crop_ratio=(0.2, 0.8))
-    ours = resize_pictures(canvas, own, drawn, img_size=(64, 32), max_shift=16)
+    ours = resize_images(canvas, own, drawn, img_size=(64, 32), max_shift=16)
     plain = resize_canvas(canvas, own, drawn, img_size=(64, 32), max_shift=16)
     for i, p in enumerate(drawn.scale.tolist()):
         far = (ours[i, :, : 64 + p, : 32 + p // 2] - plain[i, :, : 64 + p, : 32 + p // 2]).abs()
@@ -259,7 +259,7 @@ def test_rows_of_a_resize_matrix_sum_to_one_up_to_the_size_and_ignore_pixels_out
         assert (rows[:, outside] == 0).all()
 
 
-def test_what_lies_beside_the_picture_on_its_canvas_is_never_seen():
+def test_what_lies_beside_the_image_on_its_canvas_is_never_seen():
     canvas, own = noise(8, 80, 40), torch.tensor([[61, 33]] * 8)
     drawn = draw_regions(keys_of(8), own, max_shift=16, flip_prob=0.5, **PAPER)
     first = resize_canvas(canvas, own, drawn, img_size=(64, 32), max_shift=16)
@@ -267,12 +267,12 @@ def test_what_lies_beside_the_picture_on_its_canvas_is_never_seen():
     assert torch.equal(first, resize_canvas(canvas, own, drawn, img_size=(64, 32), max_shift=16))
 
 
-def test_pixels_stay_in_the_range_of_the_picture():
+def test_pixels_stay_in_the_range_of_the_image():
     canvas = noise(4, 64, 32) // 128 * 255  # black and white: bicubic overshoots
     drawn = draws([[0.2, 0.2, 0.5, 0.5]] * 4, [False] * 4, [16] * 4)
-    picture = resize_canvas(canvas, whole(canvas), drawn, img_size=(64, 32), max_shift=16)
-    assert picture.min() == 0
-    assert picture.max() == 255
+    image = resize_canvas(canvas, whole(canvas), drawn, img_size=(64, 32), max_shift=16)
+    assert image.min() == 0
+    assert image.max() == 255
 
 
 # --- Eq. (2): two regions ---
@@ -281,13 +281,16 @@ def test_pixels_stay_in_the_range_of_the_picture():
 @pytest.mark.parametrize("max_shift", [0, 7, 16])
 def test_eq2_cuts_region_a_at_the_origin_and_region_b_at_its_shift(max_shift):
     generator = torch.Generator().manual_seed(0)
-    picture = torch.rand(5, 3, 64 + max_shift, 32 + max_shift // 2, generator=generator)
+    image = torch.rand(5, 3, 64 + max_shift, 32 + max_shift // 2, generator=generator)
     shift = torch.stack([torch.randint(0, n + 1, (5,), generator=generator) for n in (max_shift, max_shift // 2)], 1)
     shift[0], shift[1] = torch.tensor([0, 0]), torch.tensor([max_shift, max_shift // 2])
-    region_a, region_b = cut_regions(picture, shift, (64, 32))
+    region_a, region_b = cut_regions(image, shift, (64, 32))
     for i, (s_h, s_w) in enumerate(shift.tolist()):
-        image = picture[i].permute(1, 2, 0).double().numpy()
-        for ours, expected in ((region_a, eq2_slice(image, 0, 0, (64, 32))), (region_b, eq2_slice(image, s_h, s_w, (64, 32)))):
+        pixels = image[i].permute(1, 2, 0).double().numpy()
+        for ours, expected in (
+            (region_a, eq2_slice(pixels, 0, 0, (64, 32))),
+            (region_b, eq2_slice(pixels, s_h, s_w, (64, 32))),
+        ):
             assert np.array_equal(ours[i].permute(1, 2, 0).double().numpy(), expected)
 
 
@@ -304,9 +307,9 @@ def test_eq4_moves_coordinates_by_exactly_a_sixteenth_of_the_shift():
 
 
 def test_a_patch_of_region_b_that_lies_on_region_as_grid_is_region_as_patch():
-    picture = torch.rand(1, 3, 96, 48, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 3, 96, 48, generator=torch.Generator().manual_seed(0))
     shift = torch.tensor([[32, 16]])
-    region_a, region_b = cut_regions(picture, shift, (64, 32))
+    region_a, region_b = cut_regions(image, shift, (64, 32))
     patches_a, patches_b = patchify(region_a, 16)[0], patchify(region_b, 16)[0]
     coords = region_b_coords(grid_coords((4, 2)), shift, 16)[0]
     shared = [(i, int(y), int(x)) for i, (y, x) in enumerate(coords.tolist()) if y < 4 and x < 2]
@@ -316,9 +319,9 @@ def test_a_patch_of_region_b_that_lies_on_region_as_grid_is_region_as_patch():
 
 
 def test_regions_have_the_patches_that_numpy_slices_give():
-    picture = torch.rand(1, 3, 72, 36, generator=torch.Generator().manual_seed(0))
-    _, region_b = cut_regions(picture, torch.tensor([[5, 3]]), (64, 32))
-    expected = tokens_of(eq2_slice(picture[0].permute(1, 2, 0).double().numpy(), 5, 3, (64, 32)), 16)
+    image = torch.rand(1, 3, 72, 36, generator=torch.Generator().manual_seed(0))
+    _, region_b = cut_regions(image, torch.tensor([[5, 3]]), (64, 32))
+    expected = tokens_of(eq2_slice(image[0].permute(1, 2, 0).double().numpy(), 5, 3, (64, 32)), 16)
     assert np.array_equal(patchify(region_b, 16)[0].double().numpy(), expected)
 
 

@@ -108,7 +108,7 @@ def test_unpatchify_inverts_patchify(size):
     assert torch.equal(unpatchify(patchify(images, 16), grid, 16), images)
 
 
-def test_patches_are_the_squares_of_the_picture_row_by_row():
+def test_patches_are_the_squares_of_the_image_row_by_row():
     image = torch.arange(3 * 8 * 4, dtype=torch.float32).reshape(1, 3, 8, 4)
     patches = patchify(image, 2)
     for index in range(8):

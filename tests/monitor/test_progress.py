@@ -15,7 +15,7 @@ def test_a_line_comes_at_once_and_then_every_ten_seconds(
 ) -> None:
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with Progress("shards write", "pictures") as progress:
+    with Progress("shards write", "images") as progress:
         progress(5000, 1_000_000)  # done before it was resumed
         for done in range(5001, 5061):  # 4 a second, then 1 in 2 seconds: slower, as where a disk fills its cache
             now[0] += 0.25 if done <= 5050 else 2
@@ -23,15 +23,15 @@ def test_a_line_comes_at_once_and_then_every_ten_seconds(
         progress(1_000_000, 1_000_000)
     lines = [line[9:] for line in capsys.readouterr().err.splitlines()]
     assert lines[0] == "shards write: preparing ..."
-    assert lines[1] == "shards write: 5,000 of 1,000,000 pictures"
-    assert lines[2] == "shards write: 5,040 of 1,000,000 pictures, 4 a second, 2 d 21:05:40 to go"
-    assert lines[-1].startswith("shards write: 1,000,000 of 1,000,000 pictures, ")
+    assert lines[1] == "shards write: 5,000 of 1,000,000 images"
+    assert lines[2] == "shards write: 5,040 of 1,000,000 images, 4 a second, 2 d 21:05:40 to go"
+    assert lines[-1].startswith("shards write: 1,000,000 of 1,000,000 images, ")
     assert lines[-1].endswith(" a second")
     assert len(lines) == 6  # before, seconds 0, 10, 20.5, 30.5 and the end
 
 
 def test_every_plain_line_has_the_time_of_day(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress("synth", "pictures") as progress:
+    with Progress("synth", "images") as progress:
         progress(1, 1)
     assert all(re.match(r"\d\d:\d\d:\d\d synth: ", line) for line in capsys.readouterr().err.splitlines())
 

@@ -271,7 +271,7 @@ def test_an_unknown_gpu_has_no_utilisation() -> None:
 
 
 @pytest.mark.parametrize(("feature_weight", "identity_dim"), [(1.0, None), (0.0, None), (1.0, 64), (0.0, 64)])
-def test_the_arithmetic_of_a_picture_is_what_torch_counts(feature_weight: float, identity_dim: int | None) -> None:
+def test_the_arithmetic_of_an_image_is_what_torch_counts(feature_weight: float, identity_dim: int | None) -> None:
     size, grid, num_visible = "micro", (16, 8), 32
     identity = {"identity_weight": 1.0, "identity_dim": identity_dim, "identity_group": 2} if identity_dim else {}
     model = PersonMAE(size=size, feature_weight=feature_weight, **identity)

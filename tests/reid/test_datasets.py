@@ -347,7 +347,7 @@ def test_the_digest_tells_sets_with_the_same_counts_apart(tmp_path, change):
     assert datasets.digest(one) != datasets.digest(other)
 
 
-def test_a_picture_that_has_gone_before_the_digest_is_named(tmp_path):
+def test_an_image_that_has_gone_before_the_digest_is_named(tmp_path):
     benchmark = load_benchmark("dukemtmc", build(tmp_path, DUKE))
     gone = Path(benchmark.query[0].path)
     gone.unlink()

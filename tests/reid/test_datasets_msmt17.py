@@ -105,7 +105,7 @@ def test_a_missing_list_is_named_with_what_to_get(tmp_path, part):
 
 
 @pytest.mark.parametrize("folder", V1)
-def test_a_missing_folder_of_pictures_is_named(tmp_path, folder):
+def test_a_missing_folder_of_images_is_named(tmp_path, folder):
     build(tmp_path, V1)
     (tmp_path / folder).rename(tmp_path / "elsewhere")
     assert f"{tmp_path / folder} is missing" in refused("msmt17_v1", tmp_path)
@@ -136,7 +136,7 @@ def test_an_empty_list_is_named(tmp_path):
     assert "list_gallery.txt is empty" in refused("msmt17_v1", tmp_path)
 
 
-def test_pictures_that_are_listed_and_absent_are_counted_and_the_first_is_named(tmp_path):
+def test_images_that_are_listed_and_absent_are_counted_and_the_first_is_named(tmp_path):
     build(tmp_path, V1)
     for line in LISTS["train"][1:] + LISTS["val"]:
         (tmp_path / "train" / line.split()[0]).unlink()

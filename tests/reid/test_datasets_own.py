@@ -99,7 +99,7 @@ def test_litter_is_ignored_and_other_files_are_named(tmp_path):
     assert "notes.txt is not one of .jpg" in refused("folder", tmp_path)
 
 
-def test_pictures_outside_identity_folders_and_folders_inside_them_are_named(tmp_path):
+def test_images_outside_identity_folders_and_folders_inside_them_are_named(tmp_path):
     build_folders(tmp_path / "one")
     (tmp_path / "one" / "train" / "stray.jpg").touch()
     assert "train/stray.jpg is not the folder of an identity" in refused("folder", tmp_path / "one")

@@ -281,10 +281,10 @@ def test_the_neck_pools_rows_from_top_to_bottom(columns, taken):
     torch.testing.assert_close(model.features(images()), expected / expected.norm(dim=1, keepdim=True), atol=1e-5, rtol=1e-4)
 
 
-def test_rows_are_of_one_size_of_pictures():
+def test_rows_are_of_one_size_of_images():
     base = encoder()
     model = ReIDModel(base, Neck(base, pool="rows", num_rows=8))
-    with pytest.raises(UserError, match="features of 8 rows need pictures of 8 rows of patches; these have 16"):
+    with pytest.raises(UserError, match="features of 8 rows need images of 8 rows of patches; these have 16"):
         model(images(4, (256, 128)))
     with pytest.raises(ValueError, match="num_rows is required"):
         Neck(base, pool="rows")
@@ -321,7 +321,7 @@ def test_a_cosine_classifier_gives_cosines_under_the_same_names(build):
     torch.testing.assert_close(cosine(images(6))["logits"][0], logits[0])
 
 
-def test_positions_of_a_taller_picture_are_interpolated_into_the_trained_ones():
+def test_positions_of_a_taller_image_are_interpolated_into_the_trained_ones():
     base = encoder()
     model = ReIDModel(base, BNNeck(base, NUM_CLASSES), trained_size=(256, 128)).eval()
     tall = images(2, (384, 128))
@@ -381,7 +381,7 @@ def test_the_start_is_told_in_tensors_that_match_and_that_are_new():
     assert describe_start(parted, "some/run", (64, 32)) == expected.format(len(parted.head.state_dict()) - copied)
 
 
-def test_a_start_of_another_picture_size_is_told_with_what_happens_to_positions():
+def test_a_start_of_another_image_size_is_told_with_what_happens_to_positions():
     base = encoder()
     model = ReIDModel(base, BNNeck(base, NUM_CLASSES), trained_size=(128, 64))
     assert "positions" not in describe_start(model, "some/run", (128, 64))

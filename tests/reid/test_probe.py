@@ -21,7 +21,7 @@ PREPROCESSING = {"img_size": IMG_SIZE, "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 @pytest.fixture(scope="module")
 def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Benchmark:
-    """Ten people to train on and eight others, six noisy pictures each, by three cameras of which each has its own colour."""
+    """Ten people to train on and eight others, six noisy images each, by three cameras of which each has its own colour."""
     folder, rng = tmp_path_factory.mktemp("people"), np.random.default_rng(0)
     casts = rng.integers(-40, 40, (3, 3))
     found: dict[str, list[Sample]] = {"train": [], "query": [], "gallery": []}
@@ -49,7 +49,7 @@ def measure(benchmark: Benchmark, encoder: VisionTransformer, **options) -> dict
 
 
 def tokens_of(encoder: VisionTransformer, paths: list[str]) -> np.ndarray:
-    """(N, 4, 2, 32): the patch tokens of pictures after the final norm, image by image."""
+    """(N, 4, 2, 32): the patch tokens of images after the final norm, image by image."""
     found = []
     for path in paths:
         bgr = cv2.imread(path)

@@ -208,7 +208,7 @@ def test_a_query_of_no_known_camera_removes_nothing():
     assert lists(line([1, 5, 1], [-1, 2, 1], query_camids=unknown), 3) == [[0, 1, 2]]
 
 
-def test_the_own_picture_is_removed_and_nothing_else():
+def test_the_own_image_is_removed_and_nothing_else():
     case = line([1, 5, 1], [-1, -1, -1], query_camids=np.array([-1]), own_index=np.array([0]))
     assert scores(case) == scores(line([5, 1]))
     assert lists(case, 3) == [[1, 2, -1]]

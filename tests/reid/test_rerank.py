@@ -14,7 +14,7 @@ NUM_QUERIES, NUM_GALLERY, NUM_PIDS = 13, 71, 8
 
 
 def people(seed: int, *, noise: float = 0.7) -> tuple[torch.Tensor, torch.Tensor, Labels]:
-    """Features of several pictures of some people, of any length, and the labels."""
+    """Features of several images of some people, of any length, and the labels."""
     rng = np.random.default_rng(seed)
     centres = rng.standard_normal((NUM_PIDS, 12))
     pids = [rng.integers(0, NUM_PIDS, count) for count in (NUM_QUERIES, NUM_GALLERY)]

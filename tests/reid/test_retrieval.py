@@ -23,7 +23,7 @@ NUM_PIDS, PER_PID = 6, 5
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
-    """Five noisy pictures of each of six patterns, of two cameras in turn."""
+    """Five noisy images of each of six patterns, of two cameras in turn."""
     folder, rng = tmp_path_factory.mktemp("people"), np.random.default_rng(0)
     found = []
     for pid in range(NUM_PIDS):
@@ -82,7 +82,7 @@ def test_without_cameras_the_query_does_not_find_itself(samples: list[Sample]):
     unknown = [Sample(s.path, s.pid, -1) for s in samples]
     record = measure(benchmark(unknown, unknown))
     assert (record["num_valid"], record["num_gallery"]) == (30, 30)
-    assert record["rank1"] < 1  # the picture itself would be right for everyone
+    assert record["rank1"] < 1  # the image itself would be right for everyone
     assert all(entry["query"] not in entry["gallery"] for entry in record["rank_lists"])
     by_another = measure(benchmark(unknown[::PER_PID], [s for i, s in enumerate(unknown) if i % PER_PID]))
     assert sum(by_another["rank_lists"][0]["correct"]) == PER_PID - 1
@@ -101,8 +101,8 @@ def test_an_unknown_re_ranking_is_refused(samples: list[Sample]):
 def test_long_works_are_told_with_counts_and_seconds(samples: list[Sample]):
     said: list[str] = []
     measure(split(samples), say=said.append)
-    assert said[0::2] == ["extracting 30 pictures ...", "ranking 6 x 24 ..."]
-    assert said[1].startswith("extracting 30 pictures: ")
+    assert said[0::2] == ["extracting 30 images ...", "ranking 6 x 24 ..."]
+    assert said[1].startswith("extracting 30 images: ")
     assert said[3].endswith(" s")
 
 
@@ -170,13 +170,13 @@ def test_what_differs_is_named_with_data_in_counts_and_classes(samples: list[Sam
     retrieval.require_same("a/checkpoint", before, before)
     now = before | {"optim.lr": 0.2} | identity(trained_on(samples[: 4 * PER_PID]))
     told = (
-        r"a/checkpoint belongs to a run with other settings or data: optim\.lr=0\.1 \(now 0\.2\), 30 training pictures of 6 "
+        r"a/checkpoint belongs to a run with other settings or data: optim\.lr=0\.1 \(now 0\.2\), 30 training images of 6 "
         r"ids \(now 20 of 4\), so its head has 6 classes and 4 are required; use the same, another run_dir"
     )
     with pytest.raises(UserError, match=told):
         retrieval.require_same("a/checkpoint", now, before)
     renamed = before | identity(trained_on([replace(samples[0], camid=9), *samples[1:]]))
-    with pytest.raises(UserError, match="30 training pictures of 6 ids, as now, but with other names, ids or cameras"):
+    with pytest.raises(UserError, match="30 training images of 6 ids, as now, but with other names, ids or cameras"):
         retrieval.require_same("a/checkpoint", renamed, before)
 
 

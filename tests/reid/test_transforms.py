@@ -93,7 +93,7 @@ def thumbnail(jpeg: bytes) -> bytes:
 
 @pytest.mark.parametrize("end", [0.5, 0.9, -2])
 @pytest.mark.parametrize("kind", [".jpg", "progressive", "thumbnail", ".png"])
-def test_a_picture_that_is_cut_short_is_named_and_the_whole_one_is_read(tmp_path, kind, end):
+def test_an_image_that_is_cut_short_is_named_and_the_whole_one_is_read(tmp_path, kind, end):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 20, 3), dtype=np.uint8)
     options = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1] if kind == "progressive" else []
     data = cv2.imencode(kind if kind.startswith(".") else ".jpg", pixels, options)[1].tobytes()

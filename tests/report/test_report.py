@@ -22,7 +22,7 @@ from personmae.errors import Unavailable, UserError
 from personmae.model.inputs import View, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.vit import patchify
-from personmae.report import pictures, report
+from personmae.report import figures, report
 
 SCORES = {"mAP": 0.4321, "rank1": 0.5, "rank5": 0.7, "rank10": 0.8, "mINP": 0.1, "cmc": [0.5, 0.7, 0.8]}
 COUNTS = {"num_queries": 4, "num_valid": 4, "num_gallery": 20, "seconds": 1.5, "commit": None}
@@ -30,10 +30,10 @@ COUNTS = {"num_queries": 4, "num_valid": 4, "num_gallery": 20, "seconds": 1.5, "
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with pictures, shards and a pre-training run of three steps."""
+    """A directory with images, shards and a pre-training run of three steps."""
     root = tmp_path_factory.mktemp("report")
-    _write_pictures(root / "pictures", 12)
-    importer.write(root / "pictures", str(root / "shards"))
+    _write_images(root / "images", 12)
+    importer.write(root / "images", str(root / "shards"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     pretrain.run(_settings(root))
     for number, handler in handlers.items():
@@ -67,7 +67,7 @@ def _settings(root: Path) -> config.Pretrain:
     )
 
 
-def _write_pictures(folder: Path, count: int) -> None:
+def _write_images(folder: Path, count: int) -> None:
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -83,7 +83,7 @@ def _write_result(folder: Path, root: Path, **fields: object) -> None:
         {"query": f"{q:02}.jpg", "gallery": [f"{g:02}.jpg" for g in range(2, 12)], "correct": [g == q + 2 for g in range(10)]}
         for q in range(4)
     ]
-    (folder / "rank_lists.json").write_text(json.dumps({"root": str(root / "pictures"), "entries": entries}))
+    (folder / "rank_lists.json").write_text(json.dumps({"root": str(root / "images"), "entries": entries}))
 
 
 def _write_finetuning(folder: Path, init: str) -> None:
@@ -133,7 +133,7 @@ def test_the_figure_is_1200_pixels_wide(runs: Path) -> None:
     figure = cv2.imread(str(runs / "figure.png"))
     assert figure is not None
     assert figure.shape[1] == 1200
-    assert (figure.reshape(-1, 3) == pictures.GREEN[::-1]).all(axis=1).any()  # BGR
+    assert (figure.reshape(-1, 3) == figures.GREEN[::-1]).all(axis=1).any()  # BGR
 
 
 def test_a_run_directory_itself_can_be_reported(trained: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path, ca
     )
     (runs / "finetune_random" / "result.json").unlink()
     lists = runs / "finetune_personmae" / "rank_lists.json"
-    lists.write_text(lists.read_text().replace(str(trained / "pictures"), "moved"))
+    lists.write_text(lists.read_text().replace(str(trained / "images"), "moved"))
     assert main(["report", str(runs)]) == 1
     text = (runs / "report.html").read_text(encoding="utf-8")
     assert "has no checkpoint yet" in text
@@ -259,7 +259,7 @@ def test_a_report_from_another_folder_has_all_figures(
         path.write_bytes(path.read_bytes().replace(f"{trained}/".encode(), b""))
     (work / "shards" / "synthetic.json").write_text("{}")
     lists = work / "runs" / "finetune_random" / "rank_lists.json"
-    assert json.loads(lists.read_bytes())["root"] == "pictures"
+    assert json.loads(lists.read_bytes())["root"] == "images"
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     assert main(["report", "../near/runs"]) == 0
@@ -273,7 +273,7 @@ def test_a_report_from_another_folder_has_all_figures(
 def test_names_that_are_no_utf8_survive(runs: Path, trained: Path, tmp_path: Path) -> None:
     odd = os.fsdecode(b"caf\xe9")
     copied = tmp_path / odd
-    shutil.copytree(trained / "pictures", copied)
+    shutil.copytree(trained / "images", copied)
     for name in ("rank_lists.json", "result.json"):
         path = runs / "finetune_personmae" / name
         record = json.loads(path.read_bytes())
@@ -305,15 +305,15 @@ def test_a_damaged_result_is_named(runs: Path) -> None:
         report.run(runs)
 
 
-def test_the_masked_picture_hides_exactly_the_hidden_patches(trained: Path) -> None:
+def test_the_masked_image_hides_exactly_the_hidden_patches(trained: Path) -> None:
     settings = _settings(trained)
     view = View(**settings.view_arguments())
-    drawn = pictures.reconstruct_run(settings, Path(settings.run_dir), 8)
+    drawn = figures.reconstruct_run(settings, Path(settings.run_dir), 8)
     ids = np.linspace(0, 11, 8).astype(np.int64)
     draws = draw_batch(torch.from_numpy(sample_keys(ids, seed=0, epoch=0)), torch.full((8, 2), 40) * torch.tensor([2, 1]), view)
     differs = (drawn.masked != drawn.region_a).any(dim=-1)  # (B, H, W)
-    grey = (drawn.masked == pictures.GREY).all(dim=-1)
-    hidden = pictures.hidden_mask(draws.ids_keep, view.grid).reshape(8, 4, 2)
+    grey = (drawn.masked == figures.GREY).all(dim=-1)
+    hidden = figures.hidden_mask(draws.ids_keep, view.grid).reshape(8, 4, 2)
     hidden = hidden.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
     assert hidden.float().mean() == 0.75
     assert torch.equal(grey, hidden)
@@ -332,7 +332,7 @@ def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
     canvas = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
     size = torch.tensor([[80, 40], [70, 50]])
     draws = draw_batch(torch.tensor([5, 6]), size, view)
-    drawn = pictures.reconstruct(model, canvas, size, draws, view)
+    drawn = figures.reconstruct(model, canvas, size, draws, view)
 
     batch = cut_batch(canvas, size, draws, view)
     with torch.no_grad():
@@ -353,12 +353,12 @@ def test_a_report_is_the_same_twice(runs: Path) -> None:
     assert report.run(runs).read_bytes() == first
 
 
-def test_a_frame_says_right_and_wrong_without_touching_its_picture() -> None:
-    picture = np.full((64, 32, 3), 200, np.uint8)
-    right, wrong = pictures.framed(picture, True), pictures.framed(picture, False)
-    assert (picture == 200).all()
-    assert tuple(right[0, 0]) == pictures.GREEN
-    assert tuple(wrong[-1, 0]) == pictures.RED
+def test_a_frame_says_right_and_wrong_without_touching_its_image() -> None:
+    image = np.full((64, 32, 3), 200, np.uint8)
+    right, wrong = figures.framed(image, True), figures.framed(image, False)
+    assert (image == 200).all()
+    assert tuple(right[0, 0]) == figures.GREEN
+    assert tuple(wrong[-1, 0]) == figures.RED
     assert (right[10:-10, 10:-10] == 200).all()
 
 
@@ -381,6 +381,6 @@ def test_a_probe_of_frozen_features_has_a_table_of_its_own(runs: Path, capsys: p
 
 
 def test_a_map_is_the_darker_the_larger_the_share() -> None:
-    drawn = pictures.draw_map(torch.tensor([[0.0, 1.0], [0.5, 0.25]]), cell=8)
+    drawn = figures.draw_map(torch.tensor([[0.0, 1.0], [0.5, 0.25]]), cell=8)
     assert drawn.shape == (16, 16, 3)
     assert [int(drawn[y, x, 0]) for y, x in ((4, 4), (4, 12), (12, 4), (12, 12))] == [255, 0, 128, 191]

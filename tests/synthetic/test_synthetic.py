@@ -66,7 +66,7 @@ def named(folder: Path, pattern: re.Pattern[str]) -> list[tuple[int, int]]:
 
 
 def block_means(settings: SynthSettings, shot: Shot) -> list[int]:
-    """Grey means of an 8 x 4 grid of the picture as it is decoded from its JPEG."""
+    """Grey means of an 8 x 4 grid of the image as it is decoded from its JPEG."""
     image, quality = draw_shot(settings, shot)
     _, jpeg = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, quality))
     grey = np.asarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR)).mean(axis=2)
@@ -109,7 +109,7 @@ def test_shards_of_drawn_people_carry_the_mark_and_others_do_not(
     assert not (tmp_path / "others" / "synthetic.json").exists()
 
 
-def test_another_seed_draws_other_pictures() -> None:
+def test_another_seed_draws_other_images() -> None:
     shot = plan(SMALL)[0]
     other = dataclasses.replace(SMALL, seed=4)
     assert block_means(SMALL, shot) != block_means(other, plan(other)[0])
@@ -140,7 +140,7 @@ GOLDEN = {  # place -> grey means, row by row; a change of the drawing changes t
 
 
 @pytest.mark.parametrize("place", GOLDEN)
-def test_pictures_have_the_committed_coarse_statistics(place: str) -> None:
+def test_images_have_the_committed_coarse_statistics(place: str) -> None:
     shot = next(shot for shot in plan(SMALL) if shot.path.startswith(place))
     assert_allclose(block_means(SMALL, shot), GOLDEN[place], atol=2)
 

@@ -12,7 +12,7 @@ from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 from personmae.system import storage
 
-NUM_PICTURES = 50
+NUM_IMAGES = 50
 ODD = ("a #1", "a?b=c", "a%20b", "a+b", "é/日本", "a/../b", "a//b", "/a", "a;b&c=d", "a@b:c", "~a'(b)!*")
 
 
@@ -38,11 +38,11 @@ def test_a_store_keeps_and_finds_files_under_the_very_key(s3_server, key):
 
 
 @pytest.mark.integration
-def test_sets_whose_names_differ_behind_a_hash_are_two(pictures, s3_server, tmp_path):
+def test_sets_whose_names_differ_behind_a_hash_are_two(images, s3_server, tmp_path):
     bucket = s3_server.bucket("sets")
-    few = importer.write(pictures / "more", f"s3://{bucket}/set #1")
-    assert importer.write(pictures, f"s3://{bucket}/set #2") == NUM_PICTURES != few
-    for name, count in (("set #1", few), ("set #2", NUM_PICTURES)):
+    few = importer.write(images / "more", f"s3://{bucket}/set #1")
+    assert importer.write(images, f"s3://{bucket}/set #2") == NUM_IMAGES != few
+    for name, count in (("set #1", few), ("set #2", NUM_IMAGES)):
         assert shards.verify(f"s3://{bucket}/{name}", cache_dir=tmp_path / name) == count
         buckets.require_shards(f"s3://{bucket}/{name}")
     with pytest.raises(UserError, match="set has none"):
@@ -90,8 +90,8 @@ def test_a_whole_bucket_may_hold_the_data_of_a_pod(s3_server, tmp_path):
     for key in ("index.json", "query/a.jpg"):
         s3_server.client.put_object(Bucket=bucket, Key=key, Body=b"x")
     buckets.require_shards(f"s3://{bucket}")
-    buckets.fetch_pictures(f"s3://{bucket}", tmp_path / "pictures")
-    assert (tmp_path / "pictures" / "query" / "a.jpg").read_bytes() == b"x"
+    buckets.fetch_images(f"s3://{bucket}", tmp_path / "images")
+    assert (tmp_path / "images" / "query" / "a.jpg").read_bytes() == b"x"
 
 
 def test_what_begins_alike_is_not_what_was_asked_for(s3_server):

@@ -14,7 +14,7 @@ from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 from personmae.system import storage
 
-NUM_PICTURES = 50
+NUM_IMAGES = 50
 SHARD_BYTES = 20_000
 
 
@@ -69,17 +69,17 @@ def test_a_directory_lists_its_files_with_sizes_and_nothing_below(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("prefix", ["", "/deep/prefix", "/slash/"])
-def test_shards_written_to_s3_are_read_back_as_they_were(pictures, shard_dir, s3_server, tmp_path, prefix):
+def test_shards_written_to_s3_are_read_back_as_they_were(images, shard_dir, s3_server, tmp_path, prefix):
     bucket = s3_server.bucket("shards")
     root = f"s3://{bucket}{prefix}"
-    assert importer.write(pictures, root, shard_bytes=SHARD_BYTES) == NUM_PICTURES
+    assert importer.write(images, root, shard_bytes=SHARD_BYTES) == NUM_IMAGES
     below = prefix.strip("/") + "/" if prefix else ""
     assert sorted(s3_server.keys(bucket)) == sorted(f"{below}{path.name}" for path in shard_dir.iterdir())
     with ShardSet(root, tmp_path / "cache") as remote, ShardSet(str(shard_dir), tmp_path) as local:
         assert remote.sizes == local.sizes
-        for number in range(NUM_PICTURES):
+        for number in range(NUM_IMAGES):
             assert bytes(remote.jpeg(number)) == bytes(local.jpeg(number))
-    assert shards.verify(root, cache_dir=tmp_path / "other") == NUM_PICTURES
+    assert shards.verify(root, cache_dir=tmp_path / "other") == NUM_IMAGES
 
 
 def test_listing_and_deleting_stay_directly_below_the_prefix(s3_server):
@@ -134,9 +134,9 @@ def test_a_listing_longer_than_a_page_is_complete(s3_server):
     assert storage.list_sizes(f"s3://{bucket}/set") == {str(i): 0 for i in range(1001)}
 
 
-def test_a_missing_bucket_is_named_and_nothing_is_tried_further(pictures, s3_server, tmp_path):
+def test_a_missing_bucket_is_named_and_nothing_is_tried_further(images, s3_server, tmp_path):
     for call, args in (
-        (importer.write, (pictures, "s3://no-such-bucket/set")),
+        (importer.write, (images, "s3://no-such-bucket/set")),
         (ShardSet, ("s3://no-such-bucket/set", tmp_path)),
     ):
         message = refused(call, *args)
@@ -150,10 +150,10 @@ def test_a_prefix_without_an_index_says_how_to_write_one(s3_server, tmp_path):
     assert f"s3://{bucket}/nothing has none: write it with 'personmae shards write SRC s3://{bucket}/nothing'" in message
 
 
-def test_a_taken_prefix_is_left_alone(pictures, s3_server):
+def test_a_taken_prefix_is_left_alone(images, s3_server):
     bucket = s3_server.bucket("taken")
     s3_server.client.put_object(Bucket=bucket, Key="set/precious", Body=b"data")
-    assert f"s3://{bucket}/set already holds precious" in refused(importer.write, pictures, f"s3://{bucket}/set")
+    assert f"s3://{bucket}/set already holds precious" in refused(importer.write, images, f"s3://{bucket}/set")
     assert s3_server.keys(bucket) == ["set/precious"]
 
 
@@ -174,13 +174,11 @@ def free_port() -> int:
 
 
 @pytest.mark.integration
-def test_an_address_where_nothing_listens_is_an_error_within_seconds(
-    pictures, s3_server, fresh_s3_client, monkeypatch, tmp_path
-):
+def test_an_address_where_nothing_listens_is_an_error_within_seconds(images, s3_server, fresh_s3_client, monkeypatch, tmp_path):
     address = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("S3_ENDPOINT_URL", address)
     fresh_s3_client()
-    for call, args in ((ShardSet, ("s3://bucket/set", tmp_path)), (importer.write, (pictures, "s3://bucket/set"))):
+    for call, args in ((ShardSet, ("s3://bucket/set", tmp_path)), (importer.write, (images, "s3://bucket/set"))):
         message = refused(call, *args)
         assert "s3://bucket/set" in message
         assert address in message

@@ -1,6 +1,6 @@
-"""Pictures for a report: what the model saw and predicted (Figure 3 of the paper), rank lists (Figure 5), curves.
+"""Images for a report: what the model saw and predicted (Figure 3 of the paper), rank lists (Figure 5), curves.
 
-Pictures are uint8 RGB arrays (H, W, 3). ``report.py`` says which runs are drawn and what is written about them.
+Images are uint8 RGB arrays (H, W, 3). ``report.py`` says which runs are drawn and what is written about them.
 """
 
 import base64
@@ -28,9 +28,9 @@ from personmae.model.inputs import Draws, View, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.vit import patchify, unpatchify
 
-Picture = NDArray[np.uint8]
+Pixels = NDArray[np.uint8]
 Images = UInt8[Tensor, "B H W 3"]
-Row = Sequence[tuple[Picture, bool | None]]  # a query (None), then gallery pictures and whether they are right
+Row = Sequence[tuple[Pixels, bool | None]]  # a query (None), then gallery images and whether they are right
 
 GREY: Final = 160  # the pixels of a hidden patch
 GREEN, RED, DARK = (22, 148, 72), (208, 40, 40), (70, 76, 84)
@@ -45,7 +45,7 @@ REGION_WORDS: Final = (
 )
 FOOTNOTE: Final = (
     "Target of the prediction: RegionB.  ¹ drawn with the target's own mean and std of each patch, which gives away its "
-    "colours.  ² drawn with one mean and one std per picture, of RegionA's visible patches: nothing of the target is used."
+    "colours.  ² drawn with one mean and one std per image, of RegionA's visible patches: nothing of the target is used."
 )
 
 
@@ -54,7 +54,7 @@ class NotYet(UserError):  # noqa: N818 - not an error
 
 
 class Reconstruction(NamedTuple):
-    """What the model saw and predicted for B pictures; the two predictions differ only in how they are coloured."""
+    """What the model saw and predicted for B images; the two predictions differ only in how they are coloured."""
 
     region_a: Images
     masked: Images  # RegionA, hidden patches grey
@@ -64,9 +64,9 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> Reconstruction:
-    """``reconstruct`` with a run's newest student, for ``count`` pictures spread over the first of its shards.
+    """``reconstruct`` with a run's newest student, for ``count`` images spread over the first of its shards.
 
-    Regions and masks are those the pictures have in the run's first epoch.
+    Regions and masks are those the images have in the run's first epoch.
 
     Raises:
         UserError: there is no checkpoint, or the shards cannot be read.
@@ -101,8 +101,8 @@ def reconstruct(
     """
     batch = cut_batch(canvas, size, draws, view)
     pred = model.predict_pixels(batch).float()
-    picture = regions.resize_canvas(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
-    region_a, region_b = regions.cut_regions(picture, draws.regions.shift, view.img_size)
+    image = regions.resize_canvas(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
+    region_a, region_b = regions.cut_regions(image, draws.regions.shift, view.img_size)
     target, visible = batch["patches_b"], batch["patches_a"].flatten(1)
     own_std = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     own = pred * own_std + target.mean(dim=-1, keepdim=True)
@@ -128,7 +128,7 @@ def hide_patches(region: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B L"], vi
     return _to_bytes(unpatchify(patches, view.grid, view.patch_size))
 
 
-def draw_map(shares: Float[Tensor, "h w"], cell: int = 24) -> Picture:
+def draw_map(shares: Float[Tensor, "h w"], cell: int = 24) -> Pixels:
     """A grid of shares in [0, 1] as squares of ``cell`` pixels, the darker the larger; thin lines keep them apart."""
     grey = (255 * (1 - shares.numpy())).round().astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
     grey[::cell], grey[:, ::cell] = GREY, GREY
@@ -145,28 +145,28 @@ def _to_bytes(images: Float[Tensor, "B 3 H W"]) -> Images:
     return images.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def read_thumbnail(path: Path, size: tuple[int, int]) -> Picture:
-    """A picture file brought to (height, width).
+def read_thumbnail(path: Path, size: tuple[int, int]) -> Pixels:
+    """An image file brought to (height, width).
 
     Raises:
-        UserError: the file is missing or is not a picture.
+        UserError: the file is missing or is not an image.
     """
     try:
         image = images.decode(path.read_bytes() if path.is_file() else b"").pixels
     except images.BadImage as error:
         raise UserError(
-            f"a picture is required at {path} and there is none; put the benchmark back or evaluate again"
+            f"an image is required at {path} and there is none; put the benchmark back or evaluate again"
         ) from error
     return cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
 
-def framed(picture: Picture, correct: bool | None, width: int = 3) -> Picture:
-    """A border inside the picture's edge: green for a right answer, red for a wrong one, dark for the query.
+def framed(image: Pixels, correct: bool | None, width: int = 3) -> Pixels:
+    """A border inside the image's edge: green for a right answer, red for a wrong one, dark for the query.
 
     A wrong one is crossed in its corner too, for eyes that do not tell red from green.
     """
     colour = DARK if correct is None else GREEN if correct else RED
-    out = np.array(picture, order="C")
+    out = np.array(image, order="C")
     height, right = out.shape[0] - 1, out.shape[1] - 1
     cv2.rectangle(out, (0, 0), (right, height), colour, 2 * width - 1)
     if correct is False:
@@ -177,18 +177,18 @@ def framed(picture: Picture, correct: bool | None, width: int = 3) -> Picture:
     return out
 
 
-def data_uri(picture: Picture, suffix: str = ".png") -> str:
-    """The picture inside a ``data:`` address; ``.png`` keeps every pixel, ``.jpg`` is a tenth of the size."""
+def data_uri(image: Pixels, suffix: str = ".png") -> str:
+    """The image inside a ``data:`` address; ``.png`` keeps every pixel, ``.jpg`` is a tenth of the size."""
     options = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else []
-    _, encoded = cv2.imencode(suffix, picture[:, :, ::-1], options)
+    _, encoded = cv2.imencode(suffix, image[:, :, ::-1], options)
     kind = {".png": "png", ".jpg": "jpeg"}[suffix]
     return f"data:image/{kind};base64,{base64.b64encode(encoded.tobytes()).decode()}"
 
 
 def write_figure(
-    path: Path, groups: Sequence[Sequence[Picture]], rank_lists: Mapping[str, Sequence[Row]], *, title: str
+    path: Path, groups: Sequence[Sequence[Pixels]], rank_lists: Mapping[str, Sequence[Row]], *, title: str
 ) -> None:
-    """A PNG, 1200 pixels wide: two groups of five pictures to a row, then rank lists, one column for each name."""
+    """A PNG, 1200 pixels wide: two groups of five images to a row, then rank lists, one column for each name."""
     canvas = _Page(title)
     if groups:
         _draw_groups(canvas, groups)
@@ -198,10 +198,10 @@ def write_figure(
 
 
 class _Page:
-    """Pictures and words at pixels counted from the upper left corner; ``y`` is how far the page is filled."""
+    """Images and words at pixels counted from the upper left corner; ``y`` is how far the page is filled."""
 
     def __init__(self, title: str):
-        self._pictures: list[tuple[int, int, Picture]] = []
+        self._images: list[tuple[int, int, Pixels]] = []
         self._words: list[tuple[float, float, str, dict[str, Any]]] = []
         self.y = 12
         for line in textwrap.wrap(title, 120):
@@ -209,8 +209,8 @@ class _Page:
             self.y += 22
         self.y += 8
 
-    def paste(self, x: int, picture: Picture, below: int = 0) -> None:
-        self._pictures.append((x, self.y + below, picture))
+    def paste(self, x: int, image: Pixels, below: int = 0) -> None:
+        self._images.append((x, self.y + below, image))
 
     def write(self, x: float, text: str, *, size: float = 11, below: int = 0, **style: Any) -> None:
         self._words.append((x, self.y + below, text, {"fontsize": size * 0.72, "va": "top", **style}))
@@ -218,8 +218,8 @@ class _Page:
     def save(self, path: Path) -> None:
         height = self.y + 8
         figure = Figure(figsize=(FIGURE_WIDTH / 100, height / 100), dpi=100, facecolor="white")
-        for x, y, picture in self._pictures:
-            figure.figimage(picture, x, height - y - picture.shape[0], resize=False)
+        for x, y, image in self._images:
+            figure.figimage(image, x, height - y - image.shape[0], resize=False)
         for x, y, text, style in self._words:
             figure.text(x / FIGURE_WIDTH, 1 - y / height, text, **style)
         figure.savefig(path, dpi=100)
@@ -229,8 +229,8 @@ MARGIN, GAP = 20, 4
 _GROUPS_PER_ROW = 2
 
 
-def _draw_groups(page: _Page, groups: Sequence[Sequence[Picture]]) -> None:
-    """Each group holds the five pictures of a ``Reconstruction``."""
+def _draw_groups(page: _Page, groups: Sequence[Sequence[Pixels]]) -> None:
+    """Each group holds the five images of a ``Reconstruction``."""
     between = 30
     room = (FIGURE_WIDTH - 2 * MARGIN - between) // _GROUPS_PER_ROW
     width = (room - 4 * GAP) // 5
@@ -240,9 +240,9 @@ def _draw_groups(page: _Page, groups: Sequence[Sequence[Picture]]) -> None:
     page.y += 20
     for start in range(0, len(groups), _GROUPS_PER_ROW):
         for column, group in enumerate(groups[start : start + _GROUPS_PER_ROW]):
-            for i, picture in enumerate(group):
+            for i, image in enumerate(group):
                 x = MARGIN + column * (room + between) + i * (width + GAP)
-                page.paste(x, _scaled(picture, width))
+                page.paste(x, _scaled(image, width))
         page.y += groups[0][0].shape[0] * width // groups[0][0].shape[1] + 2 * GAP
     for line in textwrap.wrap(FOOTNOTE, 175):
         page.write(MARGIN, line, size=11, color="#444c56")
@@ -258,17 +258,17 @@ def _draw_rank_lists(page: _Page, rank_lists: Mapping[str, Sequence[Row]]) -> No
     width = min(80, (room - 8 - GAP * (most - 1)) // most)
     for column, (name, rows) in enumerate(rank_lists.items()):
         left = MARGIN + column * (room + between)
-        page.write(left, f"{name}: query, then the ten nearest pictures of the gallery", color="#444c56")
+        page.write(left, f"{name}: query, then the ten nearest images of the gallery", color="#444c56")
         for line, row in enumerate(rows):
-            for i, (picture, correct) in enumerate(row):
+            for i, (image, correct) in enumerate(row):
                 x = left + i * (width + GAP) + (8 if i else 0)
-                page.paste(x, framed(_scaled(picture, width), correct, 2), 20 + line * (2 * width + 2 * GAP))
+                page.paste(x, framed(_scaled(image, width), correct, 2), 20 + line * (2 * width + 2 * GAP))
     page.y += 20 + max(map(len, rank_lists.values())) * (2 * width + 2 * GAP)
     page.write(MARGIN, "green: the same person from another camera; red and crossed: another person", color="#444c56")
     page.y += 16
 
 
-def _scaled(picture: Picture, width: int) -> Picture:
-    height = picture.shape[0] * width // picture.shape[1]
-    method = cv2.INTER_AREA if width < picture.shape[1] else cv2.INTER_CUBIC
-    return cv2.resize(picture, (width, height), interpolation=method).astype(np.uint8, copy=False)
+def _scaled(image: Pixels, width: int) -> Pixels:
+    height = image.shape[0] * width // image.shape[1]
+    method = cv2.INTER_AREA if width < image.shape[1] else cv2.INTER_CUBIC
+    return cv2.resize(image, (width, height), interpolation=method).astype(np.uint8, copy=False)
