@@ -27,7 +27,7 @@ from commands import AS
 from personmae import dist
 from personmae.bench.ceilings import DTYPES, require_native
 from personmae.model import regions, vit
-from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.monitor import environment
@@ -35,19 +35,19 @@ from personmae.monitor import environment
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_step.json"
 ROUNDS, REPEATS, WARM_UP = 3, 12, 3
 FORMS = {"plain": vit.plain_attention, "sdpa": F.scaled_dot_product_attention}
-VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+SPEC = RegionSpec((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 
 
 def parts() -> dict[str, Callable[[], object]]:
     """The parts of a step on a batch of noise, by name."""
-    height, width = VIEW.canvas_size
+    height, width = SPEC.canvas_size
     canvas = torch.randint(0, 256, (128, height, width, 3), dtype=torch.uint8)
     keys, native = torch.arange(128), torch.tensor([[150, 70]] * 128)
-    draws = draw_batch(keys, native, VIEW)
-    batch = cut_batch(canvas, native, draws, VIEW) | {"target": torch.randn(128, 32, 128)}
+    draws = draw_batch(keys, native, SPEC)
+    batch = cut_batch(canvas, native, draws, SPEC) | {"target": torch.randn(128, 32, 128)}
     kinds = {name: DTYPES[name] for name in require_native(["fp32", "bf16"], torch.device("cpu"))}
     models = {dtype: PersonMAE(size="micro", compute_dtype=kind) for dtype, kind in kinds.items()}
-    teachers = {dtype: Teacher(model.encoder, VIEW.grid, kinds[dtype]) for dtype, model in models.items()}
+    teachers = {dtype: Teacher(model.encoder, SPEC.grid, kinds[dtype]) for dtype, model in models.items()}
 
     def teach(dtype: str) -> Callable[[], object]:
         return lambda: teachers[dtype](batch["patches_b"])
@@ -65,11 +65,11 @@ def parts() -> dict[str, Callable[[], object]]:
 
     students = {f"student {form} {dtype}": student(form, dtype) for form in FORMS for dtype in kinds}
     return {
-        "draw": lambda: draw_batch(keys, native, VIEW),
-        "cut by matrices": lambda: cut_batch(canvas, native, draws, VIEW),
-        "cut by image": lambda: cut_batch(canvas, native, draws, VIEW, regions.resize_images),
+        "draw": lambda: draw_batch(keys, native, SPEC),
+        "cut by matrices": lambda: cut_batch(canvas, native, draws, SPEC),
+        "cut by image": lambda: cut_batch(canvas, native, draws, SPEC, regions.resize_images),
         "resize": lambda: regions.resize_images(
-            canvas, native, draws.regions, img_size=VIEW.img_size, max_shift=VIEW.max_shift
+            canvas, native, draws.regions, img_size=SPEC.img_size, max_shift=SPEC.max_shift
         ),
         **{f"teacher {dtype}": teach(dtype) for dtype in kinds},
         **{f"forward {dtype}": forward(dtype) for dtype in kinds},

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from personmae.model.inputs import Batch, Draws, View, cut_batch, draw_batch
+from personmae.model.inputs import Batch, Draws, RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import pixel_target
 from personmae.monitor import environment
 
@@ -32,9 +32,9 @@ HALF = (0.5, 0.5, 0.5)  # mean and deviation of the colours
 TOLERANCE = 1e-4
 
 
-def plain(canvas: torch.Tensor, size: torch.Tensor, draws: Draws, view: View, *, dtype: torch.dtype) -> Batch:
+def plain(canvas: torch.Tensor, size: torch.Tensor, draws: Draws, spec: RegionSpec, *, dtype: torch.dtype) -> Batch:
     """What the kernel writes, from the plain version."""
-    batch = cut_batch(canvas, size, draws, view)
+    batch = cut_batch(canvas, size, draws, spec)
     batch["pixel_target"] = pixel_target(batch["patches_b"])
     return batch | {name: batch[name].to(dtype) for name in ("patches_a", "patches_b")}
 
@@ -63,29 +63,29 @@ def bound(canvas: torch.Tensor, share: float, batch: Batch) -> float:
     return round(per_byte * (canvas.numel() * share**2 + written), 4)
 
 
-def measure(view: View, share: float, dtype: torch.dtype, *, tune: bool) -> dict[str, Any]:
+def measure(spec: RegionSpec, share: float, dtype: torch.dtype, *, tune: bool) -> dict[str, Any]:
     """One size of image."""
     from personmae.model import kernel
 
-    height, width = view.canvas_size
+    height, width = spec.canvas_size
     canvas = torch.randint(0, 256, (BATCH, height, width, 3), dtype=torch.uint8, device="cuda")
     size = torch.tensor([[round(share * height), round(share * width)]] * BATCH, device="cuda")
     keys = torch.arange(BATCH, device="cuda") * 977
-    draws = draw_batch(keys, size, view)
+    draws = draw_batch(keys, size, spec)
     torch.compiler.reset()
     compiled, compiled_draw = torch.compile(plain, dynamic=False), torch.compile(draw_batch, dynamic=False)
-    call = functools.partial(kernel.cut_batch, canvas, size, draws, view, dtype=dtype)
-    expected, ours = plain(canvas, size, draws, view, dtype=torch.float32), kernel.cut_batch(canvas, size, draws, view)
+    call = functools.partial(kernel.cut_batch, canvas, size, draws, spec, dtype=dtype)
+    expected, ours = plain(canvas, size, draws, spec, dtype=torch.float32), kernel.cut_batch(canvas, size, draws, spec)
     for name in ("patches_a", "patches_b"):
         assert (ours[name] - expected[name]).abs().max() < TOLERANCE, name
     del expected, ours
     found: dict[str, Any] = {
-        "eager": cost(lambda: plain(canvas, size, draws, view, dtype=dtype)),
-        "compiled": cost(lambda: compiled(canvas, size, draws, view, dtype=dtype)),
+        "eager": cost(lambda: plain(canvas, size, draws, spec, dtype=dtype)),
+        "compiled": cost(lambda: compiled(canvas, size, draws, spec, dtype=dtype)),
         "kernel": cost(call),
         "bound_ms": bound(canvas, share, call()),
-        "draw eager": cost(lambda: draw_batch(keys, size, view)),
-        "draw compiled": cost(lambda: compiled_draw(keys, size, view)),
+        "draw eager": cost(lambda: draw_batch(keys, size, spec)),
+        "draw compiled": cost(lambda: compiled_draw(keys, size, spec)),
     }
     if not tune:
         return found
@@ -111,10 +111,10 @@ def main() -> None:
     record: dict[str, Any] = {"commit": environment.git_commit(), "hardware": environment.describe_hardware(), "batch": BATCH}
     for name, images in itertools.product(args.sizes, args.images):
         (img_size, max_shift), share = SIZES[name], IMAGES[images]
-        view = View(img_size, 16, HALF, HALF, max_shift, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+        spec = RegionSpec(img_size, 16, HALF, HALF, max_shift, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
         for dtype in (torch.bfloat16, torch.float32):
             case = f"{name} {images} {dtype}".replace("torch.", "")
-            record[case] = measure(view, share, dtype, tune=args.tune)
+            record[case] = measure(spec, share, dtype, tune=args.tune)
             print(case, json.dumps(record[case]), flush=True)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -23,11 +23,11 @@ import crops
 import torch
 import torch.distributed as tdist
 from scaling_model import Point
-from scaling_work import DTYPES, view_of
+from scaling_work import DTYPES, spec_of
 
 from personmae import dist, optim
 from personmae.bench.ceilings import require_native
-from personmae.bench.data import BATCH_SIZE, VIEW
+from personmae.bench.data import BATCH_SIZE, SPEC
 from personmae.checkpoint import portable
 from personmae.checkpoint.writer import Writer
 from personmae.data.stream import BatchReader, ShardSet
@@ -160,7 +160,7 @@ def _build(case: Point, device: torch.device) -> tuple[PersonMAE, Teacher, Nativ
     torch.manual_seed(0)
     dtype = DTYPES[PRECISION]
     model = PersonMAE(size=case.size, compute_dtype=dtype).to(device)
-    teacher = Teacher(model.encoder, view_of(case.img_size).grid, dtype).to(device)
+    teacher = Teacher(model.encoder, spec_of(case.img_size).grid, dtype).to(device)
     optimizer = optim.adamw(optim.param_groups(model.named_parameters(), lr=1e-4, weight_decay=0.05), (0.9, 0.95))
     return model, teacher, NativeEngine(model, optimizer, grad_accum_steps=case.micro_batches, max_norm=None)
 
@@ -172,15 +172,15 @@ def _update(model: PersonMAE, teacher: Teacher, engine: NativeEngine) -> None:
 
 def _step(case: Point, model: PersonMAE, teacher: Teacher, engine: NativeEngine, device: torch.device) -> Callable[[], None]:
     """One step as ``pretrain.train`` has it, from canvases on the device, to be called again and again."""
-    view = view_of(case.img_size)
-    height, width = view.canvas_size
+    spec = spec_of(case.img_size)
+    height, width = spec.canvas_size
     canvas = torch.randint(0, 256, (case.batch_size, height, width, 3), dtype=torch.uint8).to(device)
     keys = torch.arange(case.batch_size, device=device)
     size = torch.tensor([[height, width]] * case.batch_size, device=device)
 
     def step() -> None:
         for micro in range(case.micro_batches):
-            inputs = cut_batch(canvas, size, draw_batch(keys, size, view), view)
+            inputs = cut_batch(canvas, size, draw_batch(keys, size, spec), spec)
             inputs["target"] = teacher(inputs["patches_b"])
             last = micro == case.micro_batches - 1
             engine.forward_backward(inputs, last_micro=last and (case.reduces or case.world_size == 1))
@@ -252,7 +252,7 @@ def _read_seconds(shards: ShardSet, threads: int, num_batches: int = 24) -> floa
     order = {"seed": 0, "global_batch_size": BATCH_SIZE, "rank": 0, "world_size": 1, "micro_batch_size": BATCH_SIZE}
     decoding = {"num_threads": threads, "prefetch_batches": 4, "max_bad_ratio": 0.01}
     try:
-        with closing(BatchReader(shards, canvas_size=VIEW.canvas_size, first_step=0, **order, **decoding)) as reader:
+        with closing(BatchReader(shards, canvas_size=SPEC.canvas_size, first_step=0, **order, **decoding)) as reader:
             next(reader)
             start = time.perf_counter()
             for _ in islice(reader, num_batches):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 
@@ -23,10 +23,10 @@ GRADIENT_BYTES = 4
 _PROBE_IMAGES = (2, 4)
 
 
-def view_of(img_size: tuple[int, int]) -> View:
+def spec_of(img_size: tuple[int, int]) -> RegionSpec:
     """The paper's regions at another size, whose largest shift is a quarter of the height."""
     mean = (0.5, 0.5, 0.5)
-    return View(img_size, 16, mean, mean, img_size[0] // 4, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+    return RegionSpec(img_size, 16, mean, mean, img_size[0] // 4, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Work:
 @lru_cache
 def count_work(size: str, img_size: tuple[int, int], precision: str) -> Work:
     """Counted without arithmetic, on fake tensors; attention is written out as on CPUs, which moves more than a fused one."""
-    view = view_of(img_size)
+    spec = spec_of(img_size)
     with torch.device("meta"):
         model = PersonMAE(size=size, compute_dtype=DTYPES[precision])
-        teacher = Teacher(model.encoder, view.grid, DTYPES[precision])
-    few, more = (_count_kernels(model, teacher, view, num_images) for num_images in _PROBE_IMAGES)
+        teacher = Teacher(model.encoder, spec.grid, DTYPES[precision])
+    few, more = (_count_kernels(model, teacher, spec, num_images) for num_images in _PROBE_IMAGES)
     assert len(few.rows) == len(more.rows), "the kernels of a step must not depend on the batch"
     per_image = (np.array(more.rows) - np.array(few.rows)) / (_PROBE_IMAGES[1] - _PROBE_IMAGES[0])
     fixed = np.array(few.rows) - per_image * _PROBE_IMAGES[0]
@@ -61,17 +61,17 @@ def count_work(size: str, img_size: tuple[int, int], precision: str) -> Work:
     return Work(per_image[:, 0], fixed[:, 1], per_image[:, 1], few.num_forward, *sizes)
 
 
-def _count_kernels(model: PersonMAE, teacher: Teacher, view: View, num_images: int) -> "_Kernels":
-    height, width = view.canvas_size
+def _count_kernels(model: PersonMAE, teacher: Teacher, spec: RegionSpec, num_images: int) -> "_Kernels":
+    height, width = spec.canvas_size
     native, kernels = torch.tensor([[height, width]] * num_images), _Kernels()
     with kernels:
-        draws = draw_batch(torch.arange(num_images), native, view)  # with real numbers: some of it looks at them
+        draws = draw_batch(torch.arange(num_images), native, spec)  # with real numbers: some of it looks at them
     with FakeTensorMode(allow_non_fake_inputs=True):
         for part in (*model.modules(), *teacher.modules()):
             _make_fake(part)
         canvas = torch.zeros(num_images, height, width, 3, dtype=torch.uint8)
         with kernels:
-            batch = cut_batch(canvas, native, draws, view)
+            batch = cut_batch(canvas, native, draws, spec)
             loss = model(batch | {"target": teacher(batch["patches_b"])})["loss"]
             kernels.num_forward = len(kernels.rows)
             loss.backward()

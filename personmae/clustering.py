@@ -31,7 +31,7 @@ class Module(downstream.Trained, Protocol):
     memory: ClusterMemory
 
 
-class Run(downstream.Run, Protocol):
+class ClusteredState(downstream.DownstreamState, Protocol):
     """What is known of a run; ``labels`` (N,) are the clusters of the training images, -1 for an outlier."""
 
     labels: np.ndarray | None
@@ -42,7 +42,9 @@ class Run(downstream.Run, Protocol):
     def module(self) -> Module: ...
 
 
-def find_clusters(state: Run, images: ImageSet, epoch: int, log: run_log.RunLog, stopped: Callable[[], bool]) -> None:
+def find_clusters(
+    state: ClusteredState, images: ImageSet, epoch: int, log: run_log.RunLog, stopped: Callable[[], bool]
+) -> None:
     """Label the images by the clusters of their features, and begin the memory with the means of these.
 
     Raises:
@@ -117,7 +119,7 @@ def trim_clusters(run_dir: Path, step: int) -> None:
     files.cut_lines(run_dir / run_log.CLUSTERS, lambda record: record["step"] < step)
 
 
-def _features(state: Run, images: ImageSet, log: run_log.RunLog, stopped: Callable[[], bool]) -> Tensor:
+def _features(state: ClusteredState, images: ImageSet, log: run_log.RunLog, stopped: Callable[[], bool]) -> Tensor:
     """Features of all images on every rank, of length one, in evaluation mode."""
     settings = state.settings
     dist.average_buffers(state.module.model)
@@ -137,7 +139,7 @@ def _features(state: Run, images: ImageSet, log: run_log.RunLog, stopped: Callab
     return features
 
 
-def _record(state: Run, epoch: int, scores: ClusterQuality, log: run_log.RunLog) -> None:
+def _record(state: ClusteredState, epoch: int, scores: ClusterQuality, log: run_log.RunLog) -> None:
     """Say how good the clusters are, and write it down."""
     shown = {name: value for name, value in asdict(scores).items() if value is not None}
     words = (f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in shown.items())

@@ -259,8 +259,8 @@ class Pretrain(Section):
             )
         return self
 
-    def view_arguments(self) -> dict[str, Any]:
-        """Arguments of ``model.personmae.View``: how images become regions."""
+    def region_arguments(self) -> dict[str, Any]:
+        """Arguments of ``model.personmae.RegionSpec``: how images become regions."""
         model, mask = self.model, self.mask
         return {
             **model.model_dump(exclude={"size"}),

@@ -29,7 +29,7 @@ class Trained(Protocol):
     compute_dtype: torch.dtype
 
 
-class Run(Protocol):
+class DownstreamState(Protocol):
     """What both programs know of a run."""
 
     step: int
@@ -47,7 +47,7 @@ class Run(Protocol):
     def module(self) -> Trained: ...
 
 
-def augmented(state: Run, images: Tensor, batch_size: int, ours: slice) -> Tensor:
+def augmented(state: DownstreamState, images: Tensor, batch_size: int, ours: slice) -> Tensor:
     """This rank's images of a global batch, augmented on its device; drop path is seeded too, so a resumed run repeats it."""
     settings = state.settings
     torch.manual_seed(settings.seed + 1000003 * state.step)
@@ -83,7 +83,7 @@ def require_same(where: str | Path, settings: Settings, ours: dict[str, Any], sa
     retrieval.require_same(where, ours, config.completed_identity(type(settings), saved))
 
 
-def keep_precision(state: Run, saved: dict[str, Any]) -> None:
+def keep_precision(state: DownstreamState, saved: dict[str, Any]) -> None:
     """Go on in the precision of the ``saved`` identity, unless one is given by hand; the module reads it at each call."""
     state.precision = state.precision.resumed(saved.get("train.precision"))
     state.module.compute_dtype = state.precision.dtype
@@ -107,7 +107,7 @@ def is_complete(settings: Settings, benchmark: Benchmark) -> bool:
     return True
 
 
-def record_run(state: Run) -> None:
+def record_run(state: DownstreamState) -> None:
     """Write down the run's set-up, and print what its benchmark holds."""
     settings = state.settings
     resolved = config.with_normalisation(settings, state.model_settings["mean"], state.model_settings["std"])
@@ -147,7 +147,7 @@ def whitening_of(settings: Settings) -> dict[str, Any] | None:
     return {"dim": settings.cluster.whiten_dim, "shrinkage": settings.cluster.whiten_shrinkage}
 
 
-def evaluate(state: Run, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def evaluate(state: DownstreamState, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
     settings, kept = state.settings, state.model_settings
 

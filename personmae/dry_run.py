@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from personmae import batch_plan, config, dist, precision
 from personmae.data.stream import ShardSet
 from personmae.inspect import hiding
-from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.pretrain_state import build_model, count_steps
@@ -45,17 +45,17 @@ def show(settings: config.Pretrain, world_size: int) -> None:
         "engine": settings.engine.name,
         "precision": str(chosen).removeprefix("precision ") + other,
     }
-    view = View(**settings.view_arguments())
+    spec = RegionSpec(**settings.region_arguments())
     show_plan(
         build_model(settings, chosen),
-        view,
+        spec,
         global_batch_size=settings.train.global_batch_size,
         max_micro_batch_size=settings.train.max_micro_batch_size,
         world_size=world_size,
         facts=facts,
         teacher_arguments=settings.teacher_arguments(),
     )
-    hiding.show(view, settings.seed, read_mark(settings.data.shards))
+    hiding.show(spec, settings.seed, read_mark(settings.data.shards))
 
 
 class Kept(NamedTuple):
@@ -65,25 +65,25 @@ class Kept(NamedTuple):
     per_image: int
 
 
-def count_kept(model: PersonMAE, view: View, teacher_arguments: Mapping[str, Any] = MappingProxyType({})) -> Kept:
+def count_kept(model: PersonMAE, spec: RegionSpec, teacher_arguments: Mapping[str, Any] = MappingProxyType({})) -> Kept:
     """What the forward pass keeps, inputs included and parameters not, with the model's activation checkpointing.
 
     Counted on the CPU with a few images, as what is still there once it is done. It bounds what a GPU needs: its attention
     keeps no probabilities, and a compiled model computes some things again.
     """
-    teacher = Teacher(model.encoder, view.grid, model.compute_dtype, **teacher_arguments) if model.needs_teacher else None
-    few, more = (_count_kept(model, teacher, view, num_images) for num_images in _PROBE_IMAGES)
+    teacher = Teacher(model.encoder, spec.grid, model.compute_dtype, **teacher_arguments) if model.needs_teacher else None
+    few, more = (_count_kept(model, teacher, spec, num_images) for num_images in _PROBE_IMAGES)
     per_image = (more - few) // (_PROBE_IMAGES[1] - _PROBE_IMAGES[0])
     return Kept(max(0, few - per_image * _PROBE_IMAGES[0]), per_image)
 
 
-def _count_kept(model: PersonMAE, teacher: Teacher | None, view: View, num_images: int) -> int:
-    height, width = view.canvas_size
+def _count_kept(model: PersonMAE, teacher: Teacher | None, spec: RegionSpec, num_images: int) -> int:
+    height, width = spec.canvas_size
     size = torch.tensor([[height, width]] * num_images)
     canvas = torch.zeros(num_images, height, width, 3, dtype=torch.uint8)
-    draws = draw_batch(torch.arange(num_images), size, view)
+    draws = draw_batch(torch.arange(num_images), size, spec)
     with _Allocations() as allocations:
-        batch = cut_batch(canvas, size, draws, view)
+        batch = cut_batch(canvas, size, draws, spec)
         if teacher is not None:
             batch["target"] = teacher(batch["patches_b"])
         losses = model(batch)
@@ -120,7 +120,7 @@ def _storages(tree: Any) -> dict[StorageWeakRef, int]:
 
 def show_plan(
     model: PersonMAE,
-    view: View,
+    spec: RegionSpec,
     *,
     global_batch_size: int,
     max_micro_batch_size: int,
@@ -137,7 +137,7 @@ def show_plan(
     num_params, num_encoder = (sum(p.numel() for p in m.parameters()) for m in (model, model.encoder))
     num_teacher = num_encoder if model.needs_teacher else 0
     states = _FP32 * (4 * num_params + num_teacher)
-    kept = count_kept(model, view, teacher_arguments)
+    kept = count_kept(model, spec, teacher_arguments)
     activations = kept.fixed + kept.per_image * plan.micro_batch_size
     memory = {
         "memory of a rank": f"{_gib(states + activations)}, and what the libraries take:",

@@ -56,7 +56,7 @@ from personmae.system import compile_cache
 
 
 @dataclass
-class Run:
+class FinetuneState:
     """What a run is made of, and how far it has come."""
 
     settings: config.Finetune
@@ -109,7 +109,7 @@ def run(settings: config.Finetune) -> None:
     module.to(world.device).train()
     engine = build_engine(settings, module)
     known = identity(settings, benchmark, chosen.name)
-    state = Run(settings, world, benchmark, module, model_settings, engine, order, known, chosen)
+    state = FinetuneState(settings, world, benchmark, module, model_settings, engine, order, known, chosen)
     held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
         with meter.restoring():
@@ -138,7 +138,7 @@ def run(settings: config.Finetune) -> None:
         meter.close(lambda: stop.requested)
 
 
-def train(state: Run, found: Path | None, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def train(state: FinetuneState, found: Path | None, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     labels = torch.from_numpy(train_labels(state.benchmark.train))
@@ -305,7 +305,7 @@ def open_writer(settings: config.Finetune, resumed: Path | None) -> Writer:
     return Writer(settings.run_dir, resumed=resumed, **settings.checkpoint.writer_arguments())
 
 
-def save(state: Run, writer: Writer | None) -> None:
+def save(state: FinetuneState, writer: Writer | None) -> None:
     """Have a checkpoint written; here stands everything that a resumed run needs. Called by all ranks together."""
     dist.average_buffers(state.module)  # running statistics of what each rank has seen
     saved = state.engine.portable_state()
@@ -333,7 +333,7 @@ def num_classes(head: nn.Module) -> int:
     return next(p.shape[0] for name, p in head.named_parameters() if name.endswith("classifier.weight"))
 
 
-def resume(state: Run) -> Path | None:
+def resume(state: FinetuneState) -> Path | None:
     """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
     found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
     if not found:
@@ -348,7 +348,7 @@ def resume(state: Run) -> Path | None:
     return found.path
 
 
-def announce(state: Run) -> None:
+def announce(state: FinetuneState) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     settings, total_steps = state.settings, state.total_steps
     record_run(state)

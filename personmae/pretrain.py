@@ -24,7 +24,7 @@ from personmae.floor import FloorEstimate, floor_warning
 from personmae.guard import Guard
 from personmae.model import teacher as ema
 from personmae.model.compiled import choose_prepare, compile_parts
-from personmae.model.inputs import Batch, View
+from personmae.model.inputs import Batch, RegionSpec
 from personmae.model.personmae import PersonMAE
 from personmae.model.vit import SIZES
 from personmae.monitor import progress, run_log
@@ -32,7 +32,7 @@ from personmae.monitor.heartbeat import Phase
 from personmae.monitor.rank_metrics import Meter
 from personmae.pretrain_probe import Prober
 from personmae.pretrain_state import (
-    Run,
+    PretrainState,
     Spiked,
     build_model,
     build_teacher,
@@ -67,8 +67,8 @@ def run(settings: config.Pretrain) -> None:
     chosen = precision.choose(settings.train.precision, str(world.device), share=dist.from_first_rank)
     torch.manual_seed(settings.seed)
     model = build_model(settings, chosen).to(world.device)
-    view = View(**settings.view_arguments())
-    teacher = build_teacher(settings, model, plan, view)
+    spec = RegionSpec(**settings.region_arguments())
+    teacher = build_teacher(settings, model, plan, spec)
     prober = Prober(settings, model.encoder, world) if settings.probe.benchmark else None
     prepare = choose_prepare(model, **settings.prepare_arguments())
     if settings.train.compile:
@@ -76,7 +76,9 @@ def run(settings: config.Pretrain) -> None:
         compile_parts(model, teacher, settings.train.cuda_graphs)
     engine = build_engine(settings, model, plan)
 
-    state = Run(settings, world, plan, view, shards, engine, teacher, count_steps(settings, len(shards)), chosen, prober=prober)
+    state = PretrainState(
+        settings, world, plan, spec, shards, engine, teacher, count_steps(settings, len(shards)), chosen, prober=prober
+    )
     held = None
     try:
         held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
@@ -113,7 +115,7 @@ def run(settings: config.Pretrain) -> None:
         meter.close(lambda: stop.requested)
 
 
-def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: Meter, stop: dist.StopSignal) -> None:
+def train(state: PretrainState, found: Path | None, prepare: Callable[..., Batch], meter: Meter, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the end."""
     settings, world, engine, teacher, total_steps = state.settings, state.world, state.engine, state.teacher, state.total_steps
     team = join_ranks(settings.run_dir) if engine.is_sharded else {}
@@ -168,7 +170,7 @@ def train(state: Run, found: Path | None, prepare: Callable[..., Batch], meter: 
                 meter.enter("inputs")
                 if settings.train.cuda_graphs:
                     torch.compiler.cudagraph_mark_step_begin()  # what a replay wrote before may be written over
-                inputs = prepare(*batch, state.view)
+                inputs = prepare(*batch, state.spec)
                 estimate.note(inputs)
                 if teacher:
                     inputs["target"] = teacher.look(inputs["patches_b"])
@@ -282,12 +284,12 @@ def open_shards(settings: config.Pretrain, world: dist.World) -> ShardSet:
     )
 
 
-def build_reader(state: Run) -> BatchReader:
+def build_reader(state: PretrainState) -> BatchReader:
     """This rank's batches from the run's cursor to its end."""
     data, world = state.settings.data, state.world
     return BatchReader(
         state.shards,
-        canvas_size=state.view.canvas_size,
+        canvas_size=state.spec.canvas_size,
         seed=state.settings.seed,
         global_batch_size=state.plan.global_batch_size,
         rank=world.rank,
@@ -336,7 +338,7 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
     return dict(zip(values, dist.mean(stacked).tolist(), strict=True))
 
 
-def announce(state: Run) -> None:
+def announce(state: PretrainState) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     settings, total_steps = state.settings, state.total_steps
     run_log.record_run(
@@ -360,7 +362,7 @@ def announce(state: Run) -> None:
     )
 
 
-def tell_end(state: Run, seconds: float) -> None:
+def tell_end(state: PretrainState, seconds: float) -> None:
     """Say where the encoder is, how long that took, what to do with it, and whether it has learned too little."""
     settings, folders = state.settings, portable.folders(state.settings.run_dir)
     where = f"the encoder is in {folders[0] if folders else settings.run_dir}"
@@ -377,7 +379,7 @@ def following(settings: config.Pretrain) -> str:
     )
 
 
-def tell_plan(state: Run, meter: Meter, writer: Writer | None, steps_per_epoch: int) -> None:
+def tell_plan(state: PretrainState, meter: Meter, writer: Writer | None, steps_per_epoch: int) -> None:
     """What Prometheus is told about a run before its first step."""
     settings, world = state.settings, state.world
     if writer:

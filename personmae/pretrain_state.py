@@ -13,7 +13,7 @@ from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, UserError
 from personmae.floor import Floor
 from personmae.guard import Guard
-from personmae.model.inputs import View
+from personmae.model.inputs import RegionSpec
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.precision import Precision
@@ -21,13 +21,13 @@ from personmae.pretrain_probe import Prober
 
 
 @dataclass
-class Run:
+class PretrainState:
     """What a run is made of, and how far it has come."""
 
     settings: config.Pretrain
     world: dist.World
     plan: batch_plan.BatchPlan
-    view: View
+    spec: RegionSpec
     shards: ShardSet
     engine: Engine
     teacher: Teacher | None
@@ -47,14 +47,14 @@ class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
         self.good_step = good_step
 
 
-def save(state: Run, writer: Writer | None, *, spread: bool) -> None:
+def save(state: PretrainState, writer: Writer | None, *, spread: bool) -> None:
     """Have a checkpoint written, with ``spread`` by all ranks together."""
     saved = to_checkpoint(state, spread=spread)
     if writer and saved:
         writer.save(saved)
 
 
-def to_checkpoint(state: Run, *, spread: bool = False) -> portable.Checkpoint | None:
+def to_checkpoint(state: PretrainState, *, spread: bool = False) -> portable.Checkpoint | None:
     """Everything that a resumed run needs, on the first rank, or each rank's share of it; called by all ranks together."""
     settings, engine_state = state.settings, state.engine.portable_state(spread=spread)
     if engine_state is None:
@@ -80,7 +80,7 @@ def to_checkpoint(state: Run, *, spread: bool = False) -> portable.Checkpoint | 
     return portable.Checkpoint(state.step, tensors, record)
 
 
-def resume(state: Run) -> Path | None:
+def resume(state: PretrainState) -> Path | None:
     """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
     found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
     if not found:
@@ -110,7 +110,7 @@ def resume(state: Run) -> Path | None:
     return found.path
 
 
-def keep_precision(state: Run, saved: str | None) -> None:
+def keep_precision(state: PretrainState, saved: str | None) -> None:
     """Go on in the precision of a checkpoint, unless one is given by hand; model and teacher read it at each call."""
     state.precision = state.precision.resumed(saved)
     for module in (state.engine.module, state.teacher):
@@ -124,7 +124,7 @@ def identity(settings: config.Pretrain, shards: ShardSet, precision: Precision) 
     return settings.identity() | {"train.precision": precision.name} | data
 
 
-def last_step_counted(guard: Guard, state: Run) -> bool:
+def last_step_counted(guard: Guard, state: PretrainState) -> bool:
     """Whether the last step changed the parameters: a state is saved only then. Waits for the device.
 
     Raises:
@@ -142,7 +142,7 @@ def last_step_counted(guard: Guard, state: Run) -> bool:
     return not guard.in_row
 
 
-def roll_back(state: Run, spike: Spiked, attempt: int) -> Path:
+def roll_back(state: PretrainState, spike: Spiked, attempt: int) -> Path:
     """Go back to the newest checkpoint from before a spike, and on with the batches behind it (as PaLM's authors did).
 
     Raises:
@@ -222,7 +222,7 @@ def count_steps(settings: config.Pretrain, num_samples: int) -> int:
     return max(1, round(settings.train.epochs * (num_samples // settings.train.global_batch_size)))
 
 
-def build_teacher(settings: config.Pretrain, model: PersonMAE, plan: batch_plan.BatchPlan, view: View) -> Teacher | None:
+def build_teacher(settings: config.Pretrain, model: PersonMAE, plan: batch_plan.BatchPlan, spec: RegionSpec) -> Teacher | None:
     """The teacher that the losses need, if they need one.
 
     Raises:
@@ -236,5 +236,5 @@ def build_teacher(settings: config.Pretrain, model: PersonMAE, plan: batch_plan.
         )
     if not model.needs_teacher:
         return None
-    teacher = Teacher(model.encoder, view.grid, model.compute_dtype, **settings.teacher_arguments())
+    teacher = Teacher(model.encoder, spec.grid, model.compute_dtype, **settings.teacher_arguments())
     return teacher.to(model.encoder.cls_token.device)

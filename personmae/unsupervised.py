@@ -51,7 +51,7 @@ from personmae.reid.transforms import ImageSet, load_ahead
 
 
 @dataclass
-class Run:
+class UnsupervisedState:
     """What a run is made of, and how far it has come; ``labels`` are the clusters of the epoch that ``step`` is in."""
 
     settings: config.Unsupervised
@@ -100,7 +100,7 @@ def run(settings: config.Unsupervised) -> None:
     module.to(world.device).train()
     engine = build_engine(settings, module)
     known = identity(settings, benchmark, chosen.name)
-    state = Run(settings, world, benchmark, module, model_settings, engine, known, chosen)
+    state = UnsupervisedState(settings, world, benchmark, module, model_settings, engine, known, chosen)
     held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
         with meter.restoring():
@@ -129,7 +129,7 @@ def run(settings: config.Unsupervised) -> None:
         meter.close(lambda: stop.requested)
 
 
-def train(state: Run, found: Path | None, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def train(state: UnsupervisedState, found: Path | None, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     pool = ThreadPoolExecutor(dist.threads_per_rank(world))
@@ -225,7 +225,7 @@ class ClusterContrast(nn.Module):
 
 
 def batches(
-    state: Run, images: ImageSet, ours: slice, log: run_log.RunLog, stopped: Callable[[], bool]
+    state: UnsupervisedState, images: ImageSet, ours: slice, log: run_log.RunLog, stopped: Callable[[], bool]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``ours`` of the images, and the memory's centroids of all (P * K,), of every global batch that is left.
 
@@ -323,7 +323,7 @@ def lr_scale_at(settings: config.Unsupervised, step: int) -> float:
     return settings.optim.decay ** (epoch // settings.optim.decay_every_epochs)
 
 
-def save(state: Run, writer: Writer | None) -> None:
+def save(state: UnsupervisedState, writer: Writer | None) -> None:
     """Have a checkpoint written; here stands everything that a resumed run needs. Called by all ranks together."""
     dist.average_buffers(state.module)  # running statistics of what each rank has seen
     saved = state.engine.portable_state()
@@ -349,7 +349,7 @@ def save(state: Run, writer: Writer | None) -> None:
     writer.save(portable.Checkpoint(state.step, tensors, record))
 
 
-def resume(state: Run) -> Path | None:
+def resume(state: UnsupervisedState) -> Path | None:
     """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
     found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
     if not found:
@@ -368,7 +368,7 @@ def resume(state: Run) -> Path | None:
     return found.path
 
 
-def announce(state: Run) -> None:
+def announce(state: UnsupervisedState) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
     settings, total_steps = state.settings, state.total_steps
     record_run(state)

@@ -47,7 +47,7 @@ def test_the_counted_operations_are_those_of_the_formula_and_of_cutting_the_regi
         pixel_dim=min(512, dim),
         feature_dim=dim,
     )
-    (canvas_h, canvas_w), (height, width) = work_of.view_of((256, 128)).canvas_size, (256 + 64, 128 + 32)
+    (canvas_h, canvas_w), (height, width) = work_of.spec_of((256, 128)).canvas_size, (256 + 64, 128 + 32)
     cutting = 2 * 3 * canvas_h * width * (canvas_w + height)
     assert work_of.count_work("micro", (256, 128), "bf16").flops.sum() == formula + cutting
 
@@ -60,11 +60,11 @@ def test_a_kernel_is_what_computes_and_a_view_is_none():
 
 
 def test_bytes_of_any_batch_follow_from_the_two_that_were_counted():
-    work, view = micro(), work_of.view_of(SMALL)
+    work, spec = micro(), work_of.spec_of(SMALL)
     with work_of.torch.device("meta"):
         student = work_of.PersonMAE(size="micro", compute_dtype=work_of.torch.bfloat16)
-        teacher = work_of.Teacher(student.encoder, view.grid, work_of.torch.bfloat16)
-    counted = work_of._count_kernels(student, teacher, view, 7)
+        teacher = work_of.Teacher(student.encoder, spec.grid, work_of.torch.bfloat16)
+    counted = work_of._count_kernels(student, teacher, spec, 7)
     assert_allclose(np.array(counted.rows)[:, 1], work.fixed_bytes + 7 * work.image_bytes)
     assert 0 < work.num_forward < len(work.flops)
     assert (work.image_bytes >= 0).all()

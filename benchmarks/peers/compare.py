@@ -33,11 +33,11 @@ from personmae.checkpoint import portable
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
 from personmae.errors import UserError
 from personmae.guard import Guard
-from personmae.model.inputs import View
+from personmae.model.inputs import RegionSpec
 from personmae.model.teacher import Teacher
 from personmae.monitor import environment
 from personmae.precision import AUTO, NAMES
-from personmae.pretrain_state import Run
+from personmae.pretrain_state import PretrainState
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "peers.json"
 MOST_FILES = 50_000  # of a large data set, the usual way is given so many images
@@ -60,8 +60,8 @@ class Ours:
     def __init__(self, settings: config.Pretrain, world: dist.World, shards: ShardSet):
         torch.manual_seed(settings.seed)
         chosen = precision.choose(settings.train.precision, str(world.device))
-        model, view = pretrain.build_model(settings, chosen).to(world.device), View(**settings.view_arguments())
-        teacher = self.teacher = Teacher(model.encoder, view.grid, model.compute_dtype).to(world.device)
+        model, spec = pretrain.build_model(settings, chosen).to(world.device), RegionSpec(**settings.region_arguments())
+        teacher = self.teacher = Teacher(model.encoder, spec.grid, model.compute_dtype).to(world.device)
         self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         train = settings.train
         self.prepare = pretrain.choose_prepare(model, **settings.prepare_arguments())
@@ -69,7 +69,7 @@ class Ours:
             pretrain.compile_parts(model, teacher, train.cuda_graphs)
         plan = batch_plan.plan_batch(settings.train.global_batch_size, 1, settings.train.global_batch_size)
         self.engine = pretrain.build_engine(settings, model, plan)
-        self.state = Run(settings, world, plan, view, shards, self.engine, teacher, TOTAL_STEPS, chosen)
+        self.state = PretrainState(settings, world, plan, spec, shards, self.engine, teacher, TOTAL_STEPS, chosen)
         self.guard = Guard(world.device, max_skipped_steps=train.max_skipped_steps)
         self.copies = torch.cuda.Stream() if world.device.type == "cuda" else None
 
@@ -79,7 +79,7 @@ class Ours:
     def cut(self, batch: CanvasBatch) -> dict[str, Tensor]:
         if self.state.settings.train.cuda_graphs:  # else it would only import much of the compiler
             torch.compiler.cudagraph_mark_step_begin()
-        return self.prepare(*batch, self.state.view)
+        return self.prepare(*batch, self.state.spec)
 
     def step(self, inputs: dict[str, Tensor]) -> None:
         state, settings = self.state, self.state.settings
@@ -110,7 +110,7 @@ def usual_ways(
 ) -> dict[str, Way]:
     """The usual way from the weights that ours began with."""
     settings, device = ours.state.settings, ours.state.world.device
-    model = usual.UsualPersonMAE(settings.model.size, ours.state.view, decoder_depth=settings.decoders.depth)
+    model = usual.UsualPersonMAE(settings.model.size, ours.state.spec, decoder_depth=settings.decoders.depth)
     model.load_state_dict(ours.weights)
     arguments: dict[str, Any] = {"betas": settings.optim.betas, "weight_decay": settings.optim.weight_decay}
     trainer = usual.Trainer(model.to(device), dtype=dtype, compile=compile, **arguments)
@@ -184,10 +184,10 @@ def compare(arguments: argparse.Namespace, world: dist.World, folder: Path, tell
             raise UserError(f"a batch of {arguments.batch_size} samples is required; {shards.root} holds {len(shards)}")
         (folder / "images").mkdir()
         to_files(shards, folder / "images")
-        view = View(**settings.view_arguments())
+        spec = RegionSpec(**settings.region_arguments())
         pinned = world.device.type == "cuda"
         loader = usual.load(
-            folder / "images", view, arguments.batch_size, num_workers, pin_memory=pinned, num_batches=num_batches
+            folder / "images", spec, arguments.batch_size, num_workers, pin_memory=pinned, num_batches=num_batches
         )
         batches = iter(loader)
         next(batches)  # workers are forked before any thread of ours is started

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from personmae.model.inputs import View
+from personmae.model.inputs import RegionSpec
 from personmae.model.vit import SIZES
 
 TOKENS = ["encoder.cls_token", "pixel_decoder.mask_token", "feature_decoder.mask_token"]  # without weight decay
@@ -67,15 +67,15 @@ def _add_block(mask: Bool[np.ndarray, "h w"], num_hidden: int, min_block: int) -
 
 
 def cut(
-    image: Any, box: tuple[int, int, int, int], flip: bool, scale: int, shift: tuple[int, int], view: View
+    image: Any, box: tuple[int, int, int, int], flip: bool, scale: int, shift: tuple[int, int], spec: RegionSpec
 ) -> tuple[Float[Tensor, "3 H W"], Float[Tensor, "3 H W"]]:
     """RegionA and RegionB of a PIL image; ``box`` is (top, left, height, width) of the global crop in pixels."""
-    height, width = view.img_size
+    height, width = spec.img_size
     size = [height + scale, width + scale // 2]
     crop = TF.resized_crop(image, *box, size, InterpolationMode.BICUBIC)
     if flip:
         crop = TF.hflip(crop)
-    pixels = TF.normalize(TF.to_tensor(crop), list(view.mean), list(view.std))  # pyright: ignore[reportArgumentType]
+    pixels = TF.normalize(TF.to_tensor(crop), list(spec.mean), list(spec.std))  # pyright: ignore[reportArgumentType]
     top, left = shift
     return pixels[:, :height, :width], pixels[:, top : top + height, left : left + width]
 
@@ -83,31 +83,31 @@ def cut(
 class Crops(Dataset[Sample]):
     """A folder of JPEGs, so many times over, each cut anew whenever it is asked for."""
 
-    def __init__(self, folder: Path, view: View, repeats: int = 1):
-        self.paths, self.view, self.repeats = sorted(folder.iterdir()), view, repeats
-        self.num_hidden = round(view.grid[0] * view.grid[1] * view.mask_ratio)
+    def __init__(self, folder: Path, spec: RegionSpec, repeats: int = 1):
+        self.paths, self.spec, self.repeats = sorted(folder.iterdir()), spec, repeats
+        self.num_hidden = round(spec.grid[0] * spec.grid[1] * spec.mask_ratio)
 
     def __len__(self) -> int:
         return self.repeats * len(self.paths)
 
     def __getitem__(self, index: int) -> Sample:
-        view = self.view
+        spec = self.spec
         image: Any = Image.open(self.paths[index % len(self.paths)]).convert("RGB")
-        box = RandomResizedCrop.get_params(image, list(view.crop_scale), list(view.crop_ratio))
-        scale = random.randint(0, view.max_shift)
+        box = RandomResizedCrop.get_params(image, list(spec.crop_scale), list(spec.crop_ratio))
+        scale = random.randint(0, spec.max_shift)
         shift = random.randint(0, scale), random.randint(0, scale // 2)
-        region_a, region_b = cut(image, box, random.random() < view.flip_prob, scale, shift, view)
-        mask = draw_mask(view.grid, self.num_hidden, view.min_block)
+        region_a, region_b = cut(image, box, random.random() < spec.flip_prob, scale, shift, spec)
+        mask = draw_mask(spec.grid, self.num_hidden, spec.min_block)
         return Sample(region_a, region_b, torch.from_numpy(np.flatnonzero(~mask)), torch.tensor(shift))
 
 
 def load(
-    folder: Path, view: View, batch_size: int, num_workers: int, *, pin_memory: bool, num_batches: int = 1
+    folder: Path, spec: RegionSpec, batch_size: int, num_workers: int, *, pin_memory: bool, num_batches: int = 1
 ) -> DataLoader[Sample]:
     """Shuffled batches of a folder of JPEGs, ``num_batches`` or more in an epoch: at its end the workers begin anew."""
     repeats = math.ceil(num_batches * batch_size / sum(1 for _ in folder.iterdir()))
     return DataLoader(
-        Crops(folder, view, repeats),
+        Crops(folder, spec, repeats),
         batch_size,
         shuffle=True,
         num_workers=num_workers,
@@ -139,11 +139,11 @@ def blocks(dim: int, num_heads: int, depth: int) -> nn.ModuleList:
 class Encoder(nn.Module):
     """A ViT that embeds the whole image, then takes the visible tokens."""
 
-    def __init__(self, view: View, *, embed_dim: int, depth: int, num_heads: int):
+    def __init__(self, spec: RegionSpec, *, embed_dim: int, depth: int, num_heads: int):
         super().__init__()
-        self.patch_embed = PatchEmbed(view.img_size, view.patch_size, 3, embed_dim)
+        self.patch_embed = PatchEmbed(spec.img_size, spec.patch_size, 3, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.register_buffer("pos_embed", sincos(grid_coords(view.grid), embed_dim)[None], persistent=False)
+        self.register_buffer("pos_embed", sincos(grid_coords(spec.grid), embed_dim)[None], persistent=False)
         self.blocks = blocks(embed_dim, num_heads, depth)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
@@ -184,14 +184,14 @@ class Decoder(nn.Module):
 class UsualPersonMAE(nn.Module):
     """Encoder, both decoders, both losses."""
 
-    def __init__(self, size: str, view: View, *, decoder_depth: int = 2, beta: float = 2.0):
+    def __init__(self, size: str, spec: RegionSpec, *, decoder_depth: int = 2, beta: float = 2.0):
         super().__init__()
-        self.patch_size, self.beta = view.patch_size, beta
-        self.encoder = Encoder(view, **SIZES[size])
+        self.patch_size, self.beta = spec.patch_size, beta
+        self.encoder = Encoder(spec, **SIZES[size])
         dim = SIZES[size]["embed_dim"]
-        self.pixel_decoder = Decoder(dim, min(512, dim), decoder_depth, 3 * view.patch_size**2)
+        self.pixel_decoder = Decoder(dim, min(512, dim), decoder_depth, 3 * spec.patch_size**2)
         self.feature_decoder = Decoder(dim, dim, decoder_depth, dim)
-        self.register_buffer("coords", grid_coords(view.grid)[None], persistent=False)
+        self.register_buffer("coords", grid_coords(spec.grid)[None], persistent=False)
         self.coords: Tensor
 
     def patchify(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B L P"]:

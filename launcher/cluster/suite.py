@@ -74,7 +74,7 @@ class Suite(config.Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PlannedStage:
     """A stage with everything filled in."""
 
     stage: Stage
@@ -91,7 +91,7 @@ def is_suite(path: Path) -> bool:
     return path.is_file() and config.program_of(path) == "suite"
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> list[Step]:
+def load(path: Path, overrides: Sequence[str] = ()) -> list[PlannedStage]:
     """Read a suite and fill in its stages.
 
     Raises:
@@ -100,9 +100,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> list[Step]:
     return steps_of(config.load(Suite, path, overrides), path.parent)
 
 
-def steps_of(suite: Suite, folder: Path) -> list[Step]:
+def steps_of(suite: Suite, folder: Path) -> list[PlannedStage]:
     """The stages of a suite, each with its program, its places and its name."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, PlannedStage] = {}
     for stage in suite.stages:
         run, run_dir = f"{suite.name}-{stage.name}", f"{suite.results.rstrip('/')}/runs/{stage.name}"
         check_name(run)
@@ -112,7 +112,7 @@ def steps_of(suite: Suite, folder: Path) -> list[Step]:
         places = [f"checkpoint.store={place}" if "://" in run_dir else f"run_dir={place}"]
         places += [f"init={escape(steps[stage.after].run_dir)}"] if stage.after else []
         overrides = [text.format(**suite.places) for text in stage.set] + places
-        steps[stage.name] = Step(stage, program, folder / stage.config, overrides, run, run_dir, f"{run_dir}/result.json")
+        steps[stage.name] = PlannedStage(stage, program, folder / stage.config, overrides, run, run_dir, f"{run_dir}/result.json")
     return list(steps.values())
 
 

@@ -45,7 +45,7 @@ def _tcp_store() -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class StoreView:
     """What an agent knows: the record, and when it last saw a sign of life of each node."""
 
     state: State = field(default_factory=State)
@@ -70,7 +70,7 @@ class Link:
         keep_alive_seconds: float,
         settle_seconds: float,
     ) -> None:
-        self.view = View()
+        self.view = StoreView()
         self.changed = threading.Event()
         self._address, self._prefix, self._node_id, self._policy = address, f"personmae/{run_id}", node_id, policy
         self._keep_alive, self._settle = keep_alive_seconds, settle_seconds
@@ -147,7 +147,7 @@ class Link:
         timeout = timedelta(seconds=_CALL_SECONDS)
         store = _tcp_store()(*self._address, is_master=False, wait_for_workers=False, timeout=timeout)
         store.compare_set(self._key, "", membership.to_json(self.view.state))
-        self.view = View(self.view.state, dict.fromkeys(self.view.heard, time.monotonic()))  # nobody could be heard
+        self.view = StoreView(self.view.state, dict.fromkeys(self.view.heard, time.monotonic()))  # nobody could be heard
         self._counts.clear()
         self.connected = True
         return store
@@ -159,7 +159,7 @@ class Link:
     def _exchange(self, store: Any, generation: int) -> None:
         now = time.monotonic()
         if now - self._contact > self._keep_alive / 2:  # we were away or asleep: judge nobody by that
-            self.view = View(self.view.state, dict.fromkeys(self.view.heard, now))
+            self.view = StoreView(self.view.state, dict.fromkeys(self.view.heard, now))
         store.add(f"{self._prefix}/beat/{self._node_id}", 1)
         while True:
             text = store.get(self._key).decode()
@@ -183,7 +183,7 @@ class Link:
             for _ in range(queued):
                 self._queue.popleft()
             self._contact = time.monotonic()
-            self.view = View(changed, heard)
+            self.view = StoreView(changed, heard)
             return
 
     def _listen(self, store: Any, state: State) -> dict[str, float]:

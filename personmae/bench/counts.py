@@ -17,7 +17,7 @@ from rich.table import Table
 
 from personmae import flops as operations
 from personmae.bench.ceilings import Ceilings
-from personmae.model.inputs import View
+from personmae.model.inputs import RegionSpec
 from personmae.model.vit import SIZES
 from personmae.monitor import environment
 from personmae.system import files
@@ -36,10 +36,10 @@ MODELS = {"micro": (128, 64), "small": (256, 128), "base": (256, 128), "large": 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step works on, with the teacher; ``view`` is that of the configuration."""
+    """What a step works on, with the teacher; ``spec`` is that of the configuration."""
 
     size: str
-    view: View
+    spec: RegionSpec
     precision: str = "bf16"
     decoder_depth: int = 2
 
@@ -53,15 +53,15 @@ class Work:
 
     @property
     def num_patches(self) -> int:
-        return self.view.grid[0] * self.view.grid[1]
+        return self.spec.grid[0] * self.spec.grid[1]
 
     @property
     def num_visible(self) -> int:
-        return self.num_patches - round(self.view.mask_ratio * self.num_patches)
+        return self.num_patches - round(self.spec.mask_ratio * self.num_patches)
 
     @property
     def patch_dim(self) -> int:
-        return 3 * self.view.patch_size**2
+        return 3 * self.spec.patch_size**2
 
     @property
     def flops(self) -> float:
@@ -69,7 +69,7 @@ class Work:
         return operations.pretrain_flops(
             num_visible=self.num_visible,
             num_patches=self.num_patches,
-            patch_size=self.view.patch_size,
+            patch_size=self.spec.patch_size,
             embed_dim=self.feature_dim,
             depth=SIZES[self.size]["depth"],
             decoder_depth=self.decoder_depth,
@@ -141,7 +141,7 @@ def run_counts(bench: CountBench, ceilings: Ceilings | None = None, out: Path | 
     record: dict[str, Any] = {"commit": environment.git_commit(), "hardware": environment.describe_hardware()}
     record |= {"settings": asdict(bench), "ceilings": ceilings and asdict(ceilings), "counted": {}}
     for size, img_size in bench.sizes.items():
-        work = Work(size, view_at(img_size), bench.precision)
+        work = Work(size, spec_at(img_size), bench.precision)
         stages = count_stages(work)
         rates = (ceilings.matrix_rate[bench.precision], ceilings.bandwidth) if ceilings else None
         rows = {
@@ -183,10 +183,10 @@ def _print(
         console.print(f"at most {1000 * bench.batch_size / sum(least.values()):,.0f} images/s")
 
 
-def view_at(img_size: tuple[int, int]) -> View:
+def spec_at(img_size: tuple[int, int]) -> RegionSpec:
     """The paper's regions and masks for images of (height, width) pixels; the shift keeps its share of the image."""
     half = (0.5, 0.5, 0.5)
-    return View(img_size, 16, half, half, img_size[0] // 4, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+    return RegionSpec(img_size, 16, half, half, img_size[0] // 4, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 
 
 def _inputs(work: Work) -> Stage:
@@ -194,9 +194,9 @@ def _inputs(work: Work) -> Stage:
 
     With them the target of Eq. (5). The plain form multiplies by dense matrices, whose zeros are not counted here.
     """
-    view = work.view
-    canvas_h, canvas_w = view.canvas_size
-    height, width = view.img_size[0] + view.max_shift, view.img_size[1] + view.max_shift // 2
+    spec = work.spec
+    canvas_h, canvas_w = spec.canvas_size
+    height, width = spec.img_size[0] + spec.max_shift, spec.img_size[1] + spec.max_shift // 2
     flops = 2 * 4 * 3 * (canvas_h * width + height * width)
     patches = COMPUTE_BYTES[work.precision] * (work.num_visible + work.num_patches) * work.patch_dim
     return Stage(flops, 3 * canvas_h * canvas_w + patches + _FP32 * work.num_patches * work.patch_dim)

@@ -23,7 +23,7 @@ from personmae import dist
 from personmae.checkpoint import portable
 from personmae.data.stream import BatchReader, JpegReader, ShardSet
 from personmae.errors import UserError
-from personmae.model.inputs import View, prepare_batch
+from personmae.model.inputs import RegionSpec, prepare_batch
 from personmae.monitor import environment, progress
 from personmae.system import files
 
@@ -31,7 +31,7 @@ IMG_SIZE = (256, 128)
 BATCH_SIZE = 256
 CROP_SCALE, CROP_RATIO = (0.8, 1.0), (0.375, 0.667)
 MEAN = STD = (0.5, 0.5, 0.5)
-VIEW = View(IMG_SIZE, 16, MEAN, STD, 64, CROP_SCALE, CROP_RATIO, 0.5, "block", 0.75, 4)
+SPEC = RegionSpec(IMG_SIZE, 16, MEAN, STD, 64, CROP_SCALE, CROP_RATIO, 0.5, "block", 0.75, 4)
 USUAL = "StreamingDataset, PIL, DataLoader: cropped"
 USUAL_CANVAS = "StreamingDataset, PIL, DataLoader: canvas"
 
@@ -163,7 +163,7 @@ def _pipeline(bench: DataBench, *, num_threads: int) -> float:
 def _with_crops(bench: DataBench) -> float:
     """The regions too, which are otherwise cut on the GPU."""
     with ShardSet(bench.shards, "") as shards, closing(_reader(shards, bench.num_threads)) as reader:
-        batches = (prepare_batch(*batch, VIEW) for batch in reader)
+        batches = (prepare_batch(*batch, SPEC) for batch in reader)
         next(batches)
         return _rate(batches, bench.num_images // 8)
 
@@ -171,7 +171,7 @@ def _with_crops(bench: DataBench) -> float:
 def _reader(shards: ShardSet, num_threads: int) -> BatchReader:
     return BatchReader(
         shards,
-        canvas_size=VIEW.canvas_size,
+        canvas_size=SPEC.canvas_size,
         seed=0,
         global_batch_size=BATCH_SIZE,
         rank=0,
@@ -241,7 +241,7 @@ def usual_way(root: str, num_images: int, num_workers: int, crop: bool) -> float
     transform = transforms.Compose(steps)
 
     def on_canvas(image: Image.Image) -> torch.Tensor:
-        height, width = VIEW.canvas_size
+        height, width = SPEC.canvas_size
         image.thumbnail((width, height))
         canvas = torch.zeros(height, width, 3, dtype=torch.uint8)
         canvas[: image.height, : image.width] = torch.from_numpy(np.array(image))

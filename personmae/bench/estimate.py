@@ -19,9 +19,9 @@ import torch
 
 from personmae import config, dist
 from personmae import flops as operations
-from personmae.bench.counts import MODELS, Work, view_at
+from personmae.bench.counts import MODELS, Work, spec_at
 from personmae.bench.loop import SYNTHETIC, Cell, Loop
-from personmae.model.inputs import View
+from personmae.model.inputs import RegionSpec
 from personmae.model.vit import SIZES
 from personmae.precision import AUTO, Native, Precision, choose
 from personmae.reid.sampler import pk_batches
@@ -103,7 +103,7 @@ def step_flops(size: str, precision: str, device: str) -> float:
     with closing(Loop(cell, None)) as loop, loop.batches(SYNTHETIC) as batches:
         loop.run(batches, _WARM_UP)
         milliseconds = min(sum(parts) for parts in loop.run(batches, _STEPS[size]))
-    return 1000 * batch * Work(size, cell.view, precision).flops / milliseconds
+    return 1000 * batch * Work(size, cell.spec, precision).flops / milliseconds
 
 
 def drawing_rate() -> float:
@@ -129,7 +129,7 @@ def size_lines(speeds: Speeds) -> list[Line]:
     lines = []
     for size, img_size in MODELS.items():
         if size != "large":
-            rate = 1 / speeds.seconds(size, Work(size, view_at(img_size)).flops)
+            rate = 1 / speeds.seconds(size, Work(size, spec_at(img_size)).flops)
             how = "" if size in speeds.steps else ", counted from small's"
             lines.append(Line(f"{size} at {img_size[0]}x{img_size[1]}", False, f"about {_two_digits(rate)} images/s{how}"))
     return lines
@@ -180,7 +180,7 @@ def num_drawn(synthetic: SynthSettings) -> int:
 
 def pretrain_flops(settings: config.Pretrain) -> float:
     """Operations of an image in a pre-training step of the configuration, with decoders of the default width."""
-    return Work(settings.model.size, View(**settings.view_arguments()), decoder_depth=settings.decoders.depth).flops
+    return Work(settings.model.size, RegionSpec(**settings.region_arguments()), decoder_depth=settings.decoders.depth).flops
 
 
 def finetune_flops(settings: config.Finetune) -> float:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from personmae import dist, optim
 from personmae.bench.ceilings import DTYPES
-from personmae.bench.counts import view_at
+from personmae.bench.counts import spec_at
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet, to_device
 from personmae.engine.base import Batch, Engine
 from personmae.errors import UserError
 from personmae.model.compiled import Cutter, choose_prepare, compile_parts
-from personmae.model.inputs import View
+from personmae.model.inputs import RegionSpec
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.model.vit import ActivationCheckpointing
@@ -53,9 +53,9 @@ class Cell:
     cutter: Cutter = "torch"
 
     @property
-    def view(self) -> View:
+    def spec(self) -> RegionSpec:
         """How its images become regions."""
-        return view_at(self.img_size)
+        return spec_at(self.img_size)
 
 
 class Failed(NamedTuple):
@@ -64,7 +64,7 @@ class Failed(NamedTuple):
     why: str
 
 
-class Round(NamedTuple):
+class Repeat(NamedTuple):
     """Milliseconds of ``PARTS`` for each step, and the most memory so far in bytes.
 
     On a GPU that is what tensors have taken, and what the allocator has taken for them; on a CPU what the process has grown
@@ -88,7 +88,7 @@ class Loop:
         dtype = DTYPES[cell.precision]
         self._model = PersonMAE(size=cell.size, compute_dtype=dtype).to(world.device)
         self._model.encoder.activation_checkpointing = cell.checkpointing
-        self._teacher = Teacher(self._model.encoder, cell.view.grid, dtype).to(world.device)
+        self._teacher = Teacher(self._model.encoder, cell.spec.grid, dtype).to(world.device)
         compiled, graphed = cell.compile != "off", cell.compile == "graph"
         self._prepare = choose_prepare(self._model, cutter=cell.cutter, compiled=compiled, cuda_graphs=graphed)
         if compiled:
@@ -100,7 +100,7 @@ class Loop:
         self._scratch = tempfile.TemporaryDirectory(prefix="personmae-bench-")
         self._shards = ShardSet(shards, self._scratch.name) if shards else None
 
-    def run_round(self, source: str, num_steps: int) -> Round:
+    def run_round(self, source: str, num_steps: int) -> Repeat:
         """Warm up, then time some steps, on the same canvases again and again or on those of the shards."""
         if self._copies:
             torch.cuda.reset_peak_memory_stats()
@@ -108,8 +108,8 @@ class Loop:
             self.run(batches, WARM_UP)
             times = self.run(batches, num_steps)
         if self._copies:
-            return Round(times, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
-        return Round(times, memory_bytes("VmHWM") - self._bytes_before, None)
+            return Repeat(times, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
+        return Repeat(times, memory_bytes("VmHWM") - self._bytes_before, None)
 
     def run(self, batches: Iterable[CanvasBatch], num_steps: int) -> list[list[float]]:
         """Milliseconds of each part of each step; the device is waited for at the end alone, as a run does."""
@@ -120,7 +120,7 @@ class Loop:
             marks.begin()
             if self._cell.compile == "graph":  # else it would only import much of the compiler
                 torch.compiler.cudagraph_mark_step_begin()
-            inputs = self._prepare(*batch, self._cell.view)
+            inputs = self._prepare(*batch, self._cell.spec)
             marks.begin()
             inputs["target"] = teacher(inputs["patches_b"])
             marks.begin()
@@ -143,7 +143,7 @@ class Loop:
         size = self._cell.batch_size
         reader = BatchReader(
             self._shards,
-            canvas_size=self._cell.view.canvas_size,
+            canvas_size=self._cell.spec.canvas_size,
             num_threads=self._threads,
             prefetch_batches=4,
             max_bad_ratio=0.01,
@@ -244,7 +244,7 @@ def _build_engine(cell: Cell, model: PersonMAE) -> Engine | PlainLoop:
 
 def _synthetic_batch(cell: Cell, device: torch.device) -> CanvasBatch:
     """Noise that fills its canvases, which is as much as an image can be; it is on the device already."""
-    height, width = cell.view.canvas_size
+    height, width = cell.spec.canvas_size
     canvas = torch.randint(0, 256, (cell.batch_size, height, width, 3), dtype=torch.uint8, device=device)
     size = torch.tensor([[height, width]], device=device).repeat(cell.batch_size, 1)
     return CanvasBatch(canvas, size, size.clone(), torch.arange(cell.batch_size, device=device))
@@ -277,7 +277,7 @@ def open_loop(cell: Cell, shards: str | None) -> float | Failed:
         return _told(error)
 
 
-def run_round(source: str, num_steps: int) -> Round | Failed:
+def run_round(source: str, num_steps: int) -> Repeat | Failed:
     """A round of the loop that was opened."""
     assert _loop, "a loop is opened first"
     try:

@@ -33,7 +33,7 @@ from personmae.bench.loop import (
     Cell,
     Compiled,
     Failed,
-    Round,
+    Repeat,
     close_loop,
     open_loop,
     run_round,
@@ -176,7 +176,7 @@ class _Alone:
 def _measure(bench: StepBench, team: list[Cell], ceilings: Ceilings, gpus: list[str], place: str) -> list[dict[str, Any]]:
     """Rows of the record, one for each cell and source, from cells that are taken in turn."""
     sources = (SYNTHETIC, SHARDS) if bench.shards else (SYNTHETIC,)
-    rounds: dict[tuple[Cell, str], list[Round]] = {(cell, source): [] for cell in team for source in sources}
+    rounds: dict[tuple[Cell, str], list[Repeat]] = {(cell, source): [] for cell in team for source in sources}
     firsts: dict[Cell, float | None] = {}
     with contextlib.ExitStack() as stack:
         alone = {cell: stack.enter_context(_Alone()) for cell in team}
@@ -199,13 +199,13 @@ def _measure(bench: StepBench, team: list[Cell], ceilings: Ceilings, gpus: list[
     return rows
 
 
-def _summary(cell: Cell, rounds: list[Round], ceilings: Ceilings, gpus: list[str]) -> dict[str, Any]:
+def _summary(cell: Cell, rounds: list[Repeat], ceilings: Ceilings, gpus: list[str]) -> dict[str, Any]:
     """Medians over the rounds. A step and its parts are medians of a round too; images a second are those of all its time, so
     that a wait which comes now and then counts. Rounds after the first find the memory of others, so its peak is the one."""
     steps = [[sum(parts) for parts in one.milliseconds] for one in rounds]
     parts = [[statistics.median(times) for times in zip(*one.milliseconds, strict=True)] for one in rounds]
     rate = statistics.median(1000 * cell.batch_size * len(times) / sum(times) for times in steps)
-    flops = Work(cell.size, cell.view, cell.precision).flops
+    flops = Work(cell.size, cell.spec, cell.precision).flops
     sheet = operations.peak_flops(gpus[0], cell.precision) if gpus else None
     return {
         "rounds": len(rounds),

@@ -36,7 +36,7 @@ WHOLE = Part()
 
 
 @dataclass(frozen=True)
-class Plan:
+class ImportPlan:
     """Which images make which shard, and all else that decides what the result is."""
 
     source: Source
@@ -83,7 +83,7 @@ def make_plan(
     shard_bytes: int,
     max_side: int | None,
     announce: Callable[[str], None] = lambda line: None,
-) -> Plan:
+) -> ImportPlan:
     """List the source and cut the wanted images into shards as streaming's writer would: full, in order."""
     images = selection.of(source.images(announce))
     empty = header_bytes(shard_bytes)
@@ -94,4 +94,4 @@ def make_plan(
             starts.append(place)
             size = empty
         size += num_bytes
-    return Plan(source, images, starts, shard_bytes, max_side)
+    return ImportPlan(source, images, starts, shard_bytes, max_side)

@@ -24,7 +24,7 @@ from typing import Any
 
 from personmae.data import rejects
 from personmae.data.import_home import DONE, PLAN, STAGING, locked, open_staging, standing
-from personmae.data.import_plan import WHOLE, Part, Plan, make_plan
+from personmae.data.import_plan import WHOLE, Part, ImportPlan, make_plan
 from personmae.data.import_workers import leave_interrupts_to_main, workers
 from personmae.data.mds import INDEX
 from personmae.data.rejects import REJECTS
@@ -135,7 +135,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _import(plan: Plan, destination: str, part: Part, num_processes: int, progress: Progress) -> Outcome:
+def _import(plan: ImportPlan, destination: str, part: Part, num_processes: int, progress: Progress) -> Outcome:
     """Carry out a plan, or a part or the rest of it."""
     if complete := _already_complete(plan, destination):
         return complete
@@ -162,7 +162,7 @@ def _import(plan: Plan, destination: str, part: Part, num_processes: int, progre
             raise
 
 
-def _already_complete(plan: Plan, destination: str) -> Outcome | None:
+def _already_complete(plan: ImportPlan, destination: str) -> Outcome | None:
     """The outcome where this very import has been finished before; None where something is left to do.
 
     Raises:
@@ -186,7 +186,7 @@ def _already_complete(plan: Plan, destination: str) -> Outcome | None:
     return Outcome(_num_samples(root), was_complete=True)
 
 
-def _ended_elsewhere(plan: Plan, destination: str) -> Outcome | None:
+def _ended_elsewhere(plan: ImportPlan, destination: str) -> Outcome | None:
     """As ``_already_complete``, also while another host still removes the records, minutes in a store; its plan is ours."""
     root, names = standing(destination)
     if {PLAN, INDEX} <= names:
@@ -198,13 +198,13 @@ def _num_samples(root: str) -> int:
     return sum(shard["samples"] for shard in json.loads(storage.read(root, INDEX) or b"")["shards"])
 
 
-def _unfinished(plan: Plan, part: Part, records: dict[int, Record], missing: int) -> Outcome:
+def _unfinished(plan: ImportPlan, part: Part, records: dict[int, Record], missing: int) -> Outcome:
     own = [records[number]["shard"] for number in part.of(len(plan.starts)) if number in records]
     written = sum(shard["samples"] for shard in own if shard)
     return Outcome(written, num_missing=missing, finished=False)
 
 
-def _begin(plan: Plan, root: str, begun: bool, staging: Path) -> None:
+def _begin(plan: ImportPlan, root: str, begun: bool, staging: Path) -> None:
     """Record the plan, or compare it with the one that was begun."""
     if not begun:
         _put_text(root, PLAN, json.dumps(plan.record), staging)
@@ -226,7 +226,7 @@ def _begin(plan: Plan, root: str, begun: bool, staging: Path) -> None:
             )
 
 
-def _records(plan: Plan, root: str) -> dict[int, Record]:
+def _records(plan: ImportPlan, root: str) -> dict[int, Record]:
     """The records of finished shards by number; of a store that cannot list, each possible one is asked for."""
     sizes = storage.list_sizes(root)
 
@@ -248,7 +248,7 @@ def _records(plan: Plan, root: str) -> dict[int, Record]:
 
 
 def _fill(
-    plan: Plan,
+    plan: ImportPlan,
     part: Part,
     records: dict[int, Record],
     root: str,
@@ -280,7 +280,7 @@ def _fill(
             progress(done, total)
 
 
-def _write_index(plan: Plan, records: list[Record], root: str, staging: Path) -> None:
+def _write_index(plan: ImportPlan, records: list[Record], root: str, staging: Path) -> None:
     """Write the list of rejects and, after it, the index. A shard without a readable image is not in it."""
     shards = [record["shard"] for record in records if record["shard"]]
     left_out = [reject for record in records for reject in record["rejects"]]
@@ -298,7 +298,7 @@ def _write_index(plan: Plan, records: list[Record], root: str, staging: Path) ->
     _put_text(root, INDEX, json.dumps({"version": 2, "shards": shards}, sort_keys=True), staging)
 
 
-def _conclude(plan: Plan, root: str, destination: str) -> int:
+def _conclude(plan: ImportPlan, root: str, destination: str) -> int:
     """Remove the records of a complete import and give it its name; the plan goes last, for a kill may come between."""
     num_samples = _num_samples(root)
     storage.delete(root, [_record_name(number) for number in range(len(plan.starts))])

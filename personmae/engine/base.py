@@ -20,7 +20,7 @@ Batch = dict[str, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-class Step(NamedTuple):
+class Update(NamedTuple):
     """What an update came to; scalars on the device, so that nothing waits for them."""
 
     grad_norm: Tensor  # of the mean gradient over the global batch, before clipping
@@ -52,7 +52,7 @@ class Engine(ABC):
         """Losses of one micro-batch, detached and on the device; gradients accumulate as means over the global batch."""
 
     @abstractmethod
-    def step(self, lr_scale: float) -> Step:
+    def step(self, lr_scale: float) -> Update:
         """Update the parameters with ``lr_scale`` times each group's peak rate, unless a loss or gradient is not finite."""
 
     @abstractmethod
@@ -134,7 +134,7 @@ def guarded_loss(loss: Tensor) -> Tensor:
     return loss * (1.0 + 0.0 * loss.detach())
 
 
-def guarded_update(optimizer: torch.optim.Optimizer, lr_scale: float, grad_norm: Tensor, max_norm: float | None) -> Step:
+def guarded_update(optimizer: torch.optim.Optimizer, lr_scale: float, grad_norm: Tensor, max_norm: float | None) -> Update:
     """Tell a fused optimizer how its next ``step()`` is to go: rates, clipping, and not at all where the norm is NaN or inf.
 
     A fused optimizer reads ``found_inf`` and ``grad_scale``, by which it divides gradients, on the device. Both are meant for
@@ -146,7 +146,7 @@ def guarded_update(optimizer: torch.optim.Optimizer, lr_scale: float, grad_norm:
     skipped = 1.0 - grad_norm.isfinite().float()
     scale = None if max_norm is None else ((grad_norm + 1e-6) / max_norm).clamp(min=1.0)
     optimizer.__dict__.update(found_inf=skipped, grad_scale=scale)
-    return Step(grad_norm, skipped)
+    return Update(grad_norm, skipped)
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:

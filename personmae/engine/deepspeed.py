@@ -22,7 +22,7 @@ from personmae.engine.base import (
     Batch,
     Engine,
     PortableState,
-    Step,
+    Update,
     full_shapes,
     guarded_loss,
     guarded_update,
@@ -137,7 +137,7 @@ class DeepSpeedEngine(Engine):
             self._engine.step()  # counts the micro-batch; nothing is updated before the last one
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def step(self, lr_scale: float) -> Step:
+    def step(self, lr_scale: float) -> Update:
         done = guarded_update(self.optimizer, lr_scale, self._grad_norm(), self._max_norm)
         self._engine.step()
         return done

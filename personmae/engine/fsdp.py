@@ -22,7 +22,7 @@ from personmae.engine.base import (
     Batch,
     Engine,
     PortableState,
-    Step,
+    Update,
     full_shapes,
     guarded_loss,
     guarded_update,
@@ -72,7 +72,7 @@ class FsdpEngine(Engine):
         (guarded_loss(losses["loss"]) / self._grad_accum_steps).backward()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def step(self, lr_scale: float) -> Step:
+    def step(self, lr_scale: float) -> Update:
         norm = _whole(total_norm(p.grad for p in self.module.parameters() if p.grad is not None))
         done = guarded_update(self.optimizer, lr_scale, norm, self._max_norm)
         self.optimizer.step()

@@ -14,7 +14,7 @@ from personmae.engine.base import (
     Batch,
     Engine,
     PortableState,
-    Step,
+    Update,
     full_shapes,
     guarded_loss,
     guarded_update,
@@ -64,7 +64,7 @@ class NativeEngine(Engine):
             (guarded_loss(losses["loss"]) / self._grad_accum_steps).backward()
         return {name: loss.detach().clone() if self._is_graphed else loss.detach() for name, loss in losses.items()}
 
-    def step(self, lr_scale: float) -> Step:
+    def step(self, lr_scale: float) -> Update:
         norm = total_norm(p.grad for p in self.module.parameters() if p.grad is not None)
         done = guarded_update(self.optimizer, lr_scale, norm, self._max_norm)
         self.optimizer.step()

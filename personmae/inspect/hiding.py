@@ -14,7 +14,7 @@ from torch import Tensor
 from personmae.data.order import sample_keys
 from personmae.errors import UserError
 from personmae.model import regions
-from personmae.model.inputs import Draws, View, draw_batch, draw_mask
+from personmae.model.inputs import Draws, RegionSpec, draw_batch, draw_mask
 from personmae.model.masking import hiding_probability
 from personmae.model.vit import patchify
 from personmae.synthetic.benchmarks import FORMAT_VERSION
@@ -26,10 +26,10 @@ NUM_FIGURES: Final = 256
 _AT_ONCE: Final = 32  # figures that are cut together
 
 
-def hiding_map(view: View, seed: int) -> Float[Tensor, "h w"]:
+def hiding_map(spec: RegionSpec, seed: int) -> Float[Tensor, "h w"]:
     """How often each patch of RegionA is hidden, by the masks of a run's first samples."""
     keys = torch.from_numpy(sample_keys(np.arange(NUM_MASKS), seed=seed, epoch=0))
-    return hiding_probability(draw_mask(keys, view), view.grid)
+    return hiding_probability(draw_mask(keys, spec), spec.grid)
 
 
 def describe_map(shares: Float[Tensor, "h w"]) -> str:
@@ -40,16 +40,16 @@ def describe_map(shares: Float[Tensor, "h w"]) -> str:
     return f"the middle {100 * middle:.1f} %, a corner {100 * corners:.1f} %, on average {100 * shares.mean():.1f} %"
 
 
-def show(view: View, seed: int, mark: bytes | None) -> None:
+def show(spec: RegionSpec, seed: int, mark: bytes | None) -> None:
     """Print in how many of a hundred masks each patch is hidden, as the patches lie; of drawn people also what is seen.
 
     ``mark`` is what drawn people leave beside their images.
     """
-    shares = hiding_map(view, seed)
+    shares = hiding_map(spec, seed)
     print(f"how often a patch of RegionA is hidden, by {NUM_MASKS:,} masks: {describe_map(shares)}")
     for row in shares.tolist():
         print("  " + " ".join(f"{100 * share:3.0f}" for share in row))
-    if (seen := seen_of_drawn(view, seed, mark)) is not None:
+    if (seen := seen_of_drawn(spec, seed, mark)) is not None:
         print(f"what the encoder sees of drawn people, over {len(seen)} of them: {describe_seen(seen)}")
 
 
@@ -59,7 +59,7 @@ def describe_seen(seen: Float[Tensor, " B"]) -> str:
     return f"{100 * seen.mean():.1f} % of the figure on average, less than a twentieth of it in {little:.1f} % of the images"
 
 
-def seen_of_drawn(view: View, seed: int, mark: bytes | None) -> Float[Tensor, " B"] | None:
+def seen_of_drawn(spec: RegionSpec, seed: int, mark: bytes | None) -> Float[Tensor, " B"] | None:
     """The share of the figure that the encoder sees, for people of a drawn pool; None where people are not drawn.
 
     They are drawn anew as silhouettes. A mark of another version, whose people would be others, counts as none.
@@ -75,27 +75,29 @@ def seen_of_drawn(view: View, seed: int, mark: bytes | None) -> Float[Tensor, " 
     picked = np.linspace(0, len(pool) - 1, min(NUM_FIGURES, len(pool))).astype(np.int64)
     seen = []
     for some in np.array_split(picked, math.ceil(len(picked) / _AT_ONCE)):
-        canvas, size, native = _onto_canvases([draw_silhouette(settings, pool[number]) for number in some], view)
+        canvas, size, native = _onto_canvases([draw_silhouette(settings, pool[number]) for number in some], spec)
         keys = torch.from_numpy(sample_keys(some, seed=seed, epoch=0))
-        seen.append(share_seen(canvas, size, draw_batch(keys, native, view), view))
+        seen.append(share_seen(canvas, size, draw_batch(keys, native, spec), spec))
     found = torch.cat(seen)
     return found[found.isfinite()]  # a box may hold nobody
 
 
-def share_seen(figures: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, view: View) -> Float[Tensor, " B"]:
+def share_seen(
+    figures: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, spec: RegionSpec
+) -> Float[Tensor, " B"]:
     """The share of a figure's pixels in RegionA that lie in visible patches; NaN where there are none.
 
     ``figures`` are 255 where a pixel is of the figure, on canvases as ``cut_batch`` takes them.
     """
-    image = regions.resize_canvas(figures, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
-    region_a, _ = regions.cut_regions(image, draws.regions.shift, view.img_size)
-    parts = patchify(region_a, view.patch_size).sum(dim=2)
+    image = regions.resize_canvas(figures, size, draws.regions, img_size=spec.img_size, max_shift=spec.max_shift)
+    region_a, _ = regions.cut_regions(image, draws.regions.shift, spec.img_size)
+    parts = patchify(region_a, spec.patch_size).sum(dim=2)
     return parts.gather(1, draws.ids_keep).sum(dim=1) / parts.sum(dim=1)
 
 
-def _onto_canvases(figures: list[NDArray[np.uint8]], view: View) -> tuple[Tensor, Tensor, Tensor]:
+def _onto_canvases(figures: list[NDArray[np.uint8]], spec: RegionSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Silhouettes (H, W) on canvases, shrunk where they are too large, with their sizes there and before."""
-    height, width = view.canvas_size
+    height, width = spec.canvas_size
     canvas = np.zeros((len(figures), height, width, 3), np.uint8)
     sizes: list[tuple[int, int]] = []
     for row, figure in zip(canvas, figures, strict=True):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from personmae.errors import UserError
-from personmae.model.inputs import Batch, View, draw_batch, prepare_batch
+from personmae.model.inputs import Batch, RegionSpec, draw_batch, prepare_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 
@@ -37,8 +37,8 @@ def choose_prepare(
 
     draw = faster(draw_batch)
 
-    def prepare(canvas: Tensor, size: Tensor, native_size: Tensor, keys: Tensor, view: View) -> Batch:
-        return kernel.cut_batch(canvas, size, draw(keys, native_size, view), view, dtype=model.compute_dtype)
+    def prepare(canvas: Tensor, size: Tensor, native_size: Tensor, keys: Tensor, spec: RegionSpec) -> Batch:
+        return kernel.cut_batch(canvas, size, draw(keys, native_size, spec), spec, dtype=model.compute_dtype)
 
     return prepare
 

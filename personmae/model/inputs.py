@@ -17,7 +17,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class RegionSpec:
     """How an image becomes the two regions: sizes in pixels, shares and chances; defaults in ``config.py``."""
 
     img_size: tuple[int, int]
@@ -64,26 +64,26 @@ class Draws(NamedTuple):
     ids_keep: Int[Tensor, "B K"]  # ascending indices of RegionA's visible patches
 
 
-def draw_mask(keys: Int[Tensor, " B"], view: View) -> Bool[Tensor, "B L"]:
+def draw_mask(keys: Int[Tensor, " B"], spec: RegionSpec) -> Bool[Tensor, "B L"]:
     """M of Eq. (3): True where a patch of RegionA is hidden."""
-    if view.mask_kind == "random":
-        return masking.random_mask(keys, view.grid, view.mask_ratio)
-    draw = {"block": masking.block_mask, "person": masking.person_mask}[view.mask_kind]
-    return draw(keys, view.grid, view.mask_ratio, min_block=view.min_block, block_ratio=view.block_ratio)
+    if spec.mask_kind == "random":
+        return masking.random_mask(keys, spec.grid, spec.mask_ratio)
+    draw = {"block": masking.block_mask, "person": masking.person_mask}[spec.mask_kind]
+    return draw(keys, spec.grid, spec.mask_ratio, min_block=spec.min_block, block_ratio=spec.block_ratio)
 
 
-def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], view: View) -> Draws:
+def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], spec: RegionSpec) -> Draws:
     """Draw regions and masks from the samples' keys; ``native_size`` is (height, width) before decoding."""
     drawn = regions.draw_regions(
         keys,
         native_size,
-        max_shift=view.max_shift,
-        crop_scale=view.crop_scale,
-        crop_ratio=view.crop_ratio,
-        flip_prob=view.flip_prob,
+        max_shift=spec.max_shift,
+        crop_scale=spec.crop_scale,
+        crop_ratio=spec.crop_ratio,
+        flip_prob=spec.flip_prob,
     )
-    mask = draw_mask(keys, view)
-    num_visible = mask.shape[1] - masking.num_hidden(view.grid, view.mask_ratio)
+    mask = draw_mask(keys, spec)
+    num_visible = mask.shape[1] - masking.num_hidden(spec.grid, spec.mask_ratio)
     return Draws(drawn, masking.ids_visible(mask, num_visible))
 
 
@@ -91,7 +91,7 @@ def cut_batch(
     canvas: UInt8[Tensor, "B Hc Wc 3"],
     size: Int[Tensor, "B 2"],
     draws: Draws,
-    view: View,
+    spec: RegionSpec,
     resize: Callable[..., Tensor] = regions.resize_canvas,
 ) -> Batch:
     """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
@@ -100,15 +100,15 @@ def cut_batch(
     ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
     ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
     """
-    image = resize(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)  # Eq. (1)
-    region_a, region_b = regions.cut_regions(image, draws.regions.shift, view.img_size)  # Eq. (2)
-    coords = grid_coords(view.grid, canvas.device)
-    patches_a, patches_b = patchify(region_a, view.patch_size), patchify(region_b, view.patch_size)
+    image = resize(canvas, size, draws.regions, img_size=spec.img_size, max_shift=spec.max_shift)  # Eq. (1)
+    region_a, region_b = regions.cut_regions(image, draws.regions.shift, spec.img_size)  # Eq. (2)
+    coords = grid_coords(spec.grid, canvas.device)
+    patches_a, patches_b = patchify(region_a, spec.patch_size), patchify(region_b, spec.patch_size)
     return {
-        "patches_a": normalise(take_tokens(patches_a, draws.ids_keep), view.mean, view.std),  # V_a of Eq. (3)
+        "patches_a": normalise(take_tokens(patches_a, draws.ids_keep), spec.mean, spec.std),  # V_a of Eq. (3)
         "coords_a": coords[draws.ids_keep],
-        "patches_b": normalise(patches_b, view.mean, view.std),
-        "coords_b": regions.region_b_coords(coords, draws.regions.shift, view.patch_size),  # Eq. (4)
+        "patches_b": normalise(patches_b, spec.mean, spec.std),
+        "coords_b": regions.region_b_coords(coords, draws.regions.shift, spec.patch_size),  # Eq. (4)
     }
 
 
@@ -117,8 +117,8 @@ def prepare_batch(
     size: Int[Tensor, "B 2"],
     native_size: Int[Tensor, "B 2"],
     keys: Int[Tensor, " B"],
-    view: View,
+    spec: RegionSpec,
 ) -> Batch:
     """What ``cut_batch`` returns for the draws that belong to the samples' keys, by the way that suits the device."""
     resize = regions.resize_images if canvas.device.type == "cpu" else regions.resize_canvas
-    return cut_batch(canvas, size, draw_batch(keys, native_size, view), view, resize)
+    return cut_batch(canvas, size, draw_batch(keys, native_size, spec), spec, resize)

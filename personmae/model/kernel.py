@@ -16,7 +16,7 @@ import triton.language as tl
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from personmae.model.inputs import Batch, Draws, View
+from personmae.model.inputs import Batch, Draws, RegionSpec
 
 ROWS, COLUMNS = 32, 16  # pixels of the canvas that are taken at a time
 NUM_WARPS = 1  # a patch is little work: many programs hide each other's waits
@@ -28,7 +28,7 @@ def cut_batch(
     canvas: UInt8[Tensor, "B Hc Wc 3"],
     size: Int[Tensor, "B 2"],
     draws: Draws,
-    view: View,
+    spec: RegionSpec,
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Batch:
@@ -38,17 +38,17 @@ def cut_batch(
     was rounded before would no longer have its mean and its deviation.
     """
     num_samples, canvas_h, canvas_w, _ = canvas.shape
-    num_visible, num_patches = draws.ids_keep.shape[1], view.grid[0] * view.grid[1]
+    num_visible, num_patches = draws.ids_keep.shape[1], spec.grid[0] * spec.grid[1]
 
     def empty(length: int, width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(num_samples, length, width, dtype=dtype, device=canvas.device)
 
     batch = {
-        "patches_a": empty(num_visible, 3 * view.patch_size**2, dtype),
+        "patches_a": empty(num_visible, 3 * spec.patch_size**2, dtype),
         "coords_a": empty(num_visible, 2, torch.float32),
-        "patches_b": empty(num_patches, 3 * view.patch_size**2, dtype),
+        "patches_b": empty(num_patches, 3 * spec.patch_size**2, dtype),
         "coords_b": empty(num_patches, 2, torch.float32),
-        "pixel_target": empty(num_patches, 3 * view.patch_size**2, torch.float32),
+        "pixel_target": empty(num_patches, 3 * spec.patch_size**2, torch.float32),
     }
     inputs = (canvas, size, *draws.regions, draws.ids_keep)
     launch: Any = _cut_patch[(num_samples * (num_visible + num_patches),)]
@@ -56,11 +56,11 @@ def cut_batch(
         *(tensor.contiguous() for tensor in inputs),
         *batch.values(),
         *(canvas_h, canvas_w, num_visible, num_patches),
-        *(255 * share for share in (*view.mean, *view.std)),
-        img_h=view.img_size[0],
-        img_w=view.img_size[1],
-        patch_size=view.patch_size,
-        tile=max(16, triton.next_power_of_2(view.patch_size)),  # a matrix product has at least 16 rows
+        *(255 * share for share in (*spec.mean, *spec.std)),
+        img_h=spec.img_size[0],
+        img_w=spec.img_size[1],
+        patch_size=spec.patch_size,
+        tile=max(16, triton.next_power_of_2(spec.patch_size)),  # a matrix product has at least 16 rows
         num_rows=ROWS,
         num_columns=COLUMNS,
         num_warps=NUM_WARPS,

@@ -17,7 +17,7 @@ from personmae import config
 from personmae.config import RANDOM
 from personmae.errors import UserError
 from personmae.report.places import Lost, printable
-from personmae.report.runs import Result, Run, read_settings
+from personmae.report.runs import Result, RunFolder, read_settings
 
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 _NOT_THE_RECIPE = ("seed", "run_dir", "root", "init", "checkpoint.", "metrics.", "data.cache_dir", "train.log_every")
@@ -30,7 +30,7 @@ _EQUAL = 1e-6  # APs are recorded with six digits
 class Row:
     """Runs with results on the same data that differ by nothing but their seed; mostly one."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[RunFolder, ...]
     label: str = ""  # where its own name is another row's too
 
     @property
@@ -170,9 +170,9 @@ def _ranked(row: Row) -> tuple[str, bool]:
     return row.first.rerank, row.first.whiten is not None
 
 
-def group_results(runs: Sequence[Run]) -> list[Group]:
+def group_results(runs: Sequence[RunFolder]) -> list[Group]:
     """Tables by data: one for each digest; without one, for each layout and folder."""
-    groups: dict[tuple[str, str], dict[Any, list[Run]]] = {}
+    groups: dict[tuple[str, str], dict[Any, list[RunFolder]]] = {}
     for run in runs:
         if result := run.result:
             data = ("", result.benchmark_digest) if result.benchmark_digest else (result.benchmark, result.root)
@@ -219,7 +219,7 @@ def compare_queries(group: Group) -> list[Queries]:
     return [queries for queries in found if queries]
 
 
-def summarise(runs: Sequence[Run], groups: Sequence[Group]) -> str:
+def summarise(runs: Sequence[RunFolder], groups: Sequence[Group]) -> str:
     """The headline: pre-trained against random in mAP points, by data; or how far things are."""
     sentences = [sentence for group in groups for sentence in _summarise_pair(group)]
     if not sentences and (ready := [group for group in groups if any(not row.unfinished for row in group.rows)]):
@@ -270,7 +270,7 @@ def data_notes(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def _recipe(run: Run, runs: Sequence[Run]) -> Any:
+def _recipe(run: RunFolder, runs: Sequence[RunFolder]) -> Any:
     """What runs of different seeds have in common; a run's own folder where nothing can be compared."""
     if run.settings is None or run.result is None:
         return str(run.directory)
@@ -279,7 +279,7 @@ def _recipe(run: Run, runs: Sequence[Run]) -> Any:
     return type(run.settings).__name__, repr(sorted(flat.items())), data, _start(run, runs), bool(run.unfinished)
 
 
-def _start(run: Run, runs: Sequence[Run]) -> str:
+def _start(run: RunFolder, runs: Sequence[RunFolder]) -> str:
     """The recipe of what a run started from where that can be read, for each seed may have an encoder of its own."""
     init = getattr(run.settings, "init", "")
     if init == RANDOM:
@@ -294,7 +294,7 @@ def _start(run: Run, runs: Sequence[Run]) -> str:
     return repr(sorted((key, value) for key, value in flat.items() if not key.startswith(_NOT_THE_RECIPE)))
 
 
-def _flat(run: Run) -> dict[str, Any]:
+def _flat(run: RunFolder) -> dict[str, Any]:
     """Settings by key, with the precision that ``auto`` came to where the result tells."""
     flat = config.flatten(run.settings.model_dump(mode="json")) if run.settings else {}
     used = run.result.identity.get(_PRECISION) if run.result else None
@@ -339,7 +339,7 @@ def difference(ours: Row, theirs: Row) -> str:
     return f"{abs(points):.1f} points {'more' if points > 0 else 'less'}"
 
 
-def _own_ap(run: Run) -> list[float | None] | None:
+def _own_ap(run: RunFolder) -> list[float | None] | None:
     """APs that belong to the run's result: of the same data, with the same mean."""
     if run.result is None or run.queries is None or run.queries.benchmark_digest != run.result.benchmark_digest:
         return None

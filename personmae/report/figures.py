@@ -24,7 +24,7 @@ from personmae.data.order import sample_keys
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 from personmae.model import regions
-from personmae.model.inputs import Draws, View, cut_batch, draw_batch
+from personmae.model.inputs import Draws, RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.vit import patchify, unpatchify
 
@@ -74,16 +74,16 @@ def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> R
     path = portable.newest(directory)
     if not path:
         raise UserError(f"{directory} has no checkpoint that can be read, so there is nothing to predict with")
-    model, view = PersonMAE(**settings.model_arguments()), View(**settings.view_arguments())
+    model, spec = PersonMAE(**settings.model_arguments()), RegionSpec(**settings.region_arguments())
     portable.load_strictly(model, portable.read(path).tensors["student"], path)
     with open_shards(settings, directory) as shards:
         ids = np.linspace(0, shards.sizes[0] - 1, min(count, shards.sizes[0])).astype(np.int64)
-        height, width = view.canvas_size
+        height, width = spec.canvas_size
         canvas = np.empty((len(ids), height, width, 3), np.uint8)
         placed = [decode_onto(shards.jpeg(int(i)), row) for i, row in zip(ids, canvas, strict=True)]
     native, size = (torch.tensor(sizes) for sizes in zip(*placed, strict=True))
     keys = torch.from_numpy(sample_keys(ids, seed=settings.seed, epoch=0))
-    return reconstruct(model, torch.from_numpy(canvas), size, draw_batch(keys, native, view), view)
+    return reconstruct(model, torch.from_numpy(canvas), size, draw_batch(keys, native, spec), spec)
 
 
 def open_shards(settings: config.Pretrain, directory: Path) -> ShardSet:
@@ -93,26 +93,26 @@ def open_shards(settings: config.Pretrain, directory: Path) -> ShardSet:
 
 @torch.no_grad()
 def reconstruct(
-    model: PersonMAE, canvas: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, view: View
+    model: PersonMAE, canvas: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, spec: RegionSpec
 ) -> Reconstruction:
     """Cut the regions exactly as training does, predict RegionB, and bring everything back to pixels.
 
     The model predicts normalised patches (Eq. 5, left), so pixels need a mean and a std for each patch.
     """
-    batch = cut_batch(canvas, size, draws, view)
+    batch = cut_batch(canvas, size, draws, spec)
     pred = model.predict_pixels(batch).float()
-    image = regions.resize_canvas(canvas, size, draws.regions, img_size=view.img_size, max_shift=view.max_shift)
-    region_a, region_b = regions.cut_regions(image, draws.regions.shift, view.img_size)
+    image = regions.resize_canvas(canvas, size, draws.regions, img_size=spec.img_size, max_shift=spec.max_shift)
+    region_a, region_b = regions.cut_regions(image, draws.regions.shift, spec.img_size)
     target, visible = batch["patches_b"], batch["patches_a"].flatten(1)
     own_std = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
     own = pred * own_std + target.mean(dim=-1, keepdim=True)
     from_visible = pred * visible.std(dim=1)[:, None, None] + visible.mean(dim=1)[:, None, None]
     return Reconstruction(
         region_a=_to_bytes(region_a),
-        masked=hide_patches(region_a, hidden_mask(draws.ids_keep, view.grid), view),
+        masked=hide_patches(region_a, hidden_mask(draws.ids_keep, spec.grid), spec),
         region_b=_to_bytes(region_b),
-        with_target_stats=_to_bytes(_to_pixels(own, view)),
-        with_visible_stats=_to_bytes(_to_pixels(from_visible, view)),
+        with_target_stats=_to_bytes(_to_pixels(own, spec)),
+        with_visible_stats=_to_bytes(_to_pixels(from_visible, spec)),
     )
 
 
@@ -122,10 +122,10 @@ def hidden_mask(ids_keep: Int[Tensor, "B K"], grid: tuple[int, int]) -> Bool[Ten
     return everything.scatter(1, ids_keep, False)
 
 
-def hide_patches(region: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B L"], view: View) -> Images:
+def hide_patches(region: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B L"], spec: RegionSpec) -> Images:
     """Paint hidden patches grey; pixels in [0, 255]."""
-    patches = patchify(region, view.patch_size).masked_fill(mask[..., None], GREY)
-    return _to_bytes(unpatchify(patches, view.grid, view.patch_size))
+    patches = patchify(region, spec.patch_size).masked_fill(mask[..., None], GREY)
+    return _to_bytes(unpatchify(patches, spec.grid, spec.patch_size))
 
 
 def draw_map(shares: Float[Tensor, "h w"], cell: int = 24) -> Pixels:
@@ -135,10 +135,10 @@ def draw_map(shares: Float[Tensor, "h w"], cell: int = 24) -> Pixels:
     return np.repeat(grey[..., None], 3, axis=2)
 
 
-def _to_pixels(patches: Float[Tensor, "B L P"], view: View) -> Float[Tensor, "B 3 H W"]:
+def _to_pixels(patches: Float[Tensor, "B L P"], spec: RegionSpec) -> Float[Tensor, "B 3 H W"]:
     """Invert ``normalise`` and ``patchify``."""
-    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (view.mean, view.std))
-    return unpatchify(patches, view.grid, view.patch_size) * std + mean
+    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (spec.mean, spec.std))
+    return unpatchify(patches, spec.grid, spec.patch_size) * std + mean
 
 
 def _to_bytes(images: Float[Tensor, "B 3 H W"]) -> Images:

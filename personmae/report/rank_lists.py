@@ -6,13 +6,13 @@ from pathlib import Path
 from personmae.report import figures
 from personmae.report.comparison import distinct
 from personmae.report.places import Lost, printable
-from personmae.report.runs import RankList, Run
+from personmae.report.runs import RankList, RunFolder
 
 NUM_QUERIES = 6  # on the page
 THUMBNAIL = (128, 64)  # (height, width) of an image
 
 
-def draw(chosen: Sequence[Run]) -> dict[str, list[figures.Row]]:
+def draw(chosen: Sequence[RunFolder]) -> dict[str, list[figures.Row]]:
     """Rows of images by the runs' names, for queries that all of them have.
 
     Raises:
@@ -28,23 +28,23 @@ def draw(chosen: Sequence[Run]) -> dict[str, list[figures.Row]]:
     }
 
 
-def _label(run: Run) -> str:
+def _label(run: RunFolder) -> str:
     name = run.result.name if run.result else run.name
     return printable(f"{name} (unfinished)" if run.unfinished else name)
 
 
-def _below_root(run: Run, path: str) -> str:
+def _below_root(run: RunFolder, path: str) -> str:
     """A path as it is below the benchmark's root, for two runs may have named that differently."""
     root = run.rank_lists.root if run.rank_lists else ""
     return path.removeprefix(root).lstrip("/")
 
 
-def _draw_row(run: Run, entry: RankList) -> figures.Row:
+def _draw_row(run: RunFolder, entry: RankList) -> figures.Row:
     query, *found = (figures.read_thumbnail(_find(run, path), THUMBNAIL) for path in (entry.query, *entry.gallery))
     return [(query, None), *zip(found, entry.correct, strict=True)]
 
 
-def _find(run: Run, path: str) -> Path:
+def _find(run: RunFolder, path: str) -> Path:
     """An image below the benchmark's root, wherever that is now, or by its own path."""
     assert run.rank_lists
     root, below = run.rank_lists.root, _below_root(run, path)

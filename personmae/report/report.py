@@ -22,7 +22,7 @@ from personmae.checkpoint import portable
 from personmae.data.decode import BadImage
 from personmae.errors import Incomplete, Unavailable, UserError
 from personmae.inspect import hiding
-from personmae.model.inputs import View
+from personmae.model.inputs import RegionSpec
 from personmae.monitor import progress
 from personmae.monitor.progress import counted
 from personmae.reid.datasets import describe, load_benchmark
@@ -38,7 +38,7 @@ from personmae.report.comparison import (
     summarise,
 )
 from personmae.report.places import Lost, Place, printable
-from personmae.report.runs import Result, Run, find_runs
+from personmae.report.runs import Result, RunFolder, find_runs
 from personmae.synthetic.benchmarks import read_mark
 from personmae.system import files
 
@@ -207,7 +207,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [escape(name), escape(row["started"]), *scores, row["queries"]]
 
 
-def data_counts(runs: Sequence[Run]) -> list[tuple[str, Callable[[], str]]]:
+def data_counts(runs: Sequence[RunFolder]) -> list[tuple[str, Callable[[], str]]]:
     """Each data set that the runs name, once, and how to count it; where digests agree, the place is not part of it."""
     counts: dict[str, tuple[str, Callable[[], str]]] = {}
     for run in runs:
@@ -221,7 +221,7 @@ def data_counts(runs: Sequence[Run]) -> list[tuple[str, Callable[[], str]]]:
     return list(counts.values())
 
 
-def count_shards(run: Run) -> str:
+def count_shards(run: RunFolder) -> str:
     """Samples, shards and bytes of a pre-training run's data."""
     with figures.open_shards(_pretraining(run), run.directory) as shards:
         num_bytes = sum(shard.num_bytes for shard in shards.shards)
@@ -243,13 +243,13 @@ def count_benchmark(result: Result, place: Place) -> str:
 # --- curves ---------------------------------------------------------------------------------------------------------
 
 
-def draw_charts(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
+def draw_charts(runs: Sequence[RunFolder]) -> list[tuple[str, Markup]]:
     """(title, drawing) of every chart there is data for; runs of a kind share a chart."""
     return [*_drawn(CHARTS, runs, "records"), *_drawn(CLUSTER_CHARTS, runs, "clusters")]
 
 
 def _drawn(
-    wanted: Sequence[tuple[type, str, dict[str, str]]], runs: Sequence[Run], source: Literal["records", "clusters"]
+    wanted: Sequence[tuple[type, str, dict[str, str]]], runs: Sequence[RunFolder], source: Literal["records", "clusters"]
 ) -> list[tuple[str, Markup]]:
     """Those of one file of each run."""
     drawn = []
@@ -283,7 +283,7 @@ def draw_cmc(groups: Sequence[Group]) -> list[tuple[str, Markup]]:
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def predict(run: Run) -> list[list[figures.Pixels]]:
+def predict(run: RunFolder) -> list[list[figures.Pixels]]:
     """Groups of Figure 3 from the newest checkpoint of a pre-training run."""
     if not portable.folders(run.directory):
         raise figures.NotYet(f"{run.directory} has no checkpoint yet, so there is nothing to predict with")
@@ -291,7 +291,7 @@ def predict(run: Run) -> list[list[figures.Pixels]]:
     return [[images[i].numpy() for images in drawn] for i in range(len(drawn.region_a))]
 
 
-def _pretraining(run: Run) -> config.Pretrain:
+def _pretraining(run: RunFolder) -> config.Pretrain:
     """Its settings, with the data where it is now."""
     settings = run.settings
     assert isinstance(settings, config.Pretrain)
@@ -299,7 +299,7 @@ def _pretraining(run: Run) -> config.Pretrain:
     return settings.model_copy(update={"data": data})
 
 
-def _cache_dir(run: Run) -> str | None:
+def _cache_dir(run: RunFolder) -> str | None:
     assert isinstance(run.settings, config.Pretrain)
     try:
         return run.place.find(run.settings.data.cache_dir) if run.settings.data.cache_dir else None
@@ -307,7 +307,7 @@ def _cache_dir(run: Run) -> str | None:
         return None
 
 
-def region_of(run: Run, section: Section) -> dict[str, Any]:
+def region_of(run: RunFolder, section: Section) -> dict[str, Any]:
     """Figure 3 of a run for the template, with what its masks hide."""
     mark = read_mark(_pretraining(run).data.shards) if section.content else None
     return {
@@ -320,12 +320,12 @@ def region_of(run: Run, section: Section) -> dict[str, Any]:
     }
 
 
-def hiding_of(run: Run, mark: bytes | None) -> dict[str, str]:
+def hiding_of(run: RunFolder, mark: bytes | None) -> dict[str, str]:
     """How often a run's masks hide each patch, as the address of an image and in words; of drawn people also what is seen."""
     settings = run.settings
     assert isinstance(settings, config.Pretrain)
-    view = View(**settings.view_arguments())
-    shares, seen = hiding.hiding_map(view, settings.seed), hiding.seen_of_drawn(view, settings.seed, mark)
+    spec = RegionSpec(**settings.region_arguments())
+    shares, seen = hiding.hiding_map(spec, settings.seed), hiding.seen_of_drawn(spec, settings.seed, mark)
     return {
         "address": figures.data_uri(figures.draw_map(shares)),
         "words": hiding.describe_map(shares),
@@ -333,7 +333,7 @@ def hiding_of(run: Run, mark: bytes | None) -> dict[str, str]:
     }
 
 
-def find_rank_lists(runs: Sequence[Run], groups: Sequence[Group]) -> tuple[str, Section]:
+def find_rank_lists(runs: Sequence[RunFolder], groups: Sequence[Group]) -> tuple[str, Section]:
     """Which data they are of, and rows of images by name: the pre-trained and the random run for the same queries, or
     whatever has rank lists."""
     for group in groups:

@@ -94,7 +94,7 @@ class Queries(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RunProgress:
     """How far a training is; ``total`` is None where nothing tells."""
 
     step: int
@@ -107,7 +107,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunFolder:
     """What one directory holds; an attribute is empty where its file is not there."""
 
     name: str
@@ -119,7 +119,7 @@ class Run:
     result: Result | None
     rank_lists: RankLists | None
     queries: Queries | None
-    progress: Progress | None
+    progress: RunProgress | None
     clusters: Sequence[dict[str, float]] = ()  # what unsupervised training knows of each of its clusterings
 
     @property
@@ -179,7 +179,7 @@ def images_per_step(settings: Settings | None) -> int:
     return settings.batch.num_ids * settings.batch.num_instances
 
 
-def find_runs(run_dir: Path) -> list[Run]:
+def find_runs(run_dir: Path) -> list[RunFolder]:
     """The directory itself and those directly in it, as far as they hold something to report.
 
     Raises:
@@ -199,7 +199,7 @@ def find_runs(run_dir: Path) -> list[Run]:
     return sorted(runs, key=lambda run: (kinds.index(type(run.settings)), not run.from_random, run.name))
 
 
-def read_run(directory: Path) -> Run:
+def read_run(directory: Path) -> RunFolder:
     """Everything a report needs of one directory."""
     path = directory / "config.yaml"
     try:
@@ -211,7 +211,7 @@ def read_run(directory: Path) -> Run:
             f"run.json, metrics.jsonl and clusters.jsonl of {directory} must be JSON; {error}; repair or remove them"
         ) from error
     settings, result = read_settings(path) if path.is_file() else None, _parse(Result, directory / "result.json")
-    return Run(
+    return RunFolder(
         name=directory.resolve().name,
         directory=directory,
         settings=settings,
@@ -240,23 +240,23 @@ def read_settings(path: Path) -> Settings:
 
 def _trained(
     directory: Path, settings: Settings, records: list[dict[str, float]], info: dict[str, Any], result: Result | None
-) -> Progress:
+) -> RunProgress:
     """By the newest checkpoint, the last record, and what the newest session says of its end."""
     saved, total = _last_saved(directory)
     step = max(saved, int(records[-1]["step"]) if records else 0)
     total = total or _planned_steps(settings)
     if total is not None:
-        return Progress(step, total, step >= total)
+        return RunProgress(step, total, step >= total)
     ended = (info.get("sessions") or [{}])[-1].get("outcome") == "complete"
-    return Progress(step, None, ended or result is not None)
+    return RunProgress(step, None, ended or result is not None)
 
 
-def _evaluated(result: Result | None) -> Progress | None:
+def _evaluated(result: Result | None) -> RunProgress | None:
     """Of what was evaluated elsewhere and does not tell itself; None where its training is not known."""
     if result is None or result.unfinished or result.step is None or result.checkpoint is None:
         return None
     total = _state(Path(result.checkpoint)).get("total_steps")
-    return Progress(result.step, total, result.step >= total) if total else None
+    return RunProgress(result.step, total, result.step >= total) if total else None
 
 
 def _last_saved(directory: Path) -> tuple[int, int | None]:

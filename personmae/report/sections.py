@@ -12,9 +12,9 @@ from personmae.config import RANDOM
 from personmae.reid.cluster_quality import follows_cameras
 from personmae.report.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs
 from personmae.report.places import printable
-from personmae.report.runs import Run
+from personmae.report.runs import RunFolder
 
-Step = tuple[str, str]  # why, and the command to type
+NextStep = tuple[str, str]  # why, and the command to type
 
 
 def table_of(group: Group) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _details(row: Row) -> str:
     return printable("; ".join(told))
 
 
-def tags(runs: Sequence[Run], groups: Sequence[Group]) -> list[tuple[str, bool]]:
+def tags(runs: Sequence[RunFolder], groups: Sequence[Group]) -> list[tuple[str, bool]]:
     """What a reader must know before any number; true where it is a warning."""
     found: list[tuple[str, bool]] = [(group.title, group.synthetic is not False) for group in groups]
     if pairs := [pair for group in groups for pair in find_pairs(group)]:
@@ -83,7 +83,7 @@ def tags(runs: Sequence[Run], groups: Sequence[Group]) -> list[tuple[str, bool]]
     return found
 
 
-def _follows_cameras(run: Run) -> bool:
+def _follows_cameras(run: RunFolder) -> bool:
     """Whether the last clusters of an unsupervised training do; older runs do not tell."""
     last = run.clusters[-1] if run.clusters else {}
     return follows_cameras(last.get("ami_cameras"), last.get("one_camera_share"))
@@ -110,7 +110,7 @@ def facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
 # --- how long it took -----------------------------------------------------------------------------------------------
 
 
-def stages(runs: Sequence[Run]) -> list[dict[str, str]]:
+def stages(runs: Sequence[RunFolder]) -> list[dict[str, str]]:
     """Each run: what it is, how far it is, and its durations."""
     return [
         {
@@ -128,7 +128,7 @@ def stages(runs: Sequence[Run]) -> list[dict[str, str]]:
     ]
 
 
-def totals(runs: Sequence[Run]) -> dict[str, str]:
+def totals(runs: Sequence[RunFolder]) -> dict[str, str]:
     """Durations of all runs together."""
 
     def together(values: Sequence[float | None]) -> str:
@@ -155,12 +155,12 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes:02} min" if hours < 24 else f"{hours // 24} d {hours % 24} h"
 
 
-def _rate(run: Run) -> str:
+def _rate(run: RunFolder) -> str:
     rates = [record["images_per_second"] for record in run.records if record.get("images_per_second", 0) > 0]
     return f"{statistics.median(rates):,.0f}" if rates else "–"
 
 
-def _sessions(run: Run) -> str:
+def _sessions(run: RunFolder) -> str:
     """When it was started, and how often."""
     if not run.sessions or "started" not in run.sessions[0]:
         return ""
@@ -172,7 +172,7 @@ def _sessions(run: Run) -> str:
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
-def settings_of(run: Run) -> dict[str, Any]:
+def settings_of(run: RunFolder) -> dict[str, Any]:
     """A run's set-up for the page."""
     evaluated = ""
     if run.result:
@@ -188,7 +188,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
+def _facts(run: RunFolder) -> list[tuple[str, str]]:
     info, facts = run.info, []
     if command := info.get("command"):
         facts.append(("command", command if isinstance(command, str) else shlex.join(command)))
@@ -209,7 +209,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 # --- what to run next -----------------------------------------------------------------------------------------------
 
 
-def next_steps(runs: Sequence[Run], groups: Sequence[Group]) -> list[Step]:
+def next_steps(runs: Sequence[RunFolder], groups: Sequence[Group]) -> list[NextStep]:
     """What is missing between these runs and a comparison that holds, each with a command."""
     steps = [_go_on(run) for run in runs if run.unfinished and run.settings]
     encoders = [run for run in runs if isinstance(run.settings, config.Pretrain) and not run.unfinished]
@@ -236,7 +236,7 @@ def next_steps(runs: Sequence[Run], groups: Sequence[Group]) -> list[Step]:
     return [(printable(why), printable(command)) for why, command in steps]
 
 
-def _go_on(run: Run) -> Step:
+def _go_on(run: RunFolder) -> NextStep:
     why, command = f"Let {run.name} go on where it was, at {run.unfinished}:", run.info.get("command")
     if isinstance(command, str):
         cwd = run.sessions[-1].get("cwd") if run.sessions else None
@@ -247,7 +247,7 @@ def _go_on(run: Run) -> Step:
     return why, f"personmae {verb} {config_file} {shlex.quote(where)}"
 
 
-def _finetune(tuned: Sequence[Run], init: str, name: str) -> str:
+def _finetune(tuned: Sequence[RunFolder], init: str, name: str) -> str:
     if not tuned:
         return f"personmae finetune CONFIG {shlex.quote(f'init={init}')} root=DATA"
     like = tuned[0].directory
@@ -255,7 +255,7 @@ def _finetune(tuned: Sequence[Run], init: str, name: str) -> str:
     return shlex.join(["personmae", "finetune", str(like / "config.yaml"), *overrides])
 
 
-def _another_seed(run: Run) -> Step:
+def _another_seed(run: RunFolder) -> NextStep:
     seed = run.settings.seed + 1 if run.settings else 1
     verb = "finetune" if isinstance(run.settings, config.Finetune) else "unsupervised"
     overrides = [f"seed={seed}", f"run_dir={run.directory.parent / f'{run.name}_seed{seed}'}"]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from personmae.bench.counts import COMPUTE_BYTES, MODELS, OTHERS, QKV, STAGES, Stage, Work, count_stages, view_at
+from personmae.bench.counts import COMPUTE_BYTES, MODELS, OTHERS, QKV, STAGES, Stage, Work, count_stages, spec_at
 from personmae.model.personmae import PersonMAE
 from personmae.model.vit import SIZES
 
@@ -21,7 +21,7 @@ WATCHED = ("all", "products")
 
 
 def work_of(size: str, precision: str = "bf16") -> Work:
-    return Work(size, view_at(MODELS[size]), precision)
+    return Work(size, spec_at(MODELS[size]), precision)
 
 
 class Traffic(TorchDispatchMode):

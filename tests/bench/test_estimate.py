@@ -7,7 +7,7 @@ import pytest
 
 from personmae import config
 from personmae.bench import estimate
-from personmae.bench.counts import MODELS, Work, view_at
+from personmae.bench.counts import MODELS, Work, spec_at
 from personmae.bench.estimate import Speeds, config_lines, precision_line, quickstart_lines, size_lines
 from personmae.precision import Native, choose, native_cpu
 
@@ -37,10 +37,10 @@ def test_a_slow_precision_is_never_told_without_a_conclusion(
 
 
 def test_sizes_that_were_not_measured_follow_by_their_operations() -> None:
-    small = Work("small", view_at(MODELS["small"])).flops
+    small = Work("small", spec_at(MODELS["small"])).flops
     lines = {line.what: line.text for line in size_lines(Speeds({"micro": MICRO, "small": 30 * small}, 1.0, 1.0))}
     assert lines["small at 256x128"] == "about 30 images/s"
-    base = 30 * small / Work("base", view_at(MODELS["base"])).flops
+    base = 30 * small / Work("base", spec_at(MODELS["base"])).flops
     assert lines["base at 256x128"] == f"about {base:.2g} images/s, counted from small's"
     assert len(lines) == 3
 
@@ -58,7 +58,7 @@ def test_the_quickstart_is_its_steps_its_drawing_and_its_starts(monkeypatch: pyt
     assert minutes(nothing) == 1
     settings = config.load(config.Pretrain, "configs/quickstart.yaml")
     images = (settings.train.total_steps or 0) * settings.train.global_batch_size
-    trained = images * Work("micro", view_at((128, 64)), decoder_depth=settings.decoders.depth).flops
+    trained = images * Work("micro", spec_at((128, 64)), decoder_depth=settings.decoders.depth).flops
     steps = minutes(Speeds({"micro": MICRO}, drawing=1e30, start=0.0))
     assert trained / MICRO / 60 < steps < 1.6 * trained / MICRO / 60  # the rest is fine-tuning
     assert minutes(Speeds({"micro": 1e30}, drawing=10.0, start=0.0)) == round(29_700 / 10 / 60)

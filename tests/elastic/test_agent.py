@@ -20,7 +20,7 @@ from launcher.elastic.agent import Agent
 from launcher.elastic.membership import Node, State
 from launcher.elastic.options import read_options, read_policy
 from launcher.elastic.ranks import Limits
-from launcher.elastic.store import View
+from launcher.elastic.store import StoreView
 from personmae.errors import UserError
 
 pytestmark = pytest.mark.integration
@@ -215,7 +215,7 @@ def test_a_report_that_got_lost_with_its_store_is_made_again(tmp_path: Path, mon
     agent = Agent(read_options(args), policy := read_policy(args), Limits())
     alone = membership.join(State(), Node(agent.id, "here", "127.0.0.1", 1, 1))
     running = membership.form(alone, policy, settled=True)
-    agent.link.view = View(running)  # its link is not started: what is posted stays in the queue
+    agent.link.view = StoreView(running)  # its link is not started: what is posted stays in the queue
     for _ in range(2):
         deadline = time.monotonic() + 20
         while agent.link.idle and time.monotonic() < deadline:

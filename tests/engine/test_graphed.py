@@ -9,10 +9,10 @@ from scenario import ACCUM, GRID, MOMENTUM, build_model, build_optimizer, micro_
 from personmae.data.stream import CanvasBatch, to_device
 from personmae.engine.native import NativeEngine
 from personmae.model.compiled import compile_parts
-from personmae.model.inputs import View, prepare_batch
+from personmae.model.inputs import RegionSpec, prepare_batch
 from personmae.model.teacher import Teacher
 
-VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+SPEC = RegionSpec((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
@@ -51,7 +51,7 @@ def test_graphs_give_the_losses_of_the_plain_loop(device: str) -> None:
 def host_batch(seed: int) -> CanvasBatch:
     """64 different images of 100 x 100 pixels, in pinned memory as a ``BatchReader`` has them."""
     generator = torch.Generator().manual_seed(seed)
-    canvas = torch.randint(0, 256, (64, *VIEW.canvas_size, 3), dtype=torch.uint8, generator=generator)
+    canvas = torch.randint(0, 256, (64, *SPEC.canvas_size, 3), dtype=torch.uint8, generator=generator)
     size = torch.full((64, 2), 100)
     return CanvasBatch(*(tensor.pin_memory() for tensor in (canvas, size, size.clone(), 64 * seed + torch.arange(64))))
 
@@ -61,11 +61,11 @@ def test_batches_are_not_used_before_they_have_arrived(device: str) -> None:
     copies = torch.cuda.Stream()
     for seed in range(4):
         host = host_batch(seed)
-        expected = prepare_batch(*CanvasBatch(*(tensor.to(device) for tensor in host)), VIEW)
+        expected = prepare_batch(*CanvasBatch(*(tensor.to(device) for tensor in host)), SPEC)
         torch.cuda.synchronize()
         with torch.cuda.stream(copies):
             torch.cuda._sleep(50_000_000)  # some 30 ms, before which no copy begins
-        found = prepare_batch(*to_device(host, torch.device(device), copies), VIEW)
+        found = prepare_batch(*to_device(host, torch.device(device), copies), SPEC)
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=name)
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from personmae.__main__ import main
 from personmae.inspect import hiding
-from personmae.model.inputs import Draws, View
+from personmae.model.inputs import Draws, RegionSpec
 from personmae.model.regions import RegionDraws
 from personmae.synthetic.benchmarks import FORMAT_VERSION
 from personmae.synthetic.image import draw_shot, draw_silhouette
 from personmae.synthetic.plan import SynthSettings, plan
 
-VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+SPEC = RegionSpec((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 SETTINGS = SynthSettings(seed=3, pool_images=60, pool_identities=12, occluded_fraction=0.0, cut_fraction=0.0)
 
 
@@ -27,14 +27,14 @@ def mark_of(settings: SynthSettings, version: int = FORMAT_VERSION) -> bytes:
 
 
 def test_blocks_hide_the_middle_and_masks_that_mind_the_person_all_rows_alike() -> None:
-    blocks = hiding.hiding_map(VIEW, seed=0)
+    blocks = hiding.hiding_map(SPEC, seed=0)
     assert blocks.shape == (8, 4)
     assert blocks.mean().item() == pytest.approx(0.75)
     assert blocks[3:5, 1:3].min() > 0.9
     assert blocks[0, 0] < 0.5
-    even = hiding.hiding_map(dataclasses.replace(VIEW, mask_kind="person"), seed=0)
+    even = hiding.hiding_map(dataclasses.replace(SPEC, mask_kind="person"), seed=0)
     assert (even[:, 1:3] - 0.75).abs().max() < 0.03
-    assert torch.equal(blocks, hiding.hiding_map(VIEW, seed=0))
+    assert torch.equal(blocks, hiding.hiding_map(SPEC, seed=0))
 
 
 def test_a_map_is_told_by_its_middle_and_its_corners() -> None:
@@ -55,15 +55,15 @@ def test_what_is_seen_are_the_figures_pixels_in_visible_patches() -> None:
     figure = torch.zeros(2, 128, 64, 3, dtype=torch.uint8)
     figure[0, 16:48, 16:32] = 255  # two patches, one of them visible
     ids = torch.tensor([[5, 0, 31]] * 2).sort(dim=1)[0]  # 5 is the patch at (1, 1)
-    view = dataclasses.replace(VIEW, max_shift=0)
-    seen = hiding.share_seen(figure, torch.tensor([[128, 64]] * 2), Draws(whole_image(2), ids), view)
+    spec = dataclasses.replace(SPEC, max_shift=0)
+    seen = hiding.share_seen(figure, torch.tensor([[128, 64]] * 2), Draws(whole_image(2), ids), spec)
     assert seen[0].item() == pytest.approx(0.5, abs=1e-3)
     assert seen[1].isnan()
 
 
 def kinds_seen(settings: SynthSettings, **mask: float | str) -> Tensor:
-    view = dataclasses.replace(VIEW, **mask)  # pyright: ignore[reportArgumentType]
-    seen = hiding.seen_of_drawn(view, 0, mark_of(settings))
+    spec = dataclasses.replace(SPEC, **mask)  # pyright: ignore[reportArgumentType]
+    seen = hiding.seen_of_drawn(spec, 0, mark_of(settings))
     assert seen is not None
     assert len(seen) == 60
     return seen
@@ -82,7 +82,7 @@ def test_of_drawn_people_random_masks_show_a_quarter_blocks_less_and_masks_that_
 
 @pytest.mark.parametrize("mark", [None, b"{}", b"no JSON", b"[1]", b'{"settings": {"seed": -1}}', mark_of(SETTINGS, 99)])
 def test_where_people_are_not_drawn_by_this_version_nothing_is_told_of_figures(mark: bytes | None) -> None:
-    assert hiding.seen_of_drawn(VIEW, 0, mark) is None
+    assert hiding.seen_of_drawn(SPEC, 0, mark) is None
 
 
 def test_a_silhouette_is_where_an_image_shows_its_person() -> None:

@@ -15,7 +15,7 @@ from programs import one_line_error, personmae
 from personmae.bench.ceilings import Ceilings
 from personmae.bench.checkpoint import CheckpointBench, run_checkpoint
 from personmae.bench.counts import Work
-from personmae.bench.loop import MOMENTUM, PARTS, PLAIN, SYNTHETIC, Cell, Loop, Round, open_loop
+from personmae.bench.loop import MOMENTUM, PARTS, PLAIN, SYNTHETIC, Cell, Loop, Repeat, open_loop
 from personmae.bench.step import StepBench, _Alone, _summary, run_step
 from personmae.errors import UserError
 
@@ -42,7 +42,7 @@ def test_each_cell_is_measured_on_synthetic_canvases_and_on_real_shards(
         *((PLAIN, "synthetic"), (PLAIN, "shards")),
         *(("native", "synthetic"), ("native", "shards")),
     ]
-    flops = Work("micro", CELL.view, "fp32").flops
+    flops = Work("micro", CELL.spec, "fp32").flops
     for row in rows:
         assert row["failed"] is None
         assert list(row["parts_milliseconds"]) == list(PARTS)
@@ -132,7 +132,7 @@ def test_every_engine_does_a_whole_step_and_the_same_one() -> None:
 
 def test_a_wait_that_comes_now_and_then_counts_in_images_a_second_and_not_in_the_median() -> None:
     quiet = [1.0, 2.0, 3.0, 4.0, 0.0]
-    rounds = [Round([quiet, quiet, [101.0, *quiet[1:]]], 5, None), Round([quiet] * 3, 7, None), Round([[9.0] * 5] * 3, 9, None)]
+    rounds = [Repeat([quiet, quiet, [101.0, *quiet[1:]]], 5, None), Repeat([quiet] * 3, 7, None), Repeat([[9.0] * 5] * 3, 9, None)]
     found = _summary(CELL, rounds, CEILINGS, ["NVIDIA L4"])
     assert found["milliseconds"] == 10.0
     assert found["parts_milliseconds"] == dict(zip(PARTS, quiet, strict=True))

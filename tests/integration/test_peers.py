@@ -18,7 +18,7 @@ from torch import Tensor
 
 from personmae import optim
 from personmae.engine.native import NativeEngine
-from personmae.model.inputs import Draws, View, cut_batch
+from personmae.model.inputs import Draws, RegionSpec, cut_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.regions import RegionDraws, region_b_coords
 from personmae.model.teacher import Teacher
@@ -28,7 +28,7 @@ from personmae.precision import native_cpu
 pytestmark = pytest.mark.integration
 
 PEERS = ROOT / "benchmarks" / "peers"
-VIEW = View((128, 64), 16, (0.5, 0.4, 0.6), (0.5, 0.6, 0.4), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+SPEC = RegionSpec((128, 64), 16, (0.5, 0.4, 0.6), (0.5, 0.6, 0.4), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 LR, WEIGHT_DECAY, BETAS, MOMENTUM = 1e-2, 0.5, (0.9, 0.95), 0.9
 
 
@@ -61,25 +61,25 @@ def draw_sample(usual: Any, seed: int, size: int = 6) -> Any:
     """A batch of the usual way: noise, but RegionB as shifted as it says."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.stack([torch.randperm(32, generator=generator)[:8].sort()[0] for _ in range(size)])
-    region_a, region_b = (torch.randn(size, 3, *VIEW.img_size, generator=generator) for _ in range(2))
+    region_a, region_b = (torch.randn(size, 3, *SPEC.img_size, generator=generator) for _ in range(2))
     return usual.Sample(region_a, region_b, ids, torch.randint(0, 17, (size, 2), generator=generator))
 
 
 def as_ours(batch: Any) -> dict[str, Tensor]:
     """The same as the student of ours takes it."""
-    patches_a, patches_b = (patchify(region, VIEW.patch_size) for region in (batch.region_a, batch.region_b))
-    coords = grid_coords(VIEW.grid)
+    patches_a, patches_b = (patchify(region, SPEC.patch_size) for region in (batch.region_a, batch.region_b))
+    coords = grid_coords(SPEC.grid)
     return {
         "patches_a": take_tokens(patches_a, batch.ids_keep),
         "coords_a": coords[batch.ids_keep],
         "patches_b": patches_b,
-        "coords_b": region_b_coords(coords, batch.shift, VIEW.patch_size),
+        "coords_b": region_b_coords(coords, batch.shift, SPEC.patch_size),
     }
 
 
 def new_trainer(usual: Any, model: PersonMAE, dtype: torch.dtype = torch.float32) -> Any:
     """The usual way from our weights."""
-    theirs = usual.UsualPersonMAE("micro", VIEW)
+    theirs = usual.UsualPersonMAE("micro", SPEC)
     theirs.load_state_dict(model.state_dict())
     return usual.Trainer(theirs, dtype=dtype, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
@@ -87,7 +87,7 @@ def new_trainer(usual: Any, model: PersonMAE, dtype: torch.dtype = torch.float32
 def test_losses_and_gradients_are_ours_on_the_same_weights(usual: Any) -> None:
     model, batch = new_model(), draw_sample(usual, seed=1)
     trainer, inputs = new_trainer(usual, model), as_ours(draw_sample(usual, seed=1))
-    target = Teacher(model.encoder, VIEW.grid)(inputs["patches_b"])
+    target = Teacher(model.encoder, SPEC.grid)(inputs["patches_b"])
     ours = model(inputs | {"target": target})
     pixel_loss, feature_loss = trainer.model(*batch, target)
     torch.testing.assert_close(pixel_loss, ours["pixel_loss"], rtol=1e-5, atol=0)
@@ -107,7 +107,7 @@ def rms(difference: torch.Tensor) -> float:
 
 def test_four_updates_of_student_and_teacher_come_to_the_same(usual: Any) -> None:
     model = new_model()
-    trainer, teacher = new_trainer(usual, model), Teacher(model.encoder, VIEW.grid)
+    trainer, teacher = new_trainer(usual, model), Teacher(model.encoder, SPEC.grid)
     groups = optim.param_groups(model.named_parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     engine = NativeEngine(model, optim.adamw(groups, BETAS), grad_accum_steps=1, max_norm=None)
     for seed in range(4):
@@ -134,7 +134,7 @@ def test_autocast_changes_its_losses_no_more_than_ours(usual: Any) -> None:
     exact = new_trainer(usual, model).step(batch, lr=0.0, momentum=1.0)
     rounded = new_trainer(usual, model, torch.bfloat16).step(batch, lr=0.0, momentum=1.0)
     model.compute_dtype = torch.bfloat16
-    ours = model(inputs | {"target": Teacher(model.encoder, VIEW.grid, torch.bfloat16)(inputs["patches_b"])})["loss"]
+    ours = model(inputs | {"target": Teacher(model.encoder, SPEC.grid, torch.bfloat16)(inputs["patches_b"])})["loss"]
     assert rounded == pytest.approx(float(ours.detach()), rel=2e-3)
     assert rounded == pytest.approx(exact, rel=2e-3)
     assert rounded != exact
@@ -144,21 +144,21 @@ def test_regions_are_those_that_ours_cuts_for_the_same_draws(usual: Any) -> None
     rng = np.random.default_rng(0)
     pixels = cv2.resize(rng.integers(0, 256, (24, 12, 3), dtype=np.uint8), (70, 150), interpolation=cv2.INTER_CUBIC)
     box, flip, scale, shift = (7, 3, 130, 60), True, 21, (13, 6)
-    theirs = usual.cut(Image.fromarray(pixels), box, flip, scale, shift, VIEW)
+    theirs = usual.cut(Image.fromarray(pixels), box, flip, scale, shift, SPEC)
     top, left, height, width = box
     boxes = torch.tensor([[top / 150, left / 70, (top + height) / 150, (left + width) / 70]])
     regions = RegionDraws(boxes, torch.tensor([flip]), torch.tensor([scale]), torch.tensor([shift]))
-    canvas = torch.zeros(1, *VIEW.canvas_size, 3, dtype=torch.uint8)
+    canvas = torch.zeros(1, *SPEC.canvas_size, 3, dtype=torch.uint8)
     canvas[0, :150, :70] = torch.from_numpy(pixels)
-    ours = cut_batch(canvas, torch.tensor([[150, 70]]), Draws(regions, torch.arange(32)[None]), VIEW)
+    ours = cut_batch(canvas, torch.tensor([[150, 70]]), Draws(regions, torch.arange(32)[None]), SPEC)
     for region, patches in zip(theirs, (ours["patches_a"], ours["patches_b"]), strict=True):
-        levels = (patchify(region[None], VIEW.patch_size) - patches).abs() * 255 * max(VIEW.std)
+        levels = (patchify(region[None], SPEC.patch_size) - patches).abs() * 255 * max(SPEC.std)
         assert levels.mean() < 0.5  # PIL rounds to whole grey levels, twice
         assert levels.max() < 3
 
 
 def test_samples_of_a_folder_are_random_but_whole(usual: Any, images: Path) -> None:
-    crops = usual.Crops(images / "more", VIEW)
+    crops = usual.Crops(images / "more", SPEC)
     assert len(crops) == 10
     samples = [crops[i % 10] for i in range(40)]
     for region_a, region_b, ids_keep, (down, right) in samples:
@@ -170,12 +170,12 @@ def test_samples_of_a_folder_are_random_but_whole(usual: Any, images: Path) -> N
         torch.testing.assert_close(region_a[:, down:, right:], region_b[:, : 128 - down, : 64 - right])
     assert len({tuple(sample.shift.tolist()) for sample in samples}) > 20
     assert len({tuple(sample.ids_keep.tolist()) for sample in samples}) > 30
-    batch = next(iter(usual.load(images / "more", VIEW, 4, 0, pin_memory=False)))
+    batch = next(iter(usual.load(images / "more", SPEC, 4, 0, pin_memory=False)))
     assert batch.region_a.shape == (4, 3, 128, 64)
 
 
 def test_an_epoch_has_as_many_batches_as_are_asked_for(usual: Any, images: Path) -> None:
-    batches = list(usual.load(images / "more", VIEW, 4, 0, pin_memory=False, num_batches=6))
+    batches = list(usual.load(images / "more", SPEC, 4, 0, pin_memory=False, num_batches=6))
     assert len(batches) >= 6
     assert {len(batch.region_a) for batch in batches} == {4}
 

@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile
 from personmae.__main__ import main
 from personmae.batch_plan import admissible_world_sizes
 from personmae.dry_run import count_kept
-from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 
-VIEW = View((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+SPEC = RegionSpec((128, 64), 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 32, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 
 
 def test_admissible_world_sizes_are_the_divisors_of_the_batch():
@@ -24,22 +24,22 @@ def test_admissible_world_sizes_are_the_divisors_of_the_batch():
 
 
 def test_activations_grow_with_the_model_and_shrink_when_they_are_computed_again():
-    shallow, deep = (count_kept(PersonMAE(size="micro", decoder_depth=depth), VIEW).per_image for depth in (1, 3))
+    shallow, deep = (count_kept(PersonMAE(size="micro", decoder_depth=depth), SPEC).per_image for depth in (1, 3))
     again = PersonMAE(size="micro", decoder_depth=1)
     again.encoder.activation_checkpointing = "full"
-    assert 0 < count_kept(again, VIEW).per_image < shallow < deep
+    assert 0 < count_kept(again, SPEC).per_image < shallow < deep
     tokens = 32 + 8  # one fp32 matrix of all tokens of a decoder is the least that a block keeps
     assert deep - shallow > 2 * 2 * tokens * 128 * 4
 
 
 def allocated_bytes(model: PersonMAE, num_images: int) -> int:
     """What torch's allocator has given out and not got back while the losses are alive; the profiler tells."""
-    teacher = Teacher(model.encoder, VIEW.grid, model.compute_dtype)
-    size = torch.tensor([VIEW.canvas_size] * num_images)
-    canvas = torch.zeros(num_images, *VIEW.canvas_size, 3, dtype=torch.uint8)
-    draws = draw_batch(torch.arange(num_images), size, VIEW)
+    teacher = Teacher(model.encoder, SPEC.grid, model.compute_dtype)
+    size = torch.tensor([SPEC.canvas_size] * num_images)
+    canvas = torch.zeros(num_images, *SPEC.canvas_size, 3, dtype=torch.uint8)
+    draws = draw_batch(torch.arange(num_images), size, SPEC)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        batch = cut_batch(canvas, size, draws, VIEW)
+        batch = cut_batch(canvas, size, draws, SPEC)
         batch["target"] = teacher(batch["patches_b"])
         losses = model(batch)
     del losses
@@ -52,7 +52,7 @@ def test_what_is_told_is_what_the_allocator_gives_out(size: str, dtype: torch.dt
     """2% is 10 times what was found: 0.2%, the random numbers' states that checkpointing keeps."""
     model = PersonMAE(size=size, compute_dtype=dtype)
     model.encoder.activation_checkpointing = mode
-    kept = count_kept(model, VIEW)
+    kept = count_kept(model, SPEC)
     assert kept.fixed + 8 * kept.per_image == pytest.approx(allocated_bytes(model, 8), rel=0.02)
 
 
@@ -61,7 +61,7 @@ def test_selective_checkpointing_keeps_less_than_none_and_more_than_full():
     for mode in ("none", "selective", "full"):
         model = PersonMAE(size="micro")
         model.encoder.activation_checkpointing = mode
-        found.append(count_kept(model, VIEW).per_image)
+        found.append(count_kept(model, SPEC).per_image)
     none, selective, full = found
     products = 4 * (8 + 1) * (3 + 1 + 4 + 1) * 128 * 4  # of four blocks' linear layers, for the visible tokens, fp32
     assert full + products <= selective < none

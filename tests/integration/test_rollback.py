@@ -15,7 +15,7 @@ from personmae import config, dist, pretrain, pretrain_state
 from personmae.checkpoint import commit, portable, remote
 from personmae.errors import Diverged, UserError
 from personmae.model.inputs import prepare_batch
-from personmae.pretrain_state import Run, Spiked, roll_back
+from personmae.pretrain_state import PretrainState, Spiked, roll_back
 
 pytestmark = pytest.mark.integration
 SPIKE, EVERY, TOTAL = 13, 4, 24
@@ -34,9 +34,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """The sample keys of every batch that is trained on."""
     keys: list[np.ndarray] = []
 
-    def recording(canvas: Any, size: Any, native_size: Any, batch_keys: Any, view: Any) -> Any:
+    def recording(canvas: Any, size: Any, native_size: Any, batch_keys: Any, spec: Any) -> Any:
         keys.append(batch_keys.numpy().copy())
-        return prepare_batch(canvas, size, native_size, batch_keys, view)
+        return prepare_batch(canvas, size, native_size, batch_keys, spec)
 
     monkeypatch.setattr(pretrain, "choose_prepare", lambda *_, **__: recording)
     return keys
@@ -167,7 +167,7 @@ def test_a_store_that_fails_at_a_rollback_ends_all_ranks_alike(shard_dir, tmp_pa
     settings = settings.model_copy(update={"checkpoint": config.Checkpoint(store="s3://nowhere/run")})
     run = SimpleNamespace(settings=settings, step=16, cursor=16, usual_loss=1.0, world=SimpleNamespace(is_first=True))
     with pytest.raises(UserError, match="refused"):
-        roll_back(cast("Run", run), Spiked(12), 0)
+        roll_back(cast("PretrainState", run), Spiked(12), 0)
     assert [str(error) for error in shared] == ["refused (AccessDenied)"]
 
 

@@ -22,12 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 
 FOLDER, TARGET, NUM_IMAGES = Path(sys.argv[1]), GPUTarget("cuda", 90, 32), 64
-VIEW = View((256, 128), 16, (0.5,) * 3, (0.5,) * 3, 64, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
+SPEC = RegionSpec((256, 128), 16, (0.5,) * 3, (0.5,) * 3, 64, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 SIZES = {
     "multi_processor_count": 132,
     "regs_per_multiprocessor": 65536,
@@ -128,18 +128,18 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
 
 def prepare(canvas: torch.Tensor, size: torch.Tensor, native: torch.Tensor, keys: torch.Tensor) -> dict[str, torch.Tensor]:
-    return cut_batch(canvas, size, draw_batch(keys, native, VIEW), VIEW)
+    return cut_batch(canvas, size, draw_batch(keys, native, SPEC), SPEC)
 
 
 def main() -> None:
     pretend()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda:0"), torch.no_grad():
-        canvas = torch.empty(NUM_IMAGES, *VIEW.canvas_size, 3, dtype=torch.uint8)
+        canvas = torch.empty(NUM_IMAGES, *SPEC.canvas_size, 3, dtype=torch.uint8)
         size, keys = torch.empty(NUM_IMAGES, 2, dtype=torch.int64), torch.empty(NUM_IMAGES, dtype=torch.int64)
         batch = torch.compile(prepare, backend=backend)(canvas, size, size, keys)
         print(f"drawing and cutting: {len(built)} kernels")
         model = PersonMAE(size="micro", compute_dtype=torch.bfloat16)
-        teacher = Teacher(model.encoder, VIEW.grid, torch.bfloat16)
+        teacher = Teacher(model.encoder, SPEC.grid, torch.bfloat16)
         teacher.compile(backend=backend)
         batch["target"] = teacher(batch["patches_b"])
         print(f"and the teacher: {len(built)}")

@@ -4,7 +4,7 @@ import numpy as np
 import paper_numpy as paper
 import pytest
 import torch
-from small_models import HEADS, VIEW, a_batch, a_model, numpy_batch, patches, weights_of, with_target
+from small_models import HEADS, SPEC, a_batch, a_model, numpy_batch, patches, weights_of, with_target
 
 from personmae.model.identity import identity_loss
 from personmae.model.inputs import cut_batch
@@ -15,10 +15,10 @@ from personmae.model.teacher import Teacher
 def test_decoders_that_are_told_where_the_visible_patches_lie_equal_float64_numpy():
     model, (canvas, size, draws) = a_model(visible_positions=True), a_batch()
     weights, pixel, feature = weights_of(model), [], []
-    teacher = Teacher(model.encoder, VIEW.grid)
-    batch = cut_batch(canvas, size, draws, VIEW)
+    teacher = Teacher(model.encoder, SPEC.grid)
+    batch = cut_batch(canvas, size, draws, SPEC)
     batch["target"] = teacher(batch["patches_b"])
-    samples = numpy_batch(canvas, size, draws, VIEW)
+    samples = numpy_batch(canvas, size, draws, SPEC)
     for sample, target in zip(samples, batch["target"].double().numpy(), strict=True):
         encoder = paper.below(weights, "encoder")
         tokens = paper.encode(sample["patches_a"], sample["coords_a"], encoder, 4, HEADS["encoder"])
@@ -49,8 +49,8 @@ def test_summed_over_channels_eq7_is_as_many_times_larger_as_there_are_channels(
 def test_the_identity_loss_compares_the_class_tokens_of_both_regions():
     model = a_model(identity_weight=0.7, identity_dim=16)
     assert model.needs_teacher
-    batch = cut_batch(*a_batch(4), VIEW)
-    target = Teacher(model.encoder, VIEW.grid, class_token=True)(batch["patches_b"])
+    batch = cut_batch(*a_batch(4), SPEC)
+    target = Teacher(model.encoder, SPEC.grid, class_token=True)(batch["patches_b"])
     losses = model(batch | {"target": target})
     assert list(losses) == ["loss", "pixel_loss", "feature_loss", "identity_loss", "target_std"]
     tokens = model.encoder(batch["patches_a"], batch["coords_a"])
@@ -71,8 +71,8 @@ def test_the_identity_loss_compares_the_class_tokens_of_both_regions():
 def test_the_identity_loss_works_without_the_feature_loss():
     model = a_model(feature_weight=0.0, identity_weight=1.0)
     assert model.needs_teacher
-    batch = cut_batch(*a_batch(), VIEW)
-    batch["target"] = Teacher(model.encoder, VIEW.grid, class_token=True)(batch["patches_b"])
+    batch = cut_batch(*a_batch(), SPEC)
+    batch["target"] = Teacher(model.encoder, SPEC.grid, class_token=True)(batch["patches_b"])
     losses = model(batch)
     assert list(losses) == ["loss", "pixel_loss", "identity_loss", "target_std"]
     torch.testing.assert_close(losses["loss"], losses["pixel_loss"] + losses["identity_loss"])

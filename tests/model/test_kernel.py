@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VIEW
+from small_models import SPEC
 from torch import Tensor
 
 from personmae.model.compiled import choose_prepare
-from personmae.model.inputs import Batch, Draws, View, cut_batch, draw_batch
+from personmae.model.inputs import Batch, Draws, RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE, pixel_target
 from personmae.model.regions import RegionDraws
 
@@ -28,27 +28,27 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]),
 ]
-SMALL = dataclasses.replace(VIEW, img_size=(48, 32), max_shift=16)
+SMALL = dataclasses.replace(SPEC, img_size=(48, 32), max_shift=16)
 GREY = dataclasses.replace(SMALL, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 # Pixels are normalised by a deviation of at least a quarter of their range. Bytes are exact in fp16, weights and half-done
 # sums are kept to 2^-22; what is left is the order of some forty sums in fp32, twice.
 PIXEL_TOLERANCE = 2e-5
 
-Case = tuple[Tensor, Tensor, Draws, View, dict[str, Any]]
+Case = tuple[Tensor, Tensor, Draws, RegionSpec, dict[str, Any]]
 
 # A process of its own: the interpreter has to be chosen before Triton is imported.
 KERNEL = """
 import pickle, sys
 import torch
 from personmae.model import kernel
-from personmae.model.personmae import Draws
+from personmae.model.inputs import Draws
 from personmae.model.regions import RegionDraws
 cases, device = pickle.load(open(sys.argv[1], "rb")), sys.argv[2]
 torch.set_num_threads(1)
 done = []
-for canvas, size, draws, view, options in cases:
+for canvas, size, draws, spec, options in cases:
     draws = Draws(RegionDraws(*(field.to(device) for field in draws.regions)), draws.ids_keep.to(device))
-    batch = kernel.cut_batch(canvas.to(device), size.to(device), draws, view, **options)
+    batch = kernel.cut_batch(canvas.to(device), size.to(device), draws, spec, **options)
     done.append({name: tensor.cpu() for name, tensor in batch.items()})
 pickle.dump(done, open(sys.argv[1], "wb"))
 """
@@ -92,15 +92,15 @@ def run(device: str, *cases: Case) -> list[Batch]:
         return pickle.loads(path.read_bytes())
 
 
-def a_case(boxes: list[list[float]], sizes: list[list[int]], view: View = SMALL, **options: Any) -> Case:
+def a_case(boxes: list[list[float]], sizes: list[list[int]], spec: RegionSpec = SMALL, **options: Any) -> Case:
     """Noise on a canvas of odd size, every second sample flipped, with the largest and the smallest p and shifts."""
     count, generator = len(boxes), torch.Generator().manual_seed(0)
     canvas = torch.randint(0, 256, (count, 91, 61, 3), dtype=torch.uint8, generator=generator)
-    scale = torch.tensor([16, 0, 7, 16, 1])[torch.arange(count) % 5].clamp(max=view.max_shift)
+    scale = torch.tensor([16, 0, 7, 16, 1])[torch.arange(count) % 5].clamp(max=spec.max_shift)
     shift = torch.stack([scale, scale // 2], dim=1) * torch.tensor([1, 0, 1, 1])[torch.arange(count) % 4, None]
-    ids_keep = torch.rand(count, view.grid[0] * view.grid[1], generator=generator).argsort(dim=1)[:, :2].sort(dim=1).values
+    ids_keep = torch.rand(count, spec.grid[0] * spec.grid[1], generator=generator).argsort(dim=1)[:, :2].sort(dim=1).values
     flip = torch.arange(count) % 2 == 1
-    return canvas, torch.tensor(sizes), Draws(RegionDraws(torch.tensor(boxes), flip, scale, shift), ids_keep), view, options
+    return canvas, torch.tensor(sizes), Draws(RegionDraws(torch.tensor(boxes), flip, scale, shift), ids_keep), spec, options
 
 
 WHOLE = [0.0, 0.0, 1.0, 1.0]
@@ -117,7 +117,7 @@ def quick_cases() -> dict[str, Case]:
     cases = {
         "edges": a_case(EDGES, EDGE_SIZES),
         "random": a_case(random, [[91, 61], [77, 50], [31, 17], [7, 3]]),
-        "patches of 12": a_case([WHOLE], [[60, 30]], dataclasses.replace(VIEW, img_size=(24, 12), patch_size=12, max_shift=7)),
+        "patches of 12": a_case([WHOLE], [[60, 30]], dataclasses.replace(SPEC, img_size=(24, 12), patch_size=12, max_shift=7)),
         "one colour": a_case([WHOLE], [[91, 61]], GREY),
         "faint": a_case([WHOLE], [[91, 61]], GREY),
         "black and white": a_case([[0.2, 0.2, 0.5, 0.5]], [[91, 61]], GREY),
@@ -194,11 +194,11 @@ def test_bf16_patches_are_the_fp32_ones_to_its_last_bit_and_the_rest_stays_exact
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("img_size", "max_shift"), [((128, 64), 32), ((256, 128), 64), ((384, 128), 64)])
 def test_a_drawn_sample_of_each_size_in_use_gives_what_the_twin_gives(device, img_size, max_shift):
-    view = dataclasses.replace(VIEW, img_size=img_size, max_shift=max_shift)
-    height, width = view.canvas_size
+    spec = dataclasses.replace(SPEC, img_size=img_size, max_shift=max_shift)
+    height, width = spec.canvas_size
     canvas = torch.randint(0, 256, (1, height, width, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     size = torch.tensor([[height - 7, width - 3]])
-    case = canvas, size, draw_batch(torch.tensor([977]), size, view), view, {}
+    case = canvas, size, draw_batch(torch.tensor([977]), size, spec), spec, {}
     assert_equal_to_the_twin(case, *run(device, case))
 
 
@@ -208,8 +208,8 @@ def test_a_drawn_sample_of_each_size_in_use_gives_what_the_twin_gives(device, im
 def test_a_step_is_given_the_same_by_either_cutter(device, compiled):
     torch.compiler.reset()
     model, size = PersonMAE(size="micro").to(device), torch.tensor([[100, 60], [192, 90]], device=device)
-    canvas = torch.randint(0, 256, (2, *VIEW.canvas_size, 3), dtype=torch.uint8, device=device)
-    inputs = canvas, size, size, torch.tensor([977, 13], device=device), VIEW
+    canvas = torch.randint(0, 256, (2, *SPEC.canvas_size, 3), dtype=torch.uint8, device=device)
+    inputs = canvas, size, size, torch.tensor([977, 13], device=device), SPEC
     expected, ours = (choose_prepare(model, cutter=cutter, compiled=compiled)(*inputs) for cutter in ("torch", "triton"))
     for name, tensor in expected.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)

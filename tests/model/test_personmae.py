@@ -10,9 +10,9 @@ import paper_numpy as paper
 import pytest
 import torch
 from closeness import assert_allclose
-from small_models import HEADS, VIEW, a_batch, a_model, numpy_batch, patches, weights_of, with_target
+from small_models import HEADS, SPEC, a_batch, a_model, numpy_batch, patches, weights_of, with_target
 
-from personmae.model.inputs import Draws, View, cut_batch, draw_batch, normalise, prepare_batch
+from personmae.model.inputs import Draws, RegionSpec, cut_batch, draw_batch, normalise, prepare_batch
 from personmae.model.masking import block_mask, person_mask, random_mask
 from personmae.model.personmae import PersonMAE, feature_loss, pixel_loss, pixel_target
 from personmae.model.regions import uniforms
@@ -23,26 +23,26 @@ from personmae.model.vit import patchify, take_tokens, unpatchify
 
 
 def test_the_canvas_has_room_for_the_largest_size_of_eq1():
-    paper_view = dataclasses.replace(VIEW, img_size=(256, 128), max_shift=64)
-    assert paper_view.canvas_size == (480, 240)  # 3/2 of [256 + 64, 128 + 32]
-    assert paper_view.grid == (16, 8)
+    paper_spec = dataclasses.replace(SPEC, img_size=(256, 128), max_shift=64)
+    assert paper_spec.canvas_size == (480, 240)  # 3/2 of [256 + 64, 128 + 32]
+    assert paper_spec.grid == (16, 8)
 
 
 def test_a_batch_of_tokens_equals_eq1_to_eq4_in_float64():
     canvas, size, draws = a_batch()
     assert draws.regions.flip.any()
     assert not draws.regions.flip.all()
-    ours = cut_batch(canvas, size, draws, VIEW)
-    for i, sample in enumerate(numpy_batch(canvas, size, draws, VIEW)):
+    ours = cut_batch(canvas, size, draws, SPEC)
+    for i, sample in enumerate(numpy_batch(canvas, size, draws, SPEC)):
         for name, expected in sample.items():
             assert_allclose(ours[name][i].double().numpy(), expected, rtol=0, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["block", "random", "person"])
 def test_the_encoder_sees_the_patches_that_the_mask_of_eq3_leaves(kind):
-    view = dataclasses.replace(VIEW, mask_kind=kind)
+    spec = dataclasses.replace(SPEC, mask_kind=kind)
     keys, native = torch.arange(50), torch.tensor([[200, 100]]).expand(50, -1)
-    draws = draw_batch(keys, native, view)
+    draws = draw_batch(keys, native, spec)
     if kind == "random":
         mask = random_mask(keys, (8, 4), 0.75)
     else:
@@ -53,34 +53,34 @@ def test_the_encoder_sees_the_patches_that_the_mask_of_eq3_leaves(kind):
 
 
 def test_with_all_visible_and_no_shift_both_regions_are_the_same():
-    view = dataclasses.replace(VIEW, max_shift=0)
-    canvas, size, draws = a_batch(view=view)
-    batch = cut_batch(canvas, size, draws._replace(ids_keep=torch.arange(32).expand(3, -1)), view)
+    spec = dataclasses.replace(SPEC, max_shift=0)
+    canvas, size, draws = a_batch(spec=spec)
+    batch = cut_batch(canvas, size, draws._replace(ids_keep=torch.arange(32).expand(3, -1)), spec)
     assert torch.equal(batch["patches_a"], batch["patches_b"])
     assert torch.equal(batch["coords_a"], batch["coords_b"])
 
 
 def test_tokens_of_a_sample_do_not_depend_on_its_batch():
     canvas, size, draws = a_batch()
-    whole = cut_batch(canvas, size, draws, VIEW)
+    whole = cut_batch(canvas, size, draws, SPEC)
     first = Draws(type(draws.regions)(*(t[:1] for t in draws.regions)), draws.ids_keep[:1])
-    for name, tensor in cut_batch(canvas[:1], size[:1], first, VIEW).items():
+    for name, tensor in cut_batch(canvas[:1], size[:1], first, SPEC).items():
         torch.testing.assert_close(tensor, whole[name][:1], rtol=0, atol=1e-5)
 
 
 def test_normalised_pixels_are_those_of_torchvision():
     images = torch.rand(2, 3, 8, 4, generator=torch.Generator().manual_seed(0)) * 255
-    ours = unpatchify(normalise(patchify(images, 4), VIEW.mean, VIEW.std), (2, 1), 4)
+    ours = unpatchify(normalise(patchify(images, 4), SPEC.mean, SPEC.std), (2, 1), 4)
     for c in range(3):
-        torch.testing.assert_close(ours[:, c], (images[:, c] / 255 - VIEW.mean[c]) / VIEW.std[c])
+        torch.testing.assert_close(ours[:, c], (images[:, c] / 255 - SPEC.mean[c]) / SPEC.std[c])
 
 
 def test_on_a_cpu_a_batch_is_prepared_to_a_grey_level_or_two_of_the_plain_way():
     canvas, size, _ = a_batch(12)
     canvas = canvas // 2 + 64  # overshoots stay in range: they are clipped after each pass
     native, keys = torch.tensor([[200, 100], [90, 41], [300, 140]]).repeat(4, 1), torch.arange(12) * 977 + 13
-    plain, ours = cut_batch(canvas, size, draw_batch(keys, native, VIEW), VIEW), prepare_batch(canvas, size, native, keys, VIEW)
-    level = 1 / (255 * min(VIEW.std))
+    plain, ours = cut_batch(canvas, size, draw_batch(keys, native, SPEC), SPEC), prepare_batch(canvas, size, native, keys, SPEC)
+    level = 1 / (255 * min(SPEC.std))
     for name, expected in plain.items():
         if name.startswith("coords"):
             assert torch.equal(ours[name], expected)
@@ -148,7 +148,7 @@ def test_eq8_adds_the_weighted_feature_loss(weight):
 
 def test_without_feature_weight_there_is_no_feature_decoder_and_no_target_is_needed():
     model = a_model(feature_weight=0.0)
-    losses = model(cut_batch(*a_batch(), VIEW))
+    losses = model(cut_batch(*a_batch(), SPEC))
     assert losses.keys() == {"loss", "pixel_loss"}
     assert torch.equal(losses["loss"], losses["pixel_loss"])
     assert not any(name.startswith("feature_decoder") for name, _ in model.named_parameters())
@@ -156,12 +156,12 @@ def test_without_feature_weight_there_is_no_feature_decoder_and_no_target_is_nee
 
 def test_the_whole_forward_pass_equals_float64_numpy():
     model, (canvas, size, draws) = a_model(beta=0.7, feature_weight=1.5), a_batch()
-    teacher = Teacher(a_model().encoder, VIEW.grid)
+    teacher = Teacher(a_model().encoder, SPEC.grid)
     for parameter in teacher.encoder.parameters():
         parameter.add_(0.01)  # not the student's weights
     weights, teacher_weights = weights_of(model), weights_of(teacher.encoder)
     pixel, feature = [], []
-    for sample in numpy_batch(canvas, size, draws, VIEW):
+    for sample in numpy_batch(canvas, size, draws, SPEC):
         encoder = paper.below(weights, "encoder")
         tokens = paper.layer_norm(
             paper.encode(sample["patches_a"], sample["coords_a"], encoder, 4, HEADS["encoder"]), encoder, "norm"
@@ -170,11 +170,11 @@ def test_the_whole_forward_pass_equals_float64_numpy():
             paper.decode(tokens, sample["coords_b"], paper.below(weights, name), 2, HEADS[name])
             for name in ("pixel_decoder", "feature_decoder")
         )
-        coords = paper.eq4_coords(VIEW.grid, 0, 0, 16)  # RegionB is an image of its own to the teacher
+        coords = paper.eq4_coords(SPEC.grid, 0, 0, 16)  # RegionB is an image of its own to the teacher
         target = paper.layer_norm(paper.encode(sample["patches_b"], coords, teacher_weights, 4, HEADS["encoder"])[1:], eps=1e-5)
         pixel.append(paper.eq5_loss(sample["patches_b"], z))
         feature.append(paper.eq7_loss(target, y, 0.7))
-    batch = cut_batch(canvas, size, draws, VIEW)
+    batch = cut_batch(canvas, size, draws, SPEC)
     losses = model(batch | {"target": teacher(batch["patches_b"])})
     assert losses["pixel_loss"].item() == pytest.approx(np.mean(pixel), rel=1e-4)
     assert losses["feature_loss"].item() == pytest.approx(np.mean(feature), rel=1e-4)
@@ -209,7 +209,7 @@ def test_decoder_widths_follow_the_encoder_unless_given():
 
 
 def test_a_decoder_is_told_where_region_b_lies_by_its_mask_tokens_alone():
-    model, batch = a_model(), cut_batch(*a_batch(), VIEW)
+    model, batch = a_model(), cut_batch(*a_batch(), SPEC)
     tokens = model.encoder(batch["patches_a"], batch["coords_a"])
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     straight = model.pixel_decoder(tokens, batch["coords_b"])
@@ -241,7 +241,7 @@ def test_predicted_pixels_are_those_the_loss_compares():
     batch = with_target(model)
     predicted = model.predict_pixels(batch)
     assert torch.equal(pixel_loss(predicted, pixel_target(batch["patches_b"])), model(batch)["pixel_loss"])
-    assert unpatchify(predicted, VIEW.grid, 16).shape == (3, 3, 128, 64)
+    assert unpatchify(predicted, SPEC.grid, 16).shape == (3, 3, 128, 64)
 
 
 def test_taken_tokens_are_those_at_the_indices():
@@ -252,13 +252,13 @@ def test_taken_tokens_are_those_at_the_indices():
 COMPILED = """
 import torch
 from dataclasses import replace
-from personmae.model.personmae import cut_batch, draw_batch
-from small_models import VIEW, a_batch
+from personmae.model.inputs import cut_batch, draw_batch
+from small_models import SPEC, a_batch
 canvas, size, _ = a_batch()
 native, keys = size * 2, torch.arange(len(size)) * 977 + 13
-view = replace(VIEW, **{changes})
+spec = replace(SPEC, **{changes})
 def prepare():
-    return cut_batch(canvas, size, draw_batch(keys, native, view), view)
+    return cut_batch(canvas, size, draw_batch(keys, native, spec), spec)
 compiled = torch.compile(prepare)()
 for name, expected in prepare().items():
     torch.testing.assert_close(compiled[name], expected, rtol=0, atol=1e-4)
@@ -284,7 +284,7 @@ def test_compiled_drawing_and_cutting_equal_eager_ones(request, changes):
 
 def test_numbers_for_masks_and_regions_come_from_different_streams():
     keys = torch.arange(4000)
-    draws = draw_batch(keys, torch.tensor([[200, 100]]).expand(4000, -1), VIEW)
+    draws = draw_batch(keys, torch.tensor([[200, 100]]).expand(4000, -1), SPEC)
     kept = torch.zeros(4000, 32).scatter(1, draws.ids_keep, 1.0)
     columns = torch.cat([draws.regions.scale[:, None].float(), uniforms(keys, 1, 4), kept], dim=1)
     correlation = torch.corrcoef(columns.T)[:5, 5:]
@@ -297,14 +297,14 @@ def test_numbers_for_masks_and_regions_come_from_different_streams():
     [("small", torch.bfloat16, 21.7), ("small", torch.float32, 21.7), ("base", torch.float32, 85.7)],
 )
 def test_the_papers_sizes_learn_from_a_batch_at_256_by_128(size, dtype, millions):
-    view = View((256, 128), 16, VIEW.mean, VIEW.std, 64, VIEW.crop_scale, VIEW.crop_ratio, 0.5, "block", 0.75, 4)
+    spec = RegionSpec((256, 128), 16, SPEC.mean, SPEC.std, 64, SPEC.crop_scale, SPEC.crop_ratio, 0.5, "block", 0.75, 4)
     model = PersonMAE(size=size, compute_dtype=dtype)
     model.encoder.activation_checkpointing = "full"
     assert sum(p.numel() for p in model.encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.2)
-    batch = cut_batch(*a_batch(count=2, view=view), view)
+    batch = cut_batch(*a_batch(count=2, spec=spec), spec)
     assert batch["patches_a"].shape == (2, 32, 768)
     assert batch["patches_b"].shape == (2, 128, 768)
-    batch["target"] = Teacher(model.encoder, view.grid, dtype)(batch["patches_b"])
+    batch["target"] = Teacher(model.encoder, spec.grid, dtype)(batch["patches_b"])
     losses = model(batch)
     losses["loss"].backward()
     assert losses["loss"].isfinite()

@@ -22,12 +22,12 @@ from personmae.report.comparison import (
     summarise,
 )
 from personmae.report.report import draw_cmc
-from personmae.report.runs import Run, find_runs
+from personmae.report.runs import RunFolder, find_runs
 
 REAL = {"benchmark_digest": "e" * 16, "benchmark_title": "Market-1501", "synthetic": False}
 
 
-def read(folder: Path) -> tuple[list[Run], list[Group]]:
+def read(folder: Path) -> tuple[list[RunFolder], list[Group]]:
     runs = find_runs(folder)
     return runs, group_results(runs)
 

@@ -19,7 +19,7 @@ from personmae.checkpoint import portable
 from personmae.data import importer
 from personmae.data.order import sample_keys
 from personmae.errors import Unavailable, UserError
-from personmae.model.inputs import View, cut_batch, draw_batch
+from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.vit import patchify
 from personmae.report import figures, report
@@ -307,13 +307,13 @@ def test_a_damaged_result_is_named(runs: Path) -> None:
 
 def test_the_masked_image_hides_exactly_the_hidden_patches(trained: Path) -> None:
     settings = _settings(trained)
-    view = View(**settings.view_arguments())
+    spec = RegionSpec(**settings.region_arguments())
     drawn = figures.reconstruct_run(settings, Path(settings.run_dir), 8)
     ids = np.linspace(0, 11, 8).astype(np.int64)
-    draws = draw_batch(torch.from_numpy(sample_keys(ids, seed=0, epoch=0)), torch.full((8, 2), 40) * torch.tensor([2, 1]), view)
+    draws = draw_batch(torch.from_numpy(sample_keys(ids, seed=0, epoch=0)), torch.full((8, 2), 40) * torch.tensor([2, 1]), spec)
     differs = (drawn.masked != drawn.region_a).any(dim=-1)  # (B, H, W)
     grey = (drawn.masked == figures.GREY).all(dim=-1)
-    hidden = figures.hidden_mask(draws.ids_keep, view.grid).reshape(8, 4, 2)
+    hidden = figures.hidden_mask(draws.ids_keep, spec.grid).reshape(8, 4, 2)
     hidden = hidden.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
     assert hidden.float().mean() == 0.75
     assert torch.equal(grey, hidden)
@@ -322,19 +322,19 @@ def test_the_masked_image_hides_exactly_the_hidden_patches(trained: Path) -> Non
 
 def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
     settings = _settings(trained)
-    view = View(**settings.view_arguments())
+    spec = RegionSpec(**settings.region_arguments())
     model = PersonMAE(**settings.model_arguments())
     path = portable.newest(settings.run_dir)
     assert path
     portable.load_strictly(model, portable.read(path).tensors["student"], path)
-    height, width = view.canvas_size
+    height, width = spec.canvas_size
     generator = torch.Generator().manual_seed(1)
     canvas = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
     size = torch.tensor([[80, 40], [70, 50]])
-    draws = draw_batch(torch.tensor([5, 6]), size, view)
-    drawn = figures.reconstruct(model, canvas, size, draws, view)
+    draws = draw_batch(torch.tensor([5, 6]), size, spec)
+    drawn = figures.reconstruct(model, canvas, size, draws, spec)
 
-    batch = cut_batch(canvas, size, draws, view)
+    batch = cut_batch(canvas, size, draws, spec)
     with torch.no_grad():
         pred = model.predict_pixels(batch)
     for b in range(2):
