@@ -128,7 +128,7 @@ def run(settings: config.Finetune) -> None:
             train(state, found, log, meter, stop)
             state.engine.close()
             evaluate(state, log, meter, stop)
-        meter.complete(settings.run_dir, settings.checkpoint.store)
+        meter.complete(settings.run_dir, settings.checkpoint.upload_to)
         if world.is_first:
             tell_end(settings, "finetune", time.monotonic() - began)
     finally:

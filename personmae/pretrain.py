@@ -103,7 +103,7 @@ def run(settings: config.Pretrain) -> None:
                     found = roll_back(state, spike, attempt)
                 if meter.run:
                     meter.run.rollbacks.inc()
-        meter.complete(settings.run_dir, settings.checkpoint.store)
+        meter.complete(settings.run_dir, settings.checkpoint.upload_to)
         if world.is_first:
             tell_end(state, time.monotonic() - began)
     finally:

@@ -148,19 +148,19 @@ def roll_back(state: PretrainState, spike: Spiked, attempt: int) -> Path:
     Raises:
         Diverged: there is none, or the loss has jumped too often.
     """
-    run_dir, store = state.settings.run_dir, state.settings.checkpoint.store
+    run_dir, upload_to = state.settings.run_dir, state.settings.checkpoint.upload_to
     at, cursor, most = state.step, state.cursor, state.settings.train.max_rollbacks
     told = f"the loss has jumped by step {at}, above {state.settings.train.spike_factor:g} times what it was before"
     if attempt >= most:
         raise Diverged(f"{told}, after {most} rollbacks; lower optim.base_lr, or look at the data")
 
     def give_up() -> None:
-        kept = {*portable.local_steps(run_dir), *_steps_in(store)}
+        kept = {*portable.local_steps(run_dir), *_steps_in(upload_to)}
         if not any(step <= spike.good_step for step in kept):
             raise Diverged(
                 f"{told}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often"
             )
-        _give_up(run_dir, store, [step for step in kept if step > spike.good_step], at)
+        _give_up(run_dir, upload_to, [step for step in kept if step > spike.good_step], at)
 
     dist.on_first_rank(give_up)  # whatever fails there, the others must not wait for it
     usual = state.usual_loss
@@ -174,11 +174,11 @@ def roll_back(state: PretrainState, spike: Spiked, attempt: int) -> Path:
     return found
 
 
-def _steps_in(store: str | None) -> list[int]:
-    return remote.reaching(lambda: remote.patiently(lambda: remote.steps(store))) if store else []
+def _steps_in(upload_to: str | None) -> list[int]:
+    return remote.reaching(lambda: remote.patiently(lambda: remote.steps(upload_to))) if upload_to else []
 
 
-def _give_up(run_dir: str, store: str | None, steps: list[int], at: int) -> None:
+def _give_up(run_dir: str, upload_to: str | None, steps: list[int], at: int) -> None:
     """Delete what a run has saved since its loss jumped, up to step ``at``; what lies beyond is not its own: moved aside.
 
     Raises:
@@ -186,10 +186,10 @@ def _give_up(run_dir: str, store: str | None, steps: list[int], at: int) -> None
     """
     own, beyond = ([step for step in steps if (step <= at) is mine] for mine in (True, False))
     failures: list[Exception] = [*commit.delete(run_dir, own).values(), *commit.set_aside(run_dir, beyond)[1].values()]
-    for step in steps if store else ():
+    for step in steps if upload_to else ():
         leave = remote.delete if step in own else remote.set_aside
         try:
-            remote.reaching(lambda leave=leave, step=step: remote.patiently(lambda: leave(store or "", step)))
+            remote.reaching(lambda leave=leave, step=step: remote.patiently(lambda: leave(upload_to or "", step)))
         except Exception as error:  # each store's client has errors of its own
             failures.append(error)
     if failures:

@@ -119,7 +119,7 @@ def run(settings: config.Unsupervised) -> None:
             train(state, found, log, meter, stop)
             state.engine.close()
             evaluate(state, log, meter, stop)
-        meter.complete(settings.run_dir, settings.checkpoint.store)
+        meter.complete(settings.run_dir, settings.checkpoint.upload_to)
         if world.is_first:
             tell_end(settings, "unsupervised", time.monotonic() - began)
     finally:

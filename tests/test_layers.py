@@ -226,7 +226,7 @@ def test_the_whole_of_streaming_has_the_parts_that_were_loaded():
         ("-m", "personmae", "pretrain", "configs/quickstart.yaml", "--print-config"),
         (
             *("-m", "personmae", "render", "configs/pretrain_vit_base.yaml"),
-            *("data.shards=s3://b/l", "checkpoint.store=s3://b/r"),
+            *("data.shards=s3://b/l", "checkpoint.upload_to=s3://b/r"),
         ),
     ],
     ids=lambda arguments: " ".join(arguments),

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m launcher.cluster.bucket")
     fetch = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser).add_parser("fetch")
     fetch.add_argument("--pictures", required=True, metavar="URL", help="s3://bucket/x.tar, or a prefix of single files")
-    fetch.add_argument("--encoder", required=True, metavar="URL", help="a run's checkpoint.store, or 'random'")
+    fetch.add_argument("--encoder", required=True, metavar="URL", help="a run's checkpoint.upload_to, or 'random'")
     fetch.add_argument("--into", required=True, type=Path, metavar="DIR", help="gets pictures/ and encoder/")
     args = parser.parse_args(argv)
     return run_program(lambda: _fetch(args))

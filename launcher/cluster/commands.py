@@ -120,14 +120,14 @@ def _store_of_pods(given: dict[str, str]) -> Iterator[None]:
 
 def check_places(runs: list[Rendered]) -> None:
     """Raise a ``UserError`` unless the data and the buckets that runs name are there; of others than ``s3://`` only tell."""
-    own = {getattr(rendered.settings, "checkpoint").store for rendered in runs if hasattr(rendered.settings, "checkpoint")}  # noqa: B009
+    own = {getattr(rendered.settings, "checkpoint").upload_to for rendered in runs if hasattr(rendered.settings, "checkpoint")}  # noqa: B009
     checks: dict[str, Callable[[str], None]] = {}
     for rendered in runs:
         settings: Any = rendered.settings
         if isinstance(settings, suite.Suite):
             checks[settings.results] = bucket.require_bucket
             continue
-        checks[settings.checkpoint.store] = bucket.require_bucket
+        checks[settings.checkpoint.upload_to] = bucket.require_bucket
         if isinstance(settings, config.Pretrain):
             checks[settings.data.shards] = bucket.require_shards
         else:

@@ -59,7 +59,7 @@ def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> N
             raise _exists(other, job)
         if store in stores and not finished(job):
             raise UserError(
-                f"{store} belongs to the run {other}, which is at work; delete that first or give another checkpoint.store"
+                f"{store} belongs to the run {other}, which is at work; delete that first or give another checkpoint.upload_to"
             )
     apply(kubectl, [item for item in objects if item["kind"] not in _REFERRING], dry_run=True)
 
@@ -261,7 +261,7 @@ def is_over(workload: Object) -> str | None:
 
 def _require_alive(run: str, workload: Object) -> None:
     if over := is_over(workload):
-        raise UserError(f"{run} is over ({over}); submit it anew: it goes on from its checkpoint.store")
+        raise UserError(f"{run} is over ({over}); submit it anew: it goes on from its checkpoint.upload_to")
 
 
 def scale(kubectl: Kubectl, run: str, nodes: int) -> None:

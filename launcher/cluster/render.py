@@ -94,7 +94,10 @@ def render(choice: Choice) -> Rendered:
     spec["images"] = [image_of(choice, spec["images"][0])]
     if "digest" not in spec["images"][0]:
         warnings.append("the image has no digest, so it may change between pods: give --image NAME@sha256:...")
-    spec["patches"] = [*_inlined(overlay, spec), *_size_patches(choice, before, nodes, gpus, run, settings.checkpoint.store)]
+    spec["patches"] = [
+        *_inlined(overlay, spec),
+        *_size_patches(choice, before, nodes, gpus, run, settings.checkpoint.upload_to),
+    ]
     objects = kustomization.build(overlay, spec)
     objects.sort(key=lambda o: _ORDER.index(o["kind"]) if o["kind"] in _ORDER else len(_ORDER))
     return Rendered(run, choice.namespace, settings, objects, {"overlay": overlay, **spec}, warnings)

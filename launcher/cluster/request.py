@@ -172,7 +172,7 @@ def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
         raise UserError(f"this version has no program '{program}' yet; choose another overlay")
     # A path is the pod's, with its home and its variables. A store is known here too, and is looked into.
     settings = config.load(kind, choice.config, choice.overrides, locations.expand_location)
-    places = {"checkpoint.store": settings.checkpoint.store}
+    places = {"checkpoint.upload_to": settings.checkpoint.upload_to}
     if isinstance(settings, config.Pretrain):
         places["data.shards"] = settings.data.shards
     else:
@@ -263,7 +263,7 @@ def downstream_variables(choice: Choice, settings: Any, run: str) -> dict[str, s
     return {
         "PICTURES": settings.root,
         "ENCODER": settings.init,
-        "RESULT": f"{settings.checkpoint.store.rstrip('/')}/result.json",
+        "RESULT": f"{settings.checkpoint.upload_to.rstrip('/')}/result.json",
     }
 
 

@@ -109,10 +109,12 @@ def steps_of(suite: Suite, folder: Path) -> list[PlannedStage]:
         overlay = stage.overlay or guess_overlay(folder / stage.config)
         program = _PROGRAMS.get(overlay.partition("-")[0], "pretrain")
         place = escape(run_dir)  # it is read once more, as an override
-        places = [f"checkpoint.store={place}" if "://" in run_dir else f"run_dir={place}"]
+        places = [f"checkpoint.upload_to={place}" if "://" in run_dir else f"run_dir={place}"]
         places += [f"init={escape(steps[stage.after].run_dir)}"] if stage.after else []
         overrides = [text.format(**suite.places) for text in stage.set] + places
-        steps[stage.name] = PlannedStage(stage, program, folder / stage.config, overrides, run, run_dir, f"{run_dir}/result.json")
+        steps[stage.name] = PlannedStage(
+            stage, program, folder / stage.config, overrides, run, run_dir, f"{run_dir}/result.json"
+        )
     return list(steps.values())
 
 

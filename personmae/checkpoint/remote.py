@@ -42,26 +42,26 @@ class Damaged(Exception):  # noqa: N818 - told as a fault, never shown
 # --- what a store holds ---
 
 
-def steps(store: str) -> list[int]:
+def steps(location: str) -> list[int]:
     """Steps of the folders in a store, whole or not, ascending; of a store that cannot list, the one of ``LATEST``.
 
     Raises:
         UserError: the store cannot be read, or its ``LATEST`` names no checkpoint.
     """
-    names = storage.list_folders(store)
+    names = storage.list_folders(location)
     if names is None:
-        if (latest := storage.read(store, LATEST)) is None:
+        if (latest := storage.read(location, LATEST)) is None:
             return []
         names = [latest.decode("ascii", "replace").strip()]
         if portable.step_of(names[0]) is None:
             raise UserError(
-                f"{store}/{LATEST} must name a checkpoint like step-00001000 and has {names[0]!r}; mend it, or start anew with "
-                "another checkpoint.store"
+                f"{location}/{LATEST} must name a checkpoint like step-00001000 and has {names[0]!r}; mend it, or start anew "
+                "with another checkpoint.upload_to"
             )
     return sorted(step for name in names if (step := portable.step_of(name)) is not None)
 
 
-def send(store: str, path: Path, step: int, sent: set[str], *, anew: bool = False) -> None:
+def send(location: str, path: Path, step: int, sent: set[str], *, anew: bool = False) -> None:
     """Copy a local checkpoint to a store: files, manifest, ``LATEST``; ``sent`` remembers files for another try.
 
     Another checkpoint of that step is moved to ``PASSED_OVER`` first; with ``anew`` also one with the same manifest, which a
@@ -70,18 +70,18 @@ def send(store: str, path: Path, step: int, sent: set[str], *, anew: bool = Fals
     Raises:
         UserError: the store refused, or has another checkpoint of that step and cannot move it.
     """
-    root, manifest = f"{store}/{portable.name_of(step)}", (path / MANIFEST).read_bytes()
+    root, manifest = f"{location}/{portable.name_of(step)}", (path / MANIFEST).read_bytes()
     theirs = storage.read(root, MANIFEST)
     if theirs != manifest or (anew and not sent):
         if theirs is not None:
-            set_aside(store, step)
+            set_aside(location, step)
         for name in portable.parse_manifest(manifest)[0].keys() - sent:
             if (path / name).exists() or not portable.is_moments(name):
                 storage.upload(root, name, path / name)
             sent.add(name)
         _send_records(root, path.parent.parent)
         storage.write(root, MANIFEST, manifest)
-    storage.write(store, LATEST, portable.name_of(step).encode())
+    storage.write(location, LATEST, portable.name_of(step).encode())
 
 
 def _send_records(root: str, run_dir: Path) -> None:
@@ -100,7 +100,7 @@ def _whole(content: bytes) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def bring_records(store: str, step: int, run_dir: Path) -> None:
+def bring_records(location: str, step: int, run_dir: Path) -> None:
     """Write the records that lie with a checkpoint of a store where a run directory has none, or fewer lines.
 
     One that cannot be brought is told: the run goes on without it.
@@ -111,7 +111,7 @@ def bring_records(store: str, step: int, run_dir: Path) -> None:
     for name in RECORDS:
         path = run_dir / name
         with _best_effort(path):
-            theirs = patiently(lambda name=name: storage.read(f"{store}/{portable.name_of(step)}", name))
+            theirs = patiently(lambda name=name: storage.read(f"{location}/{portable.name_of(step)}", name))
             ours = path.read_bytes() if path.exists() else None
             fewer = name.endswith(".jsonl") and (theirs or b"").count(b"\n") > (ours or b"").count(b"\n")
             if theirs is not None and (ours is None or fewer):
@@ -131,15 +131,15 @@ def _best_effort(path: Path) -> Iterator[None]:
         _told.add(path)
 
 
-def delete(store: str, step: int) -> None:
+def delete(location: str, step: int) -> None:
     """Delete a checkpoint of a store, first what makes it one; nothing happens where a store cannot list."""
-    root = f"{store}/{portable.name_of(step)}"
+    root = f"{location}/{portable.name_of(step)}"
     if names := storage.list_sizes(root):
         storage.delete(root, [name for name in names if name == MANIFEST])
         storage.delete(root, [name for name in names if name != MANIFEST])
 
 
-def set_aside(store: str, step: int) -> str | None:
+def set_aside(location: str, step: int) -> str | None:
     """Move a checkpoint of a store out of the way of a run; returns where it is now.
 
     What has no manifest was never a checkpoint, or is none any more: it is deleted, and None is returned.
@@ -148,28 +148,30 @@ def set_aside(store: str, step: int) -> str | None:
         UserError: the store refused, or can neither list nor copy.
     """
     name = portable.name_of(step)
-    if (held := storage.list_sizes(f"{store}/{name}")) is None:
-        raise UserError(f"{store}/{name} is of another run or was passed over, and this store cannot move it; move it yourself")
+    if (held := storage.list_sizes(f"{location}/{name}")) is None:
+        raise UserError(
+            f"{location}/{name} is of another run or was passed over, and this store cannot move it; move it yourself"
+        )
     if MANIFEST not in held:
-        delete(store, step)
+        delete(location, step)
         return None
-    taken = storage.list_folders(f"{store}/{PASSED_OVER}") or []
+    taken = storage.list_folders(f"{location}/{PASSED_OVER}") or []
     free = next(n for n in (name, *(f"{name}.{number}" for number in range(2, len(taken) + 3))) if n not in taken)
-    target = f"{store}/{PASSED_OVER}/{free}"
+    target = f"{location}/{PASSED_OVER}/{free}"
     for file in sorted(held, key=lambda file: file == MANIFEST):
-        storage.copy(f"{store}/{name}", file, target)
-    delete(store, step)
+        storage.copy(f"{location}/{name}", file, target)
+    delete(location, step)
     return target
 
 
-def fetch(store: str, step: int, directory: Path, digest: str | None = None, *, moments: bool = True) -> Path:
+def fetch(location: str, step: int, directory: Path, digest: str | None = None, *, moments: bool = True) -> Path:
     """Copy a checkpoint of a store into a directory, each file checked, the whole renamed; returns its folder.
 
     Raises:
         Damaged: the store's is not whole, or not the one that ``digest`` stands for; a fault of the moments comes last.
         UserError: the store cannot be read.
     """
-    root, final = f"{store}/{portable.name_of(step)}", directory / portable.name_of(step)
+    root, final = f"{location}/{portable.name_of(step)}", directory / portable.name_of(step)
     if (manifest := patiently(lambda: storage.read(root, MANIFEST))) is None:
         raise Damaged(Fault(f"it has no {MANIFEST}", absent=True))
     listed, wrong = portable.parse_manifest(manifest)

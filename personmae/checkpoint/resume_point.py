@@ -38,7 +38,7 @@ class Found:
             print(f"checkpoint {self.path}: its moments cannot be used, the optimizer goes on with new ones", flush=True)
 
 
-def newest(run_dir: str | Path, store: str | None = None, *, rebuild_moments: bool = False) -> Found | None:
+def newest(run_dir: str | Path, upload_to: str | None = None, *, rebuild_moments: bool = False) -> Found | None:
     """The newest usable checkpoint of a run directory and its store, on this host: it is fetched if need be.
 
     None where there is no checkpoint in either place. A complete run may lack its moments; with ``rebuild_moments`` one whose
@@ -48,10 +48,10 @@ def newest(run_dir: str | Path, store: str | None = None, *, rebuild_moments: bo
         UserError: the store cannot be read, or there are checkpoints and all are damaged.
         Unavailable: there are some and one of them, or the store, may be readable another time.
     """
-    return _Search(run_dir, store, rebuild_moments).next()
+    return _Search(run_dir, upload_to, rebuild_moments).next()
 
 
-def newest_for_all(run_dir: str | Path, store: str | None = None, *, rebuild_moments: bool = False) -> Found | None:
+def newest_for_all(run_dir: str | Path, upload_to: str | None = None, *, rebuild_moments: bool = False) -> Found | None:
     """``newest``, decided by the first rank; hosts that do not have it fetch it, and if one cannot, all take the next.
 
     One rank of each host checks every hash. The first must hold the run's lock, for it may rename what a kill has left.
@@ -59,11 +59,11 @@ def newest_for_all(run_dir: str | Path, store: str | None = None, *, rebuild_mom
     Raises:
         UserError, Unavailable: as ``newest``; or a host sees neither the run directory of the first nor a store.
     """
-    search = _Search(run_dir, store, rebuild_moments) if dist.is_first() else None
+    search = _Search(run_dir, upload_to, rebuild_moments) if dist.is_first() else None
     while offer := _offer(search):
         path, trouble = None, None
         try:
-            path = _take(run_dir, store, *offer)
+            path = _take(run_dir, upload_to, *offer)
         except (Damaged, UserError, Unavailable, OSError) as error:
             trouble = error
         passes = isinstance(trouble, Unavailable) or is_passing(trouble)
@@ -88,8 +88,8 @@ def newest_for_all(run_dir: str | Path, store: str | None = None, *, rebuild_mom
 class _Search:
     """A run's checkpoints on this host, newest first, of equal ones the local; what is passed over is told and remembered."""
 
-    def __init__(self, run_dir: str | Path, store: str | None, rebuild_moments: bool):
-        self._run_dir, self._store, self._rebuild = run_dir, store, rebuild_moments
+    def __init__(self, run_dir: str | Path, upload_to: str | None, rebuild_moments: bool):
+        self._run_dir, self._upload_to, self._rebuild = run_dir, upload_to, rebuild_moments
         self._passed: list[tuple[str | Path, Fault]] = []
         self._found: Iterator[Found] = self._usable()
         self._shared = set[Path]()
@@ -117,7 +117,7 @@ class _Search:
 
     def refuse(self, found: Found) -> None:
         """What another host can neither see nor fetch is offered once more, from the store; then it is passed over."""
-        if self._store and found.path not in self._shared and self._share(self._store, found.path):
+        if self._upload_to and found.path not in self._shared and self._share(self._upload_to, found.path):
             self._found = itertools.chain([found], self._found)
         else:
             self._passed.append((found.path, Fault("another host can neither see nor fetch it")))
@@ -139,14 +139,16 @@ class _Search:
                 continue
             if isinstance(where, Path):
                 moved += [commit.move_aside(where)] if os.path.lexists(where) and where != path else []
-            elif step < taken and (store := self._store):
-                moved.append(remote.reaching(lambda store=store, step=step: remote.set_aside(store, step)))
+            elif step < taken and (upload_to := self._upload_to):
+                moved.append(remote.reaching(lambda upload_to=upload_to, step=step: remote.set_aside(upload_to, step)))
         commit.tell_moved([str(place) for place in moved if place])
 
-    def _share(self, store: str, path: Path) -> bool:
+    def _share(self, upload_to: str, path: Path) -> bool:
         """Upload a checkpoint that may never have got to the store; returns whether it is there now."""
         try:
-            remote.reaching(lambda: remote.patiently(lambda: remote.send(store, path, portable.step_of(path.name) or 0, set())))
+            remote.reaching(
+                lambda: remote.patiently(lambda: remote.send(upload_to, path, portable.step_of(path.name) or 0, set()))
+            )
         except (UserError, Unavailable) as error:
             print(f"checkpoint {path} cannot be given to the other hosts: {error}", flush=True)
             return False
@@ -192,8 +194,8 @@ class _Search:
             if not is_passing(error):
                 raise
             raise Unavailable(f"{error.filename} cannot be listed: {error.strerror}; this may pass: run this again") from error
-        if store := self._store:
-            places += [(step, None) for step in remote.reaching(lambda: remote.patiently(lambda: remote.steps(store)))]
+        if upload_to := self._upload_to:
+            places += [(step, None) for step in remote.reaching(lambda: remote.patiently(lambda: remote.steps(upload_to)))]
         return sorted(places, key=lambda place: (place[0], place[1] is not None), reverse=True)
 
     def _checked(self, path: Path) -> Path:
@@ -202,9 +204,9 @@ class _Search:
         return path
 
     def _fetch(self, step: int, *, moments: bool = True) -> Path:
-        store = self._store or ""
-        path = remote.reaching(lambda: remote.fetch(store, step, portable.folder(self._run_dir), moments=moments))
-        remote.reaching(lambda: remote.bring_records(store, step, Path(self._run_dir)))
+        upload_to = self._upload_to or ""
+        path = remote.reaching(lambda: remote.fetch(upload_to, step, portable.folder(self._run_dir), moments=moments))
+        remote.reaching(lambda: remote.bring_records(upload_to, step, Path(self._run_dir)))
         return path
 
     def _complete(self, step: int, path: Path | None) -> Found | None:
@@ -220,7 +222,7 @@ class _Search:
         self._passed.append((where, fault))
 
     def _name(self, step: int) -> str:
-        return f"{self._store}/{portable.name_of(step)}"
+        return f"{self._upload_to}/{portable.name_of(step)}"
 
 
 def _offer(search: _Search | None) -> tuple[Found, str] | None:
@@ -241,13 +243,13 @@ def _offer(search: _Search | None) -> tuple[Found, str] | None:
     return (Found(Path(str(told["path"])), bool(told["moments"])), str(told["digest"])) if told else None
 
 
-def _take(run_dir: str | Path, store: str | None, offered: Found, digest: str) -> Path:
+def _take(run_dir: str | Path, upload_to: str | None, offered: Found, digest: str) -> Path:
     """The checkpoint that the first rank offers, on this host; ``RUN/fetched`` holds one that had to be fetched."""
     if dist.is_first() or not (fault := _fault_here(offered.path, digest, offered.moments)):
         return offered.path
-    if not store and fault.passing:
+    if not upload_to and fault.passing:
         raise RankUnavailable(f"checkpoint {offered.path} cannot be used on this host: {fault}; this may pass: run this again")
-    if not store:
+    if not upload_to:
         raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {offered.path}: {fault}")
     directory = Path(run_dir) / "fetched"
     directory.mkdir(parents=True, exist_ok=True)
@@ -259,7 +261,7 @@ def _take(run_dir: str | Path, store: str | None, offered: Found, digest: str) -
             for path in directory.glob("*step-*"):
                 shutil.rmtree(path, ignore_errors=True)  # one that stays keeps nothing else
             try:
-                remote.reaching(lambda: remote.fetch(store, step, directory, digest, moments=offered.moments))
+                remote.reaching(lambda: remote.fetch(upload_to, step, directory, digest, moments=offered.moments))
             except UserError as error:
                 raise RankError(str(error)) from error
             except Unavailable as error:

@@ -30,7 +30,7 @@ def may_be_complete(run_dir: str | Path, resume: Resume) -> bool:
     return resume == "auto" or _is_done(Path(run_dir))
 
 
-def goes_on(run_dir: str | Path, *, resume: Resume, store: str | None) -> bool:
+def goes_on(run_dir: str | Path, *, resume: Resume, upload_to: str | None) -> bool:
     """Whether the run goes on from what is there; where it does not, that is set aside. Called by all ranks together.
 
     The first must hold the run's lock.
@@ -54,7 +54,7 @@ def goes_on(run_dir: str | Path, *, resume: Resume, store: str | None) -> bool:
                 flush=True,
             )
             return True
-        _set_aside(Path(run_dir), store)
+        _set_aside(Path(run_dir), upload_to)
         record = {"start": _this_start(), "time": datetime.now().astimezone().isoformat(timespec="seconds")}
         files.replace(mark, files.to_json(record) + "\n")
         return False
@@ -78,20 +78,20 @@ def _this_start() -> str | None:
     return f"{socket.gethostname()} {os.getppid()}" if "TORCHELASTIC_RESTART_COUNT" in os.environ else None
 
 
-def _set_aside(run_dir: Path, store: str | None) -> None:
+def _set_aside(run_dir: Path, upload_to: str | None) -> None:
     """Move what there is of an old run, and say so once."""
     moved, failures = commit.set_aside(run_dir, portable.local_steps(run_dir))
-    places = [*map(str, moved), *(_set_store_aside(store) if store else ())]
+    places = [*map(str, moved), *(_set_store_aside(upload_to) if upload_to else ())]
     if records := _set_records_aside(run_dir):
         places.append(str(records))
     commit.tell_moved(places)
     commit.raise_first(failures)
 
 
-def _set_store_aside(store: str) -> list[str]:
+def _set_store_aside(upload_to: str) -> list[str]:
     """Move the checkpoints of a store; returns where they are now."""
-    steps = remote.reaching(lambda: remote.patiently(lambda: remote.steps(store)))
-    moved = [remote.reaching(lambda step=step: remote.patiently(lambda: remote.set_aside(store, step))) for step in steps]
+    steps = remote.reaching(lambda: remote.patiently(lambda: remote.steps(upload_to)))
+    moved = [remote.reaching(lambda step=step: remote.patiently(lambda: remote.set_aside(upload_to, step))) for step in steps]
     return [place for place in moved if place]
 
 

@@ -107,7 +107,7 @@ class CheckpointCounters:
 class Writer:
     """Saves the states of a run without holding it up; only the first rank has one, unless all write their parts.
 
-    ``store`` is an object store to which every committed checkpoint is uploaded, or None. ``resumed`` is the checkpoint from
+    ``upload_to`` is an object store that gets a copy of every committed checkpoint, or None. ``resumed`` is the checkpoint from
     which the run goes on: it is never deleted before ``keep_last`` newer ones are committed. What lies beyond it, or all that
     is there where a run starts anew, was passed over: with the first commit it is moved to ``commit.PASSED_OVER``.
 
@@ -122,7 +122,7 @@ class Writer:
         *,
         keep_last: int,
         keep_every: int | None = None,
-        store: str | None = None,
+        upload_to: str | None = None,
         resumed: Path | None = None,
         retry_seconds: float = 600.0,
         close_seconds: float = 120.0,
@@ -133,7 +133,7 @@ class Writer:
         self.counters = CheckpointCounters()
         self.committed: int | None = None  # the last step that is safe in the run directory
         self.uploaded: int | None = None  # and in the store
-        self._run_dir, self._store = Path(run_dir), store.rstrip("/") if store else None
+        self._run_dir, self._upload_to = Path(run_dir), upload_to.rstrip("/") if upload_to else None
         self._keep_last, self._keep_every = keep_last, keep_every
         self._retry_seconds, self._close_seconds = retry_seconds, close_seconds
         self._parts: dict[str, Any] = {"rank": rank, "world_size": world_size, "barrier": barrier}
@@ -150,7 +150,7 @@ class Writer:
         self._in_upload: int | None = None
         self._closing = self._given_up = False
         self._uploading: threading.Thread | None = None
-        if self._store and self._is_first:
+        if self._upload_to and self._is_first:
             # A daemon: what a store does must not keep a process from ending.
             self._uploading = threading.Thread(target=self._upload_all, name="checkpoint upload", daemon=True)
             self._uploading.start()
@@ -226,7 +226,7 @@ class Writer:
         self.counters.bytes.inc(sum(file.stat().st_size for file in path.iterdir()))
         self.counters.last_time.set_to_current_time()
         self.counters.last_step.set(step)
-        if self._store:
+        if self._upload_to:
             self._enqueue(step, path)
 
     def _is_ours(self, step: int) -> bool:
@@ -281,12 +281,12 @@ class Writer:
                 self._in_upload = None
 
     def _upload(self, step: int, path: Path) -> None:
-        where, sent = f"{self._store}/{portable.name_of(step)}", set[str]()
+        where, sent = f"{self._upload_to}/{portable.name_of(step)}", set[str]()
         deadline, told = time.monotonic() + self._retry_seconds, False
 
         def attempt() -> None:
             with self.counters.time("upload"):
-                remote.send(self._store or "", path, step, sent, anew=step in self._own)
+                remote.send(self._upload_to or "", path, step, sent, anew=step in self._own)
 
         def wait(error: Exception, delay: float) -> bool:
             nonlocal told
@@ -310,22 +310,22 @@ class Writer:
         return self._given_up or (bool(self._queue) and not self._for_good(step))
 
     def _prune_store(self) -> None:
-        store = self._store or ""
+        upload_to = self._upload_to or ""
         try:
-            steps = remote.steps(store)
+            steps = remote.steps(upload_to)
         except Exception as error:  # each store's client has errors of its own; the next upload deletes
-            self._tell_left({store: error})
+            self._tell_left({upload_to: error})
             return
         failures: dict[str, Exception] = {}
         moved = []
         for step in steps:
             try:
                 if not self._is_ours(step):
-                    moved += filter(None, [remote.set_aside(store, step)])
+                    moved += filter(None, [remote.set_aside(upload_to, step)])
                 elif step in self._surplus(steps):
-                    remote.delete(store, step)
+                    remote.delete(upload_to, step)
             except Exception as error:
-                failures[f"{store}/{portable.name_of(step)}"] = error
+                failures[f"{upload_to}/{portable.name_of(step)}"] = error
         commit.tell_moved(moved)
         self._tell_left(failures)
 
@@ -344,7 +344,7 @@ class Writer:
         self._uploading.join(_LAST_WORD_SECONDS)
         if self._uploading.is_alive() or self._queue:
             kept = f"{portable.folder(self._run_dir)} keeps what is not"
-            print(f"checkpoint: not all is uploaded to {self._store} after {seconds:g} s; {kept}", flush=True)
+            print(f"checkpoint: not all is uploaded to {self._upload_to} after {seconds:g} s; {kept}", flush=True)
 
 
 def finish(writer: Writer | None) -> None:

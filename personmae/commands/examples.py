@@ -20,8 +20,8 @@ EXAMPLES = {
     "keys": "personmae keys pretrain batch",
     "completion": 'eval "$(personmae completion bash)"',
     "help": "personmae help shards write",
-    "render": "personmae render configs/pretrain_vit_base.yaml data.shards=s3://b/crops checkpoint.store=s3://b/runs/base",
-    "submit": "personmae submit configs/pretrain_vit_base.yaml data.shards=s3://b/crops checkpoint.store=s3://b/runs/base "
+    "render": "personmae render configs/pretrain_vit_base.yaml data.shards=s3://b/crops checkpoint.upload_to=s3://b/runs/base",
+    "submit": "personmae submit configs/pretrain_vit_base.yaml data.shards=s3://b/crops checkpoint.upload_to=s3://b/runs/base "
     "--nodes 2:8 --image NAME@sha256:DIGEST",
     "status": "personmae status RUN --watch",
     "logs": "personmae logs RUN -f --index 0",
@@ -33,7 +33,7 @@ EXAMPLES = {
     "launcher/finetune.py": "deepspeed launcher/finetune.py --config configs/finetune_market1501.yaml init=runs/vit_small",
     "launcher/unsupervised.py": "deepspeed launcher/unsupervised.py --config configs/usl_market1501.yaml init=runs/vit_small",
 }
-_SHARED = ("run_dir", "model.size", "model.img_size", "seed", "checkpoint.every_steps", "checkpoint.store")
+_SHARED = ("run_dir", "model.size", "model.img_size", "seed", "checkpoint.every_steps", "checkpoint.upload_to")
 MAIN_KEYS = {
     "pretrain": (
         *("data.shards", *_SHARED, "train.global_batch_size", "train.max_micro_batch_size", "train.epochs"),

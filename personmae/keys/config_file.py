@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from personmae.errors import UserError
-from personmae.keys import mistakes, yaml_text
+from personmae.keys import mistakes, renamed, yaml_text
 from personmae.keys.values import escape_places, kind_at, parse, settle
 from personmae.system.locations import expand
 
@@ -52,10 +52,12 @@ def override(tree: Tree, kind: type[BaseModel], overrides: Sequence[str]) -> Non
     """Set keys of a tree; what ``a.b=`` is followed by is taken as the key's type wants it."""
     for text in overrides:
         key, equals, value = text.partition("=")
-        keys = key.split(".")
+        keys = renamed.key_of_today(key).split(".")
         if not equals or not all(keys):
             raise UserError(f"an override must look like section.key=value; got '{text}'")
-        _merge(tree, _nest(keys, parse(kind_at(kind, keys), value, key)), _COMMAND_LINE)
+        new = _nest(keys, parse(kind_at(kind, keys), value, key))
+        renamed.rename(new, _COMMAND_LINE)
+        _merge(tree, new, _COMMAND_LINE)
 
 
 def validate(kind: type[ConfigT], tree: Tree, expand: Callable[[str], str] = expand) -> ConfigT:
@@ -102,6 +104,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if not isinstance(own, dict):
         what = {list: "a list", type(None): "nothing"}.get(type(own), "one value")
         raise UserError(f"{path} must hold 'key: value' lines; it holds {what}")
+    renamed.rename(own, str(path))
     base = own.pop("_base_", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"_base_ in {path} must name one file; it is {yaml_text.settle_untyped(base)!r}")

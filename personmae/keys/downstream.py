@@ -1,13 +1,12 @@
 """Keys of ``finetune`` and ``unsupervised``."""
 
-import functools
-import sys
 from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
 from personmae.keys.config_file import flatten
+from personmae.keys.renamed import print_new_name
 from personmae.keys.sections import Checkpoint, Fraction, Metrics, Model, Precision, Section
 from personmae.keys.values import Place
 from personmae.keys.yaml_text import Plain
@@ -137,7 +136,7 @@ class Cluster(Section):
         if not isinstance(truth, bool):
             return value
         new = "standardise" if truth else "none"
-        _print_new_name(f"cluster.per_camera={str(value).lower()}", f"cluster.per_camera={new}")
+        print_new_name(f"cluster.per_camera={str(value).lower()}", f"cluster.per_camera={new}")
         return new
 
 
@@ -234,12 +233,6 @@ def completed_identity(kind: type[Finetune | Unsupervised], saved: dict[str, Any
 def with_normalisation(settings: DownstreamT, mean: Sequence[float], std: Sequence[float]) -> DownstreamT:
     """The settings with the normalisation that came with the weights."""
     return settings.model_copy(update={"model": settings.model.model_copy(update={"mean": tuple(mean), "std": tuple(std)})})
-
-
-@functools.cache
-def _print_new_name(old: str, new: str) -> None:
-    """Once in a process, on stderr: a configuration may be printed on the other stream."""
-    print(f"note: {old} is called {new} now", file=sys.stderr, flush=True)
 
 
 def _downstream_identity(settings: Finetune | Unsupervised) -> dict[str, Any]:

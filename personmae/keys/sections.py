@@ -43,7 +43,7 @@ class Checkpoint(Section):
     every_seconds: float | None = Field(default=None, gt=0, description="and so long after the last save, by rank 0's clock")
     keep_last: int = Field(default=2, gt=0, description="the newest ones, which are kept")
     keep_every: int | None = Field(default=None, gt=0, description="multiples of so many steps are saved and kept for good")
-    store: Place | None = Field(default=None, description="s3://bucket/prefix of this run alone: a copy of each checkpoint")
+    upload_to: Place | None = Field(default=None, description="s3://bucket/prefix of this run alone: a copy of each checkpoint")
     retry_seconds: float = Field(default=600, gt=0, description="how long the upload of a checkpoint is tried again")
     close_seconds: float = Field(default=120, gt=0, description="how long the end of a run waits for uploads")
     resume: Literal["auto", "none"] = Field(
@@ -54,27 +54,27 @@ class Checkpoint(Section):
         default=False, description="where the optimizer's moments alone are damaged, continue with new ones"
     )
 
-    @field_validator("store")
+    @field_validator("upload_to")
     @classmethod
-    def _is_an_object_store(cls, store: str | None) -> str | None:
-        if store is not None and "://" not in store:
+    def _is_an_object_store(cls, place: str | None) -> str | None:
+        if place is not None and "://" not in place:
             raise ValueError("must be a location like s3://bucket/prefix, or null; a run's own directory is run_dir")
-        return store.rstrip("/") if store else store
+        return place.rstrip("/") if place else place
 
     def writer_arguments(self) -> dict[str, Any]:
-        """Arguments of ``keeper.Writer``, but for where."""
-        return self.model_dump(include={"keep_last", "keep_every", "store", "retry_seconds", "close_seconds"})
+        """Arguments of ``writer.Writer``, but for where."""
+        return self.model_dump(include={"keep_last", "keep_every", "upload_to", "retry_seconds", "close_seconds"})
 
     def start_arguments(self) -> dict[str, Any]:
         """Arguments of ``start_anew.goes_on``, but for where."""
-        return self.model_dump(include={"resume", "store"})
+        return self.model_dump(include={"resume", "upload_to"})
 
     def resume_arguments(self) -> dict[str, Any]:
         """Arguments of ``resume_point.newest_for_all``, but for where."""
-        return self.model_dump(include={"store", "rebuild_moments"})
+        return self.model_dump(include={"upload_to", "rebuild_moments"})
 
     def schedule_arguments(self) -> dict[str, Any]:
-        """Arguments of ``keeper.Schedule``."""
+        """Arguments of ``writer.Schedule``."""
         return self.model_dump(include={"every_steps", "every_seconds", "keep_every"})
 
 

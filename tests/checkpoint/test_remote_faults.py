@@ -101,7 +101,7 @@ def test_what_a_run_passes_over_in_its_store_is_moved_and_never_deleted(tmp_path
     passed.pop("run/passed-over/LATEST")
     found = resume_point.newest(tmp_path / "run", store)
     assert found is not None
-    writer = Writer(tmp_path / "run", keep_last=1, store=store, resumed=found.path)
+    writer = Writer(tmp_path / "run", keep_last=1, upload_to=store, resumed=found.path)
     for step in (2, 4):  # one of a step that was passed over, one beyond
         writer.save(make(step), wait=True)
         while writer.uploaded != step:
@@ -118,7 +118,7 @@ def test_a_run_started_anew_takes_the_place_of_the_old_one_in_the_store(tmp_path
     """Else the next start on an empty disk would go on from the old run, which is further."""
     send(tmp_path / "old", store, 7, 8)
     old = {key: file for key, file in objects().items() if "step-" in key}
-    writer = Writer(tmp_path / "run", keep_last=2, store=store)
+    writer = Writer(tmp_path / "run", keep_last=2, upload_to=store)
     writer.save(make(1), wait=True)
     writer.close()
     assert remote.steps(store) == [1]
@@ -139,7 +139,7 @@ def test_a_start_anew_leaves_nothing_to_go_on_from_in_the_store_either(tmp_path,
     for number, again in enumerate((False, True)):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
         assert start_anew.may_be_complete(run, "none") is again
-        assert start_anew.goes_on(run, resume="none", store=store) is again
+        assert start_anew.goes_on(run, resume="none", upload_to=store) is again
         assert resume_point.newest_for_all(run, store) is None
     assert {key: file for key, file in objects().items() if "step-" in key} == old
     assert not (run / "result.json").exists()
@@ -154,7 +154,7 @@ def test_a_store_that_cannot_move_what_it_holds_lets_no_run_begin_anew(tmp_path,
     monkeypatch.setattr(storage, "list_folders", lambda _: None)
     monkeypatch.setattr(storage, "list_sizes", lambda _: None)
     with pytest.raises(UserError, match="this store cannot move it; move it yourself"):
-        start_anew.goes_on(tmp_path / "run", resume="none", store=store)
+        start_anew.goes_on(tmp_path / "run", resume="none", upload_to=store)
     assert objects() == before
     assert not start_anew.may_be_complete(tmp_path / "run", "none")
 
@@ -179,7 +179,7 @@ def test_what_is_passed_over_below_new_moments_is_kept_in_the_store_too(tmp_path
     found = resume_point.newest_for_all(tmp_path / "run", store, rebuild_moments=True)
     assert found == Found(portable.folder(tmp_path / "run") / "step-00000003", moments=False)
     assert remote.steps(store) == [3]
-    writer = Writer(tmp_path / "run", keep_last=1, store=store, resumed=found and found.path)
+    writer = Writer(tmp_path / "run", keep_last=1, upload_to=store, resumed=found and found.path)
     writer.save(make(4), wait=True)
     writer.close()
     assert passed.items() <= objects().items()
@@ -260,7 +260,7 @@ def test_a_record_that_cannot_be_read_keeps_no_checkpoint_from_its_store(tmp_pat
     record_steps(lost, 1, 2, 3)
     (lost / "clusters.jsonl").write_text("{}\n")
     failing(lost / "clusters.jsonl")
-    writer = Writer(lost, keep_last=2, store=store)
+    writer = Writer(lost, keep_last=2, upload_to=store)
     for step in (1, 2):
         writer.save(make(step), wait=True)
         while writer._queue or writer._in_upload:
@@ -316,7 +316,7 @@ def test_the_records_of_the_old_run_stay_with_its_checkpoint_when_a_run_is_start
     record_steps(tmp_path / "old", 1, 2, 3)
     send(tmp_path / "old", store, 3)
     old = (tmp_path / "old" / "metrics.jsonl").read_bytes()
-    writer = Writer(tmp_path / "run", keep_last=2, store=store)
+    writer = Writer(tmp_path / "run", keep_last=2, upload_to=store)
     record_steps(tmp_path / "run", 1)
     writer.save(make(1), wait=True)
     writer.close()

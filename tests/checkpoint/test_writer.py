@@ -309,7 +309,7 @@ def away() -> UserError:
 
 def test_what_is_committed_is_uploaded_and_the_store_keeps_as_many(tmp_path, monkeypatch):
     store = Store(monkeypatch)
-    with opened(tmp_path, store="s3://b/run/", keep_every=2) as writer:
+    with opened(tmp_path, upload_to="s3://b/run/", keep_every=2) as writer:
         for step in range(1, 7):
             writer.save(make(step), wait=True)
     assert writer.uploaded == 6
@@ -319,7 +319,7 @@ def test_what_is_committed_is_uploaded_and_the_store_keeps_as_many(tmp_path, mon
 
 def test_a_failing_upload_is_tried_again_counted_and_told_once(tmp_path, monkeypatch, capsys):
     store = Store(monkeypatch, lambda tries: away() if tries < 4 else None)
-    with opened(tmp_path, store="s3://b/run") as writer:
+    with opened(tmp_path, upload_to="s3://b/run") as writer:
         writer.save(make(1))
     assert (store.held, writer.uploaded) == ([1], 1)
     assert sample(writer, "checkpoint_failures_total", stage="upload") == 3
@@ -331,7 +331,7 @@ def test_a_failing_upload_is_tried_again_counted_and_told_once(tmp_path, monkeyp
 @pytest.mark.parametrize("error", [UserError("refused (AccessDenied)"), RuntimeError("a client's own")])
 def test_an_upload_that_cannot_succeed_ends_nothing_and_the_next_is_tried(tmp_path, monkeypatch, capsys, error):
     store = Store(monkeypatch, lambda tries: error if tries == 1 else None)
-    with opened(tmp_path, store="s3://b/run") as writer:
+    with opened(tmp_path, upload_to="s3://b/run") as writer:
         writer.save(make(1), wait=True)
         while writer._queue or writer._in_upload:
             pass
@@ -343,7 +343,7 @@ def test_an_upload_that_cannot_succeed_ends_nothing_and_the_next_is_tried(tmp_pa
 def test_a_store_that_stays_away_holds_up_neither_saves_nor_for_long_the_close(tmp_path, monkeypatch, capsys):
     Store(monkeypatch, lambda _: away())
     monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 5.0)
-    writer = Writer(tmp_path, keep_last=1, store="s3://b/run", close_seconds=0.2)
+    writer = Writer(tmp_path, keep_last=1, upload_to="s3://b/run", close_seconds=0.2)
     for step in range(1, 5):
         assert writer.save(make(step), wait=True) < 2
     writer.close()
@@ -358,7 +358,7 @@ def test_an_upload_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkey
     Store(monkeypatch)
     monkeypatch.setattr(writer_module, "_LAST_WORD_SECONDS", 0.01)
     monkeypatch.setattr(remote, "send", lambda *_, **__: gate.wait(10))
-    writer = Writer(tmp_path, keep_last=1, store="s3://b/run", close_seconds=0.2)
+    writer = Writer(tmp_path, keep_last=1, upload_to="s3://b/run", close_seconds=0.2)
     writer.save(make(1))
     writer.close()
     writer.close()
@@ -370,7 +370,7 @@ def test_an_upload_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkey
 def test_a_second_interrupt_waits_for_no_upload(tmp_path, monkeypatch, capsys):
     Store(monkeypatch, lambda _: away())
     monkeypatch.setattr(remote, "FIRST_DELAY_SECONDS", 5.0)
-    writer = Writer(tmp_path, keep_last=1, store="s3://b/run", close_seconds=30)
+    writer = Writer(tmp_path, keep_last=1, upload_to="s3://b/run", close_seconds=30)
     waited: list[float | None] = []
     writer.save(make(1), wait=True)
     thread = writer._uploading
@@ -385,7 +385,7 @@ def test_a_second_interrupt_waits_for_no_upload(tmp_path, monkeypatch, capsys):
 
 def test_an_interrupt_while_an_upload_is_waited_for_ends_the_waiting(tmp_path, monkeypatch, capsys):
     Store(monkeypatch, lambda _: away())
-    writer = Writer(tmp_path, keep_last=1, store="s3://b/run", close_seconds=30)
+    writer = Writer(tmp_path, keep_last=1, upload_to="s3://b/run", close_seconds=30)
     writer.save(make(1), wait=True)
     thread = writer._uploading
     assert thread
@@ -405,7 +405,7 @@ def test_a_checkpoint_is_not_deleted_while_it_is_uploaded(tmp_path, monkeypatch)
     store = Store(monkeypatch)
     real = store.send
     monkeypatch.setattr(remote, "send", lambda *args, **_: (begun.set(), gate.wait(10), real(*args)))
-    with opened(tmp_path, keep_last=1, store="s3://b/run") as writer:
+    with opened(tmp_path, keep_last=1, upload_to="s3://b/run") as writer:
         writer.save(make(1), wait=True)
         begun.wait(10)
         for step in (2, 3):
@@ -420,7 +420,7 @@ def test_the_checkpoint_that_a_run_goes_on_from_is_uploaded_if_it_was_not(tmp_pa
     with opened(tmp_path) as writer:
         writer.save(make(7))
     store = Store(monkeypatch)
-    with opened(tmp_path, store="s3://b/run", resumed=portable.newest(tmp_path)):
+    with opened(tmp_path, upload_to="s3://b/run", resumed=portable.newest(tmp_path)):
         pass
     assert store.held == [7]
 
@@ -434,7 +434,7 @@ def test_one_that_a_store_does_not_delete_keeps_no_other_from_being_deleted_and_
         store.held.remove(step)
 
     monkeypatch.setattr(remote, "delete", refuse_one)
-    with opened(tmp_path, store="s3://b/run", keep_last=1) as writer:
+    with opened(tmp_path, upload_to="s3://b/run", keep_last=1) as writer:
         for step in range(1, 5):
             writer.save(make(step), wait=True)
             while writer.uploaded != step:
@@ -451,7 +451,7 @@ def test_a_store_that_cannot_be_tidied_ends_nothing(tmp_path, monkeypatch, capsy
         raise UserError("listing was refused")
 
     monkeypatch.setattr(remote, "steps", refused)
-    with opened(tmp_path, store="s3://b/run") as writer:
+    with opened(tmp_path, upload_to="s3://b/run") as writer:
         writer.save(make(1))
     assert writer.uploaded == 1
     assert "checkpoint s3://b/run is no longer needed and is left: listing was refused" in capsys.readouterr().out

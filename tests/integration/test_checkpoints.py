@@ -106,7 +106,7 @@ def _be_killed(run: Path, store: str | None, reports: int, at_call: int | None) 
     os.write(reports, b"\n")
     code = 1
     try:
-        writer = Writer(run, keep_last=1, store=store)
+        writer = Writer(run, keep_last=1, upload_to=store)
         for step in range(1, 4 if at_call else 100_000):
             writer.save(make(step))
             while at_call and store and writer.uploaded != step:
@@ -275,7 +275,7 @@ def test_a_run_goes_on_from_a_store_whose_connections_break_and_passes_over_what
     tmp_path, server, monkeypatch, capsys
 ):
     store = f"s3://{BUCKET}/broken"
-    writer = Writer(tmp_path / "first", keep_last=2, store=store, keep_every=1)
+    writer = Writer(tmp_path / "first", keep_last=2, upload_to=store, keep_every=1)
     for step in (1, 2):
         writer.save(make(step))
     writer.close()

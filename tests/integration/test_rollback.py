@@ -164,7 +164,7 @@ def test_a_store_that_fails_at_a_rollback_ends_all_ranks_alike(shard_dir, tmp_pa
     for step in (8, 12, 14):
         commit.write(run_dir, portable.Checkpoint(step, {}, {}), keep_last=9)
     settings = settings_for(shard_dir, run_dir)
-    settings = settings.model_copy(update={"checkpoint": config.Checkpoint(store="s3://nowhere/run")})
+    settings = settings.model_copy(update={"checkpoint": config.Checkpoint(upload_to="s3://nowhere/run")})
     run = SimpleNamespace(settings=settings, step=16, cursor=16, usual_loss=1.0, world=SimpleNamespace(is_first=True))
     with pytest.raises(UserError, match="refused"):
         roll_back(cast("PretrainState", run), Spiked(12), 0)

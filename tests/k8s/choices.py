@@ -10,10 +10,10 @@ from launcher.cluster.request import Choice, components
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))
 DIGEST = "sha256:" + "0123456789abcdef" * 4
-PRETRAIN = ["data.shards=s3://bucket/shards", "checkpoint.store=s3://bucket/run"]
+PRETRAIN = ["data.shards=s3://bucket/shards", "checkpoint.upload_to=s3://bucket/run"]
 EXCLUSIVE = (("spot", "spot-gke"), ("irsa", "gke-workload-identity"), ("rdma", "efa"))
 EVERYWHERE = {"s3-secret", "irsa", "gke-workload-identity", "monitoring", "grafana", "network-policy"}  # not of Jobs alone
-FINETUNE = ["root=s3://bucket/market1501.tar", "init=s3://bucket/run", "checkpoint.store=s3://bucket/finetune"]
+FINETUNE = ["root=s3://bucket/market1501.tar", "init=s3://bucket/run", "checkpoint.upload_to=s3://bucket/finetune"]
 
 
 def choose(overlay: str = "pretrain", **more: Any) -> Choice:

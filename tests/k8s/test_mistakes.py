@@ -75,7 +75,7 @@ def created(recorder: Recorder) -> list[str]:
         (["--with", "irsa", "--role", "me"], "--role for irsa must look like arn:aws:iam::ACCOUNT:role/NAME; got 'me'"),
         (["--env", "NODES=9:9"], "--env NODES is set by the run itself"),
         (["--env", "my_password=x"], "would be readable by all in a config map"),
-        (["--set", "checkpoint.store=s3://"], "checkpoint.store must be on s3://"),
+        (["--set", "checkpoint.upload_to=s3://"], "checkpoint.upload_to must be on s3://"),
         (["--set", "train.global_batch_siz=1"], "unknown key 'train.global_batch_siz'"),
         (["--wait", "-1"], "argument --wait: must be seconds, 0 or more; got '-1'"),
         (["--dry-run", "maybe"], "argument --dry-run: invalid choice: 'maybe'"),

@@ -47,7 +47,7 @@ def test_a_rendered_benchmark_fetches_trains_stops_resumes_elsewhere_and_leaves_
     names = ("S3_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
     keys = {name: os.environ[name] for name in names}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "personmae-s3"}, "stringData": keys}
-    places = [f"root=s3://{bucket}/market1501.tar", f"checkpoint.store=s3://{bucket}/runs/market"]
+    places = [f"root=s3://{bucket}/market1501.tar", f"checkpoint.upload_to=s3://{bucket}/runs/market"]
     config = ROOT / "configs" / "quickstart_random.yaml"
     rendered = render.render(
         choose("finetune-market1501", config=config, overrides=[*places, *TRAINING], components=["s3-secret"])

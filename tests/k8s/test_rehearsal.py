@@ -140,7 +140,7 @@ class Run:
                 name=self.name,
                 namespace=stage.kubectl.namespace,
                 image=stage.image,
-                overrides=[f"data.shards={stage.store}/shards", f"checkpoint.store={self.store}", *SETTINGS],
+                overrides=[f"data.shards={stage.store}/shards", f"checkpoint.upload_to={self.store}", *SETTINGS],
                 env=[f"RECORD={self._record}", f"PACE_SECONDS={stage.pace_seconds}"],
             )
         )

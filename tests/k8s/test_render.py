@@ -50,7 +50,7 @@ def test_paths_of_a_run_are_the_pods_and_stores_are_known_here(monkeypatch: pyte
         "run_dir=~/run",
         "data.cache_dir=$OF_PODS/x",
         "data.shards=s3://$BUCKET/a$$b",
-        "checkpoint.store=s3://$BUCKET/r",
+        "checkpoint.upload_to=s3://$BUCKET/r",
     ]
     names = set()
     for home in ("/home/me", "/home/you"):
@@ -128,7 +128,7 @@ def test_a_name_made_of_the_files_begins_with_a_letter(tmp_path: Path) -> None:
 
 
 def test_a_place_is_the_same_with_and_without_a_slash_at_its_end() -> None:
-    overrides = ["root=s3://b/m.tar", "init=random", "checkpoint.store=s3://b/run/"]
+    overrides = ["root=s3://b/m.tar", "init=random", "checkpoint.upload_to=s3://b/run/"]
     objects = by_name(render.render(choose("finetune-market1501", overrides=overrides, name="mine")).objects)
     assert objects["ConfigMap", "mine-run"]["data"]["RESULT"] == "s3://b/run/result.json"
     assert objects["Job", "mine-trainer"]["metadata"]["annotations"]["personmae/store"] == "s3://b/run"
@@ -175,20 +175,26 @@ def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> 
         ({"env": ["TRITON_CACHE_DIR=/x"]}, "--env TRITON_CACHE_DIR is set by the run itself"),
         ({"env": ["aws_secret=1"]}, "would be readable by all"),
         ({"overlay": "dev-cpu", "components": ["nvme-cache"]}, "nvme-cache does not go with the overlay dev-cpu"),
-        ({"overrides": ["data.shards=s3:///x", "checkpoint.store=s3://b/r"]}, "data.shards must be on s3://"),
+        ({"overrides": ["data.shards=s3:///x", "checkpoint.upload_to=s3://b/r"]}, "data.shards must be on s3://"),
         (
-            {"overrides": ["data.shards=s3://b/l", "checkpoint.store=s3a://b/r"]},
+            {"overrides": ["data.shards=s3://b/l", "checkpoint.upload_to=s3a://b/r"]},
             "must begin with one of s3://.*; got s3a://b/r",
         ),
-        ({"overrides": ["data.shards=data/luperson", "checkpoint.store=s3://b/r"]}, "data.shards must be on s3:// or another"),
-        ({"overrides": ["data.shards=s3://b/l"]}, "checkpoint.store must be on s3://"),
+        (
+            {"overrides": ["data.shards=data/luperson", "checkpoint.upload_to=s3://b/r"]},
+            "data.shards must be on s3:// or another",
+        ),
+        ({"overrides": ["data.shards=s3://b/l"]}, "checkpoint.upload_to must be on s3://"),
         ({"overrides": ["data.shard=s3://b/l"]}, "unknown key 'data.shard'"),
         (
-            {"overlay": "finetune-market1501", "overrides": ["root=gs://b/x", "checkpoint.store=s3://b/r"]},
+            {"overlay": "finetune-market1501", "overrides": ["root=gs://b/x", "checkpoint.upload_to=s3://b/r"]},
             "root must be on s3://; got gs",
         ),
         (
-            {"overlay": "finetune-market1501", "overrides": ["root=s3://b/x.tgz", "init=random", "checkpoint.store=s3://b/r"]},
+            {
+                "overlay": "finetune-market1501",
+                "overrides": ["root=s3://b/x.tgz", "init=random", "checkpoint.upload_to=s3://b/r"],
+            },
             "must be an uncompressed .tar or a prefix of single files; got s3://b/x.tgz",
         ),
     ],

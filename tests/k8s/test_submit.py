@@ -259,7 +259,7 @@ def test_a_train_job_is_neither_tried_nor_created_before_its_runtime(recorder: R
 
 
 def test_a_store_that_is_not_looked_at_is_told(recorder: Recorder, capsys: Captured) -> None:
-    places = ["data.shards=gs://bucket/shards", "checkpoint.store=azure://bucket/run"]
+    places = ["data.shards=gs://bucket/shards", "checkpoint.upload_to=azure://bucket/run"]
     assert personmae("submit", CONFIG, *places, IMAGE, "--name", "run", "--dry-run", "client") == 0
     told = capsys.readouterr().err
     assert "warning: whether gs://bucket/shards is there is not looked at" in told

@@ -59,7 +59,7 @@ def test_paths_of_a_suites_stages_are_the_pods(choice: Choice, monkeypatch: pyte
     choice.config.write_text(yaml.safe_dump(told))
     dispatching, runs = suite.render_suite(choice)
     assert runs[0].settings.data.cache_dir == "$OF_PODS/x"
-    assert [run.settings.checkpoint.store for run in runs] == [f"s3://results/a$$b/runs/{s['name']}" for s in stages]
+    assert [run.settings.checkpoint.upload_to for run in runs] == [f"s3://results/a$$b/runs/{s['name']}" for s in stages]
     assert json.loads(suite.plan_of(dispatching))["results"] == "s3://results/a$$b"
 
 
@@ -247,7 +247,7 @@ def test_the_suite_of_the_paper_has_every_table(tmp_path: Path) -> None:
     assert not suite.is_suite(ROOT / "configs" / "pretrain_vit_base.yaml")
     for step in steps:
         settings = config.load(getattr(config, step.program.capitalize()), step.config, step.overrides)
-        assert settings.checkpoint.store == step.run_dir
+        assert settings.checkpoint.upload_to == step.run_dir
     by_stage = {step.stage.name: step for step in steps}
     for step in steps:
         if step.stage.after:  # weights are only good for an encoder of their own size

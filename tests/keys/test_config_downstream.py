@@ -7,14 +7,14 @@ import pytest
 
 from personmae import config, downstream
 from personmae.errors import UserError
-from personmae.keys import downstream as config_downstream
+from personmae.keys import renamed
 
 START = {"run_dir": "out", "root": "data", "init": "start"}
 
 
 @pytest.fixture(autouse=True)
 def _untold() -> None:
-    config_downstream._print_new_name.cache_clear()
+    renamed.print_new_name.cache_clear()
 
 
 @pytest.mark.parametrize(("old", "new"), [("true", "standardise"), ("yes", "standardise"), ("false", "none")])

@@ -120,9 +120,9 @@ def test_a_text_key_takes_what_stands_on_the_command_line(path, tmp_path, text):
 
 @pytest.mark.parametrize("text", ["20240101", "1_000", "2024-01-01", "12:30", "1e-3", "010", "0x10", "yes", "1.50", ".inf"])
 def test_a_text_key_takes_a_number_or_date_of_a_file_as_its_text(path, text):
-    path.write_text(MINIMAL.replace("out", text) + f"checkpoint:\n  store: {text}://b\n")
+    path.write_text(MINIMAL.replace("out", text) + f"checkpoint:\n  upload_to: {text}://b\n")
     assert load(path).run_dir == text
-    assert load(path).checkpoint.store == f"{text}://b"
+    assert load(path).checkpoint.upload_to == f"{text}://b"
     suite = path.with_name("suite.yaml")
     suite.write_text(SUITE.replace("name: s", f"name: {text}") + f"places: {{a: {text}}}\n")
     read = config.load(Suite, suite)
@@ -131,16 +131,16 @@ def test_a_text_key_takes_a_number_or_date_of_a_file_as_its_text(path, text):
 
 
 def test_null_is_nothing_for_a_key_that_may_have_nothing_and_quotes_make_it_a_text(path):
-    path.write_text(MINIMAL + "checkpoint:\n  store: s3://b/x\n")
-    assert load(path, "checkpoint.store=null").checkpoint.store is None
-    assert load(path, "checkpoint.store=s3://b/a #1").checkpoint.store == "s3://b/a #1"
+    path.write_text(MINIMAL + "checkpoint:\n  upload_to: s3://b/x\n")
+    assert load(path, "checkpoint.upload_to=null").checkpoint.upload_to is None
+    assert load(path, "checkpoint.upload_to=s3://b/a #1").checkpoint.upload_to == "s3://b/a #1"
     for empty in ("null", "Null", ""):
-        path.write_text(MINIMAL + f"checkpoint:\n  store: {empty}\n")
-        assert load(path).checkpoint.store is None
+        path.write_text(MINIMAL + f"checkpoint:\n  upload_to: {empty}\n")
+        assert load(path).checkpoint.upload_to is None
         path.write_text(MINIMAL.replace("out", empty))
         assert refused(path).startswith(f"'run_dir' in {path}: ")
-    path.write_text(MINIMAL + "checkpoint: {store: ~}\n")
-    assert load(path).checkpoint.store is None
+    path.write_text(MINIMAL + "checkpoint: {upload_to: ~}\n")
+    assert load(path).checkpoint.upload_to is None
     path.write_text(MINIMAL.replace("out", "'null'"))
     assert load(path).run_dir == "null"
 
@@ -255,12 +255,12 @@ def test_homes_and_variables_are_expanded_in_places_alone(path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("BUCKET", "b")
     path.write_text(
-        "run_dir: ~/runs/$BUCKET\ndata: {shards: 's3://${BUCKET}/$$x/a$', cache_dir: ~}\ncheckpoint: {store: s3://$BUCKET/~}\n"
+        "run_dir: ~/runs/$BUCKET\ndata: {shards: 's3://${BUCKET}/$$x/a$', cache_dir: ~}\ncheckpoint: {upload_to: s3://$BUCKET/~}\n"
         "engine: {deepspeed: {extra: {path: ~/$BUCKET}}}\n"
     )
     settings = load(path)
     assert settings.run_dir == "/home/me/runs/b"
-    assert (settings.data.shards, settings.checkpoint.store) == ("s3://b/$$x/a$", "s3://b/~")
+    assert (settings.data.shards, settings.checkpoint.upload_to) == ("s3://b/$$x/a$", "s3://b/~")
     assert settings.engine.deepspeed.extra == {"path": "~/$BUCKET"}
     assert load(path, "run_dir=~", "data.cache_dir=~/$BUCKET-x").run_dir == "/home/me"
     path.with_name("tuned.yaml").write_text("run_dir: $BUCKET\nroot: ~/m\ninit: ${BUCKET}/r\n")
@@ -331,7 +331,7 @@ def test_a_suite_is_known_however_it_is_written(tmp_path, text):
 
 
 def test_every_key_that_says_where_something_lies_is_a_place():
-    places = {"run_dir", "root", "init", "shards", "cache_dir", "store", "results"}
+    places = {"run_dir", "root", "init", "shards", "cache_dir", "upload_to", "results"}
     sections = [*config.PROGRAMS.values(), Suite, config.Checkpoint, config.Pretrain.model_fields["data"].annotation]
     for section in sections:
         for name, field in section.model_fields.items():

@@ -61,8 +61,8 @@ def test_checkpoints_of_runs_whose_names_differ_behind_a_hash_do_not_meet(s3_ser
 
 def test_a_slash_at_the_end_of_a_runs_store_does_not_count():
     """A checkpoint went to STORE/step-..., and resuming looked at STORE//step-..."""
-    assert config.Checkpoint(store="s3://bucket/run/").store == "s3://bucket/run"
-    assert config.Checkpoint(store=None).store is None
+    assert config.Checkpoint(upload_to="s3://bucket/run/").upload_to == "s3://bucket/run"
+    assert config.Checkpoint(upload_to=None).upload_to is None
 
 
 @pytest.mark.parametrize("root", ["gs://bkt/a #1", "azure://bkt/a?b", "oci://bkt/a;b", "gs://bkt/a b"])
