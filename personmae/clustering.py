@@ -18,7 +18,7 @@ from personmae.monitor import run_log
 from personmae.reid import cluster
 from personmae.reid.cluster_quality import ClusterQuality, follows_cameras, one_camera_share, quality
 from personmae.reid.datasets import Benchmark, pids_and_camids
-from personmae.reid.features import extract, require_finite, told
+from personmae.reid.features import extract, require_finite, timed
 from personmae.reid.memory import CameraMemory, ClusterMemory, camera_proxies, mean_centroids
 from personmae.reid.retrieval import per_camera
 from personmae.reid.transforms import ImageSet
@@ -61,7 +61,7 @@ def find_clusters(
         options = settings.cluster.model_dump(include={"k1", "k2", "eps", "min_samples"})
         return torch.from_numpy(cluster.pseudo_labels(compared, **options))
 
-    with told(log.say, f"clustering {len(images):,} images"):
+    with timed(log.log, f"clustering {len(images):,} images"):
         found = dist.on_first_rank(find)
     all_labels = dist.broadcast(torch.zeros(len(images), dtype=torch.int64) if found is None else found).numpy()
     if dist.any_rank(stopped()):
@@ -123,7 +123,7 @@ def _features(state: ClusteredState, images: ImageSet, log: run_log.RunLog, stop
     """Features of all images on every rank, of length one, in evaluation mode."""
     settings = state.settings
     dist.average_buffers(state.module.model)
-    with told(log.say, f"extracting {len(images):,} images"):
+    with timed(log.log, f"extracting {len(images):,} images"):
         features = extract(
             state.module.model,
             images,
@@ -133,7 +133,7 @@ def _features(state: ClusteredState, images: ImageSet, log: run_log.RunLog, stop
             std=state.model_settings["std"],
             dtype=state.module.compute_dtype,
             stopped=stopped,
-            say=log.say,
+            log=log.log,
         )
     require_finite(features, state.step)
     return features
@@ -143,9 +143,9 @@ def _record(state: ClusteredState, epoch: int, scores: ClusterQuality, log: run_
     """Say how good the clusters are, and write it down."""
     shown = {name: value for name, value in asdict(scores).items() if value is not None}
     words = (f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4g}" for name, value in shown.items())
-    log.say(f"epoch {epoch}: {'  '.join(words)}")
+    log.log(f"epoch {epoch}: {'  '.join(words)}")
     if follows_cameras(scores.ami_cameras, scores.one_camera_share):
-        log.say(_warning(scores, state.settings))
+        log.log(_warning(scores, state.settings))
     with (Path(state.settings.run_dir) / run_log.CLUSTERS).open("a", encoding="utf-8") as file:
         file.write(files.to_json({"epoch": epoch, "step": state.step, **shown}) + "\n")
 

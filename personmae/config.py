@@ -22,7 +22,7 @@ from personmae.keys.downstream import (
     Finetune,
     Memory,
     Unsupervised,
-    completed_identity,
+    completed_resume_key,
     with_normalisation,
 )
 from personmae.keys.mistakes import unknown_keys
@@ -49,7 +49,7 @@ __all__ = [
     "Size",
     "Triple",
     "Unsupervised",
-    "completed_identity",
+    "completed_resume_key",
     "config_hash",
     "dump_yaml",
     "flatten",
@@ -297,7 +297,7 @@ class Pretrain(Section):
         train = self.train
         return {"cutter": train.cutter, "compiled": train.compile, "cuda_graphs": train.cuda_graphs}
 
-    def identity(self) -> dict[str, Any]:
+    def resume_key(self) -> dict[str, Any]:
         """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""
         values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint", "metrics", "probe"})
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
@@ -305,8 +305,8 @@ class Pretrain(Section):
         return flatten(values)
 
     @staticmethod
-    def identity_before() -> dict[str, Any]:
-        """What ``identity`` has come to hold since there are checkpoints, as it was before: the defaults."""
+    def resume_key_before() -> dict[str, Any]:
+        """What ``resume_key`` has come to hold since there are checkpoints, as it was before: the defaults."""
         sections = {"decoders": Decoders(), "mask": Mask(), "loss": Loss(), "target": Target()}
         return flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
 

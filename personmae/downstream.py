@@ -12,7 +12,7 @@ from personmae.checkpoint import portable
 from personmae.config import RANDOM
 from personmae.errors import Stopped
 from personmae.monitor import environment, progress, run_log
-from personmae.monitor.rank_metrics import Meter
+from personmae.monitor.rank_metrics import RankMetrics
 from personmae.precision import AUTO, Precision
 from personmae.reid import datasets, retrieval
 from personmae.reid.datasets import Benchmark
@@ -72,7 +72,7 @@ def identity(settings: Settings, benchmark: Benchmark, precision: str, known: di
     if init != RANDOM:
         gone = known and not Path(init).exists()
         init = known.get("init") if known and gone else portable.digest(portable.locate(init))
-    return settings.identity() | {"train.precision": precision, "init": init} | datasets.identity(benchmark)
+    return settings.resume_key() | {"train.precision": precision, "init": init} | datasets.resume_key(benchmark)
 
 
 def require_same(where: str | Path, settings: Settings, ours: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def require_same(where: str | Path, settings: Settings, ours: dict[str, Any], sa
 
     Options that the ``saved`` identity does not know came later; their defaults compute what was computed before them.
     """
-    retrieval.require_same(where, ours, config.completed_identity(type(settings), saved))
+    retrieval.require_same(where, ours, config.completed_resume_key(type(settings), saved))
 
 
 def keep_precision(state: DownstreamState, saved: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def tell_complete(settings: Settings) -> None:
 def tell_end(settings: Settings, program: str, seconds: float) -> None:
     """Say where the result is, how long that took, and what to do with it."""
     where = f"the result is in {Path(settings.run_dir) / 'result.json'}"
-    progress.say(progress.ending(program, seconds, where, following(settings)))
+    progress.log_to_stderr(progress.ending(program, seconds, where, following(settings)))
 
 
 def following(settings: Settings) -> str:
@@ -147,12 +147,12 @@ def whitening_of(settings: Settings) -> dict[str, Any] | None:
     return {"dim": settings.cluster.whiten_dim, "shrinkage": settings.cluster.whiten_shrinkage}
 
 
-def evaluate(state: DownstreamState, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def evaluate(state: DownstreamState, log: run_log.RunLog, metrics: RankMetrics, stop: dist.StopSignal) -> None:
     """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
     settings, kept = state.settings, state.model_settings
 
     def stopped() -> bool:
-        meter.beat("evaluate", state.step)
+        metrics.beat("evaluate", state.step)
         return stop.requested
 
     features = retrieval.model_features(
@@ -162,7 +162,7 @@ def evaluate(state: DownstreamState, log: run_log.RunLog, meter: Meter, stop: di
         device=state.world.device,
         stopped=stopped,
         trained_steps=state.step,
-        say=log.say,
+        log=log.log,
     )
     if whitening := whitening_of(settings):
         features = retrieval.for_each_camera(features, "whiten", **whitening)
@@ -173,7 +173,7 @@ def evaluate(state: DownstreamState, log: run_log.RunLog, meter: Meter, stop: di
             img_size=settings.model.img_size,
             num_threads=dist.threads_per_rank(state.world),
             device=state.world.device,
-            say=log.say,
+            log=log.log,
             stopped=stopped,
         )
     except Stopped as early:
@@ -184,4 +184,4 @@ def evaluate(state: DownstreamState, log: run_log.RunLog, meter: Meter, stop: di
     record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": environment.git_commit()}
     record |= {"identity": state.identity, "whiten": whitening_of(settings)}
     retrieval.write_record(Path(settings.run_dir), record)
-    log.say(retrieval.table_row(record))
+    log.log(retrieval.table_row(record))

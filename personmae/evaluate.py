@@ -93,7 +93,7 @@ def run(
         retrieval.write_record(out, record)
         seconds, told = time.monotonic() - began, f"the result is in {out / 'result.json'}"
         following = f"personmae report {shlex.quote(str(out.resolve().parent))}"
-        progress.say(progress.ending("evaluate", seconds, told, following))
+        progress.log_to_stderr(progress.ending("evaluate", seconds, told, following))
 
 
 def _require_fitting(where: str, options: Options) -> None:
@@ -120,7 +120,7 @@ def _measure_baseline(name: str, benchmark: Benchmark, options: Options) -> dict
         img_size=BASELINE_SIZE,
         num_threads=dist.usable_cores(),
         rerank=options.rerank,
-        say=progress.log,
+        log=progress.log,
     )
     assert record  # one process
     return record | {"name": name if how == "standardise" else f"{name}, {how}", "init": f"no training, {_IN_WORDS[how]}"}
@@ -131,7 +131,7 @@ def _measure(subject: Subject, benchmark: Benchmark, options: Options) -> dict[s
     settings = subject.settings
     device = torch.device("cuda" if dist.use_cuda() else "cpu")
     img_size: tuple[int, int] = tuple(settings["img_size"])
-    shared: dict[str, Any] = {"device": device, "num_threads": dist.usable_cores(), "say": progress.log}
+    shared: dict[str, Any] = {"device": device, "num_threads": dist.usable_cores(), "log": progress.log}
     named = {"name": subject.name, "init": subject.init} | subject.source
     if options.probe:
         assert subject.encoder
@@ -141,7 +141,7 @@ def _measure(subject: Subject, benchmark: Benchmark, options: Options) -> dict[s
     else:
         assert isinstance(subject.model, torch.nn.Module)
         features = retrieval.model_features(
-            subject.model.to(device), mean=settings["mean"], std=settings["std"], device=device, say=progress.log
+            subject.model.to(device), mean=settings["mean"], std=settings["std"], device=device, log=progress.log
         )
         if whitening := subject.source.get("whiten"):
             features = retrieval.for_each_camera(features, "whiten", **whitening)

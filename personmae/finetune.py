@@ -36,10 +36,10 @@ from personmae.guard import Guard
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
 from personmae.monitor import run_log
 from personmae.monitor.heartbeat import Phase
-from personmae.monitor.rank_metrics import Meter
+from personmae.monitor.rank_metrics import RankMetrics
 from personmae.precision import Precision
 from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids, train_labels
-from personmae.reid.features import told
+from personmae.reid.features import timed
 from personmae.reid.heads import (
     Classifier,
     ReIDModel,
@@ -88,7 +88,7 @@ def run(settings: config.Finetune) -> None:
         Diverged: gradients are no longer finite.
     """
     began, world = time.monotonic(), dist.read_world()
-    meter = Meter("finetune", **settings.metrics.meter_arguments())
+    metrics = RankMetrics("finetune", **settings.metrics.rank_metrics_arguments())
     batch_plan.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
@@ -96,8 +96,8 @@ def run(settings: config.Finetune) -> None:
     if start_anew.may_be_complete(settings.run_dir, settings.checkpoint.resume) and is_complete(settings, benchmark):
         if world.is_first:
             tell_complete(settings)
-        meter.complete()
-        meter.close()
+        metrics.complete()
+        metrics.close()
         return
     stop = dist.StopSignal()
     dist.start(world)
@@ -112,7 +112,7 @@ def run(settings: config.Finetune) -> None:
     state = FinetuneState(settings, world, benchmark, module, model_settings, engine, order, known, chosen)
     held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
-        with meter.restoring():
+        with metrics.restoring():
             found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
         if world.is_first:
             announce(state)
@@ -122,35 +122,35 @@ def run(settings: config.Finetune) -> None:
             title="finetune",
             total_steps=state.total_steps,
             first_step=state.step,
-            numbers=meter.run,
+            numbers=metrics.run,
         )
         with contextlib.closing(log):
-            train(state, found, log, meter, stop)
+            train(state, found, log, metrics, stop)
             state.engine.close()
-            evaluate(state, log, meter, stop)
-        meter.complete(settings.run_dir, settings.checkpoint.upload_to)
+            evaluate(state, log, metrics, stop)
+        metrics.complete(settings.run_dir, settings.checkpoint.upload_to)
         if world.is_first:
             tell_end(settings, "finetune", time.monotonic() - began)
     finally:
         dist.stop()
         if held:
             held.close()
-        meter.close(lambda: stop.requested)
+        metrics.close(lambda: stop.requested)
 
 
-def train(state: FinetuneState, found: Path | None, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def train(state: FinetuneState, found: Path | None, log: run_log.RunLog, metrics: RankMetrics, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     labels = torch.from_numpy(train_labels(state.benchmark.train))
     pool = ThreadPoolExecutor(dist.threads_per_rank(world))
     paths = [sample.path for sample in state.benchmark.train]
-    with told(log.say, f"opening {len(paths):,} images"):
+    with timed(log.log, f"opening {len(paths):,} images"):
         images = ImageSet(paths, settings.model.img_size, pool=pool)
     writer = open_writer(settings, found) if world.is_first else None
     if writer:
-        meter.read_writer(writer.counters.registry)
-    if meter.run:
-        meter.run.plan(
+        metrics.read_writer(writer.counters.registry)
+    if metrics.run:
+        metrics.run.plan(
             first_step=state.step,
             total_steps=total_steps,
             world_size=world.world_size,
@@ -164,30 +164,30 @@ def train(state: FinetuneState, found: Path | None, log: run_log.RunLog, meter: 
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
     try:
         for chosen, decoded in zip(left, load_ahead(images, left[:, ours]), strict=True):
-            meter.beat(working, state.step)
-            meter.enter("inputs")
+            metrics.beat(working, state.step)
+            metrics.enter("inputs")
             batch = {"images": augmented(state, decoded, len(chosen), ours), "labels": labels[chosen[ours]].to(world.device)}
-            meter.enter("forward_backward")
+            metrics.enter("forward_backward")
             losses = engine.forward_backward(batch, last_micro=True)
-            meter.enter("optimizer")
+            metrics.enter("optimizer")
             lr_scale = lr_scale_at(settings, state.step, total_steps)
             _, skipped = engine.step(lr_scale)
             guard.note(losses["loss"], skipped)
             state.step, working = state.step + 1, "step"
 
-            meter.count(state.step, len(chosen))
+            metrics.count(state.step, len(chosen))
             log.advance(state.step)
             if shown or state.is_due(state.step):
                 stacked = dist.mean(torch.stack([value.float() for value in losses.values()]))
                 values = dict(zip(losses, stacked.tolist(), strict=True)) | {"lr": lr_scale * settings.optim.lr}
-                tell = log.log if state.is_due(state.step) else log.show
-                tell(state.step, values, images_per_step=len(chosen))
-            timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
-            stopping, timed, shown = dist.any_ranks(stop.requested, timed, log.is_due())
-            due |= timed or schedule.by_step(state.step)
+                record = log.record if state.is_due(state.step) else log.display
+                record(state.step, values, images_per_step=len(chosen))
+            by_clock = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
+            stopping, by_clock, shown = dist.any_ranks(stop.requested, by_clock, log.is_due())
+            due |= by_clock or schedule.by_step(state.step)
             counted = (due or state.is_due(state.step)) and guard.last_counted(state.step, settings.run_dir)
             if stopping or state.step == total_steps or (due and counted):
-                meter.beat("checkpoint", state.step)
+                metrics.beat("checkpoint", state.step)
                 save(state, writer)
                 due = False
             if stopping and state.step < total_steps:
@@ -196,7 +196,7 @@ def train(state: FinetuneState, found: Path | None, log: run_log.RunLog, meter: 
                 raise Stopped(
                     f"at step {state.step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on"
                 )
-            meter.enter("data_wait")
+            metrics.enter("data_wait")
         finish(writer)
     finally:
         pool.shutdown(cancel_futures=True)

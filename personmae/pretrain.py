@@ -29,7 +29,7 @@ from personmae.model.personmae import PersonMAE
 from personmae.model.vit import SIZES
 from personmae.monitor import progress, run_log
 from personmae.monitor.heartbeat import Phase
-from personmae.monitor.rank_metrics import Meter
+from personmae.monitor.rank_metrics import RankMetrics
 from personmae.pretrain_probe import Prober
 from personmae.pretrain_state import (
     PretrainState,
@@ -57,12 +57,12 @@ def run(settings: config.Pretrain) -> None:
         Diverged: gradients are no longer finite, or the loss has jumped too often.
     """
     began, world = time.monotonic(), dist.read_world()
-    meter = Meter("pretrain", **settings.metrics.meter_arguments())
+    metrics = RankMetrics("pretrain", **settings.metrics.rank_metrics_arguments())
     plan = batch_plan.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
     dist.start(world)
     shards = open_shards(settings, world)
-    meter.read("stream", shards.counters.registry)
+    metrics.read("stream", shards.counters.registry)
 
     chosen = precision.choose(settings.train.precision, str(world.device), share=dist.from_first_rank)
     torch.manual_seed(settings.seed)
@@ -82,28 +82,28 @@ def run(settings: config.Pretrain) -> None:
     held = None
     try:
         held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
-        with meter.restoring():
+        with metrics.restoring():
             found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
         if state.step >= state.total_steps:
             if world.is_first:
                 open_writer(settings, found, {}).close()  # the last checkpoint may not have got to the store
                 print(f"{settings.run_dir} is complete: {state.step} of {state.total_steps} steps are done", flush=True)
                 print(f"next: {following(settings)}", flush=True)
-            meter.complete()
+            metrics.complete()
             return
         if world.is_first:
             announce(state)
         for attempt in itertools.count():
             try:
-                train(state, found, prepare, meter, stop)
+                train(state, found, prepare, metrics, stop)
                 break
             except Spiked as spike:
-                meter.beat("start", state.step)
-                with meter.restoring():
+                metrics.beat("start", state.step)
+                with metrics.restoring():
                     found = roll_back(state, spike, attempt)
-                if meter.run:
-                    meter.run.rollbacks.inc()
-        meter.complete(settings.run_dir, settings.checkpoint.upload_to)
+                if metrics.run:
+                    metrics.run.rollbacks.inc()
+        metrics.complete(settings.run_dir, settings.checkpoint.upload_to)
         if world.is_first:
             tell_end(state, time.monotonic() - began)
     finally:
@@ -112,10 +112,12 @@ def run(settings: config.Pretrain) -> None:
         dist.stop()
         if held:
             held.close()
-        meter.close(lambda: stop.requested)
+        metrics.close(lambda: stop.requested)
 
 
-def train(state: PretrainState, found: Path | None, prepare: Callable[..., Batch], meter: Meter, stop: dist.StopSignal) -> None:
+def train(
+    state: PretrainState, found: Path | None, prepare: Callable[..., Batch], metrics: RankMetrics, stop: dist.StopSignal
+) -> None:
     """The loop: from the state that was ``found``, or from the start, to the end."""
     settings, world, engine, teacher, total_steps = state.settings, state.world, state.engine, state.teacher, state.total_steps
     team = join_ranks(settings.run_dir) if engine.is_sharded else {}
@@ -127,10 +129,10 @@ def train(state: PretrainState, found: Path | None, prepare: Callable[..., Batch
         title="pretrain",
         total_steps=total_steps,
         first_step=state.step,
-        numbers=meter.run,
+        numbers=metrics.run,
     )
     reader = build_reader(state)
-    tell_plan(state, meter, writer, reader.steps_per_epoch)
+    tell_plan(state, metrics, writer, reader.steps_per_epoch)
     guard = Guard(
         world.device,
         max_skipped_steps=settings.train.max_skipped_steps,
@@ -139,44 +141,44 @@ def train(state: PretrainState, found: Path | None, prepare: Callable[..., Batch
     )
     step = saved = good = first = state.step
     estimate = FloorEstimate(state.floor, steps_left=total_steps - step, global_batch_size=state.plan.global_batch_size)
-    log.say("reading the first images" + (", then compiling, which takes minutes" if settings.train.compile else "") + " ...")
+    log.log("reading the first images" + (", then compiling, which takes minutes" if settings.train.compile else "") + " ...")
     num_bad, due = 0, False
     copies = torch.cuda.Stream() if world.device.type == "cuda" else None
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
     try:
         while step < total_steps:
-            meter.beat("wait_data", step)
+            metrics.beat("data_wait", step)
             reader.wait(lambda: stop.requested)  # while a store is away, a run can still be stopped
-            meter.beat(working, step)
+            metrics.beat(working, step)
             timed = world.is_first and writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
             stopping, timed, shown = dist.any_ranks(stop.requested, timed, log.is_due())
             due |= step > saved and (stopping or timed or schedule.by_step(step))
             if due and last_step_counted(guard, state):
-                meter.beat("checkpoint", step)
+                metrics.beat("checkpoint", step)
                 save(state, writer, spread=bool(team))
-                meter.beat(working, step)
+                metrics.beat(working, step)
                 saved, due = step, False
             if stopping:
                 stop.settle()
-                meter.beat("checkpoint", step)
+                metrics.beat("checkpoint", step)
                 finish(writer)
                 kept = f"state saved in {settings.run_dir}" if saved else "nothing to save yet"
                 raise Stopped(f"at step {step} of {total_steps}, {kept}; run this again to go on")
             parts = []
             for micro in range(state.plan.grad_accum_steps):
-                meter.beat("wait_data", step)
+                metrics.beat("data_wait", step)
                 batch = to_device(next(reader), world.device, copies)
-                meter.beat(working, step)
-                meter.enter("inputs")
+                metrics.beat(working, step)
+                metrics.enter("inputs")
                 if settings.train.cuda_graphs:
                     torch.compiler.cudagraph_mark_step_begin()  # what a replay wrote before may be written over
                 inputs = prepare(*batch, state.spec)
                 estimate.note(inputs)
                 if teacher:
                     inputs["target"] = teacher.look(inputs["patches_b"])
-                meter.enter("forward_backward")
+                metrics.enter("forward_backward")
                 parts.append(engine.forward_backward(inputs, last_micro=micro == state.plan.grad_accum_steps - 1))
-            meter.enter("optimizer")
+            metrics.enter("optimizer")
             losses = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
             lr_scale = lr_scale_at(settings, step, total_steps)
             grad_norm, skipped = engine.step(lr_scale)
@@ -189,26 +191,26 @@ def train(state: PretrainState, found: Path | None, prepare: Callable[..., Batch
             step, state.step, state.cursor, working = step + 1, step + 1, state.cursor + 1, "step"
             if sounded := estimate.step():
                 state.floor = sounded
-                log.say(f"pretrain: {sounded}")
+                log.log(f"pretrain: {sounded}")
             if step == first + 1:  # set up and compiled: going over all that again takes 0.2 s of a rank while others wait
                 gc.collect()
                 gc.freeze()
 
-            meter.count(step, state.plan.global_batch_size)
+            metrics.count(step, state.plan.global_batch_size)
             log.advance(step)
             shown |= step == first + 1
             in_turn = step % settings.train.log_every == 0 or step == total_steps
             prober = state.prober if schedule.by_step(step) or step == total_steps else None
-            probed = prober.run(engine, step, log, meter, stop) if prober else {}
+            probed = prober.run(engine, step, log, metrics, stop) if prober else {}
             logged = in_turn or prober is not None
             if shown and not logged:
                 means = mean_over_ranks(losses | {"grad_norm": grad_norm}) | {"lr": lr_scale * peak_lr(settings)}
-                log.show(step, means, images_per_step=state.plan.global_batch_size)
+                log.display(step, means, images_per_step=state.plan.global_batch_size)
             if logged:
                 means = mean_over_ranks(losses | {"grad_norm": grad_norm, "skipped_steps": guard.num_skipped})
                 means |= {"lr": lr_scale * peak_lr(settings), "data_wait": reader.share_waited()} | probed
                 constants = {"floor_position": state.floor.position, "floor_hue": state.floor.hue} if state.floor else {}
-                log.log(step, means, images_per_step=state.plan.global_batch_size, constants=constants)
+                log.record(step, means, images_per_step=state.plan.global_batch_size, constants=constants)
                 last_step_counted(guard, state)  # like the lines above, the only wait for the device
                 num_bad = tell_bad_samples(reader, num_bad)
             if in_turn:  # a probe changes nothing of what the guard compares
@@ -216,7 +218,7 @@ def train(state: PretrainState, found: Path | None, prepare: Callable[..., Batch
                     raise Spiked(good)
                 good, state.usual_loss = step, guard.usual
         last_step_counted(guard, state)
-        meter.beat("checkpoint", step)
+        metrics.beat("checkpoint", step)
         save(state, writer, spread=bool(team))
         finish(writer)
     finally:
@@ -367,8 +369,8 @@ def tell_end(state: PretrainState, seconds: float) -> None:
     settings, folders = state.settings, portable.folders(state.settings.run_dir)
     where = f"the encoder is in {folders[0] if folders else settings.run_dir}"
     if state.floor and (told := floor_warning(state.floor, run_log.read_records(settings.run_dir))):
-        progress.say(told)
-    progress.say(progress.ending("pretrain", seconds, where, following(settings)))
+        progress.log_to_stderr(told)
+    progress.log_to_stderr(progress.ending("pretrain", seconds, where, following(settings)))
 
 
 def following(settings: config.Pretrain) -> str:
@@ -379,17 +381,17 @@ def following(settings: config.Pretrain) -> str:
     )
 
 
-def tell_plan(state: PretrainState, meter: Meter, writer: Writer | None, steps_per_epoch: int) -> None:
+def tell_plan(state: PretrainState, metrics: RankMetrics, writer: Writer | None, steps_per_epoch: int) -> None:
     """What Prometheus is told about a run before its first step."""
     settings, world = state.settings, state.world
     if writer:
-        meter.read_writer(writer.counters.registry)
-    if not meter.run:
+        metrics.read_writer(writer.counters.registry)
+    if not metrics.run:
         return
     peak = settings.metrics.peak_tflops and 1e12 * settings.metrics.peak_tflops
     if not peak and world.device.type == "cuda":
         peak = flops.peak_flops(torch.cuda.get_device_name(world.device), state.precision.name)
-    meter.run.plan(
+    metrics.run.plan(
         first_step=state.step,
         total_steps=state.total_steps,
         world_size=world.world_size,

@@ -12,7 +12,7 @@ from personmae.engine.base import Engine
 from personmae.errors import RankError, Stopped, UserError
 from personmae.model.vit import VisionTransformer
 from personmae.monitor import run_log
-from personmae.monitor.rank_metrics import Meter
+from personmae.monitor.rank_metrics import RankMetrics
 from personmae.reid import probe
 from personmae.reid.datasets import describe, load_benchmark
 
@@ -31,7 +31,9 @@ class Prober:
         if world.is_first:
             print(f"probe: {describe(self._benchmark).note}", flush=True)
 
-    def run(self, engine: Engine, step: int, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> dict[str, float]:
+    def run(
+        self, engine: Engine, step: int, log: run_log.RunLog, metrics: RankMetrics, stop: dist.StopSignal
+    ) -> dict[str, float]:
         """Both mAPs for the log on the first rank, nothing on the others.
 
         Nothing too where it was stopped, or nothing can be compared, as features that are not finite cannot. That is told,
@@ -39,7 +41,7 @@ class Prober:
         """
 
         def stopped() -> bool:
-            meter.beat("evaluate", step)
+            metrics.beat("evaluate", step)
             return stop.requested
 
         with log.pausing():
@@ -55,12 +57,12 @@ class Prober:
                     std=self._model.std,
                     device=self._device,
                     num_threads=self._num_threads,
-                    say=log.say,
+                    log=log.log,
                     stopped=stopped,
                 )
             except RankError:  # only this rank knows
                 raise
             except (Stopped, UserError) as error:  # all ranks do
-                log.say(f"the probe is left out: {error}")
+                log.log(f"the probe is left out: {error}")
                 return {}
         return {f"probe_{name}_map": scores["mAP"] for name, scores in record["probe"].items()} if record else {}

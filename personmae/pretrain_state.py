@@ -86,7 +86,7 @@ def resume(state: PretrainState) -> Path | None:
     if not found:
         return None
     saved = found.read()
-    theirs = config.Pretrain.identity_before() | saved.state.get("identity", {})
+    theirs = config.Pretrain.resume_key_before() | saved.state.get("identity", {})
     keep_precision(state, theirs.get("train.precision"))
     ours = identity(state.settings, state.shards, state.precision)
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
@@ -121,7 +121,7 @@ def keep_precision(state: PretrainState, saved: str | None) -> None:
 def identity(settings: config.Pretrain, shards: ShardSet, precision: Precision) -> dict[str, Any]:
     """What must agree before a run is resumed: settings, what ``auto`` came to, and the data set with its shards."""
     data = {"data.num_samples": len(shards), "data.index": shards.digest}
-    return settings.identity() | {"train.precision": precision.name} | data
+    return settings.resume_key() | {"train.precision": precision.name} | data
 
 
 def last_step_counted(guard: Guard, state: PretrainState) -> bool:

@@ -40,10 +40,10 @@ from personmae.errors import Stopped
 from personmae.guard import Guard
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
 from personmae.monitor import run_log
-from personmae.monitor.rank_metrics import Meter
+from personmae.monitor.rank_metrics import RankMetrics
 from personmae.precision import Precision
 from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids
-from personmae.reid.features import told
+from personmae.reid.features import timed
 from personmae.reid.heads import Neck, ReIDModel, describe_start, encoder_weights, settings_from, trained_size
 from personmae.reid.memory import ClusterMemory
 from personmae.reid.sampler import cluster_batches
@@ -79,7 +79,7 @@ def run(settings: config.Unsupervised) -> None:
         Diverged: gradients are no longer finite.
     """
     began, world = time.monotonic(), dist.read_world()
-    meter = Meter("unsupervised", **settings.metrics.meter_arguments())
+    metrics = RankMetrics("unsupervised", **settings.metrics.rank_metrics_arguments())
     batch_plan.require_equal_parts(
         settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
     )
@@ -88,8 +88,8 @@ def run(settings: config.Unsupervised) -> None:
     if start_anew.may_be_complete(settings.run_dir, settings.checkpoint.resume) and is_complete(settings, benchmark):
         if world.is_first:
             tell_complete(settings)
-        meter.complete()
-        meter.close()
+        metrics.complete()
+        metrics.close()
         return
     stop = dist.StopSignal()
     dist.start(world)
@@ -103,7 +103,7 @@ def run(settings: config.Unsupervised) -> None:
     state = UnsupervisedState(settings, world, benchmark, module, model_settings, engine, known, chosen)
     held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
     try:
-        with meter.restoring():
+        with metrics.restoring():
             found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
         if world.is_first:
             announce(state)
@@ -113,36 +113,38 @@ def run(settings: config.Unsupervised) -> None:
             title="unsupervised",
             total_steps=state.total_steps,
             first_step=state.step,
-            numbers=meter.run,
+            numbers=metrics.run,
         )
         with contextlib.closing(log):
-            train(state, found, log, meter, stop)
+            train(state, found, log, metrics, stop)
             state.engine.close()
-            evaluate(state, log, meter, stop)
-        meter.complete(settings.run_dir, settings.checkpoint.upload_to)
+            evaluate(state, log, metrics, stop)
+        metrics.complete(settings.run_dir, settings.checkpoint.upload_to)
         if world.is_first:
             tell_end(settings, "unsupervised", time.monotonic() - began)
     finally:
         dist.stop()
         if held:
             held.close()
-        meter.close(lambda: stop.requested)
+        metrics.close(lambda: stop.requested)
 
 
-def train(state: UnsupervisedState, found: Path | None, log: run_log.RunLog, meter: Meter, stop: dist.StopSignal) -> None:
+def train(
+    state: UnsupervisedState, found: Path | None, log: run_log.RunLog, metrics: RankMetrics, stop: dist.StopSignal
+) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     pool = ThreadPoolExecutor(dist.threads_per_rank(world))
     paths = [sample.path for sample in state.benchmark.train]
-    with told(log.say, f"opening {len(paths):,} images"):
+    with timed(log.log, f"opening {len(paths):,} images"):
         images = ImageSet(paths, settings.model.img_size, pool=pool)
     if world.is_first:
         trim_clusters(Path(settings.run_dir), state.step)
     writer = Writer(settings.run_dir, resumed=found, **settings.checkpoint.writer_arguments()) if world.is_first else None
     if writer:
-        meter.read_writer(writer.counters.registry)
-    if meter.run:
-        meter.run.plan(
+        metrics.read_writer(writer.counters.registry)
+    if metrics.run:
+        metrics.run.plan(
             first_step=state.step,
             total_steps=total_steps,
             world_size=world.world_size,
@@ -155,17 +157,17 @@ def train(state: UnsupervisedState, found: Path | None, log: run_log.RunLog, met
     share_drop_path(state.module, size, ours)
 
     def clustering_stopped() -> bool:
-        meter.beat("evaluate", state.step)
+        metrics.beat("evaluate", state.step)
         return stop.requested
 
     try:
         for decoded, labels in batches(state, images, ours, log, clustering_stopped):
-            meter.beat("step", state.step)
-            meter.enter("inputs")
+            metrics.beat("step", state.step)
+            metrics.enter("inputs")
             batch = {"images": augmented(state, decoded, size, ours), "labels": labels[ours]}
-            meter.enter("forward_backward")
+            metrics.enter("forward_backward")
             outputs = engine.forward_backward(batch, last_micro=True)
-            meter.enter("optimizer")
+            metrics.enter("optimizer")
             lr_scale = lr_scale_at(settings, state.step)
             _, skipped = engine.step(lr_scale)
             guard.note(outputs["loss"], skipped)
@@ -173,27 +175,27 @@ def train(state: UnsupervisedState, found: Path | None, log: run_log.RunLog, met
             state.module.memory.update(dist.gather_rows(outputs["features"], size), labels, skipped)
             state.step += 1
 
-            meter.count(state.step, size)
+            metrics.count(state.step, size)
             log.advance(state.step)
             logged = state.step % settings.train.log_every == 0 or state.step == total_steps
             if shown or logged:
                 values = {"loss": dist.mean(outputs["loss"]).item(), "lr": lr_scale * settings.optim.lr}
-                (log.log if logged else log.show)(state.step, values, images_per_step=size)
-            timed = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
-            stopping, timed, shown = dist.any_ranks(stop.requested, timed, log.is_due())
-            due |= timed or schedule.by_step(state.step)
+                (log.record if logged else log.display)(state.step, values, images_per_step=size)
+            by_clock = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
+            stopping, by_clock, shown = dist.any_ranks(stop.requested, by_clock, log.is_due())
+            due |= by_clock or schedule.by_step(state.step)
             counted = (due or logged) and guard.last_counted(state.step, settings.run_dir)
             if state.step == total_steps or (due and counted):
-                meter.beat("checkpoint", state.step)
+                metrics.beat("checkpoint", state.step)
                 save(state, writer)
                 saved, due = state.step, False
             if stopping and state.step < total_steps:
                 raise Stopped("in training")
-            meter.enter("data_wait")
+            metrics.enter("data_wait")
         finish(writer)
     except Stopped as early:  # here or in a clustering
         stop.settle()
-        meter.beat("checkpoint", state.step)
+        metrics.beat("checkpoint", state.step)
         if state.step > saved:
             save(state, writer)
         finish(writer)

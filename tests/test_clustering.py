@@ -91,11 +91,11 @@ def test_what_needs_cameras_is_refused_without_two(sections, option, camids):
 
 @dataclass
 class Log:
-    """What was said."""
+    """Keeps what is logged."""
 
     lines: list[str] = field(default_factory=list)
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         self.lines.append(line)
 
 

@@ -17,7 +17,7 @@ from personmae.errors import UserError
 from personmae.monitor import endpoint
 from personmae.monitor.exporter import GOODPUT, RANK_PHASE, Continued, merge
 from personmae.monitor.gpu import gpu_collectors
-from personmae.monitor.heartbeat import PHASES
+from personmae.monitor.heartbeat import phase_values
 
 _LAST_STEP, _LAST_STEP_TIME = "personmae_last_step", "personmae_last_step_timestamp_seconds"
 
@@ -110,8 +110,8 @@ class Metrics(Collector):
         for rank in ranks.all if running else ():
             phase, seconds = rank.silent()
             self.heartbeat_age.labels(rank.local_rank).set(seconds)
-            for other in PHASES:
-                self.phase.labels(rank.local_rank, other).set(other == phase)
+            for name, value in phase_values(phase).items():
+                self.phase.labels(rank.local_rank, name).set(value)
         if running:
             self._follow(ranks)
 

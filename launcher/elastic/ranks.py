@@ -44,7 +44,7 @@ class Limits:
     compile_seconds: float = PATIENCE_SECONDS["compile"]
     step_seconds: float = PATIENCE_SECONDS["step"]
     checkpoint_seconds: float = PATIENCE_SECONDS["checkpoint"]
-    wait_data_seconds: float = PATIENCE_SECONDS["wait_data"]
+    data_wait_seconds: float = PATIENCE_SECONDS["data_wait"]
     evaluate_seconds: float = PATIENCE_SECONDS["evaluate"]
 
     def of(self, phase: Phase) -> float:

@@ -34,7 +34,7 @@ def run_checkpoint(bench: CheckpointBench, out: Path | None = None) -> dict[str,
     """Measure in a directory beside this one, print a line, and write the record to ``out``."""
     world = dist.read_world()
     dist.start(world)
-    progress.say(f"bench checkpoint: saving the state of {bench.size} again and again ...")
+    progress.log_to_stderr(f"bench checkpoint: saving the state of {bench.size} again and again ...")
     try:
         measured = _pauses(bench, world.device)
     finally:

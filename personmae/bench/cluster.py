@@ -68,7 +68,7 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
     rounds: dict[str, list[tuple[float, int, int, np.ndarray]]] = {name: [] for name in ways}
     for number in range(1, bench.rounds + 1):
         for name in ways:
-            progress.say(f"bench cluster: round {number} of {bench.rounds}, {name} ...")
+            progress.log_to_stderr(f"bench cluster: round {number} of {bench.rounds}, {name} ...")
             rounds[name].append(_in_own_process(name, bench))
     pids, found, labels = draw(bench)[1], {}, {}
     for name, results in rounds.items():

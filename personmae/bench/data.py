@@ -114,7 +114,7 @@ def _rates(bench: DataBench, scratch: str) -> dict[str, tuple[float, int]]:
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(1, bench.rounds + 1):
         for name, (measure, _) in ways.items():
-            progress.say(f"bench data: round {number} of {bench.rounds}, {name} ...")
+            progress.log_to_stderr(f"bench data: round {number} of {bench.rounds}, {name} ...")
             rates[name].append(measure())
     return {name: (statistics.median(found), ways[name][1]) for name, found in rates.items()}
 

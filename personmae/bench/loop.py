@@ -274,7 +274,7 @@ def open_loop(cell: Cell, shards: str | None) -> float | Failed:
         gc.freeze()  # as a run does after its first step
         return seconds
     except Exception as error:
-        return _told(error)
+        return _failed(error)
 
 
 def run_round(source: str, num_steps: int) -> Repeat | Failed:
@@ -283,7 +283,7 @@ def run_round(source: str, num_steps: int) -> Repeat | Failed:
     try:
         return _loop.run_round(source, num_steps)
     except Exception as error:
-        return _told(error)
+        return _failed(error)
 
 
 def close_loop() -> None:
@@ -292,7 +292,7 @@ def close_loop() -> None:
         _loop.close()
 
 
-def _told(error: Exception) -> Failed:
+def _failed(error: Exception) -> Failed:
     """An error in one line; it may hold what cannot be sent to another process."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return Failed("out of memory")

@@ -72,7 +72,7 @@ def run_rank(bench: RankBench, out: Path | None = None) -> dict[str, Any]:
     rounds: dict[str, list[tuple[float, int, float | None]]] = {name: [] for name in WAYS}
     for number in range(1, bench.rounds + 1):
         for name in WAYS:
-            progress.say(f"bench rank: round {number} of {bench.rounds}, {name} ...")
+            progress.log_to_stderr(f"bench rank: round {number} of {bench.rounds}, {name} ...")
             rounds[name].append(_in_own_process(name, bench, counts[name]))
     found = {}
     for name, results in rounds.items():

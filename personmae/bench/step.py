@@ -117,7 +117,7 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
         _require_samples(bench.shards, max(bench.batches))
     teams = groups if device.type == "cpu" else [[cell] for group in groups for cell in group]
     if not ceilings:
-        progress.say("bench step: measuring what this machine can do at most ...")
+        progress.log_to_stderr("bench step: measuring what this machine can do at most ...")
     ceilings = ceilings or measure_alone(bench.precisions)
     print(f"bench step: this machine does {_described(ceilings)}", flush=True)
     shards = Path(bench.shards).name if bench.shards else None

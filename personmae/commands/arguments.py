@@ -126,11 +126,11 @@ class Progress:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total)
             if is_due:
-                self._bar.update(self._task, pace=self._told(total))
+                self._bar.update(self._task, pace=self._pace_text(total))
         elif is_due:
-            self._print(f"{self._title}: {done:,} of {total:,} {self._unit}{self._told(total)}")
+            self._print(f"{self._title}: {done:,} of {total:,} {self._unit}{self._pace_text(total)}")
 
-    def _told(self, total: int) -> str:
+    def _pace_text(self, total: int) -> str:
         left = self._pace.left(total) if self._pace else None
         if not self._pace or left is None:
             return ""

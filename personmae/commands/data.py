@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from personmae.commands.arguments import Progress, place, positive
-from personmae.monitor.progress import counted, ending, say, stamped
+from personmae.monitor.progress import counted, ending, log_to_stderr, stamped
 
 _SHARDS_WRITE = """\
 SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. Everything below it that holds images is taken:
@@ -62,11 +62,8 @@ def add_synth(verbs: argparse._SubParsersAction) -> None:
             print(f"{split:40} {count:>8,} images")
         print(f"contact sheet: {args.out / 'contact_sheet.png'}")
         pool, target = shlex.quote(str(args.out / "pool")), shlex.quote(str(args.out.parent / "shards"))
-        say(
-            ending(
-                "synth", time.monotonic() - began, f"the people are in {args.out}", f"personmae shards write {pool} {target}"
-            )
-        )
+        where, following = f"the people are in {args.out}", f"personmae shards write {pool} {target}"
+        log_to_stderr(ending("synth", time.monotonic() - began, where, following))
 
     verb.set_defaults(run=run)
 
@@ -146,7 +143,7 @@ def _shards_write(args: argparse.Namespace) -> None:
             part=part,
             num_processes=args.processes,
             progress=progress,
-            announce=lambda line: print(stamped(f"shards write: {line}"), file=sys.stderr, flush=True),
+            log=lambda line: print(stamped(f"shards write: {line}"), file=sys.stderr, flush=True),
         )
     passed_over = f"; passed over: {outcome.passed_over}" if outcome.passed_over else ""
     if not outcome.finished:
@@ -162,7 +159,8 @@ def _shards_write(args: argparse.Namespace) -> None:
         passed_over += "; the people are synthetic"
     what = "already complete: {} in" if outcome.was_complete else "{} written to"
     print(f"{what.format(counted(outcome.num_images, 'image'))} {args.destination}{rejected}{passed_over}")
-    say(ending("shards write", time.monotonic() - began, f"the shards are in {args.destination}", _pretrain(args.destination)))
+    seconds, where = time.monotonic() - began, f"the shards are in {args.destination}"
+    log_to_stderr(ending("shards write", seconds, where, _pretrain(args.destination)))
 
 
 def _pretrain(shards: str) -> str:
@@ -192,7 +190,8 @@ def _shards_verify(args: argparse.Namespace) -> None:
     with CacheDir(args.cache_dir) as cache, Progress("shards verify", "images") as progress:
         count = shards.verify(args.root, cache_dir=cache, keep=bool(args.cache_dir), progress=progress)
     print(f"{count:,} samples of {args.root} are whole")
-    say(ending("shards verify", time.monotonic() - began, f"nothing in {args.root} is damaged", _pretrain(args.root)))
+    seconds, where = time.monotonic() - began, f"nothing in {args.root} is damaged"
+    log_to_stderr(ending("shards verify", seconds, where, _pretrain(args.root)))
 
 
 def _shards_stats(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from personmae.commands.arguments import counting, place, positive, size
 from personmae.errors import UserError
-from personmae.monitor.progress import log, say
+from personmae.monitor.progress import log, log_to_stderr
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ def _bench_counts(actions: argparse._SubParsersAction) -> None:
             raise UserError("--rate and --bandwidth belong together, and in the place of --measure")
         precision, ceilings = args.precision or "bf16", None
         if args.measure:
-            say("bench counts: measuring what this machine can do at most ...")
+            log_to_stderr("bench counts: measuring what this machine can do at most ...")
             (precision,) = require_native([args.precision or "auto"], dist.read_world().device)
             ceilings = measure_alone([precision])
         if args.rate:
@@ -239,7 +239,7 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
         from personmae.inspect import doctor
 
         if args.quickstart:
-            doctor.tell_quickstart()
+            doctor.print_quickstart()
         else:
             doctor.run(shards=args.shards, config_path=args.config and str(args.config))
 

@@ -11,7 +11,7 @@ import xxhash
 from personmae.data.containers import ImageEntry
 from personmae.data.selection import Selection
 from personmae.data.shards import header_bytes, sample_bytes
-from personmae.data.sources import Source, told
+from personmae.data.sources import Source, summary
 from personmae.monitor.progress import counted
 
 _FORMAT_VERSION = 2  # one more with each rule of what a shard holds: sizes are upright since 2
@@ -52,7 +52,7 @@ class ImportPlan:
         return self.images[self.starts[number] : end]
 
     def __str__(self) -> str:
-        others = told(self.source.passed_over)
+        others = summary(self.source.passed_over)
         line = f"{self.source.location}: {counted(len(self.images), 'image')} for {counted(len(self.starts), 'shard')}"
         return f"{line}; passed over: {others}" if others else line
 
@@ -82,10 +82,10 @@ def make_plan(
     selection: Selection,
     shard_bytes: int,
     max_side: int | None,
-    announce: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> ImportPlan:
     """List the source and cut the wanted images into shards as streaming's writer would: full, in order."""
-    images = selection.of(source.images(announce))
+    images = selection.of(source.images(log))
     empty = header_bytes(shard_bytes)
     starts, size = [0], empty
     for place, image in enumerate(images):

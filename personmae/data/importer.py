@@ -24,13 +24,13 @@ from typing import Any
 
 from personmae.data import rejects
 from personmae.data.import_home import DONE, PLAN, STAGING, locked, open_staging, standing
-from personmae.data.import_plan import WHOLE, Part, ImportPlan, make_plan
+from personmae.data.import_plan import WHOLE, ImportPlan, Part, make_plan
 from personmae.data.import_workers import leave_interrupts_to_main, workers
 from personmae.data.mds import INDEX
 from personmae.data.rejects import REJECTS
 from personmae.data.selection import Selection
 from personmae.data.shards import SHARD_BYTES, Progress, Record, Task, shard_name, write_shard
-from personmae.data.sources import open_source, told
+from personmae.data.sources import open_source, summary
 from personmae.errors import Stopped, UserError
 from personmae.system import storage
 
@@ -65,13 +65,13 @@ def carry_out(
     part: Part = WHOLE,
     num_processes: int = 1,
     progress: Progress | None = None,
-    announce: Callable[[str], None] | None = None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
     """Write a source's images as shards to a directory or ``s3://bucket/prefix``.
 
     An image that cannot be decoded is left out and listed in ``rejects.jsonl``. One whose longer side exceeds ``max_side``
     pixels is shrunk to it and encoded again; all others are kept byte for byte. No file exceeds ``shard_bytes``, unless a
-    single image does or encoding again has made images larger. ``progress(done, total)`` counts images, ``announce``
+    single image does or encoding again has made images larger. ``progress(done, total)`` counts images, ``log``
     gets lines about the listing and the plan. ``column`` is the one to read of tables.
 
     Where more than the share ``max_rejects`` is left out, the index is not written, and the same call with a larger share
@@ -99,12 +99,11 @@ def carry_out(
     try:
         with _sigterm_as_interrupt():
             standing(destination)  # listing a source may take minutes
-            tell = announce or (lambda line: None)
-            plan = make_plan(open_source(source, column), selection or Selection(), shard_bytes, max_side, tell)
+            plan = make_plan(open_source(source, column), selection or Selection(), shard_bytes, max_side, log)
             plan = replace(plan, max_rejects=max_rejects)
-            tell(str(plan))
+            log(str(plan))
             outcome = _import(plan, destination, part, num_processes, progress or (lambda done, total: None))
-            return replace(outcome, passed_over=told(plan.source.passed_over))
+            return replace(outcome, passed_over=summary(plan.source.passed_over))
     except KeyboardInterrupt:
         raise Stopped("interrupted; what is finished is kept: run the same command again to go on from there") from None
     except BrokenProcessPool as error:

@@ -56,10 +56,10 @@ class Source:
         """Whether it is still there."""
         return self._files.exists()
 
-    def images(self, announce: Callable[[str], None] = lambda line: None) -> list[ImageEntry]:
+    def images(self, log: Callable[[str], None] = lambda line: None) -> list[ImageEntry]:
         """All images in an order that stays the same; no two have one key, and none is read.
 
-        ``announce`` gets a line at once, and one every ten seconds while it lasts.
+        ``log`` gets a line at once, and one every ten seconds while it lasts.
 
         Raises:
             UserError: the source cannot be read, or holds none.
@@ -73,7 +73,7 @@ class Source:
                 f": {done:,} images so far in {len(containers):,} tars or the like" if done else ""
             )
 
-        with repeated(announce, so_far):
+        with repeated(log, so_far):
             return self._images(containers)
 
     def _images(self, containers: list[Container]) -> list[ImageEntry]:
@@ -88,7 +88,7 @@ class Source:
             tars = [file.name for file in files if file.name.lower().endswith(COMPRESSED_TARS)]
             if tars:
                 raise compressed(f"{self.location}/{tars[0]}")
-            others = told(self.passed_over)
+            others = summary(self.passed_over)
             raise UserError(f"{_WANTED} are required; {self.location} holds none{others and f' beside {others}'}")
         if containers:
             _require_different_keys(found)
@@ -208,7 +208,7 @@ def _require_different_keys(images: list[ImageEntry]) -> None:
         seen[image.key] = image.container
 
 
-def told(passed_over: Counter[str]) -> str:
+def summary(passed_over: Counter[str]) -> str:
     """What was passed over, in words: ``12 .txt, 3 .mat``."""
     kinds = sorted(((count, kind) for kind, count in passed_over.items() if count), key=lambda each: (-each[0], each[1]))
     shown = [f"{count:,} {kind}" for count, kind in kinds[:_MOST_KINDS]]

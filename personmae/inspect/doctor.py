@@ -162,7 +162,7 @@ def run(*, shards: str | None = None, config_path: str | None = None) -> None:
         raise Incomplete(f"here would fail: {', '.join(failing)}; the table says why and what to do")
 
 
-def tell_quickstart() -> None:
+def print_quickstart() -> None:
     """Print how long ``make quickstart`` takes on this machine; nothing where it has begun or cannot be measured."""
     if (QUICKSTART / "pretrain" / "checkpoints").is_dir():
         print(f"make quickstart goes on where it was in {QUICKSTART}", flush=True)

@@ -1,6 +1,6 @@
-"""Configuration files: read with their bases, overridden by ``a.b=c``, validated, and written back.
+"""Configuration files: read them with their bases, apply ``a.b=c`` overrides, validate them, and write them back.
 
-Nothing here knows a key: the models of ``config.py`` do.
+No key is named here. The models in ``config.py`` define them.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _COMMAND_LINE = "the command line"
 
 @dataclass(slots=True)
 class Tree:
-    """What files and the command line say before a program's keys give it types, and where each key comes from."""
+    """Values from files and the command line before a program's keys give them types, and where each one comes from."""
 
     file: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +49,7 @@ def read(path: str | Path) -> Tree:
 
 
 def override(tree: Tree, kind: type[BaseModel], overrides: Sequence[str]) -> None:
-    """Set keys of a tree; what ``a.b=`` is followed by is taken as the key's type wants it."""
+    """Set keys of a tree. The text after ``a.b=`` is read by the type of the key."""
     for text in overrides:
         key, equals, value = text.partition("=")
         keys = renamed.key_of_today(key).split(".")
@@ -61,7 +61,7 @@ def override(tree: Tree, kind: type[BaseModel], overrides: Sequence[str]) -> Non
 
 
 def validate(kind: type[ConfigT], tree: Tree, expand: Callable[[str], str] = expand) -> ConfigT:
-    """The model of a tree; ``expand`` is what becomes of a place.
+    """The model of a tree. ``expand`` is applied to places.
 
     Raises:
         UserError: a key is unknown, missing or has a wrong value.
@@ -79,7 +79,7 @@ def config_hash(config: BaseModel) -> str:
 
 
 def dump_yaml(config: BaseModel, *, expanded: bool = True) -> str:
-    """The resolved configuration as YAML, in ASCII, that ``load`` reads back; not ``expanded``: with paths still to expand."""
+    """The resolved configuration as ASCII YAML that ``load`` reads back. Not ``expanded``: with paths still to expand."""
     values = config.model_dump(mode="json")
     values = escape_places(type(config), values) if expanded else values
     return yaml.dump(values, Dumper=yaml_text.Dumper, sort_keys=False)
@@ -125,7 +125,7 @@ def _merge(tree: Tree, new: dict[str, Any], origin: str) -> None:
 
 
 def _changes(into: dict[str, Any], new: dict[str, Any], prefix: str) -> Iterator[tuple[dict[str, Any], str, Any, str]]:
-    """Which dict gets which key, and its dotted path; sections that are there already are entered."""
+    """Which dict gets which key, and its dotted path. Existing sections are entered."""
     for key, value in new.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(into.get(key), dict):

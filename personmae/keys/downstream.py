@@ -96,9 +96,9 @@ class Finetune(Section):
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
 
-    def identity(self) -> dict[str, Any]:
+    def resume_key(self) -> dict[str, Any]:
         """What makes a run the run it is, by dotted key, besides the weights and the data that it starts from."""
-        return _downstream_identity(self)
+        return _downstream_resume_key(self)
 
 
 class Feature(Section):
@@ -212,19 +212,19 @@ class Unsupervised(Section):
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
 
-    def identity(self) -> dict[str, Any]:
+    def resume_key(self) -> dict[str, Any]:
         """What makes a run the run it is, by dotted key, besides the weights and the data that it starts from."""
-        return _downstream_identity(self)
+        return _downstream_resume_key(self)
 
 
 DownstreamT = TypeVar("DownstreamT", bound=Finetune | Unsupervised)
 
 
-def completed_identity(kind: type[Finetune | Unsupervised], saved: dict[str, Any]) -> dict[str, Any]:
+def completed_resume_key(kind: type[Finetune | Unsupervised], saved: dict[str, Any]) -> dict[str, Any]:
     """A saved identity in the words of today, with options that it does not know at their defaults."""
     if not saved:
         return saved
-    found = kind(run_dir="-", root="-", init="-").identity() | saved
+    found = kind(run_dir="-", root="-", init="-").resume_key() | saved
     if isinstance(per_camera := saved.get("cluster.per_camera"), bool):
         found["cluster.per_camera"] = "standardise" if per_camera else "none"
     return found
@@ -235,7 +235,7 @@ def with_normalisation(settings: DownstreamT, mean: Sequence[float], std: Sequen
     return settings.model_copy(update={"model": settings.model.model_copy(update={"mean": tuple(mean), "std": tuple(std)})})
 
 
-def _downstream_identity(settings: Finetune | Unsupervised) -> dict[str, Any]:
+def _downstream_resume_key(settings: Finetune | Unsupervised) -> dict[str, Any]:
     """All but where things lie and how the work is watched or shared; weights and data count by their digests."""
     values = settings.model_dump(mode="json", exclude={"run_dir", "root", "init", "checkpoint", "metrics"})
     for name in ("log_every", "max_skipped_steps", "extract_batch_size"):

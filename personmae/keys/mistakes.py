@@ -1,4 +1,4 @@
-"""One line for each mistake in a configuration: the key, where it stands, what was wanted, and the key that was meant."""
+"""One line for a mistake in a configuration: the key, its file, the value it takes, and the key that was meant."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from personmae.keys.values import is_model, items_of
 
-_MEANT = {  # words of other programs -> ours, the first that a program has
+_MEANT = {  # names in other programs -> our keys, of which the first that the program has counts
     "amp": ("train.precision",),
     "bf16": ("train.precision",),
     "bs": ("train.global_batch_size", "batch.num_ids"),
@@ -84,8 +84,8 @@ def origin_of(keys: Sequence[str], origins: Mapping[str, str], file: str) -> str
 def nearest_key(kind: type[BaseModel], path: str) -> str:
     """The known key that an unknown one most likely means.
 
-    Other programs' names come first. Else all words of what was typed should be in a key (``img_size`` is ``model.img_size``),
-    and its last part counts as much as the whole, so that a key without its section is found.
+    Names from other programs come first. Otherwise a key should have all the typed words (``img_size`` is
+    ``model.img_size``). The last part counts as much as the whole, so that a key without its section is found.
     """
     known, leaf = dotted_keys(kind), path.rpartition(".")[2]
     meant = _MEANT.get(leaf.lower().replace("-", "_"), ()) if leaf not in {key.rpartition(".")[2] for key in known} else ()
@@ -108,7 +108,7 @@ def unknown_keys(kind: type[BaseModel], values: Mapping[str, Any], prefix: str =
 
 
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """All keys and sections of a model, in order; those of a list's sections without their number."""
+    """All keys and sections of a model in order. Sections in a list have no number."""
     paths = []
     for name, field in kind.model_fields.items():
         paths.append(f"{prefix}{name}")
@@ -122,7 +122,7 @@ def _unnumbered(keys: Sequence[str]) -> str:
 
 
 def _likeness(typed: str, key: str) -> float:
-    """From 0 to 3: how like whole and last part are, and how many of the typed words the key has."""
+    """From 0 to 3: the similarity of the whole and of the last part, and the share of typed words in the key."""
     whole = difflib.SequenceMatcher(None, typed, key).ratio()
     last = difflib.SequenceMatcher(None, typed.rpartition(".")[2], key.rpartition(".")[2]).ratio()
     words = set(re.split(r"[._-]", typed))

@@ -91,6 +91,6 @@ class Metrics(Section):
         default=0, ge=0, description="how long the endpoint of a complete run stays, for the last numbers to be scraped"
     )
 
-    def meter_arguments(self) -> dict[str, Any]:
-        """Arguments of ``meter.Meter``."""
+    def rank_metrics_arguments(self) -> dict[str, Any]:
+        """Arguments of ``rank_metrics.RankMetrics``."""
         return self.model_dump(include={"port", "host", "gpu", "linger_seconds"})

@@ -1,7 +1,7 @@
-"""From a tree of texts to the values that the fields of a model want, by their types; pydantic then checks them.
+"""Turn a tree of texts into the values that the fields of a model take, by their types. Pydantic then checks them.
 
-A text field takes the text as it stands and a number field a number: ``20240101`` is a folder for ``run_dir`` and a
-number for ``seed``. Fields marked with ``PLACE`` have ``~`` and ``$VAR`` in them expanded.
+A text field takes the text unchanged and a number field a number: ``20240101`` is a folder for ``run_dir`` and a number for
+``seed``. In fields marked with ``PLACE``, ``~`` and ``$VAR`` are expanded.
 """
 
 import re
@@ -30,7 +30,7 @@ class _Reader(NamedTuple):
 
 
 def kind_at(model: type[BaseModel], keys: Sequence[str]) -> Any:
-    """The type of the field at a dotted key; None where it is unknown or may be anything."""
+    """The type of the field at a dotted key. None where it is unknown or may be anything."""
     field = model.model_fields.get(keys[0])
     if field is None:
         return None

@@ -23,8 +23,8 @@ from personmae.monitor import endpoint, heartbeat
 
 INTERVAL_SECONDS = 2.0
 SHARED = "host"  # the source that speaks for a host, and on the first one for the run
-GOODPUT = "Time of the host by what it went into"
-RANK_PHASE = "1 for what a rank is doing, 0 for all else"
+GOODPUT = "Time of the host by what it was used for; state data_wait was data before"
+RANK_PHASE = "1 for the phase a rank is in, 0 for the others; wait_data is the old name of data_wait"
 _SUFFIX = ".metrics"
 _KEPT = ("counter", "histogram")
 

@@ -1,6 +1,6 @@
-"""The GPUs of this host as NVML sees them, through nvidia-ml-py; nothing where there is no driver.
+"""Metrics of this host's GPUs, from NVML through nvidia-ml-py. There are none without a driver.
 
-A cluster's DCGM exporter tells more, under other names; this is for hosts without one.
+A cluster's DCGM exporter has more, under other names. This is for hosts without one.
 """
 
 import contextlib
@@ -21,25 +21,25 @@ _THROTTLES: Final = {
     "sync_boost": "nvmlClocksEventReasonSyncBoost",
 }
 _WAIT_MILLISECONDS = 5000
-_told: set[str] = set()
+_logged: set[str] = set()
 
 
-def gpu_collectors(say: Callable[[str], object] = print) -> list[Collector]:
-    """What tells about the GPUs of this host: one collector, or none, which is said once, where NVML cannot be used."""
+def gpu_collectors(log: Callable[[str], object] = print) -> list[Collector]:
+    """One collector for the GPUs of this host, or none where NVML cannot be used, which is logged once."""
     import pynvml
 
     try:
         return [GpuCollector(pynvml)]
     except pynvml.NVMLError as error:
         line = f"no GPU metrics: NVML says {error}"
-        if line not in _told:
-            say(line)
-        _told.add(line)
+        if line not in _logged:
+            log(line)
+        _logged.add(line)
         return []
 
 
 class GpuCollector(Collector):
-    """Numbers of every GPU, by its index; what a GPU does not know is left out. ``library`` is pynvml.
+    """Numbers of every GPU, by its index. What a GPU does not know is left out. ``library`` is pynvml.
 
     Raises:
         NVMLError: there is no driver.
@@ -117,11 +117,11 @@ class GpuCollector(Collector):
         return counter
 
     def _unknown(self) -> contextlib.AbstractContextManager[None]:
-        """NVMLError is what a GPU answers that does not have a sensor, or that has fallen off the bus."""
+        """Pass over an NVMLError: the GPU has no such sensor, or it has fallen off the bus."""
         return contextlib.suppress(self._library.NVMLError)
 
     def _listen(self) -> None:
-        """Count XIDs, which NVML tells as events, in a thread; not every GPU has them."""
+        """Count XIDs in a thread, from NVML's events. Not every GPU has them."""
         nvml, uuids = self._library, {}
         try:
             events = nvml.nvmlEventSetCreate()

@@ -1,7 +1,7 @@
-"""What a rank tells the agent that started it: what it is doing and which step it has reached.
+"""Heartbeats: a rank writes its phase and its step for the agent that started it.
 
-One small mapped file a rank, below the directory that ``PERSONMAE_HEARTBEAT_DIR`` names; without that variable nothing
-happens. The agent reads the file; nothing is sent, and the rank never waits.
+Each rank maps one small file in the directory ``PERSONMAE_HEARTBEAT_DIR``. Without that variable nothing happens. The
+agent reads the file. Nothing is sent, and the rank never waits.
 """
 
 import faulthandler
@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 DIRECTORY = "PERSONMAE_HEARTBEAT_DIR"
-Phase = Literal["start", "compile", "step", "checkpoint", "wait_data", "evaluate"]
+Phase = Literal["start", "compile", "step", "checkpoint", "data_wait", "evaluate"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-# How long a rank may say nothing new, by what it said last; the agent's options have these defaults.
+OLD_PHASES: dict[Phase, str] = {"data_wait": "wait_data"}  # names that are exported beside the new ones for one release
+# How long a rank may be silent in each phase. The agent's options have these defaults.
 PATIENCE_SECONDS: dict[Phase, float] = {
     "start": 600,
     "compile": 900,
     "step": 300,
     "checkpoint": 600,
-    "wait_data": 1800,
+    "data_wait": 1800,
     "evaluate": 3600,
 }
 _RECORD = struct.Struct("<qqq")  # phase, step, time in ns of the clock that all processes of a host share
@@ -32,7 +33,7 @@ _TIME = struct.Struct("<q")
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """A rank's last word: ``step`` optimizer steps are done, and ``phase`` began or went on at ``time``."""
+    """A rank's last beat: ``step`` optimizer steps are done, and ``phase`` began or continued at ``time``."""
 
     phase: Phase
     step: int
@@ -40,7 +41,7 @@ class Beat:
 
 
 class Heartbeat:
-    """This rank's end. It also lets the agent ask for the stacks of all threads, by SIGUSR1, however stuck they are."""
+    """The rank's side. It also lets the agent ask for the stacks of all threads by SIGUSR1, even where they are stuck."""
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
@@ -57,7 +58,7 @@ class Heartbeat:
         self.beat("start", 0)
 
     def beat(self, phase: Phase, step: int) -> None:
-        """Say that ``phase`` begins or goes on, ``step`` steps being done."""
+        """Record that ``phase`` begins or continues after ``step`` steps."""
         if self._map is not None:
             _TIME.pack_into(self._map, _RECORD.size - _TIME.size, now := time.monotonic_ns())
             _RECORD.pack_into(self._map, 0, PHASES.index(phase), step, now)  # a new phase is never seen with an old time
@@ -71,6 +72,12 @@ def beat_file(directory: str | Path, local_rank: int) -> Path:
 def stacks_file(directory: str | Path, local_rank: int) -> Path:
     """Where a rank's stacks go when the agent asks for them."""
     return Path(directory) / f"{local_rank}.stacks"
+
+
+def phase_values(phase: Phase) -> dict[str, float]:
+    """1 for the current phase and 0 for the others, by name, with the old names of the last release."""
+    values = {name: float(name == phase) for name in PHASES}
+    return values | {old: values[new] for new, old in OLD_PHASES.items()}
 
 
 def read_beat(directory: str | Path, local_rank: int) -> Beat | None:

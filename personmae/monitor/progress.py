@@ -1,4 +1,4 @@
-"""What people see of work under way: time stamps, durations, and the time to go by the recent rate."""
+"""Log lines about work in progress: time stamps, durations, and the time to go at the recent rate."""
 
 import sys
 import threading
@@ -24,30 +24,30 @@ def counted(number: int, what: str) -> str:
 
 
 def stamped(text: str) -> str:
-    """Lines with the time of day before the first one, for logs."""
+    """Log lines with the time of day before the first one."""
     return f"{time.strftime('%H:%M:%S')} {text}"
 
 
-def say(text: str) -> None:
-    """Print to standard error what begins or has ended; standard output is left to results."""
-    _print(text, sys.stderr)
-
-
 def log(text: str) -> None:
-    """Print a line of a program's log to standard output."""
-    _print(text, sys.stdout)
+    """Write a line of a program's log to standard output."""
+    _write(text, sys.stdout)
+
+
+def log_to_stderr(text: str) -> None:
+    """Write a log line to standard error, so that standard output holds results alone."""
+    _write(text, sys.stderr)
 
 
 @contextmanager
-def repeated(announce: Callable[[str], None], text: Callable[[], str]) -> Iterator[None]:
-    """Announce a text at once, and as it is by then every ten seconds until the work within ends."""
+def repeated(log: Callable[[str], None], text: Callable[[], str]) -> Iterator[None]:
+    """Log a text at once, then its current state every ten seconds until the work within ends."""
     over = threading.Event()
 
     def run() -> None:
         while not over.wait(EVERY_SECONDS):
-            announce(text())
+            log(text())
 
-    announce(text())
+    log(text())
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
@@ -57,21 +57,21 @@ def repeated(announce: Callable[[str], None], text: Callable[[], str]) -> Iterat
         thread.join()
 
 
-def _print(text: str, stream: TextIO | None) -> None:
+def _write(text: str, stream: TextIO | None) -> None:
     if stream is None:  # closed before the program was started
         return
     print(text if stream.isatty() else stamped(text), file=stream, flush=True)
 
 
 def ending(program: str, seconds: float, result: str, following: str) -> str:
-    """The last line of a program: where its result is, how long it took, and the command that comes next."""
+    """The last lines of a program: where its result is, how long it took, and the command to run next."""
     return f"{program}: done in {duration(seconds)}; {result}\nnext: {following}"
 
 
 class Pace:
-    """How fast a work went lately: over the last minute, or since the last mark but one where marks are rarer.
+    """The recent rate of some work: over the last minute, or since the last mark but one where marks are rarer.
 
-    The time until the first mark is left out as soon as there is a second one: setting up and compiling fall into it.
+    The time before the first mark holds setting up and compiling. It is left out as soon as there is a second mark.
     """
 
     def __init__(self, done: int, clock: Callable[[], float] | None = None) -> None:
@@ -80,7 +80,7 @@ class Pace:
         self._is_warm = False
 
     def mark(self, done: int) -> None:
-        """So much is done by now."""
+        """Record that ``done`` pieces are done."""
         now = self._clock()
         if len(self._marks) == 2 and not self._is_warm:
             self._marks.popleft()
@@ -100,5 +100,5 @@ class Pace:
         return max(0, done - before) / max(1e-9, now - start)
 
     def left(self, total: int) -> float | None:
-        """Seconds to go; None while there is no rate to tell it from."""
+        """Seconds to go. None before there is a rate."""
         return (total - self._marks[-1][1]) / self.rate if self.rate else None

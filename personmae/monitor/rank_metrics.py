@@ -1,4 +1,4 @@
-"""What a rank measures of itself for Prometheus: the parts of its steps, where its time goes, and on rank 0 the run."""
+"""A rank's metrics for Prometheus: the parts of its steps, its time by state, and on rank 0 the run."""
 
 import contextlib
 import importlib.metadata
@@ -20,7 +20,7 @@ from personmae import dist
 from personmae.monitor import endpoint, heartbeat
 from personmae.monitor.exporter import GOODPUT, RANK_PHASE, Export, Several
 from personmae.monitor.gpu import gpu_collectors
-from personmae.monitor.heartbeat import PATIENCE_SECONDS, PHASES, Heartbeat, Phase
+from personmae.monitor.heartbeat import PATIENCE_SECONDS, Heartbeat, Phase
 from personmae.system import files, storage
 
 Part = Literal["data_wait", "inputs", "forward_backward", "optimizer", "other"]
@@ -31,7 +31,7 @@ STATES: Final[dict[Phase, str]] = {
     "compile": "init",
     "step": "train",
     "checkpoint": "checkpoint",
-    "wait_data": "data",
+    "data_wait": "data_wait",
     "evaluate": "evaluate",
 }
 _STEP_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -39,11 +39,11 @@ _STORE_SECONDS = 30.0  # a store that is away does not hold up the end of a run 
 _RESTORE_SECONDS = (0.1, 0.5, 1, 5, 10, 30, 60, 300, 900)
 
 
-class Meter:
-    """Everything a program tells about itself while it runs, its heartbeat included; cheap enough for every step.
+class RankMetrics:
+    """A program's metrics and its heartbeat. Every method is cheap enough for every step.
 
-    ``port`` at ``host`` is where it can be scraped when no agent does that, 0 for nowhere; with ``gpu`` it tells of the GPUs
-    there too, and it stays for ``linger_seconds`` after a complete run.
+    Where no agent serves the metrics they can be scraped at ``port`` of ``host``, 0 for nowhere. With ``gpu`` the endpoint
+    has the GPUs too. It stays for ``linger_seconds`` after a complete run.
 
     Raises:
         UserError: the port is taken or not allowed, or ``host`` is no address of this host.
@@ -82,40 +82,40 @@ class Meter:
         self._export = Export(local_rank, self._own, self._shared, port=port, host=host, answers=answers, more=more)
 
     def beat(self, phase: Phase, step: int) -> None:
-        """Say that ``phase`` begins or goes on, ``step`` steps being done: to the agent, and to what counts the time."""
+        """Record that ``phase`` begins or continues after ``step`` steps, for the agent and for the time by state."""
         self._heartbeat.beat(phase, step)
         self._beat_at, self._phase.now = time.monotonic(), phase
         self._states.enter(STATES[phase])
-        self._timer.enter(None if phase in ("start", "evaluate") else "data_wait" if phase == "wait_data" else "other")
+        self._timer.enter(None if phase in ("start", "evaluate") else "data_wait" if phase == "data_wait" else "other")
 
     def sick(self) -> str:
-        """Why this rank seems to be stuck: it has said nothing for longer than its phase allows. Empty while it has."""
+        """Why this rank seems to be stuck: it was silent for longer than its phase allows. Empty while it is well."""
         silent, phase = time.monotonic() - self._beat_at, self._phase.now
         is_late = not self._is_complete and silent > PATIENCE_SECONDS[phase]
         return f"the rank has said nothing for {silent:.0f} s in phase {phase}" if is_late else ""
 
     def enter(self, part: Part) -> None:
-        """A part of the step begins; the one before it ends."""
+        """Begin a part of the step, which ends the one before it."""
         self._timer.enter(part)
 
     def count(self, step: int, num_images: int) -> None:
-        """A step is done, by all ranks together with ``num_images``."""
+        """Count a step that all ranks have done together, with ``num_images`` in all."""
         self._timer.end_step()
         if self.run:
             self.run.count(step, num_images)
 
     def read(self, source: str, registry: Collector) -> None:
-        """Tell what a part of the rank counts; one that takes another's place goes on with its counters."""
+        """Export what a part of the rank counts. A new part under an old name continues its counters."""
         self._own.put(source, registry)
 
     def read_writer(self, registry: Collector) -> None:
-        """Tell what the writer of checkpoints counts, once for the run."""
+        """Export what the checkpoint writer counts, once for the run."""
         if self.run:
             self._shared.put("checkpoints", _SetGauges(registry))
 
     @contextlib.contextmanager
     def restoring(self) -> Iterator[None]:
-        """Time the search for a state, its fetching and its reading."""
+        """Time finding, fetching and reading the state to resume from."""
         start = time.monotonic()
         self._states.enter("restore")
         yield
@@ -123,9 +123,11 @@ class Meter:
         if self.run:
             self.run.restores.observe(time.monotonic() - start)
 
-    def complete(self, run_dir: str | None = None, store: str | None = None) -> None:
-        """The run is complete: rank 0 says so. One that has just come to its end, in ``run_dir``, leaves its numbers there and
-        in the store, where they outlive the endpoint; what cannot be written is told, and the run is complete all the same.
+    def complete(self, run_dir: str | None = None, upload_to: str | None = None) -> None:
+        """Record on rank 0 that the run is complete.
+
+        A run that has just ended in ``run_dir`` writes its numbers there and to ``upload_to``, where they outlive the endpoint.
+        A failure to write them is logged, and the run is complete all the same.
         """
         self._is_complete = True
         if not self.run:
@@ -134,16 +136,16 @@ class Meter:
         if run_dir:
             agents = heartbeat.DIRECTORY in os.environ
             name = os.environ.get("TORCHELASTIC_RUN_ID") if agents else None  # as Prometheus knows it in Kubernetes
-            _leave(self._export.record(run=name or Path(run_dir).resolve().name), run_dir, store)
+            _leave(self._export.record(run=name or Path(run_dir).resolve().name), run_dir, upload_to)
 
     def close(self, stopped: Callable[[], bool] | None = None) -> None:
-        """Say the last word; after a complete run, linger first for it to be heard, until ``stopped`` if that can be told."""
+        """Export the last numbers. A complete run waits for a last scrape first, until ``stopped`` where that is given."""
         lingers = self._is_complete and stopped
         self._export.close(self._linger_seconds if lingers else 0.0, stopped or (lambda: True))
 
 
 class RunNumbers:
-    """The run as rank 0 tells it. A gauge is not there before it is known: nothing has a loss of 0 meanwhile."""
+    """The run's numbers, on rank 0. A gauge is missing until its value is known, so that no loss of 0 is exported."""
 
     def __init__(self, job_kind: str) -> None:
         self.registry = registry = CollectorRegistry()
@@ -177,7 +179,7 @@ class RunNumbers:
         flops_per_image: float = 0.0,
         peak_flops: float | None = None,
     ) -> None:
-        """What is known before the first step; ``peak_flops`` of one rank a second, None where that is not known."""
+        """Set what is known before the first step. ``peak_flops`` is of one rank a second, None where it is not known."""
         names = {"first_step": first_step, "checkpoint_interval_steps": checkpoint_steps}
         for name, value in names.items():
             self._set(name, value)
@@ -191,8 +193,8 @@ class RunNumbers:
         self._set("last_step", step)
         self._set("last_step_timestamp_seconds", time.time())
 
-    def show(self, step: int, values: dict[str, float], images_per_second: float) -> None:
-        """Take over what has been logged."""
+    def record(self, step: int, values: dict[str, float], images_per_second: float) -> None:
+        """Set the gauges to the values of a recorded step."""
         for name, key in (("loss", "loss"), ("learning_rate", "lr"), ("grad_norm", "grad_norm")):
             if key in values:
                 self._set(name, values[key])
@@ -208,7 +210,7 @@ class RunNumbers:
             self._set("model_flops_utilization_ratio", images_per_second / peak)
 
     def complete(self) -> None:
-        """All that the run is for is done and written."""
+        """Record that the run is complete: all is done and written."""
         self._set("run_completed_timestamp_seconds", time.time())
 
     def _set(self, name: str, value: float) -> None:
@@ -234,7 +236,7 @@ _GAUGES: Final = {
 
 
 class StateClock(Collector):
-    """Seconds of this process by what it was doing, from its first instruction on."""
+    """Seconds of this process by state, from its first instruction on."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -259,20 +261,20 @@ class StateClock(Collector):
 class StepTimer:
     """Durations of steps and of their parts.
 
-    With ``new_event`` parts are measured where they run, by events in the GPU's stream, which are read some steps later, when
-    they have happened: the host only queues the work. Nothing waits for them. Waiting for data is a matter of the host.
-    What comes before the first part, or between steps as None, belongs to no step.
+    With ``new_event`` parts are measured on the GPU, by events in its stream. They are read some steps later, when they
+    have happened, and nothing waits for them. ``data_wait`` is measured on the host. Time before the first part belongs
+    to no step, nor does time in the part None.
     """
 
     def __init__(self, registry: CollectorRegistry, new_event: Callable[[], Any] | None = None) -> None:
         histogram = Histogram(
             "personmae_step_duration_seconds",
-            "Duration of a step (total) and of its parts",
-            ["phase"],
+            "Duration of a step (total) and of its parts; label phase is the old name of part",
+            ["part", "phase"],
             buckets=_STEP_SECONDS,
             registry=registry,
         )
-        self._observe = {part: histogram.labels(part).observe for part in ("total", *PARTS)}
+        self._observe = {part: histogram.labels(part, part).observe for part in ("total", *PARTS)}
         self._new_event = new_event
         self._part: Part | None = None
         self._since = time.perf_counter()
@@ -282,7 +284,7 @@ class StepTimer:
         self._free: list[Any] = []
 
     def enter(self, part: Part | None) -> None:
-        """The part before this one ends."""
+        """Begin a part, which ends the one before it."""
         now = time.perf_counter()
         if self._part:
             self._spent[self._part] += now - self._since
@@ -293,14 +295,14 @@ class StepTimer:
             self._marks.append((part, event))
 
     def end_step(self) -> None:
-        """The step is done, or queued."""
+        """End the step, which is done or queued."""
         self.enter("other")
         if self._new_event:
             self._queued.append((self._marks, self._spent["data_wait"]))
             self._marks = self._marks[-1:]  # where the next step begins
             self._drain()
         else:
-            self._tell(self._spent)
+            self._record(self._spent)
         self._spent = dict.fromkeys(PARTS, 0.0)
 
     def _drain(self) -> None:
@@ -311,23 +313,23 @@ class StepTimer:
                 if part:
                     spent[part] += event.elapsed_time(following) / 1000
             self._free += [event for _, event in marks[:-1]]
-            self._tell(spent, waited)
+            self._record(spent, waited)
 
-    def _tell(self, spent: dict[Part, float], waited: float | None = None) -> None:
+    def _record(self, spent: dict[Part, float], waited: float | None = None) -> None:
         self._observe["total"](sum(spent.values()))
         for part, seconds in spent.items():
             self._observe[part](seconds if waited is None or part != "data_wait" else waited)
 
 
 class _PhaseNow(Collector):
-    """What the rank is doing, for where no agent tells it."""
+    """The phase of the rank, for where no agent exports it."""
 
     now: Phase = "start"
 
     def collect(self) -> Iterator[Metric]:
         gauge = GaugeMetricFamily("personmae_rank_phase", RANK_PHASE, labels=["phase"])
-        for phase in PHASES:
-            gauge.add_metric([phase], float(phase == self.now))
+        for name, value in heartbeat.phase_values(self.now).items():
+            gauge.add_metric([name], value)
         yield gauge
 
 
@@ -343,7 +345,7 @@ class _SetGauges(Collector):
 
 
 class _Allocator(Collector):
-    """Memory of this rank's GPU as torch keeps it; in the thread that asks, another GPU may be the current one."""
+    """Memory of this rank's GPU as torch keeps it. The device is named, since another may be current in this thread."""
 
     def __init__(self, local_rank: int) -> None:
         self._device = local_rank
@@ -354,12 +356,12 @@ class _Allocator(Collector):
             yield GaugeMetricFamily(f"personmae_cuda_memory_{kind}_bytes", text, value=ask(self._device))
 
 
-def _leave(text: bytes, run_dir: str, store: str | None) -> None:
+def _leave(text: bytes, run_dir: str, upload_to: str | None) -> None:
     def write() -> None:
         try:
             files.replace(Path(run_dir) / RECORD, text)
-            if store:
-                storage.write(store, RECORD, text)
+            if upload_to:
+                storage.write(upload_to, RECORD, text)
         except Exception as error:  # each store's client has errors of its own
             print(f"{RECORD} is not written: {error}", flush=True)
 
@@ -380,7 +382,7 @@ def _version(package: str) -> str:
 
 
 def _process_age() -> float:
-    """Seconds since this process was started; 0 where the kernel does not tell."""
+    """Seconds since this process was started, 0 where the kernel does not say."""
     try:
         ticks = float(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     except (OSError, IndexError):

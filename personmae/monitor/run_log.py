@@ -1,6 +1,6 @@
-"""What a run reports: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard files, and the record of its set-up.
+"""A run's log: a progress bar or plain lines, ``metrics.jsonl``, TensorBoard files, and the record of its set-up.
 
-Also how much arithmetic an image needs, and how much a GPU could do. What Prometheus is told stands in meter.py.
+``rank_metrics.py`` has what goes to Prometheus.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from typing import Any, Final
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from personmae.monitor import environment
-from personmae.monitor.progress import EVERY_SECONDS, Pace, duration, log
+from personmae.monitor import environment, progress
+from personmae.monitor.progress import EVERY_SECONDS, Pace, duration
 from personmae.monitor.rank_metrics import RunNumbers
 from personmae.system import files
 
@@ -25,11 +25,11 @@ CLUSTERS: Final = "clusters.jsonl"  # a line for each clustering of an unsupervi
 
 
 class RunLog:
-    """Rank 0's reports; on other ranks every method does nothing.
+    """Rank 0's log. On other ranks every method does nothing.
 
-    ``metrics.jsonl`` has one object per logged step. A resumed run drops the lines at or beyond the step it resumes from,
-    so the file reads as if nothing had happened; the lines before are not written again. People see more than is recorded:
-    the first step, and a line every ten seconds.
+    ``metrics.jsonl`` has one object per recorded step. A resumed run drops the lines beyond the step it resumes from and
+    keeps the lines before it, so the file reads as if nothing had happened. More is displayed than recorded: the first
+    step, and a line every ten seconds.
     """
 
     def __init__(
@@ -66,27 +66,27 @@ class RunLog:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[values]}"),
         )
         bar = Progress(*columns, console=console)
         bar.start()
-        return bar, bar.add_task(self._title, total=self._total_steps, completed=first_step, note="")
+        return bar, bar.add_task(self._title, total=self._total_steps, completed=first_step, values="")
 
     def advance(self, step: int) -> None:
-        """Move the bar; cheap enough for every step."""
+        """Move the bar. This is cheap enough for every step."""
         if self._is_first:
             self._step = step
             if self._bar:
                 self._bar[0].update(self._bar[1], completed=step)
 
     def is_due(self) -> bool:
-        """Whether people have seen nothing for ten seconds; rank 0's clock decides, and what is shown comes from all ranks."""
+        """Whether nothing was displayed for ten seconds. Rank 0's clock decides, since the values come from all ranks."""
         return self._is_first and self._pace.seconds_since_mark >= EVERY_SECONDS
 
-    def log(
+    def record(
         self, step: int, values: dict[str, float], *, images_per_step: int, constants: dict[str, float] | None = None
     ) -> None:
-        """Write one record, with images per second since the last one, and show it; ``constants`` are written alone."""
+        """Write one record with the images per second since the last one, and display it without ``constants``."""
         if not self._is_first:
             return
         now = time.monotonic()
@@ -95,47 +95,47 @@ class RunLog:
         record = {"step": step, "time": time.time(), **values, **(constants or {}), "images_per_second": rate}
         self._file.write(files.to_json(record) + "\n")
         if self._numbers:
-            self._numbers.show(step, values, rate)
+            self._numbers.record(step, values, rate)
         for name, value in record.items():
             if name not in ("step", "time"):
                 self._board.add_scalar(name, value, step)
-        self.show(step, values, images_per_step=images_per_step)
+        self.display(step, values, images_per_step=images_per_step)
 
     @contextlib.contextmanager
     def pausing(self) -> Iterator[None]:
-        """What is done meanwhile takes no time from the steps, as far as their images per second are recorded."""
+        """Leave the time spent within out of the recorded images per second."""
         start = time.monotonic()
         yield
         if self._is_first:
             self._last_time += time.monotonic() - start
 
-    def show(self, step: int, values: dict[str, float], *, images_per_step: int) -> None:
-        """Show a step with rate and time to go of the last minute; nothing is recorded."""
+    def display(self, step: int, values: dict[str, float], *, images_per_step: int) -> None:
+        """Display a step with the rate and the time to go of the last minute, and record nothing."""
         if not self._is_first:
             return
         waited = self._pace.seconds_since_mark
         self._pace.mark(step)
         left = self._pace.left(self._total_steps)
-        if step == self._first_step + 1:  # it sets up and compiles, so it says nothing of the others
+        if step == self._first_step + 1:  # it sets up and compiles, so later ones take less
             pace = f"the first step took {waited:.1f} s"
         else:
             pace = f"{self._pace.rate * images_per_step:,.0f} images/s  {'?' if left is None else duration(left)} to go"
         if self._bar:  # a terminal is narrow: the rest is in the files
-            self._bar[0].update(self._bar[1], completed=step, note=f"loss {values['loss']:.4g}  {pace}")
+            self._bar[0].update(self._bar[1], completed=step, values=f"loss {values['loss']:.4g}  {pace}")
         else:
             shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self.say(f"{self._title} {step}/{self._total_steps}  {shown}  {pace}")
+            self.log(f"{self._title} {step}/{self._total_steps}  {shown}  {pace}")
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
+    def log(self, text: str) -> None:
+        """Log a line, above the bar where there is one."""
         if self._is_first:
             if self._bar:
                 self._bar[0].console.print(text, markup=False, emoji=False)  # a run's name may have brackets
             else:
-                log(text)
+                progress.log(text)
 
     def close(self) -> None:
-        """End the bar, flush the files, and write into ``run.json`` how it ended, by the exception on its way."""
+        """End the bar, flush the files, and record in ``run.json`` how the run ended, by the exception being raised."""
         if not self._is_first:
             return
         failure = sys.exception()
@@ -153,7 +153,7 @@ class RunLog:
 
 
 def read_records(run_dir: str | Path) -> list[dict[str, float]]:
-    """All records of a run's ``metrics.jsonl``; null there is a number that was not finite."""
+    """All records of a run's ``metrics.jsonl``. A null there stands for a number that was not finite."""
     lines = files.whole_lines(Path(run_dir) / METRICS)
     records: list[dict[str, float | None]] = [json.loads(line) for line in lines]
     return [{name: float("nan") if value is None else value for name, value in record.items()} for record in records]

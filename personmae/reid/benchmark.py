@@ -85,8 +85,11 @@ def train_labels(samples: Sequence[Sample]) -> Int[np.ndarray, " N"]:
     return np.unique(pids_and_camids(samples)[0], return_inverse=True)[1].astype(np.int64)
 
 
-def identity(benchmark: Benchmark) -> dict[str, int | str]:
-    """Counts of the training images and a digest of their paths below the root, classes and cameras, by dotted key."""
+def resume_key(benchmark: Benchmark) -> dict[str, int | str]:
+    """The part of a run's resume key about its data: counts of training images and a digest, by dotted key.
+
+    The digest is over the images' paths below the root, classes and cameras.
+    """
     labels = train_labels(benchmark.train)
     lines = [
         f"{os.path.relpath(sample.path, benchmark.root)}\t{label}\t{sample.camid}\n"

@@ -24,12 +24,12 @@ from personmae.reid.benchmark import (
     count,
     describe,
     digest,
-    identity,
     is_synthetic,
     joined,
     matched_queries,
     pids_and_camids,
     record,
+    resume_key,
     title,
     train_labels,
 )
@@ -44,7 +44,7 @@ from personmae.reid.samples import (
     read_lists,
     read_names,
     read_tables,
-    told,
+    summary,
 )
 
 __all__ = [  # what is known of a benchmark once it is read is offered here too
@@ -59,11 +59,11 @@ __all__ = [  # what is known of a benchmark once it is read is offered here too
     "count",
     "describe",
     "digest",
-    "identity",
     "is_synthetic",
     "load_benchmark",
     "pids_and_camids",
     "record",
+    "resume_key",
     "title",
     "train_labels",
 ]
@@ -157,7 +157,7 @@ def _in_market_folders(name: str, folder: Path, layout: Layout, splits: Sequence
         num_junk=len(files["gallery"]) - len(kept["gallery"]),
         distractors=layout.distractors,
         published=PUBLISHED[name],
-        remark=told(passed_over),
+        remark=summary(passed_over),
     )
 
 
@@ -214,7 +214,7 @@ def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) ->
         query=tuple(samples["query"]),
         gallery=tuple(samples["gallery"]),
         published=PUBLISHED[version] if train_on_val else WITHOUT_VAL,
-        remark=joined("" if train_on_val else "list_val is left out of training", told(passed_over)),
+        remark=joined("" if train_on_val else "list_val is left out of training", summary(passed_over)),
         one_numbering=False,  # each part counts its people from 0
     )
 

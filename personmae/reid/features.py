@@ -46,12 +46,12 @@ def extract(
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
     stopped: Callable[[], bool] = lambda: False,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Float[Tensor, "N F"]:
     """The model's features in fp32 on the CPU, in the order of the set; ``dtype`` below fp32 is used through autocast.
 
     Called by all ranks together: each works on its share, and all get the whole. The model is put into evaluation mode and
-    back. ``stopped`` is asked before each batch, ``say`` is told every few seconds how far this rank is.
+    back. ``stopped`` is asked before each batch, ``log`` is told every few seconds how far this rank is.
 
     Raises:
         UserError: an image cannot be read.
@@ -63,7 +63,7 @@ def extract(
     features = torch.empty(ours.stop - ours.start, model.feature_dim)
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            batches = _batches(image_set, batch_size, ours, say)
+            batches = _batches(image_set, batch_size, ours, log)
             for _ in range(0, dist.largest_share(len(image_set)), batch_size):  # as many on each rank
                 if dist.any_rank(stopped()):
                     raise Stopped("while features were extracted")
@@ -81,12 +81,12 @@ def require_finite(features: Float[Tensor, "N F"], step: int) -> None:
 
 
 @contextlib.contextmanager
-def told(say: Callable[[str], None], work: str) -> Iterator[None]:
+def timed(log: Callable[[str], None], work: str) -> Iterator[None]:
     """Say that a long work begins, and how many seconds it took."""
-    say(f"{work} ...")
+    log(f"{work} ...")
     start = time.monotonic()
     yield
-    say(f"{work}: {time.monotonic() - start:.1f} s")
+    log(f"{work}: {time.monotonic() - start:.1f} s")
 
 
 def colour_histogram(image_set: ImageSet, *, batch_size: int = 256) -> Float[Tensor, "N F"]:
@@ -110,9 +110,9 @@ def thumbnail(image_set: ImageSet, *, batch_size: int = 256) -> Float[Tensor, "N
 
 
 def _batches(
-    image_set: ImageSet, batch_size: int, part: slice | None = None, say: Callable[[str], None] = lambda _: None
+    image_set: ImageSet, batch_size: int, part: slice | None = None, log: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[slice, UInt8[Tensor, "B 3 H W"]]]:
-    """Images of a part of the set, and their places in that part; ``say`` is told how far it is every few seconds."""
+    """Images of a part of the set, and their places in that part; ``log`` is told how far it is every few seconds."""
     part = part or slice(0, len(image_set))
     pace, total = Pace(0), part.stop - part.start
     for start in range(part.start, part.stop, batch_size):
@@ -120,7 +120,7 @@ def _batches(
         done = start - part.start
         if done and pace.seconds_since_mark >= EVERY_SECONDS:
             pace.mark(done)
-            say(f"extracting: {done:,} of {total:,} images, {duration(pace.left(total) or 0)} to go")
+            log(f"extracting: {done:,} of {total:,} images, {duration(pace.left(total) or 0)} to go")
         yield slice(done, stop - part.start), image_set.load(range(start, stop))
 
 

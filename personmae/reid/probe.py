@@ -21,7 +21,7 @@ from personmae.errors import UserError
 from personmae.model.vit import VisionTransformer, grid_coords, patchify
 from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, pids_and_camids, train_labels
-from personmae.reid.features import extract, told
+from personmae.reid.features import extract, timed
 from personmae.reid.rows import Columns, exact, principal_axes, require_finite_features, row_features, shrink, whiten_per_camera
 from personmae.reid.transforms import ImageSet
 
@@ -59,7 +59,7 @@ def measure(
     std: Sequence[float],
     device: torch.device,
     num_threads: int,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """The record of a search by ``rows`` as ``retrieval.measure`` has it, and under "probe" the scores of both readings.
@@ -73,15 +73,15 @@ def measure(
     """
     start = time.monotonic()
     samples = [*benchmark.train, *benchmark.query, *benchmark.gallery]
-    with ThreadPoolExecutor(num_threads) as pool, told(say, f"probe: extracting {len(samples):,} images"):
+    with ThreadPoolExecutor(num_threads) as pool, timed(log, f"probe: extracting {len(samples):,} images"):
         images = ImageSet([sample.path for sample in samples], img_size, pool=pool, cache_bytes=0)
         frozen = FrozenRows(encoder, img_size, ("middle", "all"))
         features = extract(
-            frozen, images, batch_size=256, device=device, mean=mean, std=std, stopped=stopped, say=say
+            frozen, images, batch_size=256, device=device, mean=mean, std=std, stopped=stopped, log=log
         )  # (N, 2 F)
 
     def compare() -> dict[str, Any]:
-        with told(say, f"probe: ranking {len(benchmark.query):,} x {len(benchmark.gallery):,} twice"):
+        with timed(log, f"probe: ranking {len(benchmark.query):,} x {len(benchmark.gallery):,} twice"):
             records = {
                 name: retrieval.rank_all(benchmark, vectors.to(device), stopped=stopped)
                 for name, vectors in readings(benchmark, features).items()

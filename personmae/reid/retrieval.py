@@ -17,7 +17,7 @@ from personmae import dist
 from personmae.errors import Stopped, UserError
 from personmae.reid import datasets, ranking
 from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
-from personmae.reid.features import Extractor, colour_histogram, extract, require_finite, thumbnail, told
+from personmae.reid.features import Extractor, colour_histogram, extract, require_finite, thumbnail, timed
 from personmae.reid.rerank import alpha_query_expansion, k_reciprocal
 from personmae.reid.rows import standardise_per_camera, whiten_per_camera
 from personmae.reid.transforms import ImageSet
@@ -42,13 +42,13 @@ def measure(
     num_threads: int,
     device: torch.device | str = "cpu",
     rerank: str = "none",
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Rank the gallery for every query, same camera removed; returns scores in [0, 1], counts, and some rank lists.
 
     Called by all ranks together: they share the extraction, the first one ranks, on ``device``, and the others get None.
-    Query and gallery are one set for ``features``, so that a per-camera normalisation sees both. ``say`` is told what takes
+    Query and gallery are one set for ``features``, so that a per-camera normalisation sees both. ``log`` is told what takes
     long, and ``stopped`` is asked before each block of queries.
 
     Raises:
@@ -59,12 +59,12 @@ def measure(
         raise UserError(f"rerank must be one of {', '.join(RERANKINGS)}; got {rerank!r}")
     start = time.monotonic()
     samples = [*benchmark.query, *benchmark.gallery]
-    with ThreadPoolExecutor(num_threads) as pool, told(say, f"extracting {len(samples):,} images"):
+    with ThreadPoolExecutor(num_threads) as pool, timed(log, f"extracting {len(samples):,} images"):
         images = ImageSet([sample.path for sample in samples], img_size, pool=pool, cache_bytes=0)  # each is read once
         vectors = features(images, pids_and_camids(samples)[1])
 
     def rank() -> dict[str, Any]:
-        with told(say, f"ranking {len(benchmark.query):,} x {len(benchmark.gallery):,}"):
+        with timed(log, f"ranking {len(benchmark.query):,} x {len(benchmark.gallery):,}"):
             found = rank_all(benchmark, vectors.to(device), rerank=rerank, stopped=stopped)
         return found | {"seconds": time.monotonic() - start}
 
@@ -133,15 +133,15 @@ def model_features(
     batch_size: int = 256,
     stopped: Callable[[], bool] = lambda: False,
     trained_steps: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    log: Callable[[str], None] = lambda _: None,
 ) -> Features:
-    """Features of a model, with the preprocessing that belongs to its weights; ``say`` is told how far it is.
+    """Features of a model, with the preprocessing that belongs to its weights; ``log`` is told how far it is.
 
     ``trained_steps`` is of a model that is in training: there Diverged is raised where a feature is not finite.
     """
 
     def features(images: ImageSet, _: np.ndarray) -> Tensor:
-        found = extract(model, images, batch_size=batch_size, device=device, mean=mean, std=std, stopped=stopped, say=say)
+        found = extract(model, images, batch_size=batch_size, device=device, mean=mean, std=std, stopped=stopped, log=log)
         if trained_steps is not None:
             require_finite(found, trained_steps)
         return found

@@ -36,7 +36,7 @@ class Sample:
     camid: int
 
 
-def told(passed_over: PassedOver) -> str:
+def summary(passed_over: PassedOver) -> str:
     """What was passed over, in words; empty where nothing was."""
     return f"passed over: {', '.join(f'{count:,} {kind}' for kind, count in passed_over.items())}" if passed_over else ""
 
@@ -147,10 +147,10 @@ def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, 
             without = without or (None if match else path)
             rows[split].append((str(path), path.parent.name, int(match[1]) if match else UNKNOWN_CAMID))
     if not without:
-        return _numbered(rows), told(passed_over)
+        return _numbered(rows), summary(passed_over)
     rows = {split: [(path, pid, UNKNOWN_CAMID) for path, pid, _ in found] for split, found in rows.items()}
     remark = f"no camera is known, as {without} has no _cN in its name"
-    return _numbered(rows), "; ".join([remark, *([told(passed_over)] if passed_over else [])])
+    return _numbered(rows), "; ".join([remark, *([summary(passed_over)] if passed_over else [])])
 
 
 def read_tables(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[Sample]], str]:

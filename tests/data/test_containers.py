@@ -16,7 +16,7 @@ from personmae.__main__ import main
 from personmae.data import containers, importer, shards
 from personmae.data.files import key_of, name_of
 from personmae.data.selection import Selection
-from personmae.data.sources import Source, open_source, told
+from personmae.data.sources import Source, open_source, summary
 from personmae.errors import UserError
 
 JPEG = b"\xff\xd8 not really one"
@@ -79,9 +79,9 @@ def test_every_kind_of_image_is_taken_in_any_case_and_all_else_is_counted(tmp_pa
 
 
 def test_what_was_passed_over_is_told_most_frequent_first_and_long_lists_are_cut():
-    assert told(Counter({".mat": 3, ".txt": 1200, ".b": 0})) == "1,200 .txt, 3 .mat"
-    assert told(Counter({f".{i:02}": 20 - i for i in range(11)})).endswith("13 .07, 33 of 3 other kinds")
-    assert told(Counter()) == ""
+    assert summary(Counter({".mat": 3, ".txt": 1200, ".b": 0})) == "1,200 .txt, 3 .mat"
+    assert summary(Counter({f".{i:02}": 20 - i for i in range(11)})).endswith("13 .07, 33 of 3 other kinds")
+    assert summary(Counter()) == ""
 
 
 def test_of_tars_that_were_written_one_behind_another_all_members_are_read(tmp_path):

@@ -22,21 +22,21 @@ from launcher.elastic.ranks import Ranks
 from personmae.data.counters import StreamCounters
 from personmae.errors import UserError
 from personmae.monitor import heartbeat
-from personmae.monitor.rank_metrics import Meter
+from personmae.monitor.rank_metrics import RankMetrics
 
 SCRIPT = """
 import os, sys, time
-from personmae.monitor.rank_metrics import Meter
-meter = Meter("pretrain")
+from personmae.monitor.rank_metrics import RankMetrics
+metrics = RankMetrics("pretrain")
 first, last = map(int, sys.argv[1:3])
-meter.beat("wait_data", first)
+metrics.beat("data_wait", first)
 for step in range(first, last):
-    meter.beat("step", step)
-    meter.count(step + 1, 16)
-meter.beat(sys.argv[3], last)
-if meter.run:
-    meter.run.show(last, {"loss": 0.5}, 1.0)
-meter._export.write()
+    metrics.beat("step", step)
+    metrics.count(step + 1, 16)
+metrics.beat(sys.argv[3], last)
+if metrics.run:
+    metrics.run.record(last, {"loss": 0.5}, 1.0)
+metrics._export.write()
 print("told", flush=True)
 time.sleep(60)
 """
@@ -120,12 +120,13 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 
 def test_ranks_numbers_go_on_through_a_restart_and_steps_done_again_are_counted(host: Host) -> None:
-    host.start(0, 20, "wait_data")
+    host.start(0, 20, "data_wait")
     found = host.values()
     assert found["personmae_steps_total"] == 20
-    assert found["personmae_step_duration_seconds_count total 1"] == 20
-    assert found["personmae_rank_phase 0 wait_data"] == 1
-    assert sum(v for k, v in found.items() if k.startswith("personmae_rank_phase 1")) == 1
+    assert found["personmae_step_duration_seconds_count total total 1"] == 20
+    assert found["personmae_rank_phase 0 data_wait"] == found["personmae_rank_phase 0 wait_data"] == 1  # the old name too
+    phases = [f"personmae_rank_phase 1 {phase}" for phase in heartbeat.PHASES]
+    assert [found[phase] for phase in phases] == [float(phase.endswith("data_wait")) for phase in phases]
     assert found["personmae_last_step"] == 20
     assert found["personmae_last_step_timestamp_seconds"] == pytest.approx(time.time(), abs=60)
     assert found["personmae_lost_steps_total"] == 0
@@ -140,7 +141,7 @@ def test_ranks_numbers_go_on_through_a_restart_and_steps_done_again_are_counted(
     host.start(15, 25, "evaluate")
     after = host.values()
     assert after["personmae_steps_total"] == 30
-    assert after["personmae_step_duration_seconds_count total 1"] == 30
+    assert after["personmae_step_duration_seconds_count total total 1"] == 30
     assert after["personmae_rank_phase 0 evaluate"] == 1
     assert after["personmae_loss"] == 0.5
     assert all(after[name] >= value for name, value in found.items() if name.endswith(("_total", "_count", "_sum")))
@@ -162,7 +163,7 @@ def test_time_between_rounds_is_added_to_the_time_of_the_ranks(host: Host) -> No
     states = {k.split()[1]: v for k, v in found.items() if k.startswith("personmae_goodput_seconds_total")}
     assert states["rendezvous"] == 3.0
     assert states["init"] > 0.2  # both times the interpreter had to start
-    assert set(states) == {"rendezvous", "init", "train", "data", "checkpoint", "evaluate", "restore"}
+    assert set(states) == {"rendezvous", "init", "train", "data_wait", "checkpoint", "evaluate", "restore"}
 
 
 @pytest.mark.slow  # each rank imports torch
@@ -197,7 +198,7 @@ def test_every_reason_for_a_restart_is_there_before_the_first(host: Host) -> Non
 
 def test_before_the_first_step_there_is_none_that_could_be_long_ago(host: Host) -> None:
     assert not [name for name in host.values() if name.startswith("personmae_last_step")]
-    host.start(0, 0, "wait_data", ranks=(0,), script=STEPS_ALONE)
+    host.start(0, 0, "data_wait", ranks=(0,), script=STEPS_ALONE)
     assert not [name for name in host.values() if name.startswith("personmae_last_step")]
     host.start(5, 5, "step", ranks=(0,), script=STEPS_ALONE)
     assert host.values()["personmae_last_step"] == 5
@@ -251,32 +252,32 @@ def test_gpus_are_not_asked_where_that_is_switched_off(monkeypatch: pytest.Monke
 
 
 COMPLETE = """
-from personmae.monitor.rank_metrics import Meter
-meter = Meter("finetune")
-meter.beat("step", 0)
-meter.count(1, 64)
-meter.run.show(1, {"loss": 0.5}, 1.0)
-meter.complete()
-meter.close()
+from personmae.monitor.rank_metrics import RankMetrics
+metrics = RankMetrics("finetune")
+metrics.beat("step", 0)
+metrics.count(1, 64)
+metrics.run.record(1, {"loss": 0.5}, 1.0)
+metrics.complete()
+metrics.close()
 """
 
 
 def test_a_scrape_of_eight_ranks_is_some_150_calls_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a few percent of a core at most, every ten seconds, in a process of its own: benchmarks/telling.py."""
+    """It is a few percent of a core at most, every ten seconds, in a process of its own: benchmarks/metrics_cost.py."""
     for name, value in ((heartbeat.DIRECTORY, str(tmp_path)), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
-    meter, stream = Meter("pretrain"), StreamCounters()
+    metrics, stream = RankMetrics("pretrain"), StreamCounters()
     for outcome in ("ok", "timeout", "throttled"):
         stream.requests.labels("get", outcome).inc()
-    meter.read("stream", stream.registry)
-    meter.count(1, 64)
-    meter.close()
+    metrics.read("stream", stream.registry)
+    metrics.count(1, 64)
+    metrics.close()
     for rank in range(1, 8):
         shutil.copy(tmp_path / "0.metrics", tmp_path / f"{rank}.metrics")
-    metrics = Metrics(1, 1, tmp_path)
-    text = generate_latest(metrics.registry)
+    agent = Metrics(1, 1, tmp_path)
+    text = generate_latest(agent.registry)
     assert text.count(b'personmae_step_duration_seconds_count{local_rank="7"') == 6
-    assert num_calls(lambda: generate_latest(metrics.registry)) < 150 * len(text.splitlines())
+    assert num_calls(lambda: generate_latest(agent.registry)) < 150 * len(text.splitlines())
 
 
 def free_port() -> int:

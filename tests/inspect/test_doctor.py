@@ -122,10 +122,10 @@ def test_a_quickstart_that_has_begun_is_not_measured_again(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(doctor, "ESTIMATE", f"print({EXPECTED!r})  # {{path}} {{quickstart_alone}}")
-    doctor.tell_quickstart()
+    doctor.print_quickstart()
     assert capsys.readouterr().out.splitlines()[1:] == ["precision: give train.precision=fp32"]
     (tmp_path / "runs/quickstart/pretrain/checkpoints").mkdir(parents=True)
-    doctor.tell_quickstart()
+    doctor.print_quickstart()
     assert capsys.readouterr().out == "make quickstart goes on where it was in runs/quickstart\n"
 
 

@@ -132,7 +132,11 @@ def test_every_engine_does_a_whole_step_and_the_same_one() -> None:
 
 def test_a_wait_that_comes_now_and_then_counts_in_images_a_second_and_not_in_the_median() -> None:
     quiet = [1.0, 2.0, 3.0, 4.0, 0.0]
-    rounds = [Repeat([quiet, quiet, [101.0, *quiet[1:]]], 5, None), Repeat([quiet] * 3, 7, None), Repeat([[9.0] * 5] * 3, 9, None)]
+    rounds = [
+        Repeat([quiet, quiet, [101.0, *quiet[1:]]], 5, None),
+        Repeat([quiet] * 3, 7, None),
+        Repeat([[9.0] * 5] * 3, 9, None),
+    ]
     found = _summary(CELL, rounds, CEILINGS, ["NVIDIA L4"])
     assert found["milliseconds"] == 10.0
     assert found["parts_milliseconds"] == dict(zip(PARTS, quiet, strict=True))

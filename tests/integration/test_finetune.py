@@ -18,7 +18,7 @@ from programs import environment, launch, one_line_error, personmae
 
 from personmae.__main__ import main
 from personmae.checkpoint import portable
-from personmae.monitor.rank_metrics import Meter
+from personmae.monitor.rank_metrics import RankMetrics
 from personmae.reid.heads import ReIDModel
 
 pytestmark = pytest.mark.integration
@@ -255,12 +255,12 @@ def test_the_first_step_of_a_compiled_run_has_the_time_that_compiling_takes(benc
 
     phases: list[tuple[str, int]] = []
 
-    def beat(_: Meter, phase: str, step: int) -> None:
+    def beat(_: RankMetrics, phase: str, step: int) -> None:
         phases.append((phase, step))
         if step == 2:
             raise Enough
 
-    monkeypatch.setattr(Meter, "beat", beat)
+    monkeypatch.setattr(RankMetrics, "beat", beat)
     monkeypatch.setattr(ReIDModel, "compile", lambda _: None)  # what it takes is not the matter here
     monkeypatch.chdir(Path(__file__).parents[2])
     with contextlib.suppress(Enough):

@@ -14,7 +14,7 @@ from personmae import batch_plan, config, dist, precision
 from personmae.__main__ import main
 from personmae.checkpoint import portable
 from personmae.monitor import run_log
-from personmae.monitor.rank_metrics import Meter
+from personmae.monitor.rank_metrics import RankMetrics
 from personmae.pretrain import build_engine, build_model
 from personmae.pretrain_probe import Prober
 
@@ -194,19 +194,19 @@ def test_a_probe_that_cannot_be_measured_is_told_before_the_first_step(shard_dir
 def test_a_probe_that_is_stopped_or_finds_no_numbers_is_left_out_and_ends_nothing(market, shard_dir, tmp_path, capsys):
     path, *overrides = pretraining(shard_dir, tmp_path, "probe.benchmark=market1501", f"probe.root={market}")
     settings = config.load(config.Pretrain, path, overrides)
-    world, stop, meter = dist.read_world(), dist.StopSignal(), Meter("pretrain")
+    world, stop, metrics = dist.read_world(), dist.StopSignal(), RankMetrics("pretrain")
     model = build_model(settings, precision.choose("fp32", "cpu"))
     engine = build_engine(settings, model, batch_plan.plan_batch(4, 1, 4))
     prober = Prober(settings, model.encoder, world)
     log = run_log.RunLog(tmp_path, is_first=True, title="pretrain", total_steps=4, first_step=0)
-    assert set(prober.run(engine, 2, log, meter, stop)) == {"probe_rows_map", "probe_lda_map"}
+    assert set(prober.run(engine, 2, log, metrics, stop)) == {"probe_rows_map", "probe_lda_map"}
     with torch.no_grad():
         model.encoder.norm.weight[0] = float("nan")
-    assert prober.run(engine, 2, log, meter, stop) == {}
+    assert prober.run(engine, 2, log, metrics, stop) == {}
     assert "the probe is left out: " in (told := capsys.readouterr().out)
     assert "features are not finite" in told
     signal.raise_signal(signal.SIGTERM)
-    assert prober.run(engine, 2, log, meter, stop) == {}
+    assert prober.run(engine, 2, log, metrics, stop) == {}
     assert "the probe is left out: while features were extracted" in capsys.readouterr().out
     log.close()
-    meter.close(lambda: True)
+    metrics.close(lambda: True)

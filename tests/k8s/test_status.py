@@ -127,7 +127,7 @@ def test_the_progress_line_is_the_one_that_a_run_prints(tmp_path: Path, capsys: 
     from personmae.monitor.run_log import RunLog
 
     log = RunLog(tmp_path, is_first=True, title="pretrain", total_steps=100, first_step=0)
-    log.log(10, {"loss": 0.5, "lr": 1e-3}, images_per_step=64)
+    log.record(10, {"loss": 0.5, "lr": 1e-3}, images_per_step=64)
     log.close()
     match = status._LINE.search(capsys.readouterr().out)
     assert match

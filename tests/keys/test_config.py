@@ -263,8 +263,8 @@ def test_overrides_may_stand_before_and_behind_options_but_other_words_may_not(c
 
 def test_settings_that_came_later_are_filled_in_as_a_run_of_before_had_them(path):
     settings = config.load(config.Pretrain, path)
-    now, before = settings.identity(), config.Pretrain.identity_before()
+    now, before = settings.resume_key(), config.Pretrain.resume_key_before()
     assert before.items() <= now.items()
     assert {key.split(".")[0] for key in before} == {"decoders", "loss", "mask", "target"}
-    other = config.load(config.Pretrain, path, ["mask.block_ratio=0.5", "target.features=raw"]).identity()
+    other = config.load(config.Pretrain, path, ["mask.block_ratio=0.5", "target.features=raw"]).resume_key()
     assert {key for key in before if other[key] != before[key]} == {"mask.block_ratio", "target.features"}

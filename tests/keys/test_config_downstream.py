@@ -45,7 +45,7 @@ def older(per_camera: bool) -> dict[str, Any]:
     new = {"cluster.whiten_dim", "cluster.whiten_shrinkage", "cluster.drop_one_camera", "feature.columns"}
     new |= {"feature.whiten_retrieval", "memory.kind", "memory.intra_weight", "memory.inter_weight", "memory.num_negatives"}
     new |= {"optim.betas", "optim.schedule"}
-    known = config.Unsupervised.model_validate(START).identity()
+    known = config.Unsupervised.model_validate(START).resume_key()
     assert new < known.keys()
     return {key: value for key, value in known.items() if key not in new} | {"cluster.per_camera": per_camera}
 
@@ -53,22 +53,22 @@ def older(per_camera: bool) -> dict[str, Any]:
 @pytest.mark.parametrize(("old", "new"), [(True, "standardise"), (False, "none")])
 def test_a_run_from_before_an_option_goes_on_with_its_default_alone(old, new):
     settings = config.Unsupervised.model_validate(START | {"cluster": {"per_camera": new}})
-    downstream.require_same("here", settings, settings.identity(), older(old))
+    downstream.require_same("here", settings, settings.resume_key(), older(old))
     for section, option, value in (("memory", "kind", "camera"), ("optim", "schedule", "cosine"), ("cluster", "whiten_dim", 9)):
         other = config.Unsupervised.model_validate(START | {"cluster": {"per_camera": new}} | {section: {option: value}})
         if section == "cluster":
             other = config.Unsupervised.model_validate(START | {"cluster": {"per_camera": new, option: value}})
         with pytest.raises(UserError, match=rf"other settings or data: {section}\.{option}="):
-            downstream.require_same("here", other, other.identity(), older(old))
+            downstream.require_same("here", other, other.resume_key(), older(old))
     whitened = config.Unsupervised.model_validate(START | {"cluster": {"per_camera": "whiten"}})
     with pytest.raises(UserError, match=rf"cluster\.per_camera={new} \(now whiten\)"):
-        downstream.require_same("here", whitened, whitened.identity(), older(old))
+        downstream.require_same("here", whitened, whitened.resume_key(), older(old))
 
 
 def test_a_run_that_says_nothing_of_itself_is_another_one():
     settings = config.Finetune.model_validate(START)
     with pytest.raises(UserError, match="other settings or data"):
-        downstream.require_same("here", settings, settings.identity(), {})
+        downstream.require_same("here", settings, settings.resume_key(), {})
 
 
 def test_the_papers_configurations_keep_the_papers_choices():

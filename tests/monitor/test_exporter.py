@@ -20,7 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from personmae.errors import UserError
 from personmae.monitor import heartbeat
 from personmae.monitor.exporter import Continued
-from personmae.monitor.rank_metrics import RECORD, Meter, StateClock, StepTimer
+from personmae.monitor.rank_metrics import RECORD, RankMetrics, StateClock, StepTimer
 
 
 def values(found: Iterable[Metric]) -> dict[str, float]:
@@ -70,19 +70,20 @@ def test_without_an_agent_a_rank_serves_itself_where_a_port_is_given(monkeypatch
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"metrics.port={port} is taken"):
-            Meter("finetune", port=port)
-    meter = Meter("finetune", port=port)
+            RankMetrics("finetune", port=port)
+    metrics = RankMetrics("finetune", port=port)
     try:
-        meter.beat("evaluate", 1)
-        meter.count(1, 64)
+        metrics.beat("evaluate", 1)
+        metrics.count(1, 64)
         text = fetch(port)
     finally:
-        meter.close()
+        metrics.close()
     assert "personmae_samples_total 64.0" in text
     assert 'personmae_run_info{job_kind="finetune"} 1.0' in text
     assert 'personmae_rank_phase{local_rank="0",phase="evaluate"} 1.0' in text
     assert 'personmae_rank_phase{local_rank="0",phase="start"} 0.0' in text
-    assert re.search(r'personmae_step_duration_seconds_count\{local_rank="0",phase="total"\} 1.0', text)
+    assert re.search(r'personmae_step_duration_seconds_count\{local_rank="0",part="total",phase="total"\} 1.0', text)
+    assert "its parts; label phase is the old name of part\n" in text
     with socket.create_server(("", port)):  # it is free again
         pass
 
@@ -91,55 +92,55 @@ def test_an_endpoint_is_reached_by_both_protocols(monkeypatch: pytest.MonkeyPatc
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
     alone(monkeypatch)
-    meter = Meter("finetune", port=(port := free_port()), host="all")
+    metrics = RankMetrics("finetune", port=(port := free_port()), host="all")
     try:
         assert "personmae_run_info" in fetch(port)
         assert "personmae_run_info" in fetch(port, "127.0.0.2")
         assert "personmae_run_info" in fetch(port, "[::1]")
     finally:
-        meter.close()
+        metrics.close()
 
 
 def test_an_endpoint_is_for_its_own_host_unless_all_interfaces_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     alone(monkeypatch)
-    meter = Meter("finetune", port=(port := free_port()))
+    metrics = RankMetrics("finetune", port=(port := free_port()))
     try:
         assert "personmae_run_info" in fetch(port)
         with pytest.raises(urllib.error.URLError, match="refused"):
             fetch(port, "127.0.0.2")  # another address of this host, as that of its network is
     finally:
-        meter.close()
+        metrics.close()
     with pytest.raises(UserError, match=r"at metrics\.host=203\.0\.113\.7 \(Cannot assign"):
-        Meter("finetune", port=port, host="203.0.113.7")
+        RankMetrics("finetune", port=port, host="203.0.113.7")
 
 
 def test_a_rank_is_healthy_while_it_says_something_new_and_ready_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     alone(monkeypatch)
-    meter = Meter("finetune", port=(port := free_port()))
+    metrics = RankMetrics("finetune", port=(port := free_port()))
     try:
         assert (code(port, "healthz"), code(port, "readyz")) == ((200, "ok\n"), (503, "not training\n"))
-        meter.beat("step", 3)
+        metrics.beat("step", 3)
         assert (code(port, "healthz"), code(port, "readyz")) == ((200, "ok\n"), (200, "training\n"))
         monkeypatch.setitem(heartbeat.PATIENCE_SECONDS, "step", 0.0)
         assert code(port, "healthz") == (503, "the rank has said nothing for 0 s in phase step\n")
-        meter.beat("wait_data", 3)
+        metrics.beat("data_wait", 3)
         assert code(port, "healthz") == (200, "ok\n")
-        meter.beat("step", 4)
-        meter.complete()
+        metrics.beat("step", 4)
+        metrics.complete()
         assert code(port, "healthz") == (200, "ok\n")
         assert code(port, "nowhere") == (404, "/healthz, /readyz, /metrics\n")
     finally:
-        meter.close()
+        metrics.close()
 
 
 def test_a_complete_run_lingers_with_its_last_numbers_until_it_is_told_to_stop(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     alone(monkeypatch)
-    meter, asked = Meter("finetune", port=(port := free_port()), linger_seconds=60), threading.Event()
-    meter.count(7, 64)
-    meter.complete(str(tmp_path))
-    closing = threading.Thread(target=meter.close, args=(asked.is_set,))
+    metrics, asked = RankMetrics("finetune", port=(port := free_port()), linger_seconds=60), threading.Event()
+    metrics.count(7, 64)
+    metrics.complete(str(tmp_path))
+    closing = threading.Thread(target=metrics.close, args=(asked.is_set,))
     closing.start()
     time.sleep(0.3)
     text = fetch(port)
@@ -152,9 +153,9 @@ def test_a_complete_run_lingers_with_its_last_numbers_until_it_is_told_to_stop(
 
 def test_a_run_that_is_not_complete_does_not_linger(monkeypatch: pytest.MonkeyPatch) -> None:
     alone(monkeypatch)
-    meter = Meter("finetune", port=free_port(), linger_seconds=60)
+    metrics = RankMetrics("finetune", port=free_port(), linger_seconds=60)
     start = time.monotonic()
-    meter.close(lambda: False)
+    metrics.close(lambda: False)
     assert time.monotonic() - start < 50  # of the 60 that it would linger
 
 
@@ -162,9 +163,9 @@ def test_gpus_are_not_asked_where_that_is_switched_off(monkeypatch: pytest.Monke
     alone(monkeypatch)
     asked: list[bool] = []
     monkeypatch.setattr("personmae.monitor.rank_metrics.gpu_collectors", lambda: asked.append(True) or [])
-    Meter("finetune", port=free_port(), gpu=False).close()
+    RankMetrics("finetune", port=free_port(), gpu=False).close()
     assert not asked
-    Meter("finetune", port=free_port()).close()
+    RankMetrics("finetune", port=free_port()).close()
     assert asked
 
 
@@ -173,12 +174,12 @@ def test_a_complete_run_leaves_its_numbers_in_its_directory_and_its_store(
 ) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "market-1")
     s3_server.bucket("bucket")
-    meter = Meter("finetune")
-    meter.count(7, 64)
-    assert meter.run
-    meter.run.show(7, {"loss": float("nan")}, 100.0)
-    meter.complete(str(tmp_path), "s3://bucket/runs/market")
-    meter.close()
+    metrics = RankMetrics("finetune")
+    metrics.count(7, 64)
+    assert metrics.run
+    metrics.run.record(7, {"loss": float("nan")}, 100.0)
+    metrics.complete(str(tmp_path), "s3://bucket/runs/market")
+    metrics.close()
     text = (tmp_path / RECORD).read_text()
     stored = s3_server.client.get_object(Bucket="bucket", Key=f"runs/market/{RECORD}")["Body"].read()
     assert stored == text.encode()
@@ -194,9 +195,9 @@ def test_a_complete_run_leaves_its_numbers_in_its_directory_and_its_store(
 def test_a_run_is_complete_though_its_numbers_cannot_be_left(
     rank_0: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    meter = Meter("finetune")
-    meter.complete(str(tmp_path / "nowhere"))
-    meter.close()
+    metrics = RankMetrics("finetune")
+    metrics.complete(str(tmp_path / "nowhere"))
+    metrics.close()
     assert "openmetrics.txt is not written" in capsys.readouterr().out
     continued = Continued(rank_0)
     continued.living = True
@@ -207,19 +208,19 @@ def test_a_run_that_was_complete_already_keeps_the_numbers_that_it_left(
     rank_0: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    meter = Meter("finetune")
-    meter.complete()
-    meter.close()
+    metrics = RankMetrics("finetune")
+    metrics.complete()
+    metrics.close()
     assert not list(tmp_path.rglob(RECORD))
 
 
 def test_prometheus_takes_in_what_a_run_has_left(rank_0: Path, tmp_path: Path) -> None:
     if not shutil.which("promtool"):
         pytest.skip("needs promtool: tests/integration/install_prometheus.sh")
-    meter = Meter("pretrain")
-    meter.count(1, 64)
-    meter.complete(str(tmp_path))
-    meter.close()
+    metrics = RankMetrics("pretrain")
+    metrics.count(1, 64)
+    metrics.complete(str(tmp_path))
+    metrics.close()
     command = ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(tmp_path / RECORD), str(tmp_path / "blocks")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -236,9 +237,9 @@ def test_labels_and_values_of_every_kind_survive_the_way_to_the_agent(rank_0: Pa
     gauge = Gauge("odd", f"help with {odd}", ["name"], registry=registry)
     for name, value in ((odd, 1.0), ("nan", float("nan")), ("inf", float("-inf")), ("small", 5e-324)):
         gauge.labels(name).set(value)
-    meter = Meter("pretrain")
-    meter.read("odd", registry)
-    meter.close()
+    metrics = RankMetrics("pretrain")
+    metrics.read("odd", registry)
+    metrics.close()
     continued = Continued(rank_0)
     continued.living = True
     found = {s.labels["name"]: s.value for m in continued.collect() if m.name == "odd" for s in m.samples}
@@ -247,22 +248,22 @@ def test_labels_and_values_of_every_kind_survive_the_way_to_the_agent(rank_0: Pa
 
 
 def test_a_file_that_a_kill_has_cut_off_is_never_read(rank_0: Path) -> None:
-    meter = Meter("pretrain")
-    meter.count(1, 64)
-    meter.close()
+    metrics = RankMetrics("pretrain")
+    metrics.count(1, 64)
+    metrics.close()
     whole = (rank_0 / "host.metrics").read_bytes()
     (rank_0 / "host.partial").write_bytes(whole[: len(whole) // 2])  # as a kill between the write and the rename leaves it
     assert values(Continued(rank_0).collect())["personmae_steps_total"] == 1
 
 
 def test_a_file_that_is_written_while_it_is_read_is_read_as_it_was(rank_0: Path) -> None:
-    meter = Meter("pretrain")
-    meter._export.write()
+    metrics = RankMetrics("pretrain")
+    metrics._export.write()
     before = (rank_0 / "host.metrics").read_bytes()
     with open(rank_0 / "host.metrics", "rb", buffering=0) as held:
         read = held.read(100)
-        meter.count(1, 64)
-        meter.close()
+        metrics.count(1, 64)
+        metrics.close()
         assert read + held.readall() == before
 
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from personmae.commands.arguments import Progress
-from personmae.monitor.progress import log, say
+from personmae.monitor.progress import log, log_to_stderr
 
 
 def test_a_line_comes_at_once_and_then_every_ten_seconds(
@@ -40,4 +40,4 @@ def test_a_program_without_a_standard_output_says_nothing_and_goes_on(monkeypatc
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
     log("lost")
-    say("lost")
+    log_to_stderr("lost")

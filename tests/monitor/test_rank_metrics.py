@@ -25,11 +25,11 @@ from personmae.model.teacher import Teacher
 from personmae.model.vit import SIZES, grid_coords
 from personmae.monitor import heartbeat, rank_metrics
 from personmae.monitor.exporter import Continued, Ledger, Several
-from personmae.monitor.rank_metrics import Meter, RunNumbers, StateClock, StepTimer
+from personmae.monitor.rank_metrics import RankMetrics, RunNumbers, StateClock, StepTimer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))  # which is no package
-telling: Any = importlib.import_module("telling")
+metrics_cost: Any = importlib.import_module("metrics_cost")
 PLAN: dict[str, Any] = {"first_step": 0, "total_steps": 100, "world_size": 1, "checkpoint_steps": 10}
 
 
@@ -91,9 +91,9 @@ def test_a_registry_that_takes_anothers_place_goes_on_with_its_counters() -> Non
 
 def test_a_rank_that_is_killed_and_started_again_leaves_no_gap(rank_0: Path) -> None:
     script = (
-        "import os, sys, time\nfrom personmae.monitor.rank_metrics import Meter\nmeter = Meter('pretrain')\n"
-        "for step in range(5):\n    meter.count(step + 1, 16)\nmeter.run.show(5, {'loss': 0.5}, 1.0)\n"
-        "meter._export.write()\nprint('told', flush=True)\ntime.sleep(60)"
+        "import os, sys, time\nfrom personmae.monitor.rank_metrics import RankMetrics\nmetrics = RankMetrics('pretrain')\n"
+        "for step in range(5):\n    metrics.count(step + 1, 16)\nmetrics.run.record(5, {'loss': 0.5}, 1.0)\n"
+        "metrics._export.write()\nprint('told', flush=True)\ntime.sleep(60)"
     )
     continued = Continued(rank_0)
     for life in (1, 2):
@@ -104,7 +104,7 @@ def test_a_rank_that_is_killed_and_started_again_leaves_no_gap(rank_0: Path) -> 
             found = values(continued.collect())
             assert (found["personmae_steps_total"], found["personmae_samples_total"]) == (5 * life, 80 * life)
             assert found["personmae_loss"] == 0.5
-            assert found["personmae_step_duration_seconds_count total 0"] == 5 * life
+            assert found["personmae_step_duration_seconds_count total total 0"] == 5 * life
             process.kill()
         continued.living = False
         continued.end()
@@ -163,8 +163,8 @@ def test_what_lies_before_the_first_step_and_between_steps_belongs_to_none(clock
     clock.pass_by(3)
     timer.end_step()
     found = values(registry.collect())
-    assert found["personmae_step_duration_seconds_count total"] == 2
-    assert found["personmae_step_duration_seconds_sum total"] == 5
+    assert found["personmae_step_duration_seconds_count total total"] == 2
+    assert found["personmae_step_duration_seconds_sum total total"] == 5
 
 
 class Late:
@@ -188,9 +188,9 @@ def test_events_are_read_when_they_have_happened_and_never_waited_for(clock: Clo
     registry = CollectorRegistry()
     timer = StepTimer(registry, Late)
 
-    def observed(phase: str) -> tuple[float, float]:
+    def observed(part: str) -> tuple[float, float]:
         found, name = values(registry.collect()), "personmae_step_duration_seconds"
-        return found[f"{name}_count {phase}"], found[f"{name}_sum {phase}"]
+        return found[f"{name}_count {part} {part}"], found[f"{name}_sum {part} {part}"]
 
     for _ in range(3):
         timer.enter("data_wait")
@@ -225,7 +225,7 @@ def test_parts_of_a_step_are_measured_on_the_gpu() -> None:
     torch.cuda.synchronize()
     timer.end_step()
     found = values(registry.collect())
-    sums = {part: found[f"personmae_step_duration_seconds_sum {part}"] for part in ("forward_backward", "optimizer")}
+    sums = {part: found[f"personmae_step_duration_seconds_sum {part} {part}"] for part in ("forward_backward", "optimizer")}
     assert sums["forward_backward"] > sums["optimizer"] >= 0  # sixty products against nothing
 
 
@@ -233,20 +233,20 @@ def test_time_is_counted_by_state_from_the_start_of_the_process(clock: Clock) ->
     states = StateClock()
     before = sum(values(states.collect()).values())
     assert before > 0  # pytest itself took some time to start
-    for state, seconds in (("data", 2), ("train", 5), ("checkpoint", 1)):
+    for state, seconds in (("data_wait", 2), ("train", 5), ("checkpoint", 1)):
         states.enter(state)
         clock.pass_by(seconds)
     found = values(states.collect())
     assert sum(found.values()) - before == pytest.approx(8)
-    assert [found[f"personmae_goodput_seconds_total {state}"] for state in ("data", "train", "checkpoint")] == [2, 5, 1]
+    assert [found[f"personmae_goodput_seconds_total {state}"] for state in ("data_wait", "train", "checkpoint")] == [2, 5, 1]
 
 
 def test_the_run_is_told_as_it_is_logged_and_nothing_before_it_is_known() -> None:
     run = RunNumbers("pretrain")
     assert "personmae_loss" not in values(run.registry.collect())
     run.plan(**PLAN, steps_per_epoch=20, flops_per_image=2e9, peak_flops=1e12)
-    run.show(10, {"loss": 0.5, "lr": 1e-3, "grad_norm": 2.0, "skipped_steps": 3.0}, 100.0)
-    run.show(20, {"loss": float("nan"), "lr": 1e-3, "skipped_steps": 4.0}, 50.0)
+    run.record(10, {"loss": 0.5, "lr": 1e-3, "grad_norm": 2.0, "skipped_steps": 3.0}, 100.0)
+    run.record(20, {"loss": float("nan"), "lr": 1e-3, "skipped_steps": 4.0}, 50.0)
     found = values(run.registry.collect())
     assert found["personmae_skipped_steps_total non_finite"] == 4
     assert found["personmae_model_flops_utilization_ratio"] == pytest.approx(50 * 2e9 / 1e12)
@@ -255,14 +255,14 @@ def test_the_run_is_told_as_it_is_logged_and_nothing_before_it_is_known() -> Non
     assert found["personmae_grad_norm"] == 2.0
     assert found["personmae_loss"] != found["personmae_loss"]
     run.plan(**PLAN)  # after a rollback another guard counts
-    run.show(21, {"loss": 0.1, "skipped_steps": 1.0}, 50.0)
+    run.record(21, {"loss": 0.1, "skipped_steps": 1.0}, 50.0)
     assert values(run.registry.collect())["personmae_skipped_steps_total non_finite"] == 5
 
 
 def test_an_unknown_gpu_has_no_utilisation() -> None:
     run = RunNumbers("pretrain")
     run.plan(**PLAN, flops_per_image=2e9, peak_flops=flops.peak_flops("Some GPU", "bf16"))
-    run.show(10, {"loss": 0.5}, 100.0)
+    run.record(10, {"loss": 0.5}, 100.0)
     assert "personmae_model_flops_utilization_ratio" not in values(run.registry.collect())
     assert flops.peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert flops.peak_flops("NVIDIA L40S", "bf16") == 362e12
@@ -299,16 +299,16 @@ def test_the_arithmetic_of_an_image_is_what_torch_counts(feature_weight: float, 
 
 
 def test_what_a_step_tells_is_some_two_hundred_calls_and_its_file_is_written_beside_it(rank_0: Path) -> None:
-    """benchmarks/telling.py has the microseconds."""
-    meter, stream = telling.meter_of_a_run()
+    """benchmarks/metrics_cost.py has the microseconds."""
+    metrics, stream = metrics_cost.metrics_of_a_run()
     try:
-        telling.tell_steps(meter, stream, 5)
+        metrics_cost.record_steps(metrics, stream, 5)
         written = (rank_0 / "0.metrics").stat().st_mtime_ns if (rank_0 / "0.metrics").exists() else 0
-        assert num_calls(lambda: telling.tell_steps(meter, stream, 10)) <= 10 * 220
-        assert num_calls(meter._export.write) < 20_000
+        assert num_calls(lambda: metrics_cost.record_steps(metrics, stream, 10)) <= 10 * 220
+        assert num_calls(metrics._export.write) < 20_000
         assert (rank_0 / "0.metrics").stat().st_mtime_ns > written
     finally:
-        meter.close()
+        metrics.close()
 
 
 def test_events_are_kept_in_order_for_five_calls_a_part_of_a_step() -> None:
@@ -326,26 +326,26 @@ def test_events_are_kept_in_order_for_five_calls_a_part_of_a_step() -> None:
     with_events, without = StepTimer(CollectorRegistry(), Event), StepTimer(CollectorRegistry())
     found = []
     for timer in (with_events, without):
-        telling.enter_parts(timer, 3)
-        found.append(num_calls(lambda timer=timer: telling.enter_parts(timer, 10)) / 10)
+        metrics_cost.enter_parts(timer, 3)
+        found.append(num_calls(lambda timer=timer: metrics_cost.enter_parts(timer, 10)) / 10)
     assert found[1] < found[0] <= found[1] + 12 * 5
 
 
 def test_another_rank_tells_of_itself_alone(rank_0: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    meter = Meter("pretrain")
-    meter.count(1, 64)
-    meter.close()
+    metrics = RankMetrics("pretrain")
+    metrics.count(1, 64)
+    metrics.close()
     assert sorted(p.name for p in rank_0.glob("*.metrics")) == ["3.metrics"]
     assert "personmae_steps_total" not in (rank_0 / "3.metrics").read_text()
 
 
 def test_a_full_disk_below_the_file_does_not_end_a_run(rank_0: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    meter = Meter("pretrain")
+    metrics = RankMetrics("pretrain")
     os.mkdir(rank_0 / "host.metrics")
     for _ in range(2):
-        meter._export.write()
-    meter.close()
+        metrics._export.write()
+    metrics.close()
     assert capsys.readouterr().out.count("metrics are not written to") == 1
-    assert generate_latest(meter.run.registry) if meter.run else False
+    assert generate_latest(metrics.run.registry) if metrics.run else False

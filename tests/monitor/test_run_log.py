@@ -32,7 +32,7 @@ def written(run_dir: Path, steps: range) -> str:
     """The run's ``metrics.jsonl`` with a record for each of the steps."""
     log = log_of(run_dir)
     for step in steps:
-        log.log(step, {"loss": 1 / step}, images_per_step=8)
+        log.record(step, {"loss": 1 / step}, images_per_step=8)
     log.close()
     return (run_dir / "metrics.jsonl").read_text()
 
@@ -68,14 +68,14 @@ def test_what_stays_of_the_records_is_not_written_again(tmp_path: Path) -> None:
     log = log_of(tmp_path, first_step=3)
     assert sizes == [len("".join(lines)) + 15]
     assert path.read_text() == "".join(lines[:3])
-    log.log(4, {"loss": 0.5}, images_per_step=8)
+    log.record(4, {"loss": 0.5}, images_per_step=8)
     log.close()
     assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_a_loss_that_is_no_number_is_valid_json_and_is_read_back_as_such(tmp_path: Path) -> None:
     log = log_of(tmp_path)
-    log.log(1, {"loss": float("nan"), "grad_norm": float("inf")}, images_per_step=8)
+    log.record(1, {"loss": float("nan"), "grad_norm": float("inf")}, images_per_step=8)
     log.close()
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     record = json.loads(line, parse_constant=pytest.fail)
@@ -95,7 +95,7 @@ def test_the_first_step_is_shown_at_once_and_then_one_every_ten_seconds(
         due = step == 1 or log.is_due()  # as the loops ask, before the step
         now[0] += 100 if step == 1 else 3  # the first one compiles
         if due:
-            log.show(step, {"loss": 0.5}, images_per_step=30)
+            log.display(step, {"loss": 0.5}, images_per_step=30)
             shown.append(step)
     log.close()
     assert shown == [1, 6, 11, 16]
@@ -111,7 +111,7 @@ def test_the_first_step_is_shown_at_once_and_then_one_every_ten_seconds(
 def test_other_ranks_are_never_due(tmp_path: Path) -> None:
     log = log_of(tmp_path, is_first=False)
     assert not log.is_due()
-    log.show(1, {"loss": 0.5}, images_per_step=1)
+    log.display(1, {"loss": 0.5}, images_per_step=1)
     log.close()
 
 
@@ -257,7 +257,7 @@ def test_a_line_in_a_terminal_is_shown_as_it_is(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", NoBoard)
     log = log_of(tmp_path)
     try:
-        log.say("saved in runs/[x]/[/bold] :smile:")
+        log.log("saved in runs/[x]/[/bold] :smile:")
     finally:
         log.close()
     assert "saved in runs/[x]/[/bold] :smile:" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())

@@ -51,7 +51,7 @@ def test_extraction_gives_the_features_of_every_image_in_order(model, image_set)
 def test_extraction_says_how_far_it_is(model, image_set, monkeypatch):
     monkeypatch.setattr("personmae.reid.features.EVERY_SECONDS", 0.0)
     said: list[str] = []
-    extract(model, image_set, batch_size=3, device=torch.device("cpu"), mean=MEAN, std=STD, say=said.append)
+    extract(model, image_set, batch_size=3, device=torch.device("cpu"), mean=MEAN, std=STD, log=said.append)
     assert [line.rpartition(", ")[0] for line in said] == ["extracting: 3 of 7 images", "extracting: 6 of 7 images"]
     assert all(re.fullmatch(r".* \d\d:\d\d:\d\d to go", line) for line in said)
 

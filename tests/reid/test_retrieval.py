@@ -13,7 +13,7 @@ from closeness import assert_allclose
 
 from personmae.errors import Stopped, UserError
 from personmae.reid import retrieval
-from personmae.reid.datasets import Benchmark, Sample, identity
+from personmae.reid.datasets import Benchmark, Sample, resume_key
 from personmae.reid.rows import whiten_per_camera
 from personmae.reid.transforms import ImageSet
 
@@ -100,7 +100,7 @@ def test_an_unknown_re_ranking_is_refused(samples: list[Sample]):
 
 def test_long_works_are_told_with_counts_and_seconds(samples: list[Sample]):
     said: list[str] = []
-    measure(split(samples), say=said.append)
+    measure(split(samples), log=said.append)
     assert said[0::2] == ["extracting 30 images ...", "ranking 6 x 24 ..."]
     assert said[1].startswith("extracting 30 images: ")
     assert said[3].endswith(" s")
@@ -156,26 +156,26 @@ def trained_on(samples: list[Sample]) -> Benchmark:
 
 
 def test_the_identity_of_data_is_paths_classes_and_cameras_and_not_where_they_lie(samples: list[Sample]):
-    plain = identity(trained_on(samples))
+    plain = resume_key(trained_on(samples))
     assert (plain["data.num_images"], plain["data.num_ids"]) == (30, 6)
     root = str(Path(samples[0].path).parent)
     moved = [replace(s, path=s.path.replace(root, "/elsewhere"), pid=10 * s.pid) for s in samples]
-    assert identity(replace(trained_on(moved), root="/elsewhere")) == plain
+    assert resume_key(replace(trained_on(moved), root="/elsewhere")) == plain
     for changed in ({"pid": 3}, {"camid": 5}, {"path": f"{root}/other.png"}):
-        assert identity(trained_on([replace(samples[0], **changed), *samples[1:]]))["data.digest"] != plain["data.digest"]
+        assert resume_key(trained_on([replace(samples[0], **changed), *samples[1:]]))["data.digest"] != plain["data.digest"]
 
 
 def test_what_differs_is_named_with_data_in_counts_and_classes(samples: list[Sample]):
-    before = {"head.kind": "mgn", "optim.lr": 0.1} | identity(trained_on(samples))
+    before = {"head.kind": "mgn", "optim.lr": 0.1} | resume_key(trained_on(samples))
     retrieval.require_same("a/checkpoint", before, before)
-    now = before | {"optim.lr": 0.2} | identity(trained_on(samples[: 4 * PER_PID]))
+    now = before | {"optim.lr": 0.2} | resume_key(trained_on(samples[: 4 * PER_PID]))
     told = (
         r"a/checkpoint belongs to a run with other settings or data: optim\.lr=0\.1 \(now 0\.2\), 30 training images of 6 "
         r"ids \(now 20 of 4\), so its head has 6 classes and 4 are required; use the same, another run_dir"
     )
     with pytest.raises(UserError, match=told):
         retrieval.require_same("a/checkpoint", now, before)
-    renamed = before | identity(trained_on([replace(samples[0], camid=9), *samples[1:]]))
+    renamed = before | resume_key(trained_on([replace(samples[0], camid=9), *samples[1:]]))
     with pytest.raises(UserError, match="30 training images of 6 ids, as now, but with other names, ids or cameras"):
         retrieval.require_same("a/checkpoint", renamed, before)
 

@@ -1,6 +1,6 @@
-"""What a step spends on telling what it does, in microseconds: beats, numbers, their file, a scrape.
+"""The cost of metrics in microseconds a step: beats, numbers, their file, and a scrape.
 
-    python benchmarks/telling.py         # some seconds on one idle CPU core; with a GPU, its events too
+    python benchmarks/metrics_cost.py      # some seconds on one idle CPU core; with a GPU, its events too
 
 ``tests/monitor/test_rank_metrics.py`` holds the number of calls down. docs/metrics.md has the figures.
 """
@@ -20,46 +20,46 @@ from launcher.elastic.http import Metrics
 from personmae.checkpoint.writer import CheckpointCounters
 from personmae.data.counters import StreamCounters
 from personmae.monitor import heartbeat
-from personmae.monitor.rank_metrics import Meter, StepTimer
+from personmae.monitor.rank_metrics import RankMetrics, StepTimer
 
 STEP_SECONDS, WRITE_SECONDS = 0.02, 2.0  # a short step, and how often the file is written
 PLAN: dict[str, Any] = {"first_step": 0, "total_steps": 100, "world_size": 1, "checkpoint_steps": 10}
 
 
-def meter_of_a_run() -> tuple[Meter, StreamCounters]:
-    """A meter with all that a run of pre-training has; ``close`` it."""
-    meter, stream, writer = Meter("pretrain"), StreamCounters(), CheckpointCounters()
-    meter.read("stream", stream.registry)
-    meter.read_writer(writer.registry)
+def metrics_of_a_run() -> tuple[RankMetrics, StreamCounters]:
+    """The metrics of a run of pre-training. ``close`` them."""
+    metrics, stream, writer = RankMetrics("pretrain"), StreamCounters(), CheckpointCounters()
+    metrics.read("stream", stream.registry)
+    metrics.read_writer(writer.registry)
     for stage in ("wait", "snapshot", "persist", "upload"):
         writer.seconds.labels(stage).observe(1)
     for outcome in ("ok", "timeout", "throttled"):
         stream.requests.labels("get", outcome).inc()
         stream.retries.labels(outcome).inc()
         stream.bytes.labels(outcome).inc()
-    assert meter.run
-    meter.run.plan(**PLAN, steps_per_epoch=20, flops_per_image=2e9, peak_flops=1e12)
-    return meter, stream
+    assert metrics.run
+    metrics.run.plan(**PLAN, steps_per_epoch=20, flops_per_image=2e9, peak_flops=1e12)
+    return metrics, stream
 
 
-def tell_steps(meter: Meter, stream: StreamCounters, num_steps: int) -> None:
-    """All that steps of pre-training tell, with two micro-batches each, and logged as every fifth."""
+def record_steps(metrics: RankMetrics, stream: StreamCounters, num_steps: int) -> None:
+    """Record steps of pre-training with two micro-batches each, of which every fifth is logged."""
     for step in range(num_steps):
-        meter.beat("wait_data", step)
+        metrics.beat("data_wait", step)
         stream.wait_seconds.inc(0.001)
-        meter.beat("step", step)
+        metrics.beat("step", step)
         for _ in range(2):
-            meter.beat("wait_data", step)
+            metrics.beat("data_wait", step)
             stream.queue.set(1024)
             stream.samples.inc(1024)
             stream.wait_seconds.inc(0.001)
-            meter.beat("step", step)
-            meter.enter("inputs")
-            meter.enter("forward_backward")
-        meter.enter("optimizer")
-        meter.count(step + 1, 2048)
-        if meter.run and step % 5 == 0:
-            meter.run.show(step, {"loss": 0.5, "lr": 1e-3, "grad_norm": 2.0, "skipped_steps": 0.0}, 1e5)
+            metrics.beat("step", step)
+            metrics.enter("inputs")
+            metrics.enter("forward_backward")
+        metrics.enter("optimizer")
+        metrics.count(step + 1, 2048)
+        if metrics.run and step % 5 == 0:
+            metrics.run.record(step, {"loss": 0.5, "lr": 1e-3, "grad_norm": 2.0, "skipped_steps": 0.0}, 1e5)
 
 
 def enter_parts(timer: StepTimer, num_steps: int) -> None:
@@ -84,16 +84,18 @@ def main() -> None:
     """Measure each on its own, and print it."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {heartbeat.DIRECTORY: folder, "RANK": "0", "LOCAL_RANK": "0"}
-        meter, stream = meter_of_a_run()
-        telling = best(lambda: tell_steps(meter, stream, 500)) / 500
-        writing = best(meter._export.write)
-        meter.close()
+        metrics, stream = metrics_of_a_run()
+        recording = best(lambda: record_steps(metrics, stream, 500)) / 500
+        writing = best(metrics._export.write)
+        metrics.close()
         for rank in range(1, 8):
             shutil.copy(Path(folder) / "0.metrics", Path(folder) / f"{rank}.metrics")
-        metrics = Metrics(1, 1, Path(folder))
-        scrape = best(lambda: generate_latest(metrics.registry))
-    together = telling + STEP_SECONDS / WRITE_SECONDS * writing
-    print(f"a step tells in {1e6 * telling:.1f} us, a write takes {1e3 * writing:.2f} ms: {1e6 * together:.1f} us a step")
+        agent = Metrics(1, 1, Path(folder))
+        scrape = best(lambda: generate_latest(agent.registry))
+    together = recording + STEP_SECONDS / WRITE_SECONDS * writing
+    print(
+        f"a step is recorded in {1e6 * recording:.1f} us, a write takes {1e3 * writing:.2f} ms: {1e6 * together:.1f} us a step"
+    )
     print(f"a scrape of an agent with eight ranks: {1e3 * scrape:.1f} ms")
     if torch.cuda.is_available():
         timer = StepTimer(CollectorRegistry(), lambda: torch.cuda.Event(enable_timing=True))
