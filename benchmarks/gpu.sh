@@ -112,14 +112,14 @@ SHARDS=$WORK/shards STEP="$PYTHON -m personmae bench step" PEERS="$PYTHON benchm
 if [ -z "$REHEARSE" ]; then
   part tests 150 $PYTHON -m pytest -q -m gpu -p no:cacheprovider $GPU_TESTS
   part regions 60 $PYTHON benchmarks/regions.py --sizes 256x128 --images full --out "$OUT/regions.json"
-  part pipeline-base 110 $STEP --sizes base --batches 1024 --compile on --cutters torch,triton --shards "$SHARDS" --steps 15 --rounds 2 --out "$OUT/pipeline-base.json"
+  part pipeline-base 110 $STEP --sizes base --batches 1024 --compile on --crop-backends torch,triton --shards "$SHARDS" --steps 15 --rounds 2 --out "$OUT/pipeline-base.json"
   part pipeline-small 90 $STEP --sizes small --batches 1024 --compile on --shards "$SHARDS" --steps 20 --rounds 2 --out "$OUT/pipeline-small.json"
   part peers-base 80 $PEERS --size base --img-size 256 128 --batch-size 256 --compile --rounds 2 --steps 48 --out "$OUT/peers-base.json"
   part grid-base 120 $STEP --sizes base --batches 64,1024 --compile off,on,graph --steps 10 --rounds 2 --out "$OUT/grid-base.json"
   part curve-compiled 120 $CURVE --size small --img-size 256 128 --batch-size 128 --steps 200 --out "$OUT/curve-compiled.json"
   part attention 50 $PYTHON benchmarks/attention.py --out "$OUT/attention.json"
   part peers-small 75 $PEERS --size small --img-size 256 128 --batch-size 256 --compile --rounds 2 --steps 64 --out "$OUT/peers-small.json"
-  part grid-small 100 $STEP --sizes small --batches 64,1024 --compile off,on,graph --cutters torch,triton --steps 10 --rounds 2 --out "$OUT/grid-small.json"
+  part grid-small 100 $STEP --sizes small --batches 64,1024 --compile off,on,graph --crop-backends torch,triton --steps 10 --rounds 2 --out "$OUT/grid-small.json"
   part curve-graphs 120 $CURVE --size small --img-size 256 128 --batch-size 128 --steps 200 --graphs --out "$OUT/curve-graphs.json"
   part engines-eager 75 $STEP --sizes base --batches 256 --engines "plain,native,deepspeed 1,fsdp" --steps 8 --rounds 2 --out "$OUT/engines-eager.json"
   part engines-compiled 75 $STEP --sizes base --batches 256 --engines native,fsdp --compile on --steps 8 --rounds 2 --out "$OUT/engines-compiled.json"

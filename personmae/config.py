@@ -1,10 +1,10 @@
-"""Typed configuration: YAML files with ``_base_``, then ``section.key=value`` overrides, into frozen models.
+"""Typed configuration: YAML files with ``_base_``, then ``section.key=value`` overrides, read into frozen models.
 
-Precedence: a default is overridden by ``_base_``, that by the file, that by the command line. Only programs read these
-models; everything below them takes plain arguments. All sizes are global: per-rank values are derived from the world size.
+A default is overridden by ``_base_``, that by the file, and that by the command line. Only programs read these models.
+Everything below the programs takes plain arguments. All sizes are global: values per rank follow from the world size.
 
-Here are the keys of ``pretrain``. ``config_downstream`` has those of fine-tuning, ``config_sections`` those that all share, and
-``config_file`` reads and writes the files.
+The keys of ``pretrain`` are here. ``keys/downstream.py`` has those of fine-tuning and unsupervised training,
+``keys/sections.py`` has the sections that all share, and ``keys/config_file.py`` reads and writes the files.
 """
 
 from collections.abc import Callable, Sequence
@@ -153,7 +153,7 @@ class Train(Section):
     cuda_graphs: bool = Field(
         default=False, description="replay all of that as CUDA graphs: for small batches on many GPUs; needs the native engine"
     )
-    cutter: Literal["torch", "triton"] = Field(
+    crop_backend: Literal["torch", "triton"] = Field(
         default="torch", description="who cuts the regions on a GPU: torch's operations, or one Triton kernel, not yet timed"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
@@ -295,7 +295,7 @@ class Pretrain(Section):
     def prepare_arguments(self) -> dict[str, Any]:
         """Arguments of ``model.personmae.choose_prepare``."""
         train = self.train
-        return {"cutter": train.cutter, "compiled": train.compile, "cuda_graphs": train.cuda_graphs}
+        return {"crop_backend": train.crop_backend, "compiled": train.compile, "cuda_graphs": train.cuda_graphs}
 
     def resume_key(self) -> dict[str, Any]:
         """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""

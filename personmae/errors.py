@@ -1,4 +1,4 @@
-"""How a program of this package ends: the exit codes and the one error that is the user's to mend."""
+"""How a program ends: the exit codes, and the one error that the user can fix."""
 
 import atexit
 import errno

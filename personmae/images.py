@@ -1,9 +1,9 @@
-"""One rule for every reader of an image: from a file's bytes to upright RGB pixels.
+"""One rule for every reader of images: from the bytes of a file to upright RGB pixels.
 
-What a file is, its content decides and never its name. JPEGs go to a fast decoder. What that one does not take (other
-formats, unusual JPEGs, complaints that change no pixel) goes to Pillow. Truncated files are refused by both.
-Pixels are turned as the EXIF orientation says. Alpha is left out, a palette is looked up, grey becomes three equal channels,
-of 16 bits a channel the upper 8 count, and of several frames the first.
+The content decides what a file is, never its name. JPEGs go to a fast decoder. Everything that it refuses goes to Pillow:
+other formats, unusual JPEGs, and warnings that change no pixel. Both refuse truncated files.
+Pixels are turned by the EXIF orientation. Alpha is dropped, palettes are looked up, and grey becomes three equal channels.
+Of 16 bits a channel the upper 8 count, and of several frames the first.
 """
 
 import functools

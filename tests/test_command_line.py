@@ -20,6 +20,7 @@ from personmae.commands import about
 from personmae.commands.arguments import place
 from personmae.commands.examples import EXAMPLES, MAIN_KEYS, closing
 from personmae.errors import EXIT_COMPLETE, EXIT_USER_ERROR, UserError
+from personmae.keys.renamed import print_new_name
 from personmae.keys.table import keys_of
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,36 @@ def test_examples_name_files_that_are_here():
     named_files = {word for text in EXAMPLES.values() for word in text.split() if word.startswith(("configs/", "launcher/"))}
     assert named_files
     assert [name for name in named_files if not (ROOT / name).is_file()] == []
+
+
+# --- old names ---
+
+
+@pytest.fixture
+def _not_printed_before() -> None:
+    print_new_name.cache_clear()
+
+
+@pytest.mark.usefixtures("_not_printed_before")
+def test_an_old_verb_is_the_new_one_prints_its_name_and_is_in_no_help(capsys):
+    code, out, err = call(capsys, "bench", "rank", "--help")
+    assert (code, err) == (EXIT_COMPLETE, "note: personmae bench rank is called personmae bench retrieval now\n")
+    assert out == LEAVES["personmae bench retrieval"].format_help()
+    assert call(capsys, "help", "bench", "rank")[:2] == (EXIT_COMPLETE, out)
+    assert "rank" not in re.split(r"\W+", call(capsys, "bench", "--help")[1])
+    assert __main__.build_parser().parse_args(["bench", "rank", "market"]).action == "retrieval"
+
+
+@pytest.mark.usefixtures("_not_printed_before")
+def test_an_old_option_sets_the_new_one_prints_its_name_and_is_in_no_help(capsys):
+    parse = __main__.build_parser().parse_args
+    assert parse(["bench", "step", "--cutters", "triton"]) == parse(["bench", "step", "--crop-backends", "triton"])
+    assert capsys.readouterr().err == "note: --cutters is called --crop-backends now\n"
+    assert "--cutters" not in LEAVES["personmae bench step"].format_help()
+    agent = elastic.build_parser().parse_args(["run", "--wait-data-seconds", "7", "--", "x"])
+    assert agent.data_wait_seconds == 7
+    assert elastic.build_parser().parse_args(["run", "--", "x"]).data_wait_seconds == 1800
+    assert capsys.readouterr().err == "note: --wait-data-seconds is called --data-wait-seconds now\n"
 
 
 # --- what was meant ---

@@ -11,15 +11,13 @@ import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from launcher.elastic.agent import Agent
 from launcher.elastic.options import read_options, read_policy
 from launcher.elastic.ranks import Limits
 from launcher.elastic.store import serve
-from personmae.commands.arguments import Parser
+from personmae.commands.arguments import Parser, Renamed
 from personmae.errors import EXIT_COMPLETE, run_program
-from personmae.keys.renamed import print_new_name
 from personmae.monitor.endpoint import LOOPBACK
 
 
@@ -62,7 +60,7 @@ def build_parser() -> Parser:
     for name, default in asdict(Limits()).items():
         phase = name.removesuffix("_seconds").replace("_", "-")
         _seconds(group, f"--{phase}-seconds", default, f"a rank that is silent for so long in this phase hangs: {phase}")
-    group.add_argument("--wait-data-seconds", action=_Renamed, dest="data_wait_seconds", type=float, help=argparse.SUPPRESS)
+    group.add_argument("--wait-data-seconds", action=Renamed, dest="data_wait_seconds", type=float, help=argparse.SUPPRESS)
 
     group = run.add_argument_group("being watched")
     group.add_argument("--port", type=int, default=0, metavar="P", help="/healthz, /readyz and /metrics; 0 is off (default)")
@@ -72,19 +70,6 @@ def build_parser() -> Parser:
     _seconds(group, "--linger-seconds", 0, "the endpoint of a complete run stays, for its last numbers to be scraped")
     group.add_argument("--gpu-metrics", choices=("on", "off"), default="on", help="ask NVML; off where DCGM does (default on)")
     return parser
-
-
-class _Renamed(argparse.Action):
-    """An option under its old name, which sets the new one and prints its name."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, default=argparse.SUPPRESS)
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
-    ) -> None:
-        print_new_name(str(option_string), f"--{self.dest.replace('_', '-')}")
-        setattr(namespace, self.dest, values)
 
 
 def _seconds(group: argparse._ArgumentGroup, name: str, default: float, text: str) -> None:

@@ -1,7 +1,7 @@
-"""What this machine can do at most: products of matrices a second, and bytes moved a second.
+"""The most that this machine can do: matrix products per second, and bytes moved per second.
 
-A step's speed means something beside these two; both are measured in the same run, since a data sheet knows neither the clock
-nor the neighbours.
+The speed of a step is judged by these two. Both are measured in the same run, since a data sheet knows neither the clock
+nor the other programs on the machine.
 """
 
 import multiprocessing

@@ -1,4 +1,4 @@
-"""``personmae bench checkpoint``: how long a save of the whole state holds up training, and when it is committed."""
+"""``personmae bench checkpoint``: how long saving the whole state holds up training, and when the save is committed."""
 
 import contextlib
 import statistics

@@ -1,4 +1,4 @@
-"""``personmae bench cluster``: what pseudo-labels cost in time and memory, beside the usual dense way to the same labels."""
+"""``personmae bench cluster``: time and memory of computing pseudo-labels, next to a dense baseline with the same labels."""
 
 import multiprocessing
 import statistics
@@ -22,7 +22,7 @@ from personmae.reid.cluster_quality import ClusterQuality, quality
 from personmae.system import files
 
 OURS = "pseudo_labels"
-USUAL = "dense N x N"  # matrices, filled image by image, as cluster-contrast and its ports compute it
+BASELINE = "dense N x N"  # matrices, filled image by image, as cluster-contrast and its ports compute it
 K1, K2, EPS, MIN_SAMPLES = 30, 6, 0.6, 4
 NOISE = 2.1  # length of an image's scatter where a person's centre has length 1: most are found, some images are outliers
 CHUNK = 512  # rows of features drawn at a time
@@ -37,12 +37,12 @@ class ClusterBench:
     num_pids: int
     dim: int = 384
     rounds: int = 3
-    usual: bool = True
+    baseline: bool = True
 
 
 PRESETS = {
     "market": ClusterBench(12_936, num_pids=751),
-    "large": ClusterBench(100_000, num_pids=5_800, rounds=1, usual=False),
+    "large": ClusterBench(100_000, num_pids=5_800, rounds=1, baseline=False),
 }
 
 
@@ -64,7 +64,7 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
     """
     if not 0 < bench.num_pids <= bench.num_images:
         raise UserError(f"num_pids must be in 1 ... num_images = {bench.num_images}; got {bench.num_pids}")
-    ways = (OURS, USUAL) if bench.usual else (OURS,)
+    ways = (OURS, BASELINE) if bench.baseline else (OURS,)
     rounds: dict[str, list[tuple[float, int, int, np.ndarray]]] = {name: [] for name in ways}
     for number in range(1, bench.rounds + 1):
         for name in ways:
@@ -83,10 +83,10 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
         "feature_bytes": 4 * bench.dim * bench.num_images,
         "measured": {name: asdict(values) for name, values in found.items()},
     }
-    if bench.usual:
-        record["speed_ratio"] = found[USUAL].seconds / found[OURS].seconds
-        record["memory_ratio"] = found[USUAL].more_bytes / found[OURS].more_bytes
-        record["different_labels"] = int((labels[OURS] != labels[USUAL]).sum())
+    if bench.baseline:
+        record["speed_ratio"] = found[BASELINE].seconds / found[OURS].seconds
+        record["memory_ratio"] = found[BASELINE].more_bytes / found[OURS].more_bytes
+        record["different_labels"] = int((labels[OURS] != labels[BASELINE]).sum())
     _print(bench, found, record)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def _in_own_process(name: str, bench: ClusterBench) -> tuple[float, int, int, np
 
 def measure(name: str, bench: ClusterBench) -> tuple[float, int, int, np.ndarray]:
     """Seconds of one way, this process's peak of memory, what of it was not there before (bytes both), and the labels."""
-    way = {OURS: pseudo_labels, USUAL: usual_way}[name]
+    way = {OURS: pseudo_labels, BASELINE: baseline}[name]
     features, _ = draw(bench)
     way(features[:200], k1=K1, k2=K2, eps=EPS, min_samples=MIN_SAMPLES)  # loads libraries and starts the threads
     Path("/proc/self/clear_refs").write_text(_FRESH_PEAK, encoding="utf-8")
@@ -124,7 +124,7 @@ def draw(bench: ClusterBench) -> tuple[torch.Tensor, np.ndarray]:
     return features, pids.numpy()
 
 
-def usual_way(features: torch.Tensor, *, k1: int, k2: int, eps: float, min_samples: int) -> np.ndarray:
+def baseline(features: torch.Tensor, *, k1: int, k2: int, eps: float, min_samples: int) -> np.ndarray:
     """Labels as the field computes them; neighbours by brute force too."""
     from sklearn.cluster import DBSCAN
 
@@ -186,7 +186,7 @@ def _print(bench: ClusterBench, found: dict[str, Measured], record: dict[str, An
         table.add_row(name, f"{values.seconds:.2f}", *sizes, *counts)
     console = Console()
     console.print(table)
-    if bench.usual:
+    if bench.baseline:
         console.print(
             f"{record['speed_ratio']:.1f} times as fast, {record['memory_ratio']:.1f} times less memory; "
             f"{record['different_labels']:,} labels differ"

@@ -1,11 +1,11 @@
-"""``personmae bench counts``: the operations and the bytes of each stage of a step, and the time they take at the least.
+"""``personmae bench counts``: operations and bytes of each stage of a step, and the least time that they take.
 
-Operations are those of matrix products, two for a multiplication and its sum, as in ``flops.pretrain_flops``; what activation
-checkpointing computes again is not counted. Bytes are the least that fused kernels move: what lies between two matrix products
-(a norm with the residual sum before it, GELU, the rounding of a gradient) is one kernel, attention is one and keeps no
-probabilities, and each kernel reads its operands once and writes its result once. The residual stream and its gradient are
-fp32, operands of products and their gradients are of the compute type, as in ``model/vit.py``; biases and statistics are left
-out. Weights are moved once a step, however large the batch.
+Operations are those of matrix products, two for a multiplication and its sum, as in ``flops.pretrain_flops``. Operations
+repeated by activation checkpointing are not counted. Bytes are the least that fused kernels move. One kernel holds all
+between two matrix products: a norm with the residual sum before it, GELU, the rounding of a gradient. Attention is one
+kernel and stores no probabilities. Each kernel reads its operands once and writes its result once. The residual stream
+and its gradient are fp32. Operands of products and their gradients have the compute type, as in ``model/vit.py``. Biases
+and statistics are left out. Weights are moved once a step, however large the batch is.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""``personmae bench data``: what a data set's shards can be read and decoded at, beside the usual way of doing the same."""
+"""``personmae bench data``: how fast the shards of a data set are read and decoded, next to a baseline that does the same."""
 
 import multiprocessing
 import os
@@ -32,8 +32,8 @@ BATCH_SIZE = 256
 CROP_SCALE, CROP_RATIO = (0.8, 1.0), (0.375, 0.667)
 MEAN = STD = (0.5, 0.5, 0.5)
 SPEC = RegionSpec(IMG_SIZE, 16, MEAN, STD, 64, CROP_SCALE, CROP_RATIO, 0.5, "block", 0.75, 4)
-USUAL = "StreamingDataset, PIL, DataLoader: cropped"
-USUAL_CANVAS = "StreamingDataset, PIL, DataLoader: canvas"
+BASELINE = "StreamingDataset, PIL, DataLoader: cropped"
+BASELINE_CANVAS = "StreamingDataset, PIL, DataLoader: canvas"
 
 
 @dataclass
@@ -87,7 +87,7 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
             "data": {"samples": len(shards), "mean_bytes": mean_bytes, **_heights(shards)},
             "settings": asdict(bench) | {"shards": Path(bench.shards).name, "remote": bool(bench.remote)},
             "measured": {name: asdict(values) for name, values in found.items()},
-            "ratio": found["whole pipeline"].images_per_second / found[USUAL].images_per_second,
+            "ratio": found["whole pipeline"].images_per_second / found[BASELINE].images_per_second,
         }
     _print(found, record)
     if out:
@@ -98,17 +98,17 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
 
 def _rates(bench: DataBench, scratch: str) -> dict[str, tuple[float, int]]:
     """Images per second of each way, and the cores it had."""
-    usual_copy = Path(scratch) / "usual"  # StreamingDataset may write beside what it reads
-    usual_copy.mkdir()
+    baseline_copy = Path(scratch) / "baseline"  # StreamingDataset may write beside what it reads
+    baseline_copy.mkdir()
     for path in Path(bench.shards).resolve().iterdir():
-        (usual_copy / path.name).symlink_to(path)
+        (baseline_copy / path.name).symlink_to(path)
     ways: dict[str, tuple[Callable[[], float], int]] = {
         "raw read": (lambda: _on_one_core(lambda: _raw(bench)), 1),
         "decoder alone": (lambda: _on_one_core(lambda: _decoder(bench)), 1),
         "read, decode, canvas": (lambda: _on_one_core(lambda: _pipeline(bench, num_threads=1)), 1),
         "whole pipeline": (lambda: _pipeline(bench, num_threads=bench.num_threads), bench.num_threads),
-        USUAL: (lambda: _in_own_process(usual_copy, bench, True), bench.num_threads),
-        USUAL_CANVAS: (lambda: _in_own_process(usual_copy, bench, False), bench.num_threads),
+        BASELINE: (lambda: _in_own_process(baseline_copy, bench, True), bench.num_threads),
+        BASELINE_CANVAS: (lambda: _in_own_process(baseline_copy, bench, False), bench.num_threads),
         "whole pipeline, crop on the CPU": (lambda: _with_crops(bench), bench.num_threads),
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -222,10 +222,10 @@ def _from_store(bench: DataBench, root: str, scratch: Path, mean_bytes: float) -
 def _in_own_process(root: Path, bench: DataBench, crop: bool) -> float:
     """The usual way has shared memory and locks of its own: a fresh process each time."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(usual_way, str(root), bench.num_images, bench.num_threads, crop).result()
+        return pool.submit(baseline, str(root), bench.num_images, bench.num_threads, crop).result()
 
 
-def usual_way(root: str, num_images: int, num_workers: int, crop: bool) -> float:
+def baseline(root: str, num_images: int, num_workers: int, crop: bool) -> float:
     """Images per second of StreamingDataset, PIL and a DataLoader, to RegionA as the network takes it or to canvases."""
     import io
     import warnings

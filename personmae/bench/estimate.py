@@ -1,7 +1,7 @@
-"""What to expect of this machine: images a second of each size and the time of the quickstart, from a few real steps.
+"""Estimates for this machine from a few real steps: images per second of each size, and the time of the quickstart.
 
-``personmae doctor`` starts this in a process of its own and shows the lines. They are estimates: two sizes take some steps
-on noise, the others follow by counted operations, and neither reading nor compiling is in them.
+``personmae doctor`` runs this in a process of its own and prints the lines. Two sizes take some steps on noise. The others
+follow by counted operations. Reading and compiling are not included.
 """
 
 import functools

@@ -1,7 +1,7 @@
-"""One configuration of a step, timed part by part: the pieces of ``pretrain.train`` in its order, without what it records.
+"""One configuration of a step, timed part by part: the parts of ``pretrain.train`` in its order, without its records.
 
-``open_loop``, ``run_round`` and ``close_loop`` are called in a process that has one loop and nothing else: so its memory is
-told apart from others', and what it leaves behind in compilers, engines and allocators ends with it.
+``open_loop``, ``run_round`` and ``close_loop`` run in a process that has one loop and nothing else. So its memory is
+separate from that of others, and its traces in compilers, engines and allocators end with it.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from personmae.bench.counts import spec_at
 from personmae.data.stream import BatchReader, CanvasBatch, ShardSet, to_device
 from personmae.engine.base import Batch, Engine
 from personmae.errors import UserError
-from personmae.model.compiled import Cutter, choose_prepare, compile_parts
+from personmae.model.compiled import CropBackend, choose_prepare, compile_parts
 from personmae.model.inputs import RegionSpec
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
@@ -50,7 +50,7 @@ class Cell:
     precision: str
     checkpointing: ActivationCheckpointing
     img_size: tuple[int, int]
-    cutter: Cutter = "torch"
+    crop_backend: CropBackend = "torch"
 
     @property
     def spec(self) -> RegionSpec:
@@ -90,7 +90,7 @@ class Loop:
         self._model.encoder.activation_checkpointing = cell.checkpointing
         self._teacher = Teacher(self._model.encoder, cell.spec.grid, dtype).to(world.device)
         compiled, graphed = cell.compile != "off", cell.compile == "graph"
-        self._prepare = choose_prepare(self._model, cutter=cell.cutter, compiled=compiled, cuda_graphs=graphed)
+        self._prepare = choose_prepare(self._model, crop_backend=cell.crop_backend, compiled=compiled, cuda_graphs=graphed)
         if compiled:
             compile_cache.mend()
             compile_parts(self._model, self._teacher, graphed)

@@ -1,4 +1,4 @@
-"""``personmae bench rank``: what an evaluation of retrieval costs, beside its matrix product alone and the usual way."""
+"""``personmae bench retrieval``: the cost of evaluating retrieval, next to its matrix product alone and to two baselines."""
 
 import multiprocessing
 import statistics
@@ -22,16 +22,16 @@ from personmae.system import files
 
 OURS = "evaluate"
 PRODUCT = "matrix product alone"
-USUAL = "argsort, loops over queries and ranks"  # as torchreid and fast-reid score
-USUAL_VECTORS = "argsort, loop over queries"  # as the TransReID family scores
-WAYS = (PRODUCT, OURS, USUAL_VECTORS, USUAL)
+BASELINE = "argsort, loops over queries and ranks"  # as torchreid and fast-reid score
+BASELINE_VECTORS = "argsort, loop over queries"  # as the TransReID family scores
+WAYS = (PRODUCT, OURS, BASELINE_VECTORS, BASELINE)
 NOISE = 3.5  # of an image, per number of its feature, where people have 1
 CHUNK = 512  # rows of features drawn at a time
 
 
 @dataclass(frozen=True, slots=True)
-class RankBench:
-    """What to measure, on features of drawn people. The usual ways score the first ``usual_queries`` alone."""
+class RetrievalBench:
+    """What to measure, on features of drawn people. The usual ways score the first ``baseline_queries`` alone."""
 
     num_query: int
     num_gallery: int
@@ -39,13 +39,13 @@ class RankBench:
     num_cameras: int = 6
     dim: int = 2048
     rounds: int = 3
-    usual_queries: int | None = None  # all of them
+    baseline_queries: int | None = None  # all of them
 
 
 PRESETS = {
-    "market": RankBench(3_368, 15_913, num_pids=750),
+    "market": RetrievalBench(3_368, 15_913, num_pids=750),
     # For all queries the usual ways would hold a distance and a place in the order for 958 million pairs.
-    "msmt17": RankBench(11_659, 82_161, num_pids=3_060, num_cameras=15, usual_queries=500),
+    "msmt17": RetrievalBench(11_659, 82_161, num_pids=3_060, num_cameras=15, baseline_queries=500),
 }
 
 
@@ -59,20 +59,20 @@ class Measured:
     mAP: float | None = None  # noqa: N815 - the field's name
 
 
-def run_rank(bench: RankBench, out: Path | None = None) -> dict[str, Any]:
+def run_retrieval(bench: RetrievalBench, out: Path | None = None) -> dict[str, Any]:
     """Measure every way in a process of its own, in turn, print a table, and write the record to ``out``.
 
     Raises:
         UserError: a number does not fit the others.
     """
-    usual_queries = bench.num_query if bench.usual_queries is None else bench.usual_queries
-    if not 0 < usual_queries <= bench.num_query:
-        raise UserError(f"usual_queries must be in 1 ... num_query = {bench.num_query}; got {usual_queries}")
-    counts = {name: bench.num_query if name in (OURS, PRODUCT) else usual_queries for name in WAYS}
+    baseline_queries = bench.num_query if bench.baseline_queries is None else bench.baseline_queries
+    if not 0 < baseline_queries <= bench.num_query:
+        raise UserError(f"baseline_queries must be in 1 ... num_query = {bench.num_query}; got {baseline_queries}")
+    counts = {name: bench.num_query if name in (OURS, PRODUCT) else baseline_queries for name in WAYS}
     rounds: dict[str, list[tuple[float, int, float | None]]] = {name: [] for name in WAYS}
     for number in range(1, bench.rounds + 1):
         for name in WAYS:
-            progress.log_to_stderr(f"bench rank: round {number} of {bench.rounds}, {name} ...")
+            progress.log_to_stderr(f"bench retrieval: round {number} of {bench.rounds}, {name} ...")
             rounds[name].append(_in_own_process(name, bench, counts[name]))
     found = {}
     for name, results in rounds.items():
@@ -96,13 +96,13 @@ def run_rank(bench: RankBench, out: Path | None = None) -> dict[str, Any]:
     return record
 
 
-def _in_own_process(name: str, bench: RankBench, num_queries: int) -> tuple[float, int, float | None]:
+def _in_own_process(name: str, bench: RetrievalBench, num_queries: int) -> tuple[float, int, float | None]:
     """A process's peak of memory is told apart from that of others in this way only."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, name, bench, num_queries).result()
 
 
-def measure(name: str, bench: RankBench, num_queries: int) -> tuple[float, int, float | None]:
+def measure(name: str, bench: RetrievalBench, num_queries: int) -> tuple[float, int, float | None]:
     """Seconds and mAP of one way on the first ``num_queries``, and this process's peak of memory in bytes."""
     query, gallery, labels = draw(bench)
     query = query[:num_queries].clone()
@@ -115,11 +115,11 @@ def measure(name: str, bench: RankBench, num_queries: int) -> tuple[float, int, 
     elif name == OURS:
         score = evaluate(cosine(query, gallery), labels).mAP
     else:
-        score = usual_way(query, gallery, labels, vectors=name == USUAL_VECTORS)
+        score = baseline(query, gallery, labels, vectors=name == BASELINE_VECTORS)
     return time.perf_counter() - start, _peak_bytes(), score
 
 
-def draw(bench: RankBench) -> tuple[torch.Tensor, torch.Tensor, Labels]:
+def draw(bench: RetrievalBench) -> tuple[torch.Tensor, torch.Tensor, Labels]:
     """Features (Q, F) and (G, F) of length one, around a centre for each person, and labels; the same every time."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     people = torch.randn(bench.num_pids, bench.dim, generator=generator)
@@ -135,7 +135,7 @@ def draw(bench: RankBench) -> tuple[torch.Tensor, torch.Tensor, Labels]:
     return features[0], features[1], Labels(*columns)
 
 
-def usual_way(query: torch.Tensor, gallery: torch.Tensor, labels: Labels, *, vectors: bool) -> float:
+def baseline(query: torch.Tensor, gallery: torch.Tensor, labels: Labels, *, vectors: bool) -> float:
     """mAP from all distances, their order, and a loop over queries; without ``vectors``, over the ranks of each too."""
     distances = 1 - (query @ gallery.T).numpy()
     order = np.argsort(distances, axis=1)
@@ -162,7 +162,7 @@ def _peak_bytes() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def _print(bench: RankBench, found: dict[str, Measured], record: dict[str, Any]) -> None:
+def _print(bench: RetrievalBench, found: dict[str, Measured], record: dict[str, Any]) -> None:
     cores, features = record["hardware"]["cores"], record["feature_bytes"] / 1e9
     title = f"{bench.num_query:,} queries, {bench.num_gallery:,} in the gallery, {features:.2f} GB of features, {cores} cores"
     table = Table("way", "seconds", "beside evaluate", "peak GB", "queries measured", "their mAP", title=title)

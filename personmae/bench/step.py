@@ -1,8 +1,8 @@
-"""``personmae bench step``: how fast a step is, where its time goes, and how much of this machine it uses.
+"""``personmae bench step``: the speed of a step, the time of its parts, and the share of this machine that it uses.
 
-Every cell of the grid, i.e. size x batch x engine x precision x checkpointing x compilation, has a process of its own. On a CPU
-those at equal work are taken in turn, so that their ratios hold where neighbours come and go; on a GPU, whose memory they would
-have to share, one comes after the other.
+Every cell of the grid (size x batch x engine x precision x checkpointing x compilation) has a process of its own. On a CPU
+the cells with equal work take turns, so that their ratios hold while other programs come and go. On a GPU they would share
+its memory, so one runs after the other.
 """
 
 import contextlib
@@ -41,15 +41,14 @@ from personmae.bench.loop import (
 from personmae.checkpoint import portable
 from personmae.data.stream import ShardSet
 from personmae.errors import UserError
-from personmae.model.compiled import Cutter, require_kernel
+from personmae.model.compiled import CropBackend, require_kernel
 from personmae.model.vit import SIZES, ActivationCheckpointing
 from personmae.monitor import environment, progress
 from personmae.precision import AUTO
 from personmae.system import files
 
 T = TypeVar("T")
-# In the order they are told.
-_KEYS = ("size", "batch_size", "engine", "precision", "compile", "checkpointing", "cutter", "source")
+_KEYS = ("size", "batch_size", "engine", "precision", "compile", "checkpointing", "crop_backend", "source")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class StepBench:
     compile: tuple[str, ...] = ("off",)
     precisions: tuple[str, ...] = (AUTO,)
     checkpointing: tuple[str, ...] = ("none",)
-    cutters: tuple[str, ...] = ("torch",)
+    crop_backends: tuple[str, ...] = ("torch",)
     img_size: tuple[int, int] = (256, 128)
     shards: str | None = None
     num_steps: int = 20
@@ -80,7 +79,7 @@ class StepBench:
             ("compile", self.compile, get_args(Compiled)),
             ("precision", self.precisions, (AUTO, *DTYPES)),
             ("checkpointing", self.checkpointing, get_args(ActivationCheckpointing)),
-            ("cutters", self.cutters, get_args(Cutter)),
+            ("crop-backends", self.crop_backends, get_args(CropBackend)),
         ):
             if wrong := [name for name in given if name not in known]:
                 raise UserError(f"--{what} takes {', '.join(known)}; got {wrong[0]!r}")
@@ -88,9 +87,9 @@ class StepBench:
             raise UserError(f"--img-size must be multiples of 16, got {self.img_size[0]}x{self.img_size[1]}")
         return [
             [
-                Cell(size, batch, engine, how, precision, checkpointing, self.img_size, cutter)  # type: ignore[arg-type]
-                for engine, precision, checkpointing, how, cutter in itertools.product(
-                    self.engines, self.precisions, self.checkpointing, self.compile, self.cutters
+                Cell(size, batch, engine, how, precision, checkpointing, self.img_size, cropped_by)  # type: ignore[arg-type]
+                for engine, precision, checkpointing, how, cropped_by in itertools.product(
+                    self.engines, self.precisions, self.checkpointing, self.compile, self.crop_backends
                 )
             ]
             for size, batch in itertools.product(self.sizes, self.batches)
@@ -111,7 +110,7 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
     groups = bench.groups()
     if "graph" in bench.compile and device.type == "cpu":
         raise UserError("--compile graph needs a GPU and there is none; leave it out")
-    if "triton" in bench.cutters:
+    if "triton" in bench.crop_backends:
         require_kernel(device)
     if bench.shards:
         _require_samples(bench.shards, max(bench.batches))
@@ -232,7 +231,7 @@ def _name(row: dict[str, Any], keys: tuple[str, ...] = _KEYS) -> str:
         "batch_size": f"{row['batch_size']} images",
         "compile": {"off": "eager", "on": "compiled", "graph": "CUDA graphs"}[row["compile"]],
         "checkpointing": "" if row["checkpointing"] == "none" else f"{row['checkpointing']} checkpointing",
-        "cutter": "" if row["cutter"] == "torch" else "regions by the kernel",
+        "crop_backend": "" if row["crop_backend"] == "torch" else "regions by the kernel",
     }
     return ", ".join(text for key in keys if (text := texts.get(key, row.get(key, ""))))
 

@@ -5,7 +5,7 @@ import difflib
 from pathlib import Path
 from typing import cast
 
-from personmae.commands.arguments import Parser, place
+from personmae.commands.arguments import Parser, Verbs, place
 from personmae.errors import UserError
 
 
@@ -36,8 +36,8 @@ def describe(parser: argparse.ArgumentParser) -> None:
             describe(verb)
 
 
-def verbs_of(parser: argparse.ArgumentParser) -> list[argparse._SubParsersAction]:
-    return [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+def verbs_of(parser: argparse.ArgumentParser) -> list[Verbs]:
+    return [action for action in parser._actions if isinstance(action, Verbs)]
 
 
 def add_keys(verbs: argparse._SubParsersAction, _: Parser) -> None:
@@ -85,7 +85,7 @@ def find(parser: Parser, words: list[str]) -> Parser:
             parser._check_value(actions[0], word)
         except argparse.ArgumentError as error:
             parser.error(str(error))
-        parser = cast(Parser, actions[0].choices[word])
+        parser = cast(Parser, actions[0].choices[actions[0].renamed.get(word, word)])
     return parser
 
 

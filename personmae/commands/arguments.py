@@ -1,4 +1,4 @@
-"""What command lines share: the parser, the kinds of values, and progress on standard error."""
+"""Parts of every command line: the parser, types of values, old names, and progress on standard error."""
 
 import argparse
 import contextlib
@@ -6,9 +6,11 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from personmae.commands.examples import closing
 from personmae.errors import UserError
+from personmae.keys.renamed import print_new_name
 from personmae.monitor.progress import EVERY_SECONDS, Pace, duration, stamped
 from personmae.system import locations
 
@@ -23,6 +25,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
         self.register("type", Path, local_path)
+        self.register("action", "parsers", Verbs)
 
     def format_help(self) -> str:
         self.epilog = self.epilog or closing(self.prog)
@@ -30,6 +33,8 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         """As argparse, with the nearest verb instead of a list of all."""
+        if isinstance(action, Verbs) and value in action.renamed:
+            return
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             near = difflib.get_close_matches(str(value), list(action.choices), n=1)
             meant = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(action.choices)}"
@@ -57,6 +62,33 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and len(name) > 2:
                 near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
                 self.error(f"unknown option '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+class Verbs(argparse._SubParsersAction):
+    """The verbs of a parser. ``renamed`` has old names, which work and print the new name, and no help lists them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.renamed: dict[str, str] = {}
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        name, *rest = values
+        if new := self.renamed.get(name):
+            print_new_name(f"{parser.prog} {name}", f"{parser.prog} {new}")
+        super().__call__(parser, namespace, [new or name, *rest], option_string)
+
+
+class Renamed(argparse.Action):
+    """An option under its old name: it sets ``dest`` and prints the new name."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, default=argparse.SUPPRESS)
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        print_new_name(str(option_string), f"--{self.dest.replace('_', '-')}")
+        setattr(namespace, self.dest, values)
 
 
 def local_path(text: str) -> Path:

@@ -1,4 +1,4 @@
-"""What the help of each verb ends with: an example, and for programs their main keys."""
+"""The end of each verb's help: an example, and for programs their main keys."""
 
 EXAMPLES = {
     "synth": "personmae synth runs/people --pool-images 2000",
@@ -14,7 +14,7 @@ EXAMPLES = {
     "bench step": "personmae bench step --sizes micro,small --batches 32,64",
     "bench counts": "personmae bench counts --batch 256 --measure",
     "bench checkpoint": "personmae bench checkpoint --size small",
-    "bench rank": "personmae bench rank market",
+    "bench retrieval": "personmae bench retrieval market",
     "bench cluster": "personmae bench cluster --preset market",
     "doctor": "personmae doctor --shards s3://bucket/crops",
     "keys": "personmae keys pretrain batch",

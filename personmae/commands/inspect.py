@@ -1,9 +1,9 @@
-"""``personmae report``, ``bench`` and ``doctor``: looking at runs and at machines."""
+"""``personmae report``, ``bench`` and ``doctor``: results of runs, and measurements and checks of a machine."""
 
 import argparse
 from pathlib import Path
 
-from personmae.commands.arguments import counting, place, positive, size
+from personmae.commands.arguments import Renamed, Verbs, counting, place, positive, size
 from personmae.errors import UserError
 from personmae.monitor.progress import log, log_to_stderr
 
@@ -49,28 +49,32 @@ def add_report(verbs: argparse._SubParsersAction) -> None:
 def add_bench(verbs: argparse._SubParsersAction) -> None:
     bench = verbs.add_parser("bench", help="measure this machine: reading shards, a step, a checkpoint, ranking, clustering")
     actions = bench.add_subparsers(dest="action", metavar="ACTION", required=True)
+    assert isinstance(actions, Verbs)
+    actions.renamed["rank"] = "retrieval"
     _bench_data(actions)
     _bench_step(actions)
     _bench_counts(actions)
     _bench_checkpoint(actions)
-    _bench_rank(actions)
+    _bench_retrieval(actions)
     _bench_cluster(actions)
 
 
-def _bench_rank(actions: argparse._SubParsersAction) -> None:
-    rank = actions.add_parser("rank", help="scoring a retrieval, beside its matrix product and the usual argsort and loops")
-    rank.add_argument("size", choices=["market", "msmt17"], help="of which benchmark; features are drawn")
-    rank.add_argument("--rounds", type=counting, default=3, help="times each way is measured, in turn (default 3)")
-    rank.add_argument("--out", type=Path, help="write the record as JSON")
+def _bench_retrieval(actions: argparse._SubParsersAction) -> None:
+    retrieval = actions.add_parser(
+        "retrieval", help="scoring a retrieval, next to its matrix product and to the baseline's argsort and loops"
+    )
+    retrieval.add_argument("size", choices=["market", "msmt17"], help="of which benchmark; features are drawn")
+    retrieval.add_argument("--rounds", type=counting, default=3, help="measurements of each way, in turn (default 3)")
+    retrieval.add_argument("--out", type=Path, help="write the record as JSON")
 
     def run(args: argparse.Namespace) -> None:
         from dataclasses import replace
 
-        from personmae.bench.retrieval import PRESETS, run_rank
+        from personmae.bench.retrieval import PRESETS, run_retrieval
 
-        run_rank(replace(PRESETS[args.size], rounds=args.rounds), args.out)
+        run_retrieval(replace(PRESETS[args.size], rounds=args.rounds), args.out)
 
-    rank.set_defaults(run=run)
+    retrieval.set_defaults(run=run)
 
 
 def _bench_cluster(actions: argparse._SubParsersAction) -> None:
@@ -112,7 +116,8 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
         help="of bf16, fp32, auto (default auto: the one it is made for)",
     )
     step.add_argument("--checkpointing", type=names, default=("none",), help="of none, selective, full (default none)")
-    step.add_argument("--cutters", type=names, default=("torch",), help="of regions: torch, triton (default torch)")
+    step.add_argument("--crop-backends", type=names, default=("torch",), help="of torch, triton (default torch)")
+    step.add_argument("--cutters", type=names, action=Renamed, dest="crop_backends", help=argparse.SUPPRESS)
     step.add_argument("--img-size", type=size, default=(256, 128), metavar="HxW", help="pixels (default 256x128)")
     step.add_argument("--shards", type=place, metavar="DIR", help="also measure the whole pipeline, with these shards")
     step.add_argument("--steps", type=counting, default=20, help="steps of each cell a round (default 20)")
@@ -129,7 +134,7 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
             compile=args.compile,
             precisions=args.precision,
             checkpointing=args.checkpointing,
-            cutters=args.cutters,
+            crop_backends=args.crop_backends,
             img_size=args.img_size,
             shards=args.shards,
             num_steps=args.steps,

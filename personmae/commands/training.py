@@ -1,4 +1,4 @@
-"""``personmae pretrain``, ``finetune``, ``unsupervised`` and ``evaluate``; ``launcher/X.py`` ends here too."""
+"""``personmae pretrain``, ``finetune``, ``unsupervised`` and ``evaluate``. ``launcher/X.py`` ends here too."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""The last few blocks of large files, so that neighbours in them are read once."""
+"""The last few blocks of large files, so that neighbouring images in them are read once."""
 
 import threading
 from collections import OrderedDict

@@ -1,9 +1,9 @@
-"""The shards of one data set on this host: fetched, checked, kept within a limit, shared by the ranks of the host.
+"""The shards of one data set on this host: fetched, checked, kept within a limit, and shared by the ranks of the host.
 
-What has a shard's name is whole and has its hash; it is fetched under another name first. Ranks agree through advisory
-locks on these files themselves, which the kernel drops when a process ends, however it ends: a reader holds a shared
-lock on its shard, so that nobody removes it, and a fetcher an exclusive one on the unfinished file, so that nobody
-fetches the same. Nothing else is left behind to clean up or to wait for.
+A file with a shard's name is whole and has its hash. It is fetched under another name first. Ranks agree through advisory
+locks on these files themselves, which the kernel drops whenever a process ends. A reader holds a shared lock on its shard,
+so that nobody removes it. A fetcher holds an exclusive lock on the unfinished file, so that nobody else fetches it.
+Nothing else is left behind that would have to be cleaned up or waited for.
 """
 
 import contextlib

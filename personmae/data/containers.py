@@ -1,4 +1,4 @@
-"""Files that hold many images: uncompressed tars and LMDBs. Those that are tables are in ``tables``."""
+"""Files that hold many images: uncompressed tars and LMDBs. ``tables`` has those that are tables."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What the data plane counts, by the names under which Prometheus will know it. Nothing is counted per image."""
+"""Counters of the data plane, under their Prometheus names. Nothing is counted per image."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 

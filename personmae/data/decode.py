@@ -1,4 +1,4 @@
-"""JPEG bytes to uint8 canvases, many at a time: the decoder runs without holding the interpreter's lock."""
+"""JPEG bytes to uint8 canvases, many at a time. The decoder runs without the interpreter's lock."""
 
 import threading
 from typing import NamedTuple

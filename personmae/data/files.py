@@ -1,7 +1,7 @@
-r"""The files below a directory or a bucket's prefix: listed with their sizes, then read whole, in part, or as an open file.
+r"""The files in a directory or below a bucket's prefix: listed with their sizes, then read whole, in part, or as open files.
 
-Names are text whatever the locale: a name's bytes that are no UTF-8 are kept as Python's ``surrogateescape`` keeps them.
-``key_of`` writes such a name in plain UTF-8, with ``\xNN`` for each such byte, and ``name_of`` gives the name back.
+Names are text in every locale: bytes that are not UTF-8 are kept as Python's ``surrogateescape`` keeps them.
+``key_of`` writes such a name in plain UTF-8, with ``\xNN`` for each such byte, and ``name_of`` reverses it.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""Where an import stands and who is at work on it: its directory on this host, locks, and what is not in place yet."""
+"""The state of an import on this host: its directory, its locks, and what is not in place yet."""
 
 import fcntl
 import os

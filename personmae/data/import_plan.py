@@ -1,4 +1,4 @@
-"""What an import is to write: which images make which shard, and which hosts write which of them."""
+"""The plan of an import: which images go into which shard, and which host writes which shards."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The processes of an import, which end when the one that started them does."""
+"""The worker processes of an import, which end when their parent does."""
 
 import multiprocessing
 import os

@@ -1,11 +1,11 @@
-"""Importing images as shards, from ``sources`` to a directory or an object store.
+"""Import images as shards, from ``sources`` to a directory or an object store.
 
-An import is planned from names and sizes alone: which images make which shard. Each shard is then written on its own by some
-process, put in place, and only then recorded (``import-00007.json``), so that whenever the import is killed the same command
-finds what is finished and ends with the same bytes. ``index.json`` is written last and marks the data set as complete.
+An import is planned from names and sizes alone: which images go into which shard. Each shard is written by one process, put
+in place, and only then recorded in ``import-00007.json``. So after a kill at any moment the same command finds what is
+finished and ends with the same bytes. ``index.json`` is written last and marks the data set as complete.
 
-Several hosts can share an import: each makes the same plan and writes a part of its shards. Whichever finds all of them
-recorded writes the index. Two that do so at once write the same bytes.
+Several hosts can share an import. Each makes the same plan and writes a part of the shards. A host that finds all of them
+recorded writes the index. Two hosts that do so at once write the same bytes.
 """
 
 import json

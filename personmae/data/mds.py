@@ -1,6 +1,6 @@
 """The MDS format: the index of a data set, and shards mapped into memory.
 
-mosaicml-streaming defines the format, writes it and reads the same files; its reader opens a file for every sample.
+mosaicml-streaming defines and writes the format and reads the same files. Its reader opens a file for every sample.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""The global sample order: a pure function of (seed, epoch), the same for any number of ranks.
+"""The global sample order: a pure function of (seed, epoch) that is the same for any number of ranks.
 
-A global batch is a slice of it and a rank takes a slice of that, so a run is resumed by one integer: the step.
+A global batch is a slice of it, and a rank takes a slice of that. So a run is resumed by one integer: the step.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The shards of the global order: opened ahead of their use, let go behind it."""
+"""Prefetch of the shards in the global order: open them before their use, and release them after it."""
 
 import contextlib
 import math

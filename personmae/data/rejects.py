@@ -1,4 +1,4 @@
-"""What an import left out: told by kind with an example of each, and how much of it is too much."""
+"""The images that an import left out: a summary by kind with an example of each, and the limit on their share."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Which images of a source are wanted: lists of names, and random shares."""
+"""The selection of images from a source: lists of names, and random shares."""
 
 import io
 import pickle

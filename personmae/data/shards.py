@@ -1,4 +1,4 @@
-"""MDS shards: writing one of them from checked images, verifying and describing a set of them.
+"""MDS shards: write one from checked images, verify a set of them, and describe it.
 
 A sample is {jpeg: a JPEG, key: its name in the source, height, width}. The sizes are those of the upright image. A JPEG that
 the fast decoder takes is kept byte for byte. Everything else that ``images`` can read is encoded as JPEG.

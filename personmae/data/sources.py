@@ -1,8 +1,8 @@
-"""Where images come from: everything below a folder or a bucket's prefix, whatever holds it.
+"""Sources of images: everything below a folder or a bucket's prefix, whatever holds it.
 
-That is image files, uncompressed tars, LMDBs (LUPerson), MDS shards that others wrote, and parquet files, side by side.
-A source lists all its images once, quickly and always in the same order, and then gives the bytes of any of them in any
-process. What it passes over it counts. Whether the bytes are an image is for ``shards`` to say.
+These are image files, uncompressed tars, LMDBs (LUPerson), MDS shards written by others, and parquet files, in any mix.
+A source lists all its images once, quickly and always in the same order. Then it gives the bytes of any of them in any
+process. It counts what it passes over. ``shards`` decides whether the bytes are an image.
 """
 
 import itertools

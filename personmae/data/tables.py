@@ -1,8 +1,8 @@
-"""Tables with a column of images: MDS shards that others wrote, compressed too, and parquet as Hugging Face publishes it.
+"""Tables with a column of images: MDS shards written by others, also compressed, and parquet as Hugging Face publishes it.
 
-A table is listed from its index alone: how many images each block has and how large they are on average. An image's name is
-its place, since its row would have to be read for another. MDS shards that are not compressed and have a column ``key``, as
-ours do, keep those names: they are read in passing. Blocks (a shard, some rows of a row group) are read whole. A few are kept.
+A table is listed from its index alone: the number of images in each block, and their average size. An image is named after
+its place, since any other name would need its row. Uncompressed MDS shards with a column ``key``, as ours have, keep those
+names, which are read in passing. Blocks (a shard, or some rows of a row group) are read whole, and a few are kept.
 """
 
 import bisect

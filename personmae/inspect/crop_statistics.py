@@ -1,9 +1,9 @@
-"""What person crops look like to a masked autoencoder: fourteen statistics, beside those of Market-1501's training set.
+"""Person crops as a masked autoencoder sees them: fourteen statistics, next to those of Market-1501's training set.
 
-They tell whether crops are like those that the configurations were tuned on, and they are what drawn people are held to.
-Images are brought to 128 x 64 and cut into 16-pixel patches. "Energy" is that of the target of Eq. (5), patches minus their
-mean over their deviation: the share that follows from the position alone, from the image's mean colour, from the patch's own
-mean colour, and what is left. Where people or cameras are not known, the rows that need them are left out.
+They show whether crops are like those that the configurations were tuned on. Drawn people are held to them too.
+Images are resized to 128 x 64 and cut into 16-pixel patches. "Energy" is the energy of the target of Eq. (5): patches minus
+their mean, over their deviation. It is split into the share that follows from the position, from the image's mean colour,
+from the patch's own mean colour, and the rest. Rows that need people or cameras are left out where those are not known.
 """
 
 from collections.abc import Mapping, Sequence

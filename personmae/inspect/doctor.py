@@ -1,7 +1,7 @@
 """``personmae doctor``: what this machine has, and which commands would fail on it and why.
 
-Whatever may be broken (torch above all) is tried in a process of its own, so that doctor always has something to say.
-No secret is ever printed: of credentials only where they come from, of addresses only the host.
+Everything that may be broken, torch above all, is tried in a process of its own. So doctor always prints something.
+It never prints a secret: of credentials only their origin, and of addresses only the host.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What the masks of a run hide: how often each patch, and of drawn people how much of the figure is seen."""
+"""What the masks of a run hide: how often each patch is hidden, and how much of a drawn figure stays visible."""
 
 import json
 import math

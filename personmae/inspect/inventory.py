@@ -1,6 +1,6 @@
-"""``personmae doctor --data``: the ReID benchmarks of a folder, what is wrong with them, and what their crops look like.
+"""``personmae doctor --data``: the ReID benchmarks in a folder, their mistakes, and statistics of their crops.
 
-Every image is decoded by the reader that training uses: nothing less tells one that is cut short from a whole one.
+Every image is decoded by the reader that training uses. Nothing less finds an image that is cut short.
 """
 
 import hashlib

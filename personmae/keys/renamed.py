@@ -10,7 +10,10 @@ from typing import Any, Final
 
 from personmae.errors import UserError
 
-RENAMED: Final = {"checkpoint.store": "checkpoint.upload_to"}  # dotted keys of any program; the section stays the same
+RENAMED: Final = {  # dotted keys of any program; the section stays the same
+    "checkpoint.store": "checkpoint.upload_to",
+    "train.cutter": "train.crop_backend",
+}
 
 
 def key_of_today(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Sections of the configuration that more than one program has, and the kinds of their values."""
+"""Sections that the configurations of several programs share, and the types of their values."""
 
 from typing import Annotated, Any, Literal
 

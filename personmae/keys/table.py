@@ -1,4 +1,4 @@
-"""The keys of a program as a table: name, type, default and what each is for, all from the models."""
+"""The keys of a program with their types, defaults and descriptions, as a table or a Markdown page made from the models."""
 
 import types
 from dataclasses import dataclass

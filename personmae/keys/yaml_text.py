@@ -1,7 +1,7 @@
-"""YAML as people write it: nothing is lost without a word, and a plain value keeps the text that stands in the file.
+"""YAML as people write it: nothing is lost silently, and a plain value keeps its text from the file.
 
-YAML 1.1 reads ``20240101`` as a number, ``12:30`` as 750, ``010`` as 8, ``off`` as false and ``1e-3`` as a text. What was meant
-depends on the key, so a plain scalar stays a ``Plain`` until the key's type is known.
+YAML 1.1 reads ``20240101`` as a number, ``12:30`` as 750, ``010`` as 8, ``off`` as false and ``1e-3`` as a text. The right
+reading depends on the key. So a plain scalar stays a ``Plain`` until the type of its key is known.
 """
 
 import re

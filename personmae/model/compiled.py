@@ -1,4 +1,4 @@
-"""What is fused or compiled of a step, and who cuts the regions: torch's operations or the kernel."""
+"""Compilation of a step, and the backend that crops the regions: torch's operations or the Triton kernel."""
 
 import os
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from personmae.model.inputs import Batch, RegionSpec, draw_batch, prepare_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 
-Cutter = Literal["torch", "triton"]  # who cuts the regions: torch's operations, or the kernel of ``kernel.py``
+CropBackend = Literal["torch", "triton"]  # what crops the regions: torch's operations, or the kernel of ``kernel.py``
 
 
 def choose_prepare(
-    model: PersonMAE, *, cutter: Cutter = "torch", compiled: bool = False, cuda_graphs: bool = False
+    model: PersonMAE, *, crop_backend: CropBackend = "torch", compiled: bool = False, cuda_graphs: bool = False
 ) -> Callable[..., Batch]:
-    """``prepare_batch``, or what takes its place: on a GPU it can be compiled, or leave the cutting to the kernel.
+    """``prepare_batch`` or its replacement: on a GPU it can be compiled, or the kernel can crop the regions.
 
-    On a CPU it goes image by image, which the compiler does not better.
+    On a CPU it works image by image, and compiling does not help.
 
     Raises:
         UserError: the kernel is asked for and there is no GPU.
@@ -30,7 +30,7 @@ def choose_prepare(
     def faster(function: Callable[..., Any]) -> Callable[..., Any]:
         return torch.compile(function, mode=mode) if compiled and device.type == "cuda" else function
 
-    if cutter == "torch":
+    if crop_backend == "torch":
         return faster(prepare_batch)
     require_kernel(device)
     from personmae.model import kernel  # Triton comes with torch for GPUs alone
@@ -44,13 +44,17 @@ def choose_prepare(
 
 
 def require_kernel(device: torch.device) -> None:
-    """Raise a ``UserError`` where the kernel cannot run: it needs a GPU, or Triton's interpreter, which is slow."""
+    """Check that the kernel can run here.
+
+    Raises:
+        UserError: there is no GPU, and Triton's slow interpreter is off too.
+    """
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise UserError(f"the cutter triton needs a GPU and there is none (the device is {device}); use torch")
+        raise UserError(f"crop_backend=triton needs a GPU and there is none (the device is {device}): use torch")
 
 
 def compile_parts(model: PersonMAE, teacher: Teacher | None, cuda_graphs: bool = False) -> None:
-    """Have student and teacher compiled, each as a whole, at their next call."""
+    """Set student and teacher up to be compiled, each as a whole, at their next call."""
     mode = "reduce-overhead" if cuda_graphs else None
     model.compile(mode=mode)
     if teacher:

@@ -1,8 +1,8 @@
-"""A signal of identity beyond the paper: RegionA and RegionB are two views of one person, and their class tokens should say so.
+"""A loss on class tokens beyond the paper: RegionA and RegionB show one person, and their class tokens should say so.
 
-The loss is VICReg's (arXiv 2105.04906) with its weights over 25: the distance of both embeddings, a hinge that keeps each
-channel's deviation at one, and the covariance between channels. Deviation and covariance are taken over groups of
-neighbouring images, so that they depend neither on the micro-batch nor on the number of ranks.
+The loss is VICReg's (arXiv 2105.04906) with its weights over 25. It has the distance of both embeddings, a hinge that keeps
+the deviation of each channel at one, and the covariance between channels. Deviation and covariance are taken over groups
+of neighbouring images, so they depend neither on the micro-batch nor on the number of ranks.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""From decoded images to the inputs of the model: what is drawn for each sample, and both regions cut (Eq. (1)-(4))."""
+"""From decoded images to the inputs of the model: random draws for each sample, and both regions (Eq. (1)-(4))."""
 
 import math
 from collections.abc import Callable

@@ -1,11 +1,12 @@
-"""From bytes to tokens on a GPU: the kernel that does what ``personmae.cut_batch`` does, in one pass, with no image between.
+"""From bytes to tokens on a GPU: a kernel that does the work of ``inputs.cut_batch`` in one pass, without an image between.
 
 One program makes one patch of one sample: of RegionA where it is visible, of RegionB always. It reads the pixels under the
-patch from the canvas, resizes them by two small matrix products whose weights it computes itself, and writes the normalised
-patch, its coordinates and, for RegionB, the target of Eq. (5). What is random is drawn before (``draw_batch``).
+patch from the canvas and resizes them by two small matrix products, whose weights it computes itself. It writes the
+normalised patch, its coordinates and, for RegionB, the target of Eq. (5). Random values are drawn before (``draw_batch``).
 
-At 256 x 128 and a batch of 1,024, images that fill their canvases are 0.35 GB to read, and bf16 patches with fp32 targets
-are 0.66 GB to write: at least 0.30 ms at 3.35 TB/s and 0.21 ms at 4.8 TB/s. That is arithmetic; it was not yet run on a GPU.
+At 256 x 128 and a batch of 1,024, images that fill their canvases are 0.35 GB to read. bf16 patches with fp32 targets are
+0.66 GB to write. That takes at least 0.30 ms at 3.35 TB/s and 0.21 ms at 4.8 TB/s, by arithmetic. It was not yet run on a
+GPU.
 """
 
 from typing import Any, no_type_check

@@ -1,6 +1,6 @@
-"""Which patches of RegionA are hidden (Eq. 3): blocks as in BEiT, blocks that mind the person, or single patches.
+"""Masks of RegionA (Eq. (3)): blocks as in BEiT, blocks with a fixed share of the middle columns, or single patches.
 
-Always exactly round(r * N). A mask is True where a patch is hidden.
+Always exactly round(r * N) patches are hidden. A mask is True where a patch is hidden.
 """
 
 import math

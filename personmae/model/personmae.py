@@ -1,4 +1,4 @@
-"""PersonMAE: from a batch of canvases to both losses (Sec. III). Each equation is named where it stands."""
+"""PersonMAE: from the inputs of a batch to both losses (Sec. III). Each equation is named at its code."""
 
 from typing import Literal
 

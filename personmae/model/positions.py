@@ -1,9 +1,9 @@
-"""Weights from before positions had MAE's order of axes: the first half of their channels was y and is x now.
+"""Conversion of old weights, from before positions had MAE's order of axes: the first half of their channels was y, now x.
 
-Swapping the halves of a position is a permutation P of the residual stream. A network whose weights are permuted alike gives
-the same tokens up to P, since norms, attention and activations do not know the order of channels. So old weights are
-permuted once, where they are read: all that writes to the stream by its rows, all that reads it by its columns. Moments of
-an optimizer belong to single numbers and go with them.
+Swapping the halves of a position is a permutation P of the residual stream. A network with weights permuted alike gives the
+same tokens up to P, since norms, attention and activations do not depend on the order of channels. So old weights are
+permuted once when they are read: writers to the stream by their rows, readers by their columns. Moments of an optimizer
+belong to single numbers and are permuted with them.
 """
 
 import re

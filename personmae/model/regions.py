@@ -1,7 +1,7 @@
-"""RegionA and RegionB: what is random about an image, and cutting both regions for a whole batch (Sec. III-B).
+"""RegionA and RegionB: random draws for an image, and cropping both regions of a whole batch (Sec. III-B).
 
-Everything random about a sample is drawn from its 64-bit key alone, so the same sample gives the same regions on any
-device, in any batch and on any number of ranks.
+Everything random about a sample is drawn from its 64-bit key alone. So the same sample gives the same regions on any device,
+in any batch and on any number of ranks.
 """
 
 import math

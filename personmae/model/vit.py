@@ -1,6 +1,6 @@
-"""The Vision Transformer that every part of the system shares; its state-dict names are timm's.
+"""The Vision Transformer of the whole system. Its state-dict names are timm's.
 
-Positions are an argument, not a buffer: a token carries its real-valued (y, x) coordinate in units of patches, so shifted
+Positions are an argument, not a buffer. A token carries its real-valued (y, x) coordinate in units of patches, so shifted
 regions, visible subsets and other input sizes need no special case.
 """
 

@@ -1,4 +1,4 @@
-"""A small HTTP server in the background, for probes and for Prometheus."""
+"""A small HTTP server in a background thread, for probes and for Prometheus."""
 
 import contextlib
 import socket

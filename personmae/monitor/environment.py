@@ -1,6 +1,6 @@
-"""``run.json``: what ran, from which commit, on which machine, when, and the command that starts it again.
+"""``run.json``: what ran, from which commit, on which machine and when, and the command that starts it again.
 
-A run that goes on is one more entry of ``sessions``. Beside that list stand the facts of the newest one.
+A resumed run adds an entry to ``sessions``. Next to that list are the facts of the newest session.
 """
 
 import json

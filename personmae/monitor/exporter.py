@@ -1,9 +1,11 @@
-"""What ranks tell Prometheus, and how it gets to one endpoint a host; docs/metrics.md lists the names.
+"""Export of metrics to Prometheus, through one endpoint per host. docs/metrics.md lists the names.
 
-Below an agent a rank writes its numbers every two seconds to a file beside its heartbeat, and the agent
-serves them, going on where a rank that ended had left its counters. Without one, local rank 0 serves its own. No torch here:
-the agent reads this, too. prometheus_client's own files for several processes are not used: they keep a sample for every
-process that ever was, know no collectors and no removal, and every observation costs four times as much.
+Under an agent each rank writes its numbers every two seconds to a file next to its heartbeat. The agent serves them. It
+continues the counters of ranks that have ended. Without an agent local rank 0 serves its own numbers.
+
+There is no torch here, because the agent imports this module too. The multi-process files of prometheus_client are not
+used. They keep a sample for every process that ever existed, allow neither collectors nor removal, and every observation
+costs four times as much.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""A benchmark in memory: three splits of samples, what is counted and odd about them, and what tells two of them apart.
+"""A benchmark in memory: three splits of samples, their counts and oddities, and digests that tell two of them apart.
 
-How it lies on disk is for ``personmae.reid.datasets`` to know.
+``personmae.reid.datasets`` knows the layouts on disk.
 """
 
 import hashlib

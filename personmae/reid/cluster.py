@@ -1,11 +1,11 @@
 """Pseudo-labels of unlabelled images: k-reciprocal Jaccard distances (arXiv 1701.08398) and DBSCAN, without an N x N matrix.
 
 An image is encoded as weights over the images near it, a sparse row that sums to one. Two images without a common neighbour
-have distance 1 and are never looked at, so time and memory follow the number of neighbours.
+have distance 1 and are never compared. So time and memory follow the number of neighbours.
 
-The result does not hang on the order of sums. A GPU or fp32 only chooses candidates; the similarity of two images is their dot
-product in fp64, rounded to fp32. Weights are fp32 and above 2^-29, so fp64 adds them exactly, in any order, and every way of
-adding compares the same number with ``eps``.
+The result does not depend on the order of sums. A GPU or fp32 only chooses candidates. The similarity of two images is
+their dot product in fp64, rounded to fp32. Weights are fp32 and above 2^-29, so fp64 adds them exactly and in any order.
+Every order of adding compares the same number with ``eps``.
 """
 
 from collections.abc import Iterator

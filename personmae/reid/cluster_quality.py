@@ -1,4 +1,4 @@
-"""How good clusters are: beside the true people, for the log alone, and beside the cameras, which needs no label."""
+"""The quality of clusters: against the true people, for the log alone, and against the cameras, which needs no label."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""ReID benchmarks as they lie on disk: lists of (path, pid, camid), checked before anything is trained.
+"""ReID benchmarks on disk: lists of (path, pid, camid), checked before anything is trained.
 
 Nothing here decodes an image, and nothing is downloaded. Synthetic benchmarks use the same layouts. They carry a mark and
-are called synthetic, and counts that differ from the published ones are reported. A folder that is known to be another
+are called synthetic. Counts that differ from the published ones are reported. A folder that is known to be another
 benchmark or version is refused.
 """
 

@@ -1,4 +1,4 @@
-"""Search features of a whole image set: from a model, and without any training, the baselines that a model has to beat."""
+"""Features of a whole image set for search: of a model, and of baselines without training, which a model has to beat."""
 
 import contextlib
 import itertools

@@ -1,6 +1,6 @@
 """The encoder with a ReID head: BNNeck on pooled tokens, or MGN's three branches. Losses are elsewhere.
 
-Shapes as in ``personmae.model``; T = 1 + L tokens, the class token first; F features.
+Shapes as in ``personmae.model``. T = 1 + L tokens, the class token first. F features.
 """
 
 import copy

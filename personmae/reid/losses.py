@@ -1,4 +1,4 @@
-"""Losses of supervised ReID in fp32: smoothed cross-entropy, with a margin where asked for, and the batch-hard triplet loss."""
+"""Losses of supervised ReID in fp32: smoothed cross-entropy, optionally with a margin, and the batch-hard triplet loss."""
 
 import math
 from typing import Literal

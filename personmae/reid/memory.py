@@ -1,8 +1,8 @@
-"""What unsupervised ReID compares features with: a vector in fp32 for each cluster (cluster-contrast, arXiv 2103.11568), or for
-each camera of a cluster (camera-aware proxies, arXiv 2012.10674).
+"""The memory of unsupervised ReID: an fp32 vector for each cluster (cluster-contrast, arXiv 2103.11568), or for each camera of
+a cluster (camera-aware proxies, arXiv 2012.10674).
 
-The loss only reads them. Training calls ``update`` after the step with the whole global batch in its order, so that the memory
-is the same for any number of ranks and of accumulated micro-batches. K images of each of P clusters take K small steps.
+The loss only reads it. Training calls ``update`` after the step with the whole global batch in its order. So the memory is
+the same for any number of ranks and of accumulated micro-batches. K images of each of P clusters take K small steps.
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""What frozen features of an encoder find, in seconds: the probe, which nothing is trained for.
+"""The probe: what frozen features of an encoder find, in seconds and without training.
 
-Two readings of the same tokens, both of rows of patches. ``rows`` needs no label: the middle columns, whitened per camera.
-``lda`` knows the training identities and no camera: linear discriminants in closed form. docs/method.md defines both.
+It reads the same tokens in two ways, both as rows of patches. ``rows`` needs no label: the middle columns, whitened per
+camera. ``lda`` knows the training identities and no camera: linear discriminants in closed form. docs/method.md defines both.
 """
 
 import time

@@ -1,11 +1,11 @@
-"""Retrieval scores: mAP, CMC and mINP under the single-query protocol of Market-1501, streamed by blocks of queries.
+"""Retrieval scores: mAP, CMC and mINP under the single-query protocol of Market-1501, computed by blocks of queries.
 
-Removed for a query are the gallery images of its own pid and camera, its own image, and junk (pid -1) for everybody. A query
-of camera -1, which is not known, removes no other image. Queries without a match are left out of every mean.
+For each query the gallery images of its own pid and camera, its own image and junk (pid -1) are removed. Camera -1 means
+unknown: such a query removes no other image. Queries without a match are left out of every mean.
 
-Images are ranked by falling similarity; equal ones keep the order of the gallery. What is compared is fp32 as it comes out of
-one matrix product. The rank of a match is one more than the number of images before it, so nothing is put in order but the bare
-values of a row, and nothing of the size of all queries times the gallery is ever held.
+Images are ranked by falling similarity, and equal ones keep the order of the gallery. The compared numbers are fp32 from
+one matrix product. The place of a match is one more than the number of images before it. So nothing is sorted but the bare
+values of a row, and no array of all queries times the gallery is ever held.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,7 @@
-"""Re-ranking: similarities that also look at the neighbourhood of query and gallery, in place of the cosine.
+"""Re-ranking: similarities that also use the neighbourhoods of query and gallery, in place of the cosine.
 
-No label is used. A query's result depends on the whole gallery; that of ``k_reciprocal`` depends on the other queries too,
-as is usual.
+No label is used. A query's result depends on the whole gallery. With ``k_reciprocal`` it depends on the other queries too,
+as in the literature.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Search on a benchmark: features of query and gallery to the record that tables and rank lists are made from."""
+"""Search on a benchmark: from features of query and gallery to the record behind tables and rank lists."""
 
 import json
 import os

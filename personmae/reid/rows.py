@@ -1,6 +1,6 @@
-"""Rows of patch tokens as a feature, and what takes a camera out of any feature. Labels are never used here.
+"""Rows of patch tokens as a feature, and two ways to remove the camera from any feature. Labels are never used here.
 
-A person stands upright in every crop: a row of patches is a part of the body, and the mean of all rows would mix them.
+A person stands upright in every crop, so a row of patches is a part of the body. The mean of all rows would mix the parts.
 Shapes: B images of a batch, N of a set, L = h * w patch tokens of width D, F channels of a feature.
 """
 

@@ -1,4 +1,4 @@
-"""Which images form a training batch: P identities or clusters with K images each, as a pure function of (seed, epoch)."""
+"""The images of a training batch: P identities or clusters with K images each, as a pure function of (seed, epoch)."""
 
 import numpy as np
 from jaxtyping import Int

@@ -1,7 +1,7 @@
-"""Images with identities, as file names, lists, folders and tables give them.
+"""Images with their identities, read from file names, lists, folders and tables.
 
-No image is decoded here, and no benchmark's rules are known. What does not fit is named, and what is passed over is counted
-by kind. Never is anything skipped in silence.
+No image is decoded here, and no benchmark's rules are known. A misfit is named, and files that are passed over are counted
+by kind. Nothing is skipped silently.
 """
 
 import csv

@@ -1,7 +1,7 @@
-"""From image files to network input: decode and resize on threads, augment as batched tensor operations.
+"""From image files to network input: decode and resize on threads, then augment as batched tensor operations.
 
-How a file becomes upright RGB pixels is for ``personmae.images`` to say: pre-training reads by the same rule.
-Sizes are (H, W). Training and test resize alike (bicubic). Everything random comes from one explicit generator.
+``personmae.images`` turns a file into upright RGB pixels, by the same rule as in pre-training. Sizes are (H, W). Training and
+test resize alike (bicubic). Everything random comes from one explicit generator.
 """
 
 import math

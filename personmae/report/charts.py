@@ -1,7 +1,7 @@
-"""Curves as SVG that stands in a page and takes its colours from it, so that one drawing serves light and dark.
+"""Curves as inline SVG that takes its colours from the page, so that one drawing works in light and dark.
 
-Colours are names of the page's CSS variables. A curve is known by its colour and its dashes: five colours that people with
-any colour vision tell apart, and four kinds of line, so that twenty curves all differ.
+Colours are names of the page's CSS variables. Each curve has its own colour and dashes: five colours that people with any
+colour vision can tell apart, times four kinds of line, so that twenty curves all differ.
 """
 
 import io

@@ -1,7 +1,7 @@
-"""What may stand in one table, and what a report says of it.
+"""Which results may be in one table, and the notes that a report adds to it.
 
-Results belong together when they are of the same data, which its digest tells and not the name of its layout. Runs that
-differ by nothing but their seed are one row. A run that is not finished is shown and never compared.
+Results belong together when they are of the same data, by its digest and not by the name of its layout. Runs that differ
+in nothing but their seed are one row. An unfinished run is shown but never compared.
 """
 
 import itertools

@@ -1,6 +1,6 @@
-"""Images for a report: what the model saw and predicted (Figure 3 of the paper), rank lists (Figure 5), curves.
+"""Images for a report: inputs and predictions of the model (Figure 3 of the paper), rank lists (Figure 5), and curves.
 
-Images are uint8 RGB arrays (H, W, 3). ``report.py`` says which runs are drawn and what is written about them.
+Images are uint8 RGB arrays (H, W, 3). ``report.py`` chooses the runs to draw and the text about them.
 """
 
 import base64

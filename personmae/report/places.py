@@ -1,7 +1,7 @@
-"""Where recorded paths lie today: a run names its data as it saw it, and a report may be written from another folder.
+"""Where recorded paths are now: a run records paths as it saw them, and a report may be written from another folder.
 
-A relative path was relative to the folder the run was started in. That folder is known from ``run.json``, or it is what is
-left of the run's own path without the ``run_dir`` it was given.
+A relative path was relative to the folder in which the run was started. ``run.json`` names that folder. Otherwise it is the
+path of the run without the ``run_dir`` that the run was given.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The rank lists of a report: for the same queries, what each run found, as rows of images."""
+"""The rank lists of a report: what each run found for the same queries, as rows of images."""
 
 from collections.abc import Sequence
 from pathlib import Path

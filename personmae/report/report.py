@@ -1,7 +1,7 @@
-"""``personmae report RUN``: one self-contained HTML page of what a directory of runs holds, and a figure for a README.
+"""``personmae report RUN``: one self-contained HTML page about a directory of runs, and a figure for a README.
 
-What is not there yet is left out of the page, with a sentence that says why. What a run names and cannot be found any more
-is told on the terminal too, and the program ends with code 1.
+A part that is not there yet is left out of the page, with a sentence that says why. Where a run names something that is
+gone, the terminal says so too and the exit code is 1.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""What a directory of runs holds, known by its files.
+"""The runs in a directory, read from their files.
 
-``config.yaml``, ``run.json``, ``metrics.jsonl`` and checkpoints come from a program. ``result.json``, ``rank_lists.json`` and
-``queries.json`` come from an evaluation.
+Programs write ``config.yaml``, ``run.json``, ``metrics.jsonl`` and checkpoints. Evaluations write ``result.json``,
+``rank_lists.json`` and ``queries.json``.
 """
 
 import itertools

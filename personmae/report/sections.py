@@ -1,4 +1,4 @@
-"""Parts of a report as text, ready for its template: tables, tags, how long things took, what to run next."""
+"""Parts of a report as text for its template: tables, labels, durations, and what to run next."""
 
 import math
 import shlex

@@ -1,1 +1,1 @@
-"""The people and places of the synthetic data, and which image shows whom; ``synthetic/benchmarks.py`` writes them."""
+"""Synthetic data: its people, its scenes, and which image shows whom. ``synthetic/benchmarks.py`` writes it."""

@@ -1,9 +1,9 @@
-"""``personmae synth OUT``: procedural pedestrians, the stand-in for ReID data that cannot be shipped.
+"""``personmae synth OUT``: write procedural pedestrians, in place of ReID data that cannot be shipped.
 
-Owns writing them. An unlabelled pool and two benchmarks with a visible domain gap come out: ``market1501`` (summer
-clothes, outdoor, 128 x 64) and ``occluded_duke`` (winter clothes, darker scenes, native sizes, every query occluded).
-Every image is a pure function of the seed, its split, its identity and its number, so the number of processes
-changes nothing. Who is drawn where, and how, is in ``pedestrians``.
+The output is an unlabelled pool and two benchmarks with a visible domain gap. ``market1501`` has summer clothes, outdoor
+scenes and 128 x 64 pixels. ``occluded_duke`` has winter clothes, darker scenes, native sizes, and every query occluded.
+Every image is a pure function of the seed, its split, its person and its number. So the number of processes changes
+nothing. The other modules of this package define the people and the scenes.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Limbs and torso of a figure with the clothes on them: where the joints are, and how they are drawn."""
+"""Limbs and torso of a figure with their clothes: where the joints are, and how each part is drawn."""
 
 from itertools import pairwise
 

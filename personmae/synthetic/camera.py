@@ -1,8 +1,8 @@
-"""What sees the people: cameras with their background and photometry.
+"""Cameras with their backgrounds and their photometry.
 
-A camera is a pure function of its random generator: one background scene, a curve of exposure and colour, blur, sharpening,
-resolution and JPEG quality that all its images share. Like real ones it sets its exposure and its white by what it sees, so
-that little of an image's mean colour tells the camera. ``docs/results.md`` has the statistics beside Market-1501's.
+A camera is a pure function of its random generator. All its images share one background scene, a curve of exposure and
+colour, blur, sharpening, resolution and JPEG quality. Like real cameras it sets exposure and white balance by what it sees,
+so that an image's mean colour says little about the camera. docs/results.md compares the statistics with Market-1501's.
 """
 
 from dataclasses import dataclass, replace

@@ -1,10 +1,9 @@
-"""What is drawn on: a canvas of labels and shades, and the pen that puts body units on it.
+"""The drawing surface: a canvas of labels and shades, and the pen that draws on it in body units.
 
-A ``Canvas`` holds two 8-bit planes: which material a pixel shows and how bright it is. Polygons are rounded to
-1/16 pixel and filled by integer scan conversion, colours come from one integer table, so that the same drawing has
-the same bytes on every machine.
+A ``Canvas`` holds two 8-bit planes: the material of each pixel and its brightness. Polygons are rounded to 1/16 pixel and
+filled by integer scan conversion, and colours come from one integer table. So a drawing has the same bytes on every machine.
 
-Body units: the height of the figure is 1, x = 0 is the body's axis, y = 0 the top of the head, y = 1 the soles.
+In body units the height of the figure is 1, x = 0 is the body's axis, y = 0 the top of the head, and y = 1 the soles.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The contact sheet: an image for people who want to see what was drawn."""
+"""The contact sheet: one image with samples of everything that was drawn."""
 
 from dataclasses import asdict
 

@@ -1,4 +1,4 @@
-"""One person on a canvas: the pose, the order in which the parts are drawn, the head and what is carried."""
+"""One person on a canvas: the pose, the order in which parts are drawn, the head, and what is carried."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""One image: a shot's person, what hides it and the camera's background, as the sensor stores them."""
+"""One image: the person of a shot, its occluder and the camera's background, as the sensor stores them."""
 
 import math
 from functools import lru_cache

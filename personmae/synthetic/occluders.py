@@ -1,4 +1,4 @@
-"""What stands in front of the people: poles, walls, cars, panels and boards."""
+"""Occluders in front of the people: poles, walls, cars, panels and boards."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Which image is where: the settings, and every shot of the pool and of the two benchmarks in a fixed order."""
+"""The plan of the images: the settings, and every shot of the pool and of the two benchmarks in a fixed order."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

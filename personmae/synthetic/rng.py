@@ -1,4 +1,4 @@
-"""Random streams that are independent of each other, and the two ways to choose from a list."""
+"""Independent random streams, and two ways to choose from a list."""
 
 from collections.abc import Sequence
 from typing import TypeVar

@@ -1,4 +1,4 @@
-"""Backgrounds: something far behind, the ground in front of it, a few things on it."""
+"""Backgrounds: something far away, the ground in front of it, and a few things on the ground."""
 
 from collections.abc import Callable
 

@@ -1,6 +1,6 @@
-"""Who is drawn: identities and what they wear, dressed at random for summer or winter.
+"""The drawn people and their clothes, dressed at random for summer or winter.
 
-Of every five identities three are look-alikes: they differ from each other in one detail only.
+Of every five people three are look-alikes, which differ from each other in one detail only.
 """
 
 from dataclasses import dataclass, replace

@@ -150,8 +150,8 @@ def test_what_is_not_known_or_not_possible_is_refused_before_anything_is_measure
         ({"engines": ("native", "fast")}, "--engines takes plain, native, .*; got 'fast'"),
         ({"sizes": ("tiny",)}, "--sizes takes micro, small, base, large; got 'tiny'"),
         ({"compile": ("yes",)}, "--compile takes off, on, graph; got 'yes'"),
-        ({"cutters": ("kernel",)}, "--cutters takes torch, triton; got 'kernel'"),
-        ({"cutters": ("torch", "triton")}, "the cutter triton needs a GPU and there is none"),
+        ({"crop_backends": ("kernel",)}, "--crop-backends takes torch, triton; got 'kernel'"),
+        ({"crop_backends": ("torch", "triton")}, "crop_backend=triton needs a GPU and there is none"),
         ({"img_size": (128, 60)}, "--img-size must be multiples of 16, got 128x60"),
         ({"shards": str(shard_dir), "batches": (4, 51)}, "at least 51 samples in .* are required, got 50"),
         ({"shards": "/nowhere"}, "/nowhere does not exist"),
@@ -211,12 +211,13 @@ def test_the_pause_of_a_checkpoint_is_measured_and_nothing_is_left(tmp_path: Pat
 def test_a_gpu_is_measured_eager_and_with_graphs(shard_dir: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    bench = replace(BENCH, precisions=("bf16",), compile=("off", "graph"), cutters=("torch", "triton"), shards=str(shard_dir))
+    grid = {"precisions": ("bf16",), "compile": ("off", "graph"), "crop_backends": ("torch", "triton")}
+    bench = replace(BENCH, shards=str(shard_dir), **grid)
     rows = run_step(bench, ceilings=CEILINGS)["measured"]
-    assert [(row["compile"], row["cutter"], row["source"], row["failed"]) for row in rows] == [
-        (how, cutter, source, None)
+    assert [(row["compile"], row["crop_backend"], row["source"], row["failed"]) for row in rows] == [
+        (how, crop_backend, source, None)
         for how in ("off", "graph")
-        for cutter in ("torch", "triton")
+        for crop_backend in ("torch", "triton")
         for source in ("synthetic", "shards")
     ]
     for row in rows:

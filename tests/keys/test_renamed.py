@@ -75,6 +75,17 @@ def test_other_ranks_do_not_repeat_the_new_name(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+VALUES = {"checkpoint.store": "s3://b/run", "train.cutter": "triton"}
+
+
+@pytest.mark.parametrize("old", renamed.RENAMED)
+def test_every_old_key_sets_the_new_one(tmp_path, capsys, old):
+    path, new = written(tmp_path / "run.yaml", MINIMAL), renamed.RENAMED[old]
+    settings = config.load(config.Pretrain, path, [f"{old}={VALUES[old]}"])
+    assert capsys.readouterr().err == f"note: {old} is called {new} now\n"
+    assert settings == config.load(config.Pretrain, path, [f"{new}={VALUES[old]}"]) != config.load(config.Pretrain, path)
+
+
 def test_every_new_name_is_a_key_and_no_old_one_is():
     known = {key for kind in config.PROGRAMS.values() for key in dotted_keys(kind)}
     assert set(renamed.RENAMED.values()) <= known

@@ -205,12 +205,12 @@ def test_a_drawn_sample_of_each_size_in_use_gives_what_the_twin_gives(device, im
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # the compiler's advice
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("device", DEVICES[1:])
-def test_a_step_is_given_the_same_by_either_cutter(device, compiled):
+def test_a_step_is_given_the_same_by_either_backend(device, compiled):
     torch.compiler.reset()
     model, size = PersonMAE(size="micro").to(device), torch.tensor([[100, 60], [192, 90]], device=device)
     canvas = torch.randint(0, 256, (2, *SPEC.canvas_size, 3), dtype=torch.uint8, device=device)
     inputs = canvas, size, size, torch.tensor([977, 13], device=device), SPEC
-    expected, ours = (choose_prepare(model, cutter=cutter, compiled=compiled)(*inputs) for cutter in ("torch", "triton"))
+    expected, ours = (choose_prepare(model, crop_backend=name, compiled=compiled)(*inputs) for name in ("torch", "triton"))
     for name, tensor in expected.items():
         torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-4)
 

@@ -15,7 +15,7 @@ SMALL = ["model.img_size=[64,32]", "regions.max_shift=16", "train.global_batch_s
 def test_regions_cut_by_the_kernel_give_the_losses_of_those_cut_by_torch(shard_dir: Path, tmp_path: Path) -> None:
     plain, ours = tmp_path / "torch", tmp_path / "triton"
     pretrain(shard_dir, plain, *SMALL)
-    pretrain(shard_dir, ours, *SMALL, "train.cutter=triton", env={"TRITON_INTERPRET": "1"})
+    pretrain(shard_dir, ours, *SMALL, "train.crop_backend=triton", env={"TRITON_INTERPRET": "1"})
     # On a CPU the plain version rounds pixels to bytes.
     assert_allclose(losses(ours), losses(plain), rtol=1e-3)
     assert losses(ours) != losses(plain)
@@ -24,7 +24,7 @@ def test_regions_cut_by_the_kernel_give_the_losses_of_those_cut_by_torch(shard_d
 def test_the_kernel_is_refused_where_there_is_no_gpu(shard_dir: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     where = [f"data.shards={shard_dir}", f"run_dir={run_dir}"]
-    result = personmae("pretrain", "configs/quickstart.yaml", *where, *SETTINGS, *SMALL, "train.cutter=triton")
-    told = "the cutter triton needs a GPU and there is none (the device is cpu); use torch"
+    result = personmae("pretrain", "configs/quickstart.yaml", *where, *SETTINGS, *SMALL, "train.crop_backend=triton")
+    told = "crop_backend=triton needs a GPU and there is none (the device is cpu): use torch"
     assert told in one_line_error(result)
     assert not run_dir.exists()
