@@ -1,4 +1,4 @@
-# The commands of the README. Each sets up .venv in the checkout first; nothing outside the checkout is touched, except that
+# The commands of the README. Each sets up .venv in the checkout first. Nothing outside the checkout is touched, except that
 # `make test-all` adds Debian packages for its servers when it may (root, on Debian).
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,7 +15,7 @@ CHECKOV := $(VENV)/checkov/bin/checkov
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -rs
 UV := $(BIN)/uv --quiet
 LOCKED := --constraint requirements.txt --build-constraint requirements.txt
-# uv does not see the system's packages, which a venv made with VENV_FLAGS=--system-site-packages is to keep; pip does.
+# uv does not see the system's packages, which a venv made with VENV_FLAGS=--system-site-packages is to keep. pip does.
 INSTALL := $(if $(VENV_FLAGS),$(BIN)/python -m pip install --quiet,$(UV) pip install --python $(BIN)/python $(LOCKED))
 COMPILE = $(UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
@@ -35,11 +35,11 @@ $(INSTALLED): pyproject.toml requirements.txt
 	DS_BUILD_OPS=0 $(INSTALL) --editable '.[dev]'
 	touch $@
 
-lock: $(INSTALLED) ## write the lock anew after a change of pyproject.toml; UPGRADE=--upgrade moves every release in it
+lock: $(INSTALLED) ## write the lock again after a change of pyproject.toml. UPGRADE=--upgrade moves every release in it
 	$(UV) pip compile $(COMPILE) --all-extras --output-file requirements.txt pyproject.toml
 	echo checkov | $(UV) pip compile $(COMPILE) --output-file tests/k8s/checkov.txt -
 
-quickstart: $(INSTALLED) ## the main job on synthetic people; says at its start what it takes here; interrupt and repeat it at will
+quickstart: $(INSTALLED) ## the main job on synthetic people. It says first how long it takes here. Interrupt and repeat it at will
 	@$(BIN)/personmae doctor --quickstart
 	$(BIN)/personmae synth $(RUN)/data
 	$(BIN)/personmae shards write $(RUN)/data/pool $(RUN)/shards --shard-mb 8 --if-missing
@@ -50,15 +50,15 @@ quickstart: $(INSTALLED) ## the main job on synthetic people; says at its start 
 	$(BIN)/personmae finetune configs/quickstart_personmae.yaml
 	$(BIN)/personmae report $(RUN)
 
-test: $(INSTALLED) ## the tests of every part; they say what they skip and why
+test: $(INSTALLED) ## the tests that are not slow. They say what they skip and why
 	$(PYTEST) -m "not slow"
 
-test-all: $(INSTALLED) $(CHECKOV) ## those and the slow ones: kills, whole runs and launchers, compilers, rehearsals, real servers
+test-all: $(INSTALLED) $(CHECKOV) ## these and the slow ones: kills, whole runs and launchers, compilers, rehearsals, real servers
 	@tests/integration/install_ceph.sh
 	@tests/integration/install_prometheus.sh
 	$(PYTEST)
 
-checkov: $(CHECKOV) ## the manifests' linter, in an environment of its own: its pins do not go with ours
+checkov: $(CHECKOV) ## install the linter of manifests, in an environment of its own: its pins do not go with ours
 
 $(CHECKOV): tests/k8s/checkov.txt | $(INSTALLED)
 	$(UV) venv --clear --python $(BIN)/python $(VENV)/checkov
@@ -68,7 +68,7 @@ $(CHECKOV): tests/k8s/checkov.txt | $(INSTALLED)
 image: ## build the container image with buildah or docker
 	$(ENGINE) build --tag $(IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(IMAGE_FLAGS) .
 
-image-test: $(INSTALLED) ## build the image from a base made on the spot and run it; needs root, buildah, mmdebstrap, 30 GB
+image-test: $(INSTALLED) ## build the image from a base made on the spot and run it. Needs root, buildah, mmdebstrap, 30 GB
 	PERSONMAE_IMAGE_TEST=1 $(BIN)/python -m pytest tests/image -s -rs
 
 lint: $(INSTALLED) ## ruff and pyright
