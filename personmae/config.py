@@ -60,21 +60,32 @@ __all__ = [
 
 
 class Decoders(Section):
+    """The two decoders: one predicts pixels (Eq. (5)), the other predicts features of the teacher (Eq. (7))."""
+
     depth: int = Field(default=2, gt=0, description="ViT blocks in each decoder")
-    pixel_dim: int | None = Field(default=None, gt=0, multiple_of=64, description="width; default min(512, embed_dim)")
-    feature_dim: int | None = Field(default=None, gt=0, multiple_of=64, description="width; default embed_dim")
+    pixel_dim: int | None = Field(
+        default=None, gt=0, multiple_of=64, description="width of the pixel decoder, by default min(512, the encoder's width)"
+    )
+    feature_dim: int | None = Field(
+        default=None, gt=0, multiple_of=64, description="width of the feature decoder, by default the encoder's width"
+    )
     visible_positions: bool = Field(
-        default=False, description="visible tokens get their position again, as in MAE; in the paper mask tokens alone have one"
+        default=False,
+        description="add positions to visible tokens again, as MAE does. In the paper mask tokens alone have them",
     )
 
 
 class Regions(Section):
+    """How an image becomes RegionA and RegionB (Eq. (1) and (2))."""
+
     max_shift: int = Field(
-        default=64, ge=0, description="m of Eq. (1), in pixels of the height; the width shifts by half of it"
+        default=64, ge=0, description="largest shift of RegionB, m of Eq. (1): pixels in height, half as many in width"
     )
-    crop_scale: Range = Field(default=(0.8, 1.0), description="area of the global crop, as a share of the image")
-    crop_ratio: Range = Field(default=(0.375, 0.667), description="width / height of the global crop")
-    flip_prob: Fraction = Field(default=0.5, description="chance of a horizontal flip")
+    crop_scale: Range = Field(
+        default=(0.8, 1.0), description="smallest and largest area of the global crop, as a share of the image"
+    )
+    crop_ratio: Range = Field(default=(0.375, 0.667), description="smallest and largest width / height of the global crop")
+    flip_prob: Fraction = Field(default=0.5, description="probability of a horizontal flip")
 
     @model_validator(mode="after")
     def _in_order(self) -> "Regions":
@@ -86,16 +97,20 @@ class Regions(Section):
 
 
 class Mask(Section):
+    """Which patches of RegionA are hidden (Eq. (3))."""
+
     kind: Literal["block", "random", "person"] = Field(
         default="block",
-        description="how the hidden patches are drawn; person: blocks that hide the same share of the middle columns each time",
+        description="block: rectangles, as in the paper. random: single patches. person: rectangles that hide the same share "
+        "of the middle columns in every mask",
     )
-    ratio: float = Field(default=0.75, gt=0, lt=1, description="share of RegionA's patches that is hidden; r of Eq. (3)")
+    ratio: float = Field(default=0.75, gt=0, lt=1, description="share of RegionA's patches that is hidden, r of Eq. (3)")
     block_ratio: Fraction | None = Field(
         default=None,
-        description="share of the patches that blocks may hide, the rest of ratio is random; default all; not for random",
+        description="share of all patches that blocks may hide, by default the whole ratio. The rest is hidden as single "
+        "patches. For block and person",
     )
-    min_block: int = Field(default=4, gt=0, description="smallest block, in patches")
+    min_block: int = Field(default=4, gt=0, description="area of the smallest block, in patches")
 
     @model_validator(mode="after")
     def _blocks_are_part_of_it(self) -> "Mask":
@@ -105,93 +120,126 @@ class Mask(Section):
 
 
 class Loss(Section):
-    feature_weight: float = Field(default=1.0, ge=0, description="lambda of Eq. (8); 0 leaves the feature decoder out")
-    beta: float = Field(default=2.0, gt=0, description="beta of the smooth-L1 of Eq. (7)")
-    identity_weight: float = Field(
-        default=0.0, ge=0, description="of a loss on the class tokens of both regions, beyond the paper; 0 for none"
+    """The loss of pre-training: Eq. (8), and an optional term on class tokens beyond the paper."""
+
+    feature_weight: float = Field(
+        default=1.0, ge=0, description="lambda of Eq. (8), the weight of the feature loss. 0 removes the feature decoder"
     )
-    identity_dim: int = Field(default=256, gt=0, description="width of the embeddings that it compares")
+    beta: float = Field(default=2.0, gt=0, description="beta of the smooth-L1 loss in Eq. (7)")
+    identity_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of a VICReg loss between the class tokens of both regions. 0 for none, as in the paper",
+    )
+    identity_dim: int = Field(default=256, gt=0, description="width of the embeddings that this loss compares")
     identity_group: int = Field(
-        default=64, gt=1, description="neighbouring images whose spread it looks at; a divisor of the micro-batch"
+        default=64,
+        gt=1,
+        description="neighbouring images over which this loss takes variance and covariance, a divisor of a rank's micro-batch",
     )
 
 
 class Target(Section):
+    """What the feature decoder predicts: tokens of the teacher (Eq. (7))."""
+
     features: Literal["layer_norm", "raw", "position_centred", "image_centred"] = Field(
         default="layer_norm",
-        description="what of the teacher's tokens is predicted: normalised, as they are, normalised less the mean at their "
-        "position, or less the mean of their image too",
+        description="layer_norm: normalised tokens, as in the paper. raw: unchanged. position_centred: normalised, minus the "
+        "mean at their position. image_centred: minus the mean of their image too",
     )
-    reduction: Literal["mean", "sum"] = Field(default="mean", description="over the channels of Eq. (7), which has no 1 / D")
+    reduction: Literal["mean", "sum"] = Field(
+        default="mean", description="how Eq. (7) joins the channels of a token. The paper's formula has no 1 / D"
+    )
 
 
 class Teacher(Section):
-    momentum: tuple[Fraction, Fraction] = Field(default=(0.999, 0.9999), description="gamma of Eq. (6): start and end")
-    ramp_fraction: Fraction = Field(default=0.2, description="share of the run over which gamma rises linearly")
+    """The momentum encoder (Eq. (6))."""
+
+    momentum: tuple[Fraction, Fraction] = Field(
+        default=(0.999, 0.9999), description="gamma of Eq. (6) at the start and at the end"
+    )
+    ramp_fraction: Fraction = Field(default=0.2, description="share of the run in which gamma rises linearly")
     horizon_scaling: bool = Field(
-        default=False, description="keep (1 - gamma) * steps as in the paper's 204,100 steps, for much shorter runs"
+        default=False, description="scale gamma so that (1 - gamma) * steps is as in the paper's 204,100 steps, for short runs"
     )
 
 
 class Optim(Section):
-    base_lr: float = Field(default=1.5e-4, gt=0, description="lr = base_lr * global_batch_size / 256")
-    lr: float | None = Field(default=None, gt=0, description="peak learning rate; overrides base_lr")
-    min_lr: float = Field(default=1e-5, ge=0, description="where the cosine schedule ends")
-    weight_decay: float = Field(default=0.05, ge=0, description="of AdamW; biases and norms have none")
-    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="of AdamW")
+    """AdamW, and a cosine schedule with a linear warm-up."""
+
+    base_lr: float = Field(
+        default=1.5e-4, gt=0, description="learning rate for 256 images: lr = base_lr * train.global_batch_size / 256"
+    )
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate, used instead of base_lr")
+    min_lr: float = Field(default=1e-5, ge=0, description="learning rate at the end of the cosine schedule")
+    weight_decay: float = Field(default=0.05, ge=0, description="weight decay. Biases, norms and tokens have none")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.95), description="decay of AdamW's first and second moments")
     warmup_fraction: Fraction = Field(default=0.2, description="share of the run with a linear warm-up")
-    max_norm: float | None = Field(default=None, gt=0, description="gradient clipping; none in the paper's family")
+    max_norm: float | None = Field(
+        default=None, gt=0, description="norm to which gradients are clipped, by default not clipped"
+    )
 
 
 class Train(Section):
-    global_batch_size: int = Field(default=2048, gt=0, description="images per optimizer step over all ranks")
-    max_micro_batch_size: int = Field(default=256, gt=0, description="most images per rank and forward pass")
-    epochs: float | None = Field(default=100, gt=0, description="passes over the shards; parts of one are allowed")
-    total_steps: int | None = Field(default=None, gt=0, description="overrides epochs")
+    """Batches, length and execution of the training loop."""
+
+    global_batch_size: int = Field(default=2048, gt=0, description="images per optimizer step, over all ranks")
+    max_micro_batch_size: int = Field(default=256, gt=0, description="most images per rank in one forward pass")
+    epochs: float | None = Field(default=100, gt=0, description="passes over the shards, whole or not")
+    total_steps: int | None = Field(default=None, gt=0, description="optimizer steps, used instead of epochs")
     precision: Precision = "auto"
-    compile: bool = Field(default=True, description="torch.compile of student, teacher and region cutting")
+    compile: bool = Field(default=True, description="compile student, teacher and region cropping with torch.compile")
     cuda_graphs: bool = Field(
-        default=False, description="replay all of that as CUDA graphs: for small batches on many GPUs; needs the native engine"
+        default=False,
+        description="replay steps as CUDA graphs, for small batches on many GPUs. Needs compile and engine.name=native",
     )
     crop_backend: Literal["torch", "triton"] = Field(
-        default="torch", description="who cuts the regions on a GPU: torch's operations, or one Triton kernel, not yet timed"
+        default="torch", description="what crops the regions on a GPU: torch's operations, or one Triton kernel, not yet timed"
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        default="none", description="what of the encoder the backward pass computes again instead of keeping it"
+        default="none", description="which activations of the encoder the backward pass computes again to save memory"
     )
     max_skipped_steps: int = Field(
-        default=10, gt=0, description="steps in a row that may be skipped because a gradient is not finite"
+        default=10, gt=0, description="consecutive steps with a non-finite gradient that are skipped before the run stops"
     )
     spike_factor: float | None = Field(
-        default=None, gt=1, description="go back to a checkpoint when the loss is so many times its running mean; default never"
+        default=None,
+        gt=1,
+        description="roll back to a checkpoint when the loss exceeds its running mean by this factor. Off by default",
     )
-    max_rollbacks: int = Field(default=3, gt=0, description="how often that may happen before the run stops")
-    log_every: int = Field(default=50, gt=0, description="steps between two log lines")
+    max_rollbacks: int = Field(default=3, gt=0, description="rollbacks before the run stops")
+    log_every: int = Field(default=50, gt=0, description="steps between two records of metrics.jsonl")
 
 
 class Data(Section):
+    """The training shards, and how they are read."""
+
     shards: Place = Field(min_length=1, description="directory or s3://bucket/prefix of MDS shards")
-    cache_dir: Place = Field(default="", description="where shards of an object store are kept; default RUN_DIR/shards")
+    cache_dir: Place = Field(default="", description="directory for shards of an object store, by default RUN_DIR/shards")
     cache_limit_gb: float | None = Field(
-        default=None, gt=0, description="most that the shards of this data set may take there, on each host; default no limit"
+        default=None,
+        gt=0,
+        description="most 10^9 bytes that this data set may take in cache_dir on each host, by default no limit",
     )
     retry_seconds: float = Field(
-        default=600, ge=0, description="how long reading goes on without a byte from the store before the run stops"
+        default=600, ge=0, description="how long the store may send nothing before the run stops, in seconds"
     )
-    num_connections: int = Field(default=8, gt=0, description="shards fetched at once, per rank")
-    prefetch_shards: int = Field(default=64, ge=0, description="shards opened beyond those in use")
+    num_connections: int = Field(default=8, gt=0, description="shards that each rank fetches at once")
+    prefetch_shards: int = Field(default=64, ge=0, description="shards that each rank opens before their use")
     num_threads: int = Field(
-        default=0, ge=0, description="decoding threads per rank; 0 for the cores divided by the local ranks"
+        default=0, ge=0, description="decoding threads per rank. 0: the cores divided by the ranks of the host"
     )
-    prefetch_batches: int = Field(default=4, gt=0, description="decoded batches kept ready, per rank")
+    prefetch_batches: int = Field(default=4, gt=0, description="decoded micro-batches that each rank keeps ready")
     shuffle_block_size: int = Field(default=1 << 18, gt=0, description="samples that are shuffled among each other")
-    max_bad_ratio: Fraction = Field(default=0.01, description="share of unreadable images above which the run stops")
+    max_bad_ratio: Fraction = Field(default=0.01, description="largest share of unreadable images before the run stops")
 
 
 class Probe(Section):
+    """A retrieval test of the frozen encoder during pre-training. docs/method.md defines its scores."""
+
     benchmark: BenchmarkName | None = Field(
         default=None,
-        description="what frozen features find on it is logged at multiples of checkpoint.every_steps and at the end",
+        description="benchmark to probe at multiples of checkpoint.every_steps and at the end, by default none",
     )
     root: Place | None = Field(default=None, description="directory of that benchmark")
 
@@ -203,31 +251,36 @@ class Probe(Section):
 
 
 class Deepspeed(Section):
+    """Options of the DeepSpeed engine."""
+
     zero_stage: Literal[0, 1, 2, 3] = Field(
-        default=0, description="what is sharded: 1 moments, 2 gradients too, 3 parameters too"
+        default=0,
+        description="what is sharded. 0: nothing. 1: optimizer states. 2: gradients too. 3: parameters too",
     )
-    extra: dict[str, Any] = Field(default_factory=dict, description="merged last into the generated DeepSpeed dict")
+    extra: dict[str, Any] = Field(default_factory=dict, description="merged last into the generated DeepSpeed configuration")
 
 
 class Fsdp(Section):
+    """Options of the FSDP engine."""
+
     shard_size: int | None = Field(
-        default=None, gt=0, description="ranks that share one copy of the states (HSDP); default all of them"
+        default=None, gt=0, description="ranks that share one copy of parameters and states (HSDP), by default all ranks"
     )
 
 
 class Engine(Section):
-    name: Literal["native", "deepspeed", "fsdp"] = Field(
-        default="deepspeed", description="what splits the work over ranks; each resumes the others' checkpoints"
-    )
+    """What distributes the work over ranks. Each engine resumes the checkpoints of the others."""
+
+    name: Literal["native", "deepspeed", "fsdp"] = Field(default="deepspeed", description="the engine")
     deepspeed: Deepspeed = Deepspeed()
     fsdp: Fsdp = Fsdp()
 
 
 class Pretrain(Section):
-    """PersonMAE pre-training."""
+    """PersonMAE pre-training on shards of unlabelled crops."""
 
-    run_dir: Place = Field(min_length=1, description="logs, checkpoints and the resolved configuration")
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="of weights, sample order, crops and masks")
+    run_dir: Place = Field(min_length=1, description="directory for logs, checkpoints and the resolved configuration")
+    seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of weights, sample order, crops and masks")
     data: Data
     model: Model = Model()
     decoders: Decoders = Decoders()
@@ -260,7 +313,7 @@ class Pretrain(Section):
         return self
 
     def region_arguments(self) -> dict[str, Any]:
-        """Arguments of ``model.personmae.RegionSpec``: how images become regions."""
+        """Arguments of ``model.inputs.RegionSpec``: how images become regions."""
         model, mask = self.model, self.mask
         return {
             **model.model_dump(exclude={"size"}),
@@ -289,16 +342,16 @@ class Pretrain(Section):
         }
 
     def teacher_arguments(self) -> dict[str, Any]:
-        """Arguments of ``model.teacher.Teacher``, without what it is of."""
+        """Arguments of ``model.teacher.Teacher``, without the encoder."""
         return {"features": self.target.features, "class_token": self.loss.identity_weight > 0}
 
     def prepare_arguments(self) -> dict[str, Any]:
-        """Arguments of ``model.personmae.choose_prepare``."""
+        """Arguments of ``model.compiled.choose_prepare``."""
         train = self.train
         return {"crop_backend": train.crop_backend, "compiled": train.compile, "cuda_graphs": train.cuda_graphs}
 
     def resume_key(self) -> dict[str, Any]:
-        """What makes a run the run it is, by dotted key; a checkpoint is only resumed where all of it agrees."""
+        """The settings that must agree before a checkpoint is resumed, by dotted key."""
         values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint", "metrics", "probe"})
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
         values["train"] = {name: values["train"][name] for name in ("global_batch_size", "epochs", "total_steps", "precision")}
@@ -306,7 +359,7 @@ class Pretrain(Section):
 
     @staticmethod
     def resume_key_before() -> dict[str, Any]:
-        """What ``resume_key`` has come to hold since there are checkpoints, as it was before: the defaults."""
+        """Defaults of the keys that older checkpoints lack in their resume key."""
         sections = {"decoders": Decoders(), "mask": Mask(), "loss": Loss(), "target": Target()}
         return flatten({name: section.model_dump(mode="json") for name, section in sections.items()})
 
@@ -318,12 +371,12 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 def load(
     kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = (), expand: Callable[[str], str] = locations.expand
 ) -> ConfigT:
-    """Read ``path`` and its bases, apply ``section.key=value`` overrides, and validate; ``expand`` is for places.
+    """Read ``path`` and its bases, apply ``section.key=value`` overrides, and validate. ``expand`` is applied to places.
 
     Raises:
-        OtherProgram: the file is one for another program.
-        UserError: the file is missing or not YAML, a key is unknown or a value is wrong; the key, its origin and the
-            nearest valid key are named.
+        OtherProgram: the file is for another program.
+        UserError: the file is missing or not YAML, a key is unknown, or a value is wrong. The message names the key, its
+            origin and the nearest valid key.
     """
     tree = read(path)
     try:
@@ -337,7 +390,7 @@ def load(
 
 
 def program_of(path: str | Path) -> str:
-    """The program that a file is for, by its keys, or ``suite``; empty where they do not tell.
+    """The program that a file is for, by its keys, or ``suite``. Empty where several programs fit.
 
     Raises:
         UserError: the file cannot be read.
@@ -346,7 +399,7 @@ def program_of(path: str | Path) -> str:
 
 
 def _program_of(tree: Tree, wanted: type[Section] | None) -> str:
-    """The program that knows the most keys of a tree; the wanted one, or none, where others know as many."""
+    """The program that knows the most keys of a tree. Where several know as many: the wanted one, or none."""
     if "stages" in tree.values:
         return "suite"
     unknown = {name: len(unknown_keys(kind, tree.values)) for name, kind in PROGRAMS.items()}

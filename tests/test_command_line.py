@@ -20,8 +20,9 @@ from personmae.commands import about
 from personmae.commands.arguments import place
 from personmae.commands.examples import EXAMPLES, MAIN_KEYS, closing
 from personmae.errors import EXIT_COMPLETE, EXIT_USER_ERROR, UserError
+from personmae.keys.mistakes import dotted_keys
 from personmae.keys.renamed import print_new_name
-from personmae.keys.table import keys_of
+from personmae.keys.table import keys_of, sections_of
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -279,8 +280,46 @@ def test_a_mistake_in_a_programs_own_file_is_told_as_that(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [*config.PROGRAMS.values(), Suite], ids=lambda kind: kind.__name__)
-def test_every_key_says_what_it_is_for(kind):
+def test_every_key_and_every_section_has_a_description(kind):
+    sections = sections_of(kind)
+    assert [section.name for section in sections if not section.description] == []
     assert [key.name for key in keys_of(kind) if not key.description.strip()] == []
+    assert {section.name for section in sections if section.name} | {key.name for key in keys_of(kind)} >= {
+        key for key in dotted_keys(kind) if not key.startswith("stages.")
+    }
+
+
+def test_a_key_without_a_description_is_found():
+    class Inner(config.Section):
+        key: int = 1
+
+    class Outer(config.Section):
+        """A section."""
+
+        inner: Inner = Inner()
+
+    outer, inner = sections_of(Outer)
+    assert (outer.name, outer.description, outer.keys) == ("", "A section.", [])
+    assert (inner.name, inner.description, [key.description for key in inner.keys]) == ("inner", "", [""])
+
+
+def test_the_page_of_keys_is_what_the_command_prints_now(capsys):
+    code, page, err = call(capsys, "keys", "--markdown")
+    assert (code, err) == (EXIT_COMPLETE, "")
+    assert (ROOT / "docs/keys.md").read_text() == page, "write it again: personmae keys --markdown > docs/keys.md"
+    assert max(map(len, page.splitlines())) <= 100
+    items = re.findall(r"^- `([a-z0-9_.]+)` \(", page, re.MULTILINE)
+    for kind in config.PROGRAMS.values():
+        assert {key.name for key in keys_of(kind)} <= set(items)
+    assert items.count("checkpoint.every_steps") == 1  # of all programs, so once
+    assert items.count("optim.lr") == 3  # each program's own
+    assert "takes no words; got 'mask'" in refusal(capsys, "keys", "mask", "--markdown")
+
+
+def test_descriptions_are_short_plain_sentences():
+    texts = [key.description for kind in (*config.PROGRAMS.values(), Suite) for key in keys_of(kind)]
+    texts += [section.description for kind in (*config.PROGRAMS.values(), Suite) for section in sections_of(kind)]
+    assert [text for text in texts if ";" in text or max(len(part.split()) for part in text.split(". ")) > 25] == []
 
 
 def test_keys_lists_every_key_with_type_default_and_meaning(capsys):

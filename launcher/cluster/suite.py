@@ -30,23 +30,25 @@ _PROGRAMS: dict[str, Program] = {"finetune": "finetune", "usl": "unsupervised", 
 
 
 class Stage(config.Section):
-    name: str = Field(description="short: the suite's name comes before it")
-    config: Place = Field(description="a YAML file, from the suite's folder")
+    """One run of a suite."""
+
+    name: str = Field(description="short name. The run is called SUITE-NAME")
+    config: Place = Field(description="configuration file, relative to the suite's folder")
     after: str | None = Field(default=None, description="the stage whose weights this one starts from")
-    set: tuple[str, ...] = Field(default=(), description="a.b=c; {name} stands for a place of the suite")
-    overlay: str | None = Field(default=None, description="of k8s/overlays; default: the one for this kind of configuration")
-    nodes: tuple[int, int] | None = Field(default=None, description="fewest and most")
-    gpus: int | None = Field(default=None, ge=0, description="on each node")
+    set: tuple[str, ...] = Field(default=(), description="overrides a.b=c. {name} is replaced by that place of the suite")
+    overlay: str | None = Field(default=None, description="folder of k8s/overlays, by default the one for this program")
+    nodes: tuple[int, int] | None = Field(default=None, description="fewest and most nodes")
+    gpus: int | None = Field(default=None, ge=0, description="GPUs on each node")
 
 
 class Suite(config.Section):
     """Stages in an order in which they can run."""
 
-    name: str = Field(description="of the suite; stages are called NAME-STAGE")
+    name: str = Field(description="name of the suite. Its runs are called NAME-STAGE")
     results: Place = Field(
-        min_length=1, description="directory or s3://bucket/prefix: runs/STAGE below it, results.md and results.json"
+        min_length=1, description="directory or s3://bucket/prefix for runs/STAGE, results.md and results.json"
     )
-    places: dict[str, str] = Field(default_factory=dict, description="where data lies, for {name} in a stage's 'set'")
+    places: dict[str, str] = Field(default_factory=dict, description="paths of data by name, for {name} in a stage's 'set'")
     stages: tuple[Stage, ...] = Field(min_length=1, description="the runs, in an order in which they can run")
 
     @field_validator("stages")

@@ -42,19 +42,44 @@ def verbs_of(parser: argparse.ArgumentParser) -> list[Verbs]:
 
 def add_keys(verbs: argparse._SubParsersAction, _: Parser) -> None:
     verb = verbs.add_parser("keys", help="list configuration keys with type, default and meaning")
-    verb.add_argument("words", nargs="*", metavar="[PROGRAM] [WORD]", help="pretrain, finetune or unsupervised; part of a key")
-    verb.set_defaults(run=lambda args: print_keys(args.words))
+    verb.add_argument(
+        "words",
+        nargs="*",
+        metavar="[PROGRAM] [WORD]",
+        help="pretrain, finetune or unsupervised, then words in a key's name or description",
+    )
+    verb.add_argument("--markdown", action="store_true", help="print docs/keys.md: all keys of all programs")
+    verb.set_defaults(run=lambda args: print_keys(args.words, markdown=args.markdown))
 
 
-def print_keys(words: list[str]) -> None:
+_PAGE = """\
+# Configuration keys
+
+This page is made from the configuration models. Do not edit it. Write it again with:
+
+```
+personmae keys --markdown > docs/keys.md
+```
+
+A key is set in a YAML file, or on the command line as `section.key=value`. `personmae keys` prints
+the same in a terminal, and `personmae keys pretrain batch` only the keys of `pretrain` with that
+word. Each key below has its type and its default in brackets. The equations are those of the paper."""
+
+
+def print_keys(words: list[str], *, markdown: bool = False) -> None:
     """Print the keys of a program, or of all, that have all the words in their name or description.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or words were given with ``markdown``, which prints the page of all keys.
     """
     from personmae import config
-    from personmae.keys.table import keys_of, to_table
+    from personmae.keys.table import keys_of, to_markdown, to_table
 
+    if markdown:
+        if words:
+            raise UserError(f"--markdown prints the keys of all programs and takes no words; got '{' '.join(words)}'")
+        print(to_markdown(config.PROGRAMS, _PAGE), end="")
+        return
     program = words[0] if words and words[0] in config.PROGRAMS else None
     wanted = [word.lower() for word in (words[1:] if program else words)]
     found = False

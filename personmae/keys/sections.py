@@ -12,22 +12,28 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Triple = tuple[float, float, float]
 Precision = Annotated[
     Literal["auto", "bf16", "fp32"],
-    Field(description="arithmetic of forward and backward; auto: bf16 where the device has instructions for it, else fp32"),
+    Field(description="arithmetic of forward and backward. auto: bf16 where the device computes it natively, else fp32"),
 ]
 
 
 class Section(BaseModel):
+    """A section of a configuration. The docstring of each one is its description in ``personmae keys --markdown``."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Model(Section):
+    """The encoder and its input."""
+
     size: Literal["micro", "small", "base", "large"] = Field(
-        default="base", description="encoder: micro, ViT-S, ViT-B or ViT-L"
+        default="base", description="the encoder: micro, ViT-S, ViT-B or ViT-L"
     )
     img_size: Size = Field(default=(256, 128), description="(height, width) in pixels")
     patch_size: int = Field(default=16, gt=0, description="side of a square patch, in pixels")
-    mean: Triple = Field(default=(0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
-    std: Triple = Field(default=(0.5, 0.5, 0.5), description="input normalisation; it travels with the checkpoint")
+    mean: Triple = Field(
+        default=(0.5, 0.5, 0.5), description="subtracted from red, green and blue in [0, 1]. Checkpoints keep it"
+    )
+    std: Triple = Field(default=(0.5, 0.5, 0.5), description="red, green and blue are divided by it. Checkpoints keep it")
 
     @model_validator(mode="after")
     def _whole_patches(self) -> "Model":
@@ -39,19 +45,27 @@ class Model(Section):
 
 
 class Checkpoint(Section):
-    every_steps: int = Field(default=1000, gt=0, description="save at multiples of so many steps")
-    every_seconds: float | None = Field(default=None, gt=0, description="and so long after the last save, by rank 0's clock")
-    keep_last: int = Field(default=2, gt=0, description="the newest ones, which are kept")
-    keep_every: int | None = Field(default=None, gt=0, description="multiples of so many steps are saved and kept for good")
-    upload_to: Place | None = Field(default=None, description="s3://bucket/prefix of this run alone: a copy of each checkpoint")
-    retry_seconds: float = Field(default=600, gt=0, description="how long the upload of a checkpoint is tried again")
-    close_seconds: float = Field(default=120, gt=0, description="how long the end of a run waits for uploads")
+    """When checkpoints are saved, which are kept, and what a restarted run does with them."""
+
+    every_steps: int = Field(default=1000, gt=0, description="save at multiples of this number of steps")
+    every_seconds: float | None = Field(
+        default=None, gt=0, description="save too when this many seconds have passed since the last save, by rank 0's clock"
+    )
+    keep_last: int = Field(default=2, gt=0, description="how many of the newest checkpoints are kept")
+    keep_every: int | None = Field(
+        default=None, gt=0, description="save at multiples of this number of steps too, and keep those for good"
+    )
+    upload_to: Place | None = Field(
+        default=None, description="s3://bucket/prefix of this run alone, for a copy of each checkpoint, by default none"
+    )
+    retry_seconds: float = Field(default=600, gt=0, description="how long a failed upload is tried again, in seconds")
+    close_seconds: float = Field(default=120, gt=0, description="how long the end of a run waits for uploads, in seconds")
     resume: Literal["auto", "none"] = Field(
         default="auto",
-        description="auto: continue the newest valid checkpoint of run_dir; none: start anew, what is there is kept aside",
+        description="auto: resume from the newest valid checkpoint. none: start a new run and set the old one aside",
     )
     rebuild_moments: bool = Field(
-        default=False, description="where the optimizer's moments alone are damaged, continue with new ones"
+        default=False, description="where only the optimizer's moments are damaged, resume with new ones"
     )
 
     @field_validator("upload_to")
@@ -62,15 +76,15 @@ class Checkpoint(Section):
         return place.rstrip("/") if place else place
 
     def writer_arguments(self) -> dict[str, Any]:
-        """Arguments of ``writer.Writer``, but for where."""
+        """Arguments of ``writer.Writer``, without the run directory."""
         return self.model_dump(include={"keep_last", "keep_every", "upload_to", "retry_seconds", "close_seconds"})
 
     def start_arguments(self) -> dict[str, Any]:
-        """Arguments of ``start_anew.goes_on``, but for where."""
+        """Arguments of ``start_anew.goes_on``, without the run directory."""
         return self.model_dump(include={"resume", "upload_to"})
 
     def resume_arguments(self) -> dict[str, Any]:
-        """Arguments of ``resume_point.newest_for_all``, but for where."""
+        """Arguments of ``resume_point.newest_for_all``, without the run directory."""
         return self.model_dump(include={"upload_to", "rebuild_moments"})
 
     def schedule_arguments(self) -> dict[str, Any]:
@@ -79,16 +93,16 @@ class Checkpoint(Section):
 
 
 class Metrics(Section):
-    port: int = Field(
-        default=0, ge=0, lt=1 << 16, description="Prometheus endpoint of each host where no agent has one; 0 for none"
-    )
-    host: str = Field(default="127.0.0.1", description="what that port listens at: an address of the host, or all for any")
+    """The Prometheus endpoint of a host on which no agent serves one. docs/metrics.md lists the metrics."""
+
+    port: int = Field(default=0, ge=0, lt=1 << 16, description="port of the endpoint. 0 for none")
+    host: str = Field(default="127.0.0.1", description="address on which the endpoint listens, or all for every interface")
     peak_tflops: float | None = Field(
-        default=None, gt=0, description="10^12 operations a second of one GPU at most; default what is known of it"
+        default=None, gt=0, description="most 10^12 operations per second of one GPU, by default from a table of known GPUs"
     )
-    gpu: bool = Field(default=True, description="ask NVML about the GPUs too; false where DCGM tells of them")
+    gpu: bool = Field(default=True, description="export the GPUs' metrics from NVML. false where DCGM exports them")
     linger_seconds: float = Field(
-        default=0, ge=0, description="how long the endpoint of a complete run stays, for the last numbers to be scraped"
+        default=0, ge=0, description="how long the endpoint stays after a complete run, for a last scrape, in seconds"
     )
 
     def rank_metrics_arguments(self) -> dict[str, Any]:
