@@ -30,7 +30,8 @@ from personmae.bench.ceilings import require_native
 from personmae.bench.data import BATCH_SIZE, SPEC
 from personmae.checkpoint import portable
 from personmae.checkpoint.writer import Writer
-from personmae.data.stream import BatchReader, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader
 from personmae.engine.native import NativeEngine
 from personmae.model.inputs import cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from personmae import batch_plan, config, dist, precision
-from personmae.data.stream import ShardSet
+from personmae.data.shard_set import ShardSet
 from personmae.inspect import hiding
 from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE

@@ -17,7 +17,8 @@ from torch import Tensor
 from personmae import batch_plan, config, dist, flops, optim, precision
 from personmae.checkpoint import portable, run_lock, start_anew
 from personmae.checkpoint.writer import Schedule, Writer, finish, join_ranks
-from personmae.data.stream import BatchReader, ShardSet, to_device
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader, to_device
 from personmae.engine.base import Engine
 from personmae.errors import Stopped, UserError
 from personmae.floor import FloorEstimate, floor_warning
@@ -304,7 +305,7 @@ def build_reader(state: PretrainState) -> BatchReader:
         block_size=data.shuffle_block_size,
         max_bad_ratio=data.max_bad_ratio,
         num_connections=data.num_connections,
-        num_ahead=data.prefetch_shards,
+        prefetch_shards=data.prefetch_shards,
     )
 
 

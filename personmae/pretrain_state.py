@@ -8,7 +8,7 @@ from typing import Any
 from personmae import batch_plan, config, dist
 from personmae.checkpoint import commit, portable, remote, resume_point
 from personmae.checkpoint.writer import Writer
-from personmae.data.stream import ShardSet
+from personmae.data.shard_set import ShardSet
 from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, UserError
 from personmae.floor import Floor

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from personmae import images
 from personmae.data import importer, shards
 from personmae.data.decode import decode_onto
-from personmae.data.stream import ShardSet
+from personmae.data.shard_set import ShardSet
 from personmae.errors import UserError
 from personmae.reid.transforms import decode_image, read_image
 from personmae.system import mosaic

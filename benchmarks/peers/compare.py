@@ -30,7 +30,8 @@ from torch import Tensor
 from personmae import batch_plan, config, dist, precision, pretrain
 from personmae.bench.ceilings import require_native
 from personmae.checkpoint import portable
-from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader, CanvasBatch
 from personmae.errors import UserError
 from personmae.guard import Guard
 from personmae.model.inputs import RegionSpec

@@ -21,7 +21,8 @@ from rich.table import Table
 
 from personmae import dist
 from personmae.checkpoint import portable
-from personmae.data.stream import BatchReader, JpegReader, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader, JpegReader
 from personmae.errors import UserError
 from personmae.model.inputs import RegionSpec, prepare_batch
 from personmae.monitor import environment, progress

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from personmae import dist, optim
 from personmae.bench.ceilings import DTYPES
 from personmae.bench.counts import spec_at
-from personmae.data.stream import BatchReader, CanvasBatch, ShardSet, to_device
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader, CanvasBatch, to_device
 from personmae.engine.base import Batch, Engine
 from personmae.errors import UserError
 from personmae.model.compiled import CropBackend, choose_prepare, compile_parts

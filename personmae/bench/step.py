@@ -39,7 +39,7 @@ from personmae.bench.loop import (
     run_round,
 )
 from personmae.checkpoint import portable
-from personmae.data.stream import ShardSet
+from personmae.data.shard_set import ShardSet
 from personmae.errors import UserError
 from personmae.model.compiled import CropBackend, require_kernel
 from personmae.model.vit import SIZES, ActivationCheckpointing

@@ -57,10 +57,10 @@ class Orders:
             return self._made[epoch]
 
 
-class Lookahead:
-    """The shards of the global order, opened ahead of their use by ``num_connections`` threads, let go behind it.
+class Prefetcher:
+    """The shards of the global order: ``num_connections`` threads open them before their use, and they are released after it.
 
-    Epochs follow each other without end. Shards are opened in the order of their first use, at most ``num_ahead`` beyond
+    Epochs follow each other without end. Shards are opened in the order of their first use, at most ``prefetch_shards`` beyond
     those that are in use now, and none from place ``end`` on.
     """
 
@@ -71,11 +71,11 @@ class Lookahead:
         *,
         epoch: int,
         num_connections: int,
-        num_ahead: int,
+        prefetch_shards: int,
         end: int | None = None,
     ):
         self._cache, self._orders = cache.for_reader(self._next_use, self._give_back), orders
-        self._num_ahead = min(num_ahead, len(cache.shards))  # never beyond the next epoch
+        self._prefetch_shards = min(prefetch_shards, len(cache.shards))  # never beyond the next epoch
         self._end = math.inf if end is None else end
         self._numbers = {shard.name: index for index, shard in enumerate(cache.shards)}
         self._condition = threading.Condition()
@@ -172,7 +172,7 @@ class Lookahead:
         return None
 
     def _first_place(self, now: float) -> int | None:
-        for place in range(self._passed, int(min(self._in_use + self._num_ahead, self._end))):
+        for place in range(self._passed, int(min(self._in_use + self._prefetch_shards, self._end))):
             until, why = self._put_off.get(place, (0.0, None))
             if place not in self._opened and place not in self._busy and until <= now:
                 return place

@@ -20,8 +20,8 @@ from personmae import dist, images
 from personmae.data.containers import ImageEntry
 from personmae.data.files import LOST, patiently
 from personmae.data.mds import INDEX
+from personmae.data.shard_set import ShardSet
 from personmae.data.sources import Source
-from personmae.data.stream import ShardSet
 from personmae.errors import UserError
 from personmae.images import BadImage
 from personmae.system import mosaic

@@ -1,7 +1,7 @@
-"""Batches of decoded images in the global order: shards fetched ahead of their use, images decoded by threads.
+"""Batches of decoded images in the global order: shards are prefetched, and threads decode the images.
 
-The format is MDS. mosaicml-streaming's own iterator reads sample by sample under a lock that a whole node shares; this
-reader maps each shard once and takes slices of it.
+mosaicml-streaming's own iterator reads sample by sample, under a lock for the whole node. This reader maps each shard once and
+takes slices of it.
 """
 
 import collections
@@ -13,109 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 
 from personmae import dist
-from personmae.data import mds, order
-from personmae.data.cache import HeldShard, ShardCache, persist
-from personmae.data.counters import StreamCounters
+from personmae.data import order
 from personmae.data.decode import BadImage, decode_onto
-from personmae.data.mds import MappedShard
 from personmae.data.order import EpochOrder, MicroBatch
-from personmae.data.prefetch import Lookahead, Orders
+from personmae.data.prefetch import Orders, Prefetcher
+from personmae.data.shard_set import ShardSet
 from personmae.errors import RankError, UserError
-from personmae.system import storage
 
 _MIN_SEEN = 1000  # images read before the share of bad ones can stop a run
-
-
-class ShardSet:
-    """All samples of a data set, numbered shard by shard.
-
-    Raises:
-        UserError: the location cannot be read, is not an MDS data set, or a shard is missing or truncated.
-    """
-
-    def __init__(self, root: str, cache_dir: str | Path, *, cache_limit_bytes: int | None = None, retry_seconds: float = 60.0):
-        self.root = root.rstrip("/")
-        self.counters = StreamCounters()
-        present = persist(lambda: storage.list_sizes(self.root), self.root, retry_seconds, self.counters)
-        index = None
-        if present is None or mds.INDEX in present:
-            location = f"{self.root}/{mds.INDEX}"
-            index = persist(lambda: storage.read(self.root, mds.INDEX), location, retry_seconds, self.counters)
-        if index is None:
-            raise UserError(
-                f"a data set with {mds.INDEX} is required; {root} has none: write it with 'personmae shards write SRC {root}', "
-                f"or import images that lie there with 'personmae shards write {root} OUT'"
-            )
-        self.cache = ShardCache(
-            self.root,
-            index,
-            Path(cache_dir),
-            limit_bytes=cache_limit_bytes,
-            retry_seconds=retry_seconds,
-            counters=self.counters,
-        )
-        self.cache_limit_bytes = cache_limit_bytes
-        self.digest = xxhash.xxh64_hexdigest(index)  # of the index, and so of every sample's number and content
-        self.shards = self.cache.shards
-        for shard in self.shards:
-            if present is not None and present.get(shard.name) != shard.num_bytes:
-                came = f"{present[shard.name]} bytes" if shard.name in present else "missing"
-                raise UserError(
-                    f"shard {self.root}/{shard.name} must have {shard.num_bytes} bytes and is {came}; write the data set again"
-                )
-        self.sizes = [shard.samples for shard in self.shards]
-        self._firsts = np.concatenate([[0], np.cumsum(self.sizes)])
-        self._opened: tuple[int, HeldShard] | None = None
-
-    def __len__(self) -> int:
-        return int(self._firsts[-1])
-
-    def __enter__(self) -> "ShardSet":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Let go of all shards and end what is being fetched."""
-        self.cache.close()
-        if self._opened:
-            self._opened[1].release()
-        self._opened = None
-
-    def open(self, index: int) -> MappedShard:
-        """A shard, fetched where it is missing and checked; the one that was opened before is let go."""
-        if self._opened is None or self._opened[0] != index:
-            held = self.cache.open(index)
-            if self._opened:
-                self._opened[1].release()
-            self._opened = index, held
-        return self._opened[1].mapped
-
-    def locate(self, ids: order.Ids) -> tuple[order.Ids, order.Ids]:
-        """Shards of samples, and their positions in them."""
-        shards = np.searchsorted(self._firsts, ids, side="right") - 1
-        return shards, ids - self._firsts[shards]
-
-    def jpeg(self, sample_id: int) -> memoryview:
-        """The JPEG bytes of a sample, a slice of its mapped shard."""
-        shard, position = self.locate(np.array([sample_id]))
-        return self.open(int(shard[0])).jpeg(int(position[0]))
-
-    def where(self, sample_id: int) -> str:
-        """Shard and position of a sample, for messages."""
-        shard, position = self.locate(np.array([sample_id]))
-        return f"sample {position[0]} of {self.root}/{self.shards[int(shard[0])].name}"
 
 
 class JpegReader:
@@ -141,7 +54,7 @@ class JpegReader:
         total_steps: int | None = None,
         block_size: int = 1 << 18,
         num_connections: int = 8,
-        num_ahead: int = 64,
+        prefetch_shards: int = 64,
     ):
         if len(shards) < global_batch_size:
             raise UserError(f"one global batch needs {global_batch_size} samples; {shards.root} holds {len(shards)}")
@@ -152,35 +65,35 @@ class JpegReader:
         self._first_epoch, self._first_step = divmod(first_step, self.steps_per_epoch)
         self._end = None if total_steps is None else divmod(total_steps, self.steps_per_epoch)  # (epoch, step in it)
         self._check_limit(self._orders[self._first_epoch], num_connections)
-        self._lookahead = Lookahead(
+        self._prefetcher = Prefetcher(
             shards.cache,
             self._orders,
             epoch=self._first_epoch,
             num_connections=num_connections,
-            num_ahead=num_ahead,
+            prefetch_shards=prefetch_shards,
             end=self._end and self._orders.place_at(self._end[0], self._end[1] * global_batch_size),
         )
 
     def __iter__(self) -> Iterator[tuple[MicroBatch, list[memoryview]]]:
         for batch in self._batches():
-            self._lookahead.move_to(batch.epoch, batch.offset - self._global_batch_size, batch.offset)
+            self._prefetcher.move_to(batch.epoch, batch.offset - self._global_batch_size, batch.offset)
             shards, positions = self._shards.locate(batch.ids)
             places = self._orders.places(batch.epoch, shards)
-            opened = {place: self._lookahead.get(place) for place in np.unique(places).tolist()}
+            opened = {place: self._prefetcher.get(place) for place in np.unique(places).tolist()}
             yield batch, [opened[place].jpeg(at) for place, at in zip(places.tolist(), positions.tolist(), strict=True)]
 
     def jpeg(self, sample_id: int) -> memoryview:
         """The bytes of a sample out of order; its shard is opened beside those of the order."""
         shard, position = self._shards.locate(np.array([sample_id]))
-        return self._lookahead.open_beside(int(shard[0])).jpeg(int(position[0]))
+        return self._prefetcher.open_beside(int(shard[0])).jpeg(int(position[0]))
 
     def stop(self) -> None:
         """Open nothing more; an iteration that waits for a shard ends with ``Cancelled``."""
-        self._lookahead.stop()
+        self._prefetcher.stop()
 
     def close(self) -> None:
         """End the threads and let all shards go; slices that were handed out stay readable."""
-        self._lookahead.close()
+        self._prefetcher.close()
 
     def _batches(self) -> Iterator[MicroBatch]:
         first_step = self._first_step

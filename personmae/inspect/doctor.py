@@ -340,7 +340,7 @@ def try_shards(root: str) -> tuple[Outcome, UserError | None]:
         import numpy as np
 
         from personmae.data.decode import BadImage, decode_onto
-        from personmae.data.stream import ShardSet
+        from personmae.data.shard_set import ShardSet
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
         return Outcome(False, f"not tried: {error}"), UserError(f"shards cannot be read without working packages: {error}")
     with tempfile.TemporaryDirectory(prefix="personmae-doctor-") as cache:

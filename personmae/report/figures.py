@@ -21,7 +21,7 @@ from personmae import config, images
 from personmae.checkpoint import portable
 from personmae.data.decode import decode_onto
 from personmae.data.order import sample_keys
-from personmae.data.stream import ShardSet
+from personmae.data.shard_set import ShardSet
 from personmae.errors import UserError
 from personmae.model import regions
 from personmae.model.inputs import Draws, RegionSpec, cut_batch, draw_batch

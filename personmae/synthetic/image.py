@@ -125,16 +125,16 @@ def _detector_box(rng: Rng, framing: str, cut_fraction: float) -> tuple[float, f
     top, bottom, shift = rng.uniform(-0.02, 0.12), rng.uniform(0.9, 1.04), rng.uniform(-0.13, 0.13)
     if framing == "junk":
         return pick(rng, ((0.55, 1.5, 0.2), (-0.9, 0.2, -0.2), (0.0, 1.0, 0.55), (-0.2, 1.6, -0.5)))
-    chance = rng.random() + (cut_fraction if framing == "whole" else 0.0)
-    if chance < cut_fraction:
-        match int(chance / cut_fraction * 4):
+    draw = rng.random() + (cut_fraction if framing == "whole" else 0.0)
+    if draw < cut_fraction:
+        match int(draw / cut_fraction * 4):
             case 0 | 1:
                 bottom = rng.uniform(1.1, 1.6)  # without feet or legs
             case 2:
                 top = rng.uniform(-0.3, -0.08)  # without head
             case _:
                 shift = pick(rng, (-1, 1)) * rng.uniform(0.2, 0.35)
-    elif chance < cut_fraction + 0.1:
+    elif draw < cut_fraction + 0.1:
         top, bottom = rng.uniform(0.1, 0.2), rng.uniform(0.8, 0.9)  # floats in a loose box
     return top, bottom, shift
 

@@ -72,7 +72,7 @@ class Shot(NamedTuple):
     subject: int  # identity index in the split
     image: int  # number among the images of the subject
     camera: int  # index among the cameras of the benchmark
-    occlusion: float | None  # share hidden, 0 nothing; None leaves it to chance
+    occlusion: float | None  # share hidden, 0 for none. None: drawn at random
     framing: str = "usual"  # usual: the box cuts some people; whole: nobody; junk: it misses them
 
 

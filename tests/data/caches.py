@@ -10,7 +10,8 @@ import torch
 from personmae.data import mds
 from personmae.data.cache import ShardCache
 from personmae.data.counters import StreamCounters
-from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader, CanvasBatch
 
 NUM_SHARDS = 64
 OPTIONS: dict[str, Any] = {

@@ -19,7 +19,8 @@ from caches import NUM_SHARDS, OPTIONS, assert_same, cache_of, num_bytes, presen
 
 from personmae.data import cache, mds
 from personmae.data.counters import StreamCounters
-from personmae.data.stream import CanvasBatch, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import CanvasBatch
 from personmae.errors import UserError
 from personmae.monitor import heartbeat
 from personmae.system import mosaic, storage
@@ -188,7 +189,8 @@ def test_a_shard_that_another_process_holds_is_not_removed(many, copying, tmp_pa
 RANK = """
 import hashlib, json, sys
 from itertools import islice
-from personmae.data.stream import BatchReader, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader
 location, folder, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 limit = options.pop("limit")
 with ShardSet(location, folder, cache_limit_bytes=limit) as data:
@@ -209,7 +211,7 @@ def test_ranks_of_a_host_fetch_each_shard_once_together(many, put, tmp_path, sha
     ranks = []
     for rank in range(3):
         options = OPTIONS | {"rank": rank, "world_size": 3, "global_batch_size": 12, "micro_batch_size": 4, "limit": limit}
-        options |= {"num_ahead": 8, "prefetch_batches": 1}
+        options |= {"prefetch_shards": 8, "prefetch_batches": 1}
         command = ["-c", RANK, location, tmp_path, json.dumps(options)]
         ranks.append(warm.start(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True))
     keys: list[int] = []

@@ -14,7 +14,8 @@ import pytest
 from caches import NUM_SHARDS, OPTIONS, assert_same, cache_of, num_bytes, present, read_epochs, remote_set
 
 from personmae.data import cache
-from personmae.data.stream import BatchReader, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader
 from personmae.errors import UserError
 
 
@@ -57,14 +58,14 @@ def test_a_cache_of_a_tenth_of_the_data_set_is_never_exceeded_and_reads_the_same
     assert all(re.fullmatch(r"shard\.\d+\.mds", name) for name in present(data))
 
 
-@pytest.mark.parametrize(("num_connections", "num_ahead"), [(4, 64), (8, 64), (8, 2)])
-def test_reading_ahead_over_many_connections_stays_within_the_limit(many, copying, tmp_path, num_connections, num_ahead):
+@pytest.mark.parametrize(("num_connections", "prefetch_shards"), [(4, 64), (8, 64), (8, 2)])
+def test_reading_ahead_over_many_connections_stays_within_the_limit(many, copying, tmp_path, num_connections, prefetch_shards):
     needed = smallest_limit(remote_set(many, tmp_path / "unused", None), num_connections)
     with ShardSet(str(many), tmp_path) as local:
         expected = read_epochs(local, 2)
     data = remote_set(many, tmp_path, needed)
     with watching(data.cache.directory) as largest:
-        assert_same(read_epochs(data, 2, num_connections=num_connections, num_ahead=num_ahead), expected)
+        assert_same(read_epochs(data, 2, num_connections=num_connections, prefetch_shards=prefetch_shards), expected)
     assert largest[0] <= needed
     data.close()
 

@@ -19,7 +19,8 @@ import xxhash
 
 from personmae.data import order, stream
 from personmae.data.decode import decode_onto
-from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader, CanvasBatch
 from personmae.errors import UserError
 
 NUM_IMAGES = 50

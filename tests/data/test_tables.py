@@ -14,8 +14,8 @@ from PIL import Image
 
 from personmae.__main__ import main
 from personmae.data import importer, tables
+from personmae.data.shard_set import ShardSet
 from personmae.data.sources import open_source
-from personmae.data.stream import ShardSet
 from personmae.errors import Stopped, UserError
 from personmae.system import mosaic
 

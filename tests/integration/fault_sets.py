@@ -18,7 +18,8 @@ import torch
 from fault_proxy import FaultProxy, moto_process
 
 from personmae.data import cache
-from personmae.data.stream import BatchReader, CanvasBatch, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader, CanvasBatch
 from personmae.errors import UserError
 from personmae.system import mosaic
 

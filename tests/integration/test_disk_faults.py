@@ -13,7 +13,8 @@ from fault_proxy import Fault, FaultProxy, wait_for
 from fault_sets import BUCKET, OPTIONS, SECRET, Remote, assert_same, assert_whole, read_both, read_epoch
 from programs import ROOT, environment
 
-from personmae.data.stream import BatchReader, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader
 from personmae.errors import UserError
 from personmae.system import storage
 
@@ -82,7 +83,7 @@ def test_a_disk_that_others_fill_meanwhile_ends_the_run_without_a_half_written_f
         assert_whole(data, None)
         (disk / "others").unlink()
         with ShardSet(str(remote.large), tmp_path) as local:
-            assert_same(read_epoch(data, num_connections=1, num_ahead=1, block_size=1), read_epoch(local, block_size=1))
+            assert_same(read_epoch(data, num_connections=1, prefetch_shards=1, block_size=1), read_epoch(local, block_size=1))
 
 
 # --- kills ---
@@ -90,7 +91,8 @@ def test_a_disk_that_others_fill_meanwhile_ends_the_run_without_a_half_written_f
 READER = """
 import hashlib, json, sys
 from itertools import islice
-from personmae.data.stream import BatchReader, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader
 from personmae.errors import run_program
 root, cache, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 def program():

@@ -17,7 +17,8 @@ from fault_proxy import Fault, FaultProxy, wait_for
 from fault_sets import BUCKET, KEY, OPTIONS, SECRET, Remote, assert_same, assert_whole, failing, read_both, read_epoch
 from programs import losses, pretrain, start_pretrain
 
-from personmae.data.stream import BatchReader, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader
 from personmae.errors import UserError
 from personmae.system import storage
 

@@ -21,7 +21,8 @@ BATCH_SIZE = 16
 READER = """
 import json, os, sys
 from itertools import islice
-from personmae.data.stream import BatchReader, ShardSet
+from personmae.data.shard_set import ShardSet
+from personmae.data.stream import BatchReader
 location, folder, limit, epochs, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), json.loads(sys.argv[5])
 def usage():
     status = dict(line.split(":", 1) for line in open("/proc/self/status"))

@@ -8,7 +8,7 @@ from launcher.cluster import bucket as buckets
 from personmae import config
 from personmae.checkpoint import portable, remote
 from personmae.data import importer, shards
-from personmae.data.stream import ShardSet
+from personmae.data.shard_set import ShardSet
 from personmae.errors import UserError
 from personmae.system import storage
 

@@ -10,7 +10,7 @@ from botocore.exceptions import ClientError
 from moto.backends import get_backend
 
 from personmae.data import importer, shards
-from personmae.data.stream import ShardSet
+from personmae.data.shard_set import ShardSet
 from personmae.errors import UserError
 from personmae.system import storage
 
