@@ -84,7 +84,7 @@ print("gloo, a group of one: all_reduce runs")
 """,
     "torch.compile": """
 import time, torch
-from personmae import compile_cache
+from personmae.system import compile_cache
 compile_cache.mend()
 start = time.perf_counter()
 torch.compile(lambda x: (x * 2 + 1).relu())(torch.ones(64))

@@ -89,7 +89,7 @@ STARTS = """
 import os, shutil, sys
 from pathlib import Path
 import torch, torch._dynamo, torch._inductor.compile_fx
-from personmae import compile_cache
+from personmae.system import compile_cache
 
 def start(mends):
     "A start of a program: the exit code of a child that compiles a function."

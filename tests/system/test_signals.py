@@ -77,7 +77,7 @@ def test_of_several_ranks_one_a_host_says_so_and_all_have_told_the_agent_that_th
 
 
 AT_WORK = """
-from personmae import signals
+from personmae.system import signals
 signals.answer_early()
 import multiprocessing, os, sys, time
 from personmae.errors import leave, run_program
