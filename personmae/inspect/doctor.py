@@ -6,7 +6,6 @@ It never prints a secret: of credentials only their origin, and of addresses onl
 
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -15,7 +14,6 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from rich.box import ROUNDED
@@ -23,22 +21,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from personmae import config, precision
+from personmae import config
 from personmae.errors import Incomplete, UserError
+from personmae.inspect import facts
+from personmae.inspect.facts import gib, without_secrets
 from personmae.monitor.progress import counted
 
-PACKAGES = (
-    "personmae",
-    "torch",
-    "torchvision",
-    "deepspeed",
-    "timm",
-    "mosaicml-streaming",
-    "numpy",
-    "opencv-python-headless",
-    "simplejpeg",
-)
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16")
 MIN_FREE_BYTES = 1 << 30  # of disk, for a run's checkpoints and logs
 COMPILE_TIMEOUT, TIMEOUT = 120, 60  # seconds
 ESTIMATE_TIMEOUT = 180
@@ -48,14 +36,14 @@ QUICKSTART = Path("runs/quickstart")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Whether something works, and what came out of trying."""
+    """Whether something works, and the detail of the attempt."""
 
     works: bool
     detail: str
-    slow: bool = False  # it works, and the detail says what would be faster
+    slow: bool = False  # it works, and the detail says how it would be faster
 
 
-# Each runs in a Python of its own; the last line it prints is the detail.
+# Each runs in a Python process of its own. The last line that it prints is the detail.
 PROBES = {
     "torch": """
 import torch
@@ -112,7 +100,7 @@ REMEDIES = {
     "shards": "see the line on the shards above",
     "steps": "see the line on steps above",
 }
-# What each verb stands on besides its own module; a name is a probe or one of the machine's parts.
+# What each verb needs: its module, and probes or parts of the machine.
 VERBS = {
     "synth": ("personmae.synthetic.benchmarks", ("disk",)),
     "shards": ("personmae.data.importer", ("torchvision", "disk")),
@@ -130,26 +118,27 @@ VERBS = {
 
 
 def run(*, shards: str | None = None, config_path: str | None = None) -> None:
-    """Print what is here, what works, what speed to expect, and what each command would come to.
+    """Print facts about the machine, what works, the speed to expect, and which commands would fail.
 
     Raises:
-        UserError: ``config_path`` is no configuration, or ``shards`` cannot be read; of the latter all else is printed first.
+        UserError: ``config_path`` is no configuration, or ``shards`` cannot be read. In the second case all else is
+            printed first.
         Incomplete: a command would fail here.
     """
     if config_path:
         config.load(config.PROGRAMS[require_program(config_path)], config_path)
     console = Console() if Console().is_terminal else Console(width=140)
-    print_facts(console, "machine", machine() | devices())
-    print_facts(console, "versions", versions())
+    print_facts(console, "machine", facts.machine() | facts.devices())
+    print_facts(console, "versions", facts.versions())
     outcomes = probe_all()
     outcomes["compiler"] = find_compiler()
     outcomes["disk"] = check_disk(Path.cwd())
     print_outcomes(console, "what works", {name: outcomes[name] for name in (*PROBES, "compiler", "disk")})
-    print_facts(console, "object store", object_store())
+    print_facts(console, "object store", facts.object_store())
     refusal = None
     if shards:
         outcomes["shards"], refusal = try_shards(shards)
-        print_outcomes(console, f"shards at {_without_secrets(shards)}", {"shards": outcomes["shards"]})
+        print_outcomes(console, f"shards at {without_secrets(shards)}", {"shards": outcomes["shards"]})
     console.print("measuring a few steps ...")
     expected = expect(config_path)
     outcomes |= {name: outcome for name, outcome in expected.items() if not outcome.works}
@@ -159,15 +148,15 @@ def run(*, shards: str | None = None, config_path: str | None = None) -> None:
     if refusal:
         raise refusal
     if failing := [verb for verb, outcome in judged.items() if not outcome.works]:
-        raise Incomplete(f"here would fail: {', '.join(failing)}; the table says why and what to do")
+        raise Incomplete(f"would fail here: {', '.join(failing)}. The table says why and what to do")
 
 
 def print_quickstart() -> None:
-    """Print how long ``make quickstart`` takes on this machine; nothing where it has begun or cannot be measured."""
+    """Print how long ``make quickstart`` takes on this machine, or that it continues where it has begun."""
     if (QUICKSTART / "pretrain" / "checkpoints").is_dir():
-        print(f"make quickstart goes on where it was in {QUICKSTART}", flush=True)
+        print(f"make quickstart continues in {QUICKSTART}", flush=True)
         return
-    print("make quickstart: measuring what it takes here ...", flush=True)
+    print("make quickstart: measuring how long it takes here ...", flush=True)
     for name, outcome in expect(quickstart_alone=True).items():
         print(f"{name}: {outcome.detail}", flush=True)
 
@@ -176,107 +165,19 @@ def require_program(path: str) -> str:
     """The training program that a configuration is for.
 
     Raises:
-        UserError: it cannot be read, or is for none.
+        UserError: it cannot be read, or is for no program.
     """
     program = config.program_of(path)
     if program not in config.PROGRAMS:
-        raise UserError(f"--config takes a file of {', '.join(config.PROGRAMS)}; {path} is of {program or 'none of them'}")
+        raise UserError(f"--config takes a file of {', '.join(config.PROGRAMS)}. {path} is of {program or 'none of them'}")
     return program
-
-
-# --- what is here ---------------------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, str]:
-    """System, processor, memory and disk, in words."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    flags = cpu_flags()
-    disk, shm = shutil.disk_usage(Path.cwd()), Path("/dev/shm")
-    return {
-        "Python": f"{platform.python_version()} ({sys.executable})",
-        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "processor": f"{os.cpu_count()} cores, {usable} usable here; {', '.join(flags) or 'no vector instructions known'}",
-        "memory": memory(),
-        "disk here": f"{_gib(disk.free)} free of {_gib(disk.total)} ({Path.cwd()})",
-        "/dev/shm": _gib(shutil.disk_usage(shm).total) if shm.is_dir() else "none",
-    }
-
-
-def cpu_flags() -> list[str]:
-    """The vector instructions that matter here, as far as the system tells."""
-    known = precision.cpu_flags() or frozenset()
-    return [flag for flag in CPU_FLAGS if flag in known]
-
-
-def memory() -> str:
-    """Total and available memory, and a container's limit where there is one."""
-    try:
-        lines = [line.split() for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        return _gib(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
-    text = f"{_gib(kib['MemAvailable'] << 10)} available of {_gib(kib['MemTotal'] << 10)}"
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
-    return text if allowed == "max" else f"{text}; this container may use {_gib(int(allowed))}"
-
-
-def devices() -> dict[str, str]:
-    """GPUs by NVML, or what their absence means."""
-    try:
-        import pynvml
-    except ImportError as error:
-        return {"GPU": f"unknown: {error}; install nvidia-ml-py"}
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return {"GPU": f"no GPU ({error}): everything runs on CPU; {precision.native_cpu().why}"}
-    driver = pynvml.nvmlSystemGetDriverVersion()
-    found = {}
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-        used = pynvml.nvmlDeviceGetMemoryInfo(handle)
-        name = pynvml.nvmlDeviceGetName(handle)
-        found[f"GPU {index}"] = f"{name}, {_gib(int(used.free))} free of {_gib(int(used.total))}, driver {driver}"
-    pynvml.nvmlShutdown()
-    return found or {"GPU": "no GPU, though there is a driver: everything runs on CPU"}
-
-
-def versions() -> dict[str, str]:
-    """Installed versions, without importing anything."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def object_store() -> dict[str, str]:
-    """Where boto3 finds credentials and which server it would talk to."""
-    import boto3
-    from botocore.exceptions import BotoCoreError
-
-    from personmae.system.storage import s3_client
-
-    try:
-        credentials = boto3.Session().get_credentials()
-        found = f"found ({credentials.method})" if credentials else "none: s3:// locations cannot be read"
-    except BotoCoreError as error:
-        found = f"none: {error}"
-    try:
-        endpoint = _without_secrets(s3_client().meta.endpoint_url)
-    except (BotoCoreError, ValueError) as error:  # ValueError: an address that is none
-        endpoint = f"unusable: {error}"
-    return {"credentials": found, "endpoint": endpoint}
 
 
 # --- what works -----------------------------------------------------------------------------------------------------
 
 
 def probe_all() -> dict[str, Outcome]:
-    """Try every probe, and to import every verb's module, two processes at a time."""
+    """Run every probe and import every verb's module, two processes at a time."""
     modules = [module for module, _ in VERBS.values()]
     codes = [*PROBES.values(), f"names = {modules!r}\n{IMPORT_ALL}"]
     with ThreadPoolExecutor(2) as pool:
@@ -288,7 +189,7 @@ def probe_all() -> dict[str, Outcome]:
 
 
 def probe(code: str, timeout_seconds: float) -> Outcome:
-    """Run Python code in a process of its own; the detail is its last line, or its error."""
+    """Run Python code in a process of its own. The detail is its last line, or its error."""
     environ = os.environ | {"PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(
@@ -311,7 +212,7 @@ def probe(code: str, timeout_seconds: float) -> Outcome:
 
 
 def expect(path: str | None = None, *, quickstart_alone: bool = False) -> dict[str, Outcome]:
-    """Conclusions from a few real steps in a process of its own, by what they are about; ``steps`` fails if those do."""
+    """Estimates from a few real steps in a process of its own, by their subject. ``steps`` fails if the steps do."""
     tried = probe(ESTIMATE.format(path=path, quickstart_alone=quickstart_alone), ESTIMATE_TIMEOUT)
     if not tried.works:
         return {"steps": tried}
@@ -327,15 +228,15 @@ def find_compiler() -> Outcome:
 
 
 def check_disk(directory: Path) -> Outcome:
-    """Whether there is room for a run, and it may be written."""
+    """Whether there is room for a run, and permission to write."""
     if not os.access(directory, os.W_OK):
         return Outcome(False, f"{directory} may not be written")
     free = shutil.disk_usage(directory).free
-    return Outcome(free >= MIN_FREE_BYTES, f"{_gib(free)} free")
+    return Outcome(free >= MIN_FREE_BYTES, f"{gib(free)} free")
 
 
 def try_shards(root: str) -> tuple[Outcome, UserError | None]:
-    """List, open the index and decode the first image; an error is told and handed back."""
+    """List the shards, open the index and decode the first image. An error is the outcome and is returned too."""
     try:
         import numpy as np
 
@@ -358,37 +259,37 @@ def try_shards(root: str) -> tuple[Outcome, UserError | None]:
                 )
             return Outcome(True, detail), None
         except (UserError, BadImage, OSError, IndexError) as error:
-            message = _without_secrets(str(error))
-            return Outcome(False, message), UserError(f"the shards at {_without_secrets(root)} cannot be read: {message}")
+            message = without_secrets(str(error))
+            return Outcome(False, message), UserError(f"the shards at {without_secrets(root)} cannot be read: {message}")
 
 
 def commands(outcomes: dict[str, Outcome]) -> dict[str, Outcome]:
-    """Each verb, with the first thing that would stop it and what to do."""
-    told = {}
+    """Each verb, with the first thing that would stop it and the remedy."""
+    found = {}
     for verb, (module, needs) in VERBS.items():
         failed = next((need for need in needs if need in outcomes and not outcomes[need].works), None)
         if failed:
-            told[verb] = Outcome(False, f"{failed}: {outcomes[failed].detail}; {REMEDIES[failed]}")
+            found[verb] = Outcome(False, f"{failed}: {outcomes[failed].detail}; {REMEDIES[failed]}")
         elif not outcomes[module].works:
-            told[verb] = Outcome(False, f"{module} does not import: {outcomes[module].detail}")
+            found[verb] = Outcome(False, f"{module} does not import: {outcomes[module].detail}")
         else:
-            told[verb] = Outcome(True, "")
-    return told
+            found[verb] = Outcome(True, "")
+    return found
 
 
-# --- how it is told -------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------
 
 
-def print_facts(console: Console, title: str, facts: dict[str, str]) -> None:
-    """A table of names and what was found."""
+def print_facts(console: Console, title: str, found: dict[str, str]) -> None:
+    """Print a table of names and facts."""
     table = _table(console, title)
-    for name, found in facts.items():
-        table.add_row(name, Text(found))
+    for name, text in found.items():
+        table.add_row(name, Text(text))
     console.print(table)
 
 
 def print_outcomes(console: Console, title: str, outcomes: dict[str, Outcome]) -> None:
-    """A table of names, ok or not, and the detail."""
+    """Print a table of names, ok or not, and details."""
     table = _table(console, title)
     for name, outcome in outcomes.items():
         status = "[yellow]slow[/]" if outcome.slow else "[green]ok[/]"
@@ -399,15 +300,6 @@ def print_outcomes(console: Console, title: str, outcomes: dict[str, Outcome]) -
 def _table(console: Console, title: str) -> Table:
     console.print(f"[bold]{title}[/]")  # the table's own title would be wrapped to the table's width
     return Table(show_header=False, box=ROUNDED)
-
-
-def _without_secrets(text: str) -> str:
-    """A text without the user and password that addresses in it may hold."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f} GiB"
 
 
 def _ms(seconds: float) -> str:

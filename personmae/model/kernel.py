@@ -33,7 +33,7 @@ def cut_batch(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Batch:
-    """``personmae.cut_batch`` on a GPU, and with it ``pixel_target`` (B, L, P), the left side of Eq. (5).
+    """``inputs.cut_batch`` on a GPU, and with it ``pixel_target`` (B, L, P), the left side of Eq. (5).
 
     ``dtype`` is that of the patches: the encoders round them to theirs anyway. The target stays fp32, since a patch that
     was rounded before would no longer have its mean and its deviation.
@@ -141,7 +141,7 @@ def _cut_patch(
         coords += tl.div_rn(tl.where(axis == 0, shift_h, shift_w).to(tl.float32), patch_size * 1.0)  # Eq. (4)
         tl.store(coords_b + 2 * token + axis, coords)
         _store(patches_b + 3 * patch_size * patch_size * token + place, red, green, blue, wanted, patch_size)
-        # Eq. (5), left, over all colours of the patch: ``personmae.pixel_target``.
+        # Eq. (5), left, over all colours of the patch: ``pixel_target``.
         mean = tl.sum(tl.where(wanted, red + green + blue, 0.0)) / (3 * patch_size * patch_size)
         red, green, blue = red - mean, green - mean, blue - mean
         variance = tl.sum(tl.where(wanted, red * red + green * green + blue * blue, 0.0)) / (3 * patch_size * patch_size - 1)

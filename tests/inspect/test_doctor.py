@@ -106,7 +106,7 @@ def test_the_exit_code_says_whether_something_named_would_fail(
     monkeypatch.setattr(doctor, "probe_all", lambda: works | {"deepspeed": Outcome(False, "ImportError: no")})
     monkeypatch.setattr(doctor, "find_compiler", lambda: Outcome(True, ""))
     assert main(["doctor"]) == 1
-    assert "here would fail: pretrain; " in capsys.readouterr().err
+    assert "would fail here: pretrain. The table" in capsys.readouterr().err
     monkeypatch.setattr(doctor, "probe_all", lambda: works)
     assert main(["doctor"]) == 0
     monkeypatch.setattr(doctor, "ESTIMATE", "raise RuntimeError('no step runs {path} {quickstart_alone}')")
@@ -126,7 +126,7 @@ def test_a_quickstart_that_has_begun_is_not_measured_again(
     assert capsys.readouterr().out.splitlines()[1:] == ["precision: give train.precision=fp32"]
     (tmp_path / "runs/quickstart/pretrain/checkpoints").mkdir(parents=True)
     doctor.print_quickstart()
-    assert capsys.readouterr().out == "make quickstart goes on where it was in runs/quickstart\n"
+    assert capsys.readouterr().out == "make quickstart continues in runs/quickstart\n"
 
 
 def _everything() -> list[str]:

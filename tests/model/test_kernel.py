@@ -1,4 +1,4 @@
-"""The GPU kernel held to its slow twin, ``personmae.cut_batch``: by Triton's interpreter, and on a GPU where there is one."""
+"""The GPU kernel held to its slow twin, ``inputs.cut_batch``: by Triton's interpreter, and on a GPU where there is one."""
 
 import dataclasses
 import importlib.util
