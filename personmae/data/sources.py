@@ -18,7 +18,8 @@ from personmae import images
 from personmae.data import mds
 from personmae.data.containers import COMPRESSED_TARS, Container, ImageEntry, Lmdb, Tar, compressed, kind_of
 from personmae.data.files import BucketFiles, File, Files, LocalFiles, key_of, name_of
-from personmae.data.tables import Mds, Parquet
+from personmae.data.parquet import Parquet
+from personmae.data.tables import Mds
 from personmae.errors import UserError
 from personmae.monitor.progress import repeated
 from personmae.system import storage

@@ -1,4 +1,4 @@
-"""Tables with a column of images: MDS shards written by others, also compressed, and parquet as Hugging Face publishes it.
+"""Tables with a column of images, and the MDS shards of others, also compressed. ``parquet`` has the other kind.
 
 A table is listed from its index alone: the number of images in each block, and their average size. An image is named after
 its place, since any other name would need its row. Uncompressed MDS shards with a column ``key``, as ours have, keep those
@@ -11,7 +11,6 @@ import hashlib
 import io
 import itertools
 import json
-import threading
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -30,8 +29,6 @@ from personmae.system import mosaic
 _PREFERRED = ("image", "jpeg", "jpg", "img", "png", "webp", "picture")
 _MDS_ENCODINGS = ("bytes", "jpeg", "png", "pil")
 _MOST_BLOCKS = 3  # of a process
-_BLOCK_BYTES = 1 << 25  # of a row group, on average; such groups may have gigabytes, and each process keeps blocks
-_BUFFER_BYTES = 1 << 20  # of a column, while its pages are read
 _LONGEST_KEY = 1 << 16  # bytes; longer ones are damage
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 Images = Sequence[bytes | None]
@@ -58,27 +55,27 @@ class Table(Container):
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
-        """As ``find_blocks``, once."""
+        """The blocks, found once."""
         return self.find_blocks()
 
     @abstractmethod
     def find_blocks(self) -> list[Block]:
-        """All blocks in order; none where the table has no images.
+        """All blocks in order. None where the table has no images.
 
         Raises:
             UserError: it is damaged, or has several columns of images and none was chosen.
         """
 
     @abstractmethod
-    def identity(self, number: int) -> Hashable:
-        """What changes where a block's content does."""
+    def version(self, number: int) -> Hashable:
+        """A value that changes with the content of a block."""
 
     @abstractmethod
     def load(self, number: int) -> Images:
-        """The images of a block; None for a row that has none."""
+        """The images of a block. None for a row without one."""
 
     def names(self) -> list[str] | None:
-        """The names that the rows have themselves, all different; None where they are named by their places."""
+        """The rows' own names, all different. None where rows are named by their places."""
         return None
 
     def images(self, passed_over: Counter[str]) -> list[ImageEntry]:
@@ -101,18 +98,18 @@ class Table(Container):
 
     def read(self, image: ImageEntry) -> bytes:
         number = bisect.bisect_right(self.blocks, image.offset, key=lambda block: block.first) - 1
-        identity = (self.location, self._wanted, number, self.identity(number))
-        contents = _recent.get(identity, lambda: self.load(number))
+        version = (self.location, self._wanted, number, self.version(number))
+        contents = _recent.get(version, lambda: self.load(number))
         content = contents[image.offset - self.blocks[number].first]
         if content is None:
             raise FileNotFoundError("its row has no bytes")
         return content
 
     def choose(self, columns: list[str]) -> str | None:
-        """The column to read, of those that may hold images; None where there is none.
+        """The column to read, of those that may hold images. None where there is none.
 
         Raises:
-            UserError: several may, and none is named as images usually are.
+            UserError: several may, and none has a usual name.
         """
         if self._wanted is not None:
             return self._wanted if self._wanted in columns else None
@@ -198,7 +195,7 @@ class Mds(Table):
         encodings = dict(zip(first["column_names"], first["column_encodings"], strict=True))
         return self.choose([name for name, encoding in encodings.items() if encoding in _MDS_ENCODINGS])
 
-    def identity(self, number: int) -> Hashable:
+    def version(self, number: int) -> Hashable:
         return json.dumps(self.entries[number], sort_keys=True)
 
     def load(self, number: int) -> Images:
@@ -264,143 +261,3 @@ def _png(content: bytes) -> bytes:
     encoded = io.BytesIO()
     (image if image.mode in _PNG_MODES else image.convert("RGB")).save(encoded, format="PNG")
     return encoded.getvalue()
-
-
-# --- parquet ---
-
-
-@final
-class Parquet(Table):
-    """A parquet file with a column of ``struct<bytes, path>`` or of binary values. A name is ``FILE/ROW``."""
-
-    def __init__(self, files: Files, name: str, prefix: str, column: str | None):
-        super().__init__(files, name, prefix, column)
-        self._opening = threading.RLock()
-        self._handle: BinaryIO | None = None
-        self._file: Any = None
-        self._identities: dict[int, str] = {}  # of the file that is open, for each image asks for one
-        self._rows: _Rows | None = None  # of the row group that is being read
-
-    def _opened(self) -> Any:
-        """The open file; its methods are called under the lock."""
-        import pyarrow as pa
-        from pyarrow.parquet import ParquetFile
-
-        if self._file is None:
-            self._handle = self.files.open(self.name)
-            try:
-                self._file = ParquetFile(self._handle, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-            except pa.ArrowInvalid as error:
-                self.close()
-                raise UserError(f"a whole parquet file is required; {self.location} is not one: {error}") from error
-        return self._file
-
-    def find_blocks(self) -> list[Block]:
-        with self._opening:
-            metadata = patiently(self._opened).metadata
-            if self._column is None:
-                return []
-            blocks, first = [], 0
-            for number in range(metadata.num_row_groups):
-                group = metadata.row_group(number)
-                leaves = [group.column(i) for i in range(group.num_columns)]
-                own = (self._column, f"{self._column}.bytes")
-                size = sum(leaf.total_uncompressed_size for leaf in leaves if leaf.path_in_schema in own)
-                mean = max(1, size // max(1, group.num_rows))
-                step = max(1, _BLOCK_BYTES // mean)
-                for start in range(0, group.num_rows, step):
-                    row, count = first + start, min(step, group.num_rows - start)
-                    blocks.append(Block(key_of(self.prefix), row, count, mean, named_from=row, group=number, start=start))
-                first += group.num_rows
-            return blocks
-
-    @functools.cached_property
-    def _column(self) -> str | None:
-        import pyarrow.types as types
-
-        def is_binary(kind: Any) -> bool:
-            return types.is_binary(kind) or types.is_large_binary(kind)
-
-        def holds_images(kind: Any) -> bool:
-            return is_binary(kind) or (types.is_struct(kind) and any(f.name == "bytes" and is_binary(f.type) for f in kind))
-
-        schema = self._opened().schema_arrow
-        return self.choose([field.name for field in schema if holds_images(field.type)])
-
-    def identity(self, number: int) -> Hashable:
-        block = self.blocks[number]
-        with self._opening:
-            if block.group not in self._identities:
-                self._identities[block.group] = str(self._opened().metadata.row_group(block.group).to_dict())
-            return block.start, block.num_rows, self._identities[block.group]
-
-    def load(self, number: int) -> Images:
-        import pyarrow as pa
-
-        block = self.blocks[number]
-        with self._opening:
-            rows, self._rows = self._rows, None  # what fails half way is begun anew
-            try:
-                if rows is None or rows.group != block.group or rows.at > block.start:
-                    rows = _Rows(self._opened(), block, str(self._column))
-                while rows.at < block.start:
-                    rows.take(min(block.num_rows, block.start - rows.at))
-                found = rows.take(block.num_rows)
-            except pa.ArrowException as error:
-                raise OSError(f"row group {block.group} of {self.location} is damaged: {error}") from error
-            self._rows = rows
-        return found
-
-    def close(self) -> None:
-        with self._opening:
-            if self._handle is not None:
-                self._handle.close()
-            self._handle = self._file = self._rows = None
-            self._identities.clear()
-
-
-class _Rows:
-    """The images of one row group in order, some rows at a time, so that its column is never held whole."""
-
-    def __init__(self, file: Any, block: Block, column: str):
-        self.group, self.at = block.group, 0  # the next row
-        self._batches = file.iter_batches(block.num_rows, row_groups=[block.group], columns=[column], use_threads=False)
-        self._left: Any = None  # the rest of the batch that was begun
-
-    def take(self, count: int) -> "_Values":
-        """The next images.
-
-        Raises:
-            OSError: there are not so many.
-        """
-        parts: list[Any] = []
-        while missing := count - sum(map(len, parts)):
-            values = self._next() if self._left is None else self._left
-            parts.append(values[:missing])
-            self._left = values[missing:] if len(values) > missing else None
-        self.at += count
-        return _Values(parts)
-
-    def _next(self) -> Any:
-        import pyarrow.types as types
-
-        batch = next(self._batches, None)
-        if batch is None:
-            raise OSError(f"row group {self.group} ends at row {self.at} already")
-        values = batch.column(0)
-        return values.field("bytes") if types.is_struct(values.type) else values
-
-
-class _Values(Sequence[bytes | None]):
-    """The values of arrow arrays one behind another, each copied when it is asked for; together they may exceed 2 GiB."""
-
-    def __init__(self, arrays: Sequence[Any]):
-        self._arrays = arrays
-        self._ends = list(itertools.accumulate(map(len, arrays)))
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def __getitem__(self, row: Any) -> Any:
-        number = bisect.bisect_right(self._ends, row)
-        return self._arrays[number][row - self._ends[number]].as_py()

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from personmae.__main__ import main
-from personmae.data import importer, tables
+from personmae.data import importer, parquet
 from personmae.data.shard_set import ShardSet
 from personmae.data.sources import open_source
 from personmae.errors import Stopped, UserError
@@ -203,8 +203,8 @@ def test_parquet_in_a_bucket_is_read_a_row_group_at_a_time(jpegs, s3_server, tmp
     name = s3_server.bucket("parquet")
     path = table(tmp_path / "a.parquet", [*jpegs], rows=5)
     s3_server.client.upload_file(str(path), name, "set/a.parquet")
-    loaded, load = [], tables.Parquet.load
-    monkeypatch.setattr(tables.Parquet, "load", lambda self, number: loaded.append(number) or load(self, number))
+    loaded, load = [], parquet.Parquet.load
+    monkeypatch.setattr(parquet.Parquet, "load", lambda self, number: loaded.append(number) or load(self, number))
     source = open_source(f"s3://{name}/set")
     listed = source.images()
     assert (len(listed), loaded) == (30, [])
@@ -244,8 +244,8 @@ def test_a_row_group_is_described_once_however_many_of_its_images_are_read(jpegs
     """A description has every column of the group, so that one for each image cost more than the image."""
     path = table(tmp_path / "a.parquet", [*jpegs], rows=15)
     asked = []
-    opened = tables.Parquet._opened
-    monkeypatch.setattr(tables.Parquet, "_opened", lambda self: asked.append(self) or opened(self))
+    opened = parquet.Parquet._opened
+    monkeypatch.setattr(parquet.Parquet, "_opened", lambda self: asked.append(self) or opened(self))
     with open_source(path) as source:
         images = source.images()
         asked.clear()
@@ -258,10 +258,10 @@ def test_of_a_large_row_group_some_rows_are_held_at_a_time(jpegs, tmp_path, monk
     """Three whole groups were kept in each process: 24 GB where they have 500 MB and 16 processes read them."""
     many = [*jpegs, None, *(jpeg + b"1" for jpeg in jpegs), *(jpeg + b"2" for jpeg in jpegs)]
     path = table(tmp_path / "a.parquet", many, kind, rows=len(many))
-    monkeypatch.setattr(tables, "_BLOCK_BYTES", sum(map(len, jpegs)) // 4)
-    monkeypatch.setattr(tables, "_BUFFER_BYTES", 100)
-    held, load = [], tables.Parquet.load
-    monkeypatch.setattr(tables.Parquet, "load", lambda self, number: held.append(load(self, number)) or held[-1])
+    monkeypatch.setattr(parquet, "_BLOCK_BYTES", sum(map(len, jpegs)) // 4)
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 100)
+    held, load = [], parquet.Parquet.load
+    monkeypatch.setattr(parquet.Parquet, "load", lambda self, number: held.append(load(self, number)) or held[-1])
     with open_source(path) as source:
         images = source.images()
         assert [image.key for image in images] == [f"a/{row:08}" for row in range(91)]
@@ -281,8 +281,8 @@ def test_the_first_rows_of_a_group_are_there_before_the_others_are_read(tmp_path
     pq.write_table(
         pa.table({"image": values}), tmp_path / "a.parquet", data_page_size=5_000, write_batch_size=1, use_dictionary=False
     )
-    monkeypatch.setattr(tables, "_BLOCK_BYTES", 50_000)
-    monkeypatch.setattr(tables, "_BUFFER_BYTES", 10_000)
+    monkeypatch.setattr(parquet, "_BLOCK_BYTES", 50_000)
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 10_000)
     with open_source(tmp_path / "a.parquet") as source:
         first = source.images()[0]
         assert source.read(first) == noise[0]
@@ -291,5 +291,5 @@ def test_the_first_rows_of_a_group_are_there_before_the_others_are_read(tmp_path
 
 
 def test_images_of_arrays_that_are_too_large_for_one_are_found():
-    values = tables._Values([pa.array([b"a", None]), pa.array([], pa.binary()), pa.array([b"c"])])
+    values = parquet._Values([pa.array([b"a", None]), pa.array([], pa.binary()), pa.array([b"c"])])
     assert list(values) == [b"a", None, b"c"]
