@@ -38,7 +38,7 @@ AS_STORED, _TRANSPOSED = 1, 5  # EXIF orientations; from the second on height an
 
 
 class BadImage(ValueError):  # noqa: N818 - names what it is
-    """Bytes that do not decode to a whole image; ``kind`` is the reason in few words, alike for all of one kind."""
+    """Bytes that do not decode to a whole image. ``kind`` is the reason in few words, alike for all of one kind."""
 
     def __init__(self, reason: str, kind: str = _NO_IMAGE):
         super().__init__(reason)
@@ -79,7 +79,7 @@ def encode(pixels: Pixels) -> bytes:
 
 
 def upright_size(jpeg: bytes | memoryview) -> Size:
-    """Height and width of a JPEG as it is seen; nothing is decoded.
+    """Height and width of a JPEG as it is seen. Nothing is decoded.
 
     Raises:
         ValueError: the bytes do not begin as a JPEG that the fast decoder takes.
@@ -89,7 +89,7 @@ def upright_size(jpeg: bytes | memoryview) -> Size:
 
 
 def orientation(jpeg: bytes | memoryview) -> int:
-    """The EXIF orientation of a JPEG, from 1 to 8; 1 where there is none or it cannot be read.
+    """The EXIF orientation of a JPEG, from 1 to 8. It is 1 where there is none or it cannot be read.
 
     Only the segments before the first table are looked at, where EXIF must stand. A JPEG without EXIF has one or none.
     """
@@ -135,7 +135,7 @@ def _valid(orientation: object) -> int:
 
 
 def is_cut_short(data: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end; some decoders fill it up with grey."""
+    """Whether a JPEG or PNG lacks its end. Some decoders fill it up with grey."""
     if data.startswith(_PNG):
         return b"IEND" not in data
     if not data.startswith(_JPEG):
@@ -149,7 +149,7 @@ def is_cut_short(data: bytes) -> bool:
 
 
 def _by_pillow(data: bytes) -> Pixels:
-    """An image of any kind that is known; a JPEG as it is stored, others upright.
+    """An image of any known kind: a JPEG as it is stored, others upright.
 
     Raises:
         BadImage: as ``decode``.

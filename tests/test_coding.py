@@ -84,6 +84,4 @@ def test_a_name_that_the_locale_cannot_write_is_told_in_one_line(capsys):
 
     assert errors.run_program(program) == errors.EXIT_USER_ERROR
     told = capsys.readouterr().err
-    assert (
-        told == "error: the locale's coding, ascii, has no 'ö', which stands in a name; set PYTHONUTF8=1 and run this again\n"
-    )
+    assert told == "error: the locale's encoding, ascii, has no 'ö', which is in a name. Set PYTHONUTF8=1 and run this again\n"

@@ -58,20 +58,20 @@ def test_the_keyboards_interrupt_is_one_line_and_130(capsys):
         (errno.EDQUOT, "the disk quota is used up"),
         (errno.EACCES, "permission was denied"),
         (errno.EROFS, "the file system is read-only"),
-        (errno.ENOTDIR, "a file stands where a directory is needed"),
+        (errno.ENOTDIR, "there is a file where a directory is needed"),
     ],
 )
 def test_a_place_that_cannot_be_written_is_a_user_error_that_names_the_file(capsys, number, said):
     code, line = ending(OSError(number, "as the system says it", "/data/run/x"), capsys)
     assert code == 78
-    advice = "make room there" if "full" in said or "quota" in said else "mend it"
-    assert line.startswith(f"error: {said} at /data/run/x; {advice} or choose another place, then run this again")
+    advice = "Make room there" if "full" in said or "quota" in said else "Fix it"
+    assert line.startswith(f"error: {said} at /data/run/x. {advice} or choose another place, then run this again")
     assert line.count("\n") == 1
-    assert ending(OSError(number, "as the system says it"), capsys)[1].startswith(f"error: {said}; {advice}")
+    assert ending(OSError(number, "as the system says it"), capsys)[1].startswith(f"error: {said}. {advice}")
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "broken"), ValueError("a bug"), RuntimeError("a bug")])
-def test_what_is_not_the_users_to_mend_keeps_its_traceback(error):
+def test_what_is_not_the_users_to_fix_keeps_its_traceback(error):
     def program() -> None:
         raise error
 

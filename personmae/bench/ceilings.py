@@ -31,7 +31,7 @@ _BUDGET_SECONDS = {"cpu": 0.3, "cuda": 0.2}  # for each product and for the copy
 
 @dataclass(frozen=True, slots=True)
 class Ceilings:
-    """The most that was seen. Products count two operations for each multiplication and its sum; a copy reads and writes."""
+    """The most that was seen. Products count two operations for each multiplication and its sum. A copy reads and writes."""
 
     matrix_rate: dict[str, float]  # operations a second, by precision: the best of ``products``
     bandwidth: float  # bytes a second
@@ -39,7 +39,7 @@ class Ceilings:
 
 
 def require_native(precisions: Sequence[str], device: torch.device) -> tuple[str, ...]:
-    """Those of the wanted precisions that a device computes natively, ``auto`` resolved; what is left out is said.
+    """The wanted precisions that a device computes natively, with ``auto`` resolved. A precision that is left out is printed.
 
     A bf16 product by emulation takes a hundred times as long as an fp32 one, and says nothing about the machine.
 
@@ -73,7 +73,7 @@ def _measure_here(precisions: tuple[str, ...]) -> Ceilings:
 
 
 def measure_ceilings(device: torch.device, precisions: Sequence[str]) -> Ceilings:
-    """Both ceilings of a device, within ten seconds on two cores; each number is the best of many short blocks of calls."""
+    """Both ceilings of a device, within ten seconds on two cores. Each number is the best of many short blocks of calls."""
     shapes = _ON_CUDA if device.type == "cuda" else _ON_CPU
     products = {
         precision: {" x ".join(map(str, shape)): _product_rate(shape, DTYPES[precision], device) for shape in shapes}
@@ -83,7 +83,7 @@ def measure_ceilings(device: torch.device, precisions: Sequence[str]) -> Ceiling
 
 
 def _product_rate(shape: Product, dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second of one product; of random numbers, since zeros would save power and let the clock rise."""
+    """Operations a second of one product of random numbers. Zeros would save power and let the clock rise."""
     m, k, n = shape
     left, right = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
     out = torch.empty(m, n, dtype=dtype, device=device)

@@ -58,7 +58,7 @@ def run_checkpoint(bench: CheckpointBench, out: Path | None = None) -> dict[str,
 
 
 def _pauses(bench: CheckpointBench, device: torch.device) -> dict[str, float]:
-    """How long saves of a whole state hold up the loop, and when they are committed; the first one takes memory too."""
+    """How long saves of a whole state hold up the loop, and when they are committed. The first one also allocates memory."""
     model = PersonMAE(size=bench.size).to(device)
     teacher = Teacher(model.encoder, GRID).to(device)
     params = dict(model.state_dict())

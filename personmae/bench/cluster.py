@@ -113,7 +113,7 @@ def measure(name: str, bench: ClusterBench) -> tuple[float, int, int, np.ndarray
 
 
 def draw(bench: ClusterBench) -> tuple[torch.Tensor, np.ndarray]:
-    """Features (N, F) of length one, scattered around a centre for each person, and pids (N,); the same every time."""
+    """Features (N, F) of length one, scattered around a centre for each person, and pids (N,). They are the same every time."""
     generator = torch.Generator().manual_seed(0)
     centres = F.normalize(torch.randn(bench.num_pids, bench.dim, generator=generator), dim=1)
     pids = torch.randint(bench.num_pids, (bench.num_images,), generator=generator)
@@ -125,7 +125,7 @@ def draw(bench: ClusterBench) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def baseline(features: torch.Tensor, *, k1: int, k2: int, eps: float, min_samples: int) -> np.ndarray:
-    """Labels as the field computes them; neighbours by brute force too."""
+    """Labels as the field computes them, with neighbours by brute force."""
     from sklearn.cluster import DBSCAN
 
     distances = _dense_distances(features, k1, k2)

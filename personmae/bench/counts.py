@@ -36,7 +36,7 @@ MODELS = {"micro": (128, 64), "small": (256, 128), "base": (256, 128), "large": 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a step works on, with the teacher; ``spec`` is that of the configuration."""
+    """What a step works on, with the teacher. ``spec`` is that of the configuration."""
 
     size: str
     spec: RegionSpec
@@ -184,15 +184,16 @@ def _print(
 
 
 def spec_at(img_size: tuple[int, int]) -> RegionSpec:
-    """The paper's regions and masks for images of (height, width) pixels; the shift keeps its share of the image."""
+    """The paper's regions and masks for images of (height, width) pixels. The shift keeps its share of the image."""
     half = (0.5, 0.5, 0.5)
     return RegionSpec(img_size, 16, half, half, img_size[0] // 4, (0.8, 1.0), (0.375, 0.667), 0.5, "block", 0.75, 4)
 
 
 def _inputs(work: Work) -> Stage:
-    """A cubic resize by four taps of rows and four of columns, at least; a whole canvas in, patches of both regions out.
+    """A cubic resize with at least four taps of rows and four of columns, and the target of Eq. (5).
 
-    With them the target of Eq. (5). The plain form multiplies by dense matrices, whose zeros are not counted here.
+    It reads a whole canvas and writes the patches of both regions. The plain form multiplies by dense
+    matrices, whose zeros are not counted here.
     """
     spec = work.spec
     canvas_h, canvas_w = spec.canvas_size
@@ -233,10 +234,10 @@ def _decoder(work: Work, dim: int, out_dim: int) -> Stage:
 
 
 def _blocks(tokens: int, dim: int, depth: int, act: int, num_out: int | None = None) -> tuple[Stage, Stage]:
-    """Transformer blocks, forward and backward, their weights apart; ``act`` is the bytes of a number of the compute type.
+    """Transformer blocks, forward and backward, without their weights. ``act`` is the bytes of a number of the compute type.
 
-    A token is ``dim`` numbers wide; what is below counts in tokens: of those that come in, for a norm, qkv and what attention
-    reads, and of those that come out, for the rest. With ``num_out`` the last block lets only so many out.
+    A token is ``dim`` numbers wide. The code below counts tokens: incoming ones for a norm, qkv and the reads of attention, and
+    outgoing ones for the rest. With ``num_out`` the last block puts out only that many.
     """
     came = depth * tokens * dim
     went = came - (0 if num_out is None else (tokens - num_out) * dim)

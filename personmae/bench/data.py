@@ -197,7 +197,7 @@ def _rate(batches: Iterator[Any], num_images: int) -> float:
 def _pass(bench: DataBench, root: str, cache: Path, *, rate: float | None = None) -> tuple[float, float]:
     """Images per second of one pass over the data set, and the share of its time that the consumer waited.
 
-    A consumer with a ``rate`` leaves the cores alone while it works, as one on a GPU does; without, it only waits.
+    A consumer with a ``rate`` leaves the cores alone while it works, as one on a GPU does. Without, it only waits.
     """
     start = time.perf_counter()
     with ShardSet(root, cache) as shards, closing(_reader(shards, bench.num_threads)) as reader:

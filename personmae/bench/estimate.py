@@ -83,7 +83,7 @@ def main(path: str | None = None, *, quickstart_alone: bool = False) -> None:
 
 
 def product_rates(device: torch.device) -> dict[str, float]:
-    """Operations a second of a square product in both precisions; short also where one of them is emulated."""
+    """Operations a second of a square product in both precisions. It is short even where one of them is emulated."""
     side, rates = _SIDE[device.type], {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         left = torch.randn(side, side, device=device).to(dtype)
@@ -115,7 +115,7 @@ def drawing_rate() -> float:
 
 
 def precision_line(native: Native, rates: dict[str, float]) -> Line:
-    """What ``auto`` takes here and whether the measured products agree; the other precision is called slow where it is."""
+    """What ``auto`` takes here and whether the measured products agree. The other precision is called slow where it is."""
     best, other = native.best, "fp32" if native.bf16 else "bf16"
     told = f"{best}, by auto: {native.why}. Products: {_billions(rates[best])} in {best}, {_billions(rates[other])} in {other}"
     if rates[best] >= rates[other]:
@@ -184,7 +184,7 @@ def pretrain_flops(settings: config.Pretrain) -> float:
 
 
 def finetune_flops(settings: config.Finetune) -> float:
-    """Operations of an image in a fine-tuning step: forward and backward of the encoder; MGN has its last block three times."""
+    """Operations of an image in a fine-tuning step: the encoder, forward and backward. MGN runs the last block three times."""
     model, encoder = settings.model, SIZES[settings.model.size]
     num_patches = model.img_size[0] * model.img_size[1] // model.patch_size**2
     depth = encoder["depth"] + (2 if settings.head.kind == "mgn" else 0)

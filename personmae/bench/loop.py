@@ -68,7 +68,7 @@ class Failed(NamedTuple):
 class Repeat(NamedTuple):
     """Milliseconds of ``PARTS`` for each step, and the most memory so far in bytes.
 
-    On a GPU that is what tensors have taken, and what the allocator has taken for them; on a CPU what the process has grown
+    On a GPU that is what tensors have taken, and what the allocator has taken for them. On a CPU what the process has grown
     by since it began to build its model.
     """
 
@@ -113,7 +113,7 @@ class Loop:
         return Repeat(times, memory_bytes("VmHWM") - self._bytes_before, None)
 
     def run(self, batches: Iterable[CanvasBatch], num_steps: int) -> list[list[float]]:
-        """Milliseconds of each part of each step; the device is waited for at the end alone, as a run does."""
+        """Milliseconds of each part of each step. The device is waited for at the end alone, as a run does."""
         model, teacher, engine, marks, batches = self._model, self._teacher, self._engine, _Marks(self._device), iter(batches)
         for _ in range(num_steps):
             marks.begin()
@@ -244,7 +244,7 @@ def _build_engine(cell: Cell, model: PersonMAE) -> Engine | PlainLoop:
 
 
 def _synthetic_batch(cell: Cell, device: torch.device) -> CanvasBatch:
-    """Noise that fills its canvases, which is as much as an image can be; it is on the device already."""
+    """Noise that fills its canvases, which is as much as an image can be. It is on the device already."""
     height, width = cell.spec.canvas_size
     canvas = torch.randint(0, 256, (cell.batch_size, height, width, 3), dtype=torch.uint8, device=device)
     size = torch.tensor([[height, width]], device=device).repeat(cell.batch_size, 1)
@@ -252,7 +252,7 @@ def _synthetic_batch(cell: Cell, device: torch.device) -> CanvasBatch:
 
 
 def memory_bytes(name: str) -> int:
-    """A number of bytes that Linux keeps of this process; 0 on other systems."""
+    """A number of bytes that Linux reports for this process, or 0 on other systems."""
     try:
         return 1024 * int(Path("/proc/self/status").read_text(encoding="utf-8").partition(f"{name}:")[2].split()[0])
     except (OSError, IndexError):
@@ -263,7 +263,7 @@ _loop: Loop | None = None  # of this process
 
 
 def open_loop(cell: Cell, shards: str | None) -> float | Failed:
-    """Build a loop; returns the seconds of its first step, in which a compiled one is compiled."""
+    """Build a loop and return the seconds of its first step, which includes compilation."""
     global _loop
     try:
         _loop = Loop(cell, shards)
@@ -294,7 +294,7 @@ def close_loop() -> None:
 
 
 def _failed(error: Exception) -> Failed:
-    """An error in one line; it may hold what cannot be sent to another process."""
+    """An error in one line. It may hold what cannot be sent to another process."""
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         return Failed("out of memory")
     line = (str(error).strip().splitlines() or [""])[0]

@@ -51,7 +51,7 @@ PRESETS = {
 
 @dataclass
 class Measured:
-    """Median seconds over the rounds, for all queries; the largest peak of memory; ``mAP`` of those queries measured."""
+    """Median seconds over the rounds for all queries, the largest peak of memory, and the mAP of the measured queries."""
 
     seconds: float
     peak_bytes: int
@@ -120,7 +120,7 @@ def measure(name: str, bench: RetrievalBench, num_queries: int) -> tuple[float, 
 
 
 def draw(bench: RetrievalBench) -> tuple[torch.Tensor, torch.Tensor, Labels]:
-    """Features (Q, F) and (G, F) of length one, around a centre for each person, and labels; the same every time."""
+    """Features (Q, F) and (G, F) of length one, around a centre for each person, and labels. They are the same every time."""
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     people = torch.randn(bench.num_pids, bench.dim, generator=generator)
     features, columns = [], []
@@ -136,7 +136,7 @@ def draw(bench: RetrievalBench) -> tuple[torch.Tensor, torch.Tensor, Labels]:
 
 
 def baseline(query: torch.Tensor, gallery: torch.Tensor, labels: Labels, *, vectors: bool) -> float:
-    """mAP from all distances, their order, and a loop over queries; without ``vectors``, over the ranks of each too."""
+    """mAP from all distances, their order, and a loop over queries. Without ``vectors``, over the places of each too."""
     distances = 1 - (query @ gallery.T).numpy()
     order = np.argsort(distances, axis=1)
     hits = (labels.gallery_pids[order] == labels.query_pids[:, None]).astype(np.int32)
@@ -157,7 +157,7 @@ def baseline(query: torch.Tensor, gallery: torch.Tensor, labels: Labels, *, vect
 
 
 def _peak_bytes() -> int:
-    """Largest resident memory of this process since it was started; getrusage would count that of its parent too."""
+    """Largest resident memory of this process since its start. ``getrusage`` would include its parent."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 

@@ -145,7 +145,7 @@ def _require_samples(shards: str, batch_size: int) -> None:
 
 
 class _Alone:
-    """A process of its own; once something has failed there, nothing more is asked of it."""
+    """A process of its own. After a failure it gets no more work."""
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
@@ -159,7 +159,7 @@ class _Alone:
         self._pool.shutdown()
 
     def ask(self, work: Callable[..., T | Failed], *args: object) -> T | None:
-        """What ``work`` returns there; None where it failed, now or before."""
+        """What ``work`` returns there, or None after a failure."""
         if self.failed:
             return None
         try:
@@ -199,7 +199,7 @@ def _measure(bench: StepBench, team: list[Cell], ceilings: Ceilings, gpus: list[
 
 
 def _summary(cell: Cell, rounds: list[Repeat], ceilings: Ceilings, gpus: list[str]) -> dict[str, Any]:
-    """Medians over the rounds. A step and its parts are medians of a round too; images a second are those of all its time, so
+    """Medians over the rounds. A step and its parts are medians of a round too. Images a second are those of all its time, so
     that a wait which comes now and then counts. Rounds after the first find the memory of others, so its peak is the one."""
     steps = [[sum(parts) for parts in one.milliseconds] for one in rounds]
     parts = [[statistics.median(times) for times in zip(*one.milliseconds, strict=True)] for one in rounds]
@@ -226,7 +226,7 @@ def _described(ceilings: Ceilings) -> str:
 
 
 def _name(row: dict[str, Any], keys: tuple[str, ...] = _KEYS) -> str:
-    """What a row is about, in the order of ``_KEYS``; settings that say nothing are left out."""
+    """What a row is about, in the order of ``_KEYS``. Settings that say nothing are left out."""
     texts = {
         "batch_size": f"{row['batch_size']} images",
         "compile": {"off": "eager", "on": "compiled", "graph": "CUDA graphs"}[row["compile"]],
@@ -237,7 +237,7 @@ def _name(row: dict[str, Any], keys: tuple[str, ...] = _KEYS) -> str:
 
 
 def _print(record: dict[str, Any]) -> None:
-    """Two tables: speed and memory of each cell, and the parts of its step; what all cells have in common is their title."""
+    """Two tables: speed and memory of each cell, and the parts of its step. What all cells have in common is their title."""
     rows = [row for row in record["measured"] if not row["failed"]]
     varying = tuple(key for key in _KEYS if len({row[key] for row in record["measured"]}) > 1)
     console = Console()

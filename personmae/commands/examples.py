@@ -51,7 +51,7 @@ MAIN_KEYS = {
 
 
 def closing(prog: str) -> str | None:
-    """What the help of ``prog`` ends with; None where there is nothing to say."""
+    """The end of the help of ``prog``, or None."""
     verb = prog.removeprefix("personmae ")
     example = f"example:\n  {EXAMPLES[verb]}\n" if verb in EXAMPLES else None
     program = verb.removeprefix("launcher/").removesuffix(".py")

@@ -9,7 +9,7 @@ from personmae.monitor.progress import log, log_to_stderr
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names with commas between; which ones there are is for the measurement to say."""
+    """Names with commas between them. The measurement knows which names exist."""
     return tuple(name.strip() for name in text.split(","))
 
 

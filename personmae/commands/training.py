@@ -29,7 +29,7 @@ def _program(verbs: argparse._SubParsersAction, name: str, help_text: str) -> No
 
 
 def add_program_arguments(parser: argparse.ArgumentParser, *, dry_run: bool = True) -> None:
-    """What ``personmae X CONFIG`` and ``launcher/X.py --config CONFIG`` share; only pre-training has a plan to show."""
+    """What ``personmae X CONFIG`` and ``launcher/X.py --config CONFIG`` share. Only pre-training has a plan to show."""
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="set a key of the configuration")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     if dry_run:

@@ -59,7 +59,7 @@ class HeldShard:
         self.mapped, self._lock = mapped, lock
 
     def release(self) -> None:
-        """Let the file be removed when room is needed; slices of it stay readable."""
+        """Let the file be removed when room is needed. Slices of it stay readable."""
         if self._lock:
             self._lock.close()
 
@@ -314,7 +314,7 @@ class ShardCache:
             raise
 
     def _fill(self, part: BinaryIO, shard: Shard) -> None:
-        """Read until the content is that of the index; go on where a broken connection stopped."""
+        """Read until the content has the hash of the index. Continue where a broken connection stopped."""
         attempts = _Attempts(f"{self.root}/{shard.name}", self._retry_seconds, self._counters)
         while True:
             before, start = part.tell(), time.monotonic()
@@ -365,7 +365,7 @@ T = TypeVar("T")
 
 
 def persist(call: Callable[[], T], location: str, retry_seconds: float, counters: StreamCounters) -> T:
-    """Make a small request of a store, again where it failed for a reason that may pass; a wrong address is told at once.
+    """Make a small request of a store, and repeat it where the failure may pass. A wrong address is an error at once.
 
     But not below an agent: it may start ranks again while the store is away for a moment, and the run should go on.
 
@@ -400,7 +400,7 @@ class _Attempts:
         """Seconds to wait before the next try, growing and with jitter, so that many readers do not come back at once.
 
         Raises:
-            UserError: trying again cannot help, or has been tried for long enough; the shard and the cause are named.
+            UserError: trying again cannot help, or has been tried for long enough. The shard and the cause are named.
         """
         if error and not reason:
             with storage.explained(self._location, "reading shard"):

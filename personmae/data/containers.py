@@ -51,7 +51,7 @@ class Container(ABC):
 
     @abstractmethod
     def images(self, passed_over: Counter[str]) -> list[ImageEntry]:
-        """All images in an order that stays the same; everything else is counted by kind in ``passed_over``.
+        """All images in an order that stays the same. Everything else is counted by kind in ``passed_over``.
 
         Raises:
             UserError: it is damaged, or not what its name says.
@@ -62,11 +62,11 @@ class Container(ABC):
         """The bytes of an image file.
 
         Raises:
-            OSError: it cannot be read; one of ``files.LOST`` if this one is not to be had.
+            OSError: it cannot be read. One of ``files.LOST`` if this one is not to be had.
         """
 
     def close(self) -> None:
-        """Close what ``read`` has opened; it opens it again when it is asked."""
+        """Close what ``read`` has opened. It opens it again when it is asked."""
         return
 
 
@@ -111,7 +111,7 @@ class Tar(Container):
         return list(found.values())
 
     def _add(self, member: tarfile.TarInfo, found: dict[str, ImageEntry], passed_over: Counter[str]) -> None:
-        """Add an image; of members with one name the last counts, as it does for tar."""
+        """Add an image. Of members with one name the last counts, as it does for tar."""
         name = member.name.removeprefix("./")
         key = key_of(self.prefix + name)
         if member.isdir():
@@ -169,7 +169,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
 
 def _behind_zeros(file: BinaryIO, start: int) -> int | None:
-    """The first block from ``start`` on that is not all zeros; None where there is none."""
+    """The first block from ``start`` on that is not all zeros, or None."""
     while block := file.read(_BLOCK):
         if rest := block.lstrip(b"\0"):
             return start + (len(block) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
@@ -181,7 +181,7 @@ def _behind_zeros(file: BinaryIO, start: int) -> int | None:
 class Lmdb(Container):
     """An LMDB of text key -> image file, as LUPerson and LUPerson-NL are kept.
 
-    The database itself is walked; the pickled list of keys that lies beside it is not read. Labels, counts and other small
+    The database itself is walked. The pickled list of keys that lies beside it is not read. Labels, counts and other small
     entries that are no images are passed over.
     """
 
@@ -240,7 +240,7 @@ class Lmdb(Container):
 
 
 def _is_image(key: bytes, value: memoryview) -> bool:
-    """Whether an entry may be an image; only labels and small values are looked at."""
+    """Whether an entry may be an image. Only labels and small values are looked at."""
     if key in _LMDB_METADATA:
         return False
     if len(value) >= _TINY and not key.startswith(b"label"):

@@ -26,7 +26,7 @@ class Placed(NamedTuple):
 
 
 def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> Placed:
-    """Decode a JPEG into the upper left corner of ``canvas``; the rest of the canvas is left as it was.
+    """Decode a JPEG into the upper left corner of ``canvas``. The rest of the canvas is left as it was.
 
     The image is turned as its EXIF orientation says. One that fits is not resized. A larger one is shrunk by the decoder
     to the most eighths of its size that fit.
@@ -70,7 +70,7 @@ def _place(pixels: Canvas, canvas: Canvas) -> Size:
 
 
 def fitted_size(native_size: Size, canvas_size: tuple[int, ...]) -> Size:
-    """The largest size not above its own to which the decoder can bring an image so that it fits; else an eighth."""
+    """The largest size, at most its own, at which the decoder can make an image fit. Otherwise an eighth of its size."""
     height, width = native_size
     # The decoder rounds up.
     sizes = [(-(-height * eighths // _EIGHTHS), -(-width * eighths // _EIGHTHS)) for eighths in range(_EIGHTHS, 0, -1)]

@@ -41,7 +41,7 @@ class Files(ABC):
 
     @abstractmethod
     def files(self, passed_over: Counter[str]) -> list[File]:
-        """All files, sorted by name; hidden ones and the like are counted in ``passed_over`` instead.
+        """All files, sorted by name. Hidden ones and the like are counted in ``passed_over`` instead.
 
         Raises:
             UserError: they cannot be listed.
@@ -56,12 +56,12 @@ class Files(ABC):
         """The bytes of a file, or ``num_bytes`` of them from ``offset`` on.
 
         Raises:
-            OSError: they cannot be read; one of ``LOST`` if this file is not to be had.
+            OSError: they cannot be read. One of ``LOST`` if this file is not to be had.
         """
 
     @abstractmethod
     def open(self, name: str) -> BinaryIO:
-        """An open file that can seek; its reads may raise ``OSError``."""
+        """An open file that can seek. Its reads may raise ``OSError``."""
 
     def path(self, name: str) -> Path:
         """The path of a file on this machine.
@@ -100,7 +100,7 @@ def bytes_of(name: str) -> bytes:
 
 
 def patiently(call: Callable[[], _Result]) -> _Result:
-    """The result of ``call``; a disk or a network that fails is asked again for six seconds.
+    """The result of ``call``. A disk or a network that fails is asked again for six seconds.
 
     Raises:
         OSError: it goes on failing, or one of ``LOST``.
@@ -120,7 +120,7 @@ def patiently(call: Callable[[], _Result]) -> _Result:
 
 @final
 class LocalFiles(Files):
-    """The files below a directory, links followed; ``only`` is the single one of them that counts."""
+    """The files below a directory, links followed. ``only`` is the single one of them that counts."""
 
     def __init__(self, root: Path, only: str | None = None):
         self.location, self._root, self.only = str(root), root, only
@@ -131,7 +131,7 @@ class LocalFiles(Files):
         return sorted(self._below(b"", frozenset(), passed_over))
 
     def _below(self, below: bytes, around: frozenset[bytes], passed_over: Counter[str]) -> Iterator[File]:
-        """The files below a folder; ``around`` are the folders in which this one is being walked."""
+        """The files below a folder. ``around`` are the folders in which this one is being walked."""
         folder = os.path.join(os.fsencode(self._root), below)
         real = os.path.realpath(folder)
         if real in around:

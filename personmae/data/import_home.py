@@ -68,14 +68,14 @@ class Lock:
     alone: bool
 
     def take_alone(self) -> bool:
-        """Hold it alone from now on; False where another part is at work, which will come here too."""
+        """Hold the lock alone from now on. False where another part is at work, which will get here too."""
         self.alone = self.alone or _flock(self.descriptor, fcntl.LOCK_EX)
         return self.alone
 
 
 @contextmanager
 def locked(destination: str, part: Part) -> Iterator[Lock]:
-    """One import at a time, and each part once on a host; the locks go with the process."""
+    """One import at a time, and each part once on a host. The locks go with the process."""
     whole, taken = part == WHOLE, f"another process is writing {destination}; wait until it has ended, or stop it"
     while True:
         home = _home(destination)
@@ -102,7 +102,7 @@ def locked(destination: str, part: Part) -> Iterator[Lock]:
 
 
 def _flock(descriptor: int, kind: int) -> bool:
-    """Whether a lock could be had at once; where a network file system has none for directories it always can."""
+    """Whether the lock was free. On a network file system without locks for directories it always is."""
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -121,7 +121,7 @@ def _part_folder(home: Path, part: Part) -> Path:
 
 @contextmanager
 def open_staging(home: Path, part: Part) -> Iterator[Path]:
-    """A new directory for what is not in place yet; what a kill left of an earlier one is removed."""
+    """A new directory for files that are not in place yet. Remains of an earlier one are removed."""
     within = home if part == WHOLE else _part_folder(home, part)
     for left in within.glob(f"{STAGING}*"):
         shutil.rmtree(left, ignore_errors=True)

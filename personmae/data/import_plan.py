@@ -19,7 +19,7 @@ _FORMAT_VERSION = 2  # one more with each rule of what a shard holds: sizes are 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Which of ``count`` hosts this is that share an import; ``number`` counts from 1. Its shards lie side by side."""
+    """This host among the ``count`` hosts of an import. ``number`` counts from 1, and its shards are consecutive."""
 
     number: int = 1
     count: int = 1

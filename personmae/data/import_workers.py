@@ -14,7 +14,7 @@ import cv2
 
 @contextmanager
 def workers(num_processes: int) -> Iterator[Executor]:
-    """Processes that write shards, or one thread of this one; they end when this process does, whatever ends it."""
+    """Processes that write shards, or one thread of this one. They end when this process does, whatever ends it."""
     if num_processes == 1:
         thread = ThreadPoolExecutor(1)
         try:

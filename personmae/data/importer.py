@@ -49,7 +49,7 @@ class Outcome:
 
 
 def write(source: str | Path, destination: str, **options: Any) -> int:
-    """As ``carry_out``; returns how many images were written."""
+    """As ``carry_out``, but return the number of images written."""
     return carry_out(source, destination, **options).num_images
 
 
@@ -70,7 +70,7 @@ def carry_out(
     """Write a source's images as shards to a directory or ``s3://bucket/prefix``.
 
     An image that cannot be decoded is left out and listed in ``rejects.jsonl``. One whose longer side exceeds ``max_side``
-    pixels is shrunk to it and encoded again; all others are kept byte for byte. No file exceeds ``shard_bytes``, unless a
+    pixels is shrunk to it and encoded again. All others are kept byte for byte. No file exceeds ``shard_bytes``, unless a
     single image does or encoding again has made images larger. ``progress(done, total)`` counts images, ``log``
     gets lines about the listing and the plan. ``column`` is the one to read of tables.
 
@@ -83,8 +83,8 @@ def carry_out(
     Raises:
         UserError: an option is out of range, the source holds no readable image, the destination is taken, holds an
             unfinished import with other options, or cannot be written.
-        Stopped: Ctrl-C, SIGTERM or the loss of a process ended it; what is finished stays.
-        TooManyRejects: more than ``max_rejects`` was left out; what is finished stays.
+        Stopped: Ctrl-C, SIGTERM or the loss of a process ended it. What is finished stays.
+        TooManyRejects: more than ``max_rejects`` was left out. What is finished stays.
     """
     if not 0 < shard_bytes < 2**32:
         raise UserError(f"a shard must have from 1 byte to below 4096 MiB, the format's bound; got {shard_bytes:,} bytes")
@@ -162,7 +162,7 @@ def _import(plan: ImportPlan, destination: str, part: Part, num_processes: int, 
 
 
 def _already_complete(plan: ImportPlan, destination: str) -> Outcome | None:
-    """The outcome where this very import has been finished before; None where something is left to do.
+    """The outcome if this same import was finished before. None where something is left to do.
 
     Raises:
         UserError: another import has been finished there.
@@ -186,7 +186,7 @@ def _already_complete(plan: ImportPlan, destination: str) -> Outcome | None:
 
 
 def _ended_elsewhere(plan: ImportPlan, destination: str) -> Outcome | None:
-    """As ``_already_complete``, also while another host still removes the records, minutes in a store; its plan is ours."""
+    """As ``_already_complete``, also while another host with our plan removes the records, which takes minutes in a store."""
     root, names = standing(destination)
     if {PLAN, INDEX} <= names:
         return Outcome(_num_samples(root), was_complete=True)
@@ -226,7 +226,7 @@ def _begin(plan: ImportPlan, root: str, begun: bool, staging: Path) -> None:
 
 
 def _records(plan: ImportPlan, root: str) -> dict[int, Record]:
-    """The records of finished shards by number; of a store that cannot list, each possible one is asked for."""
+    """The records of finished shards by number. Where a store cannot list, each possible record is requested."""
     sizes = storage.list_sizes(root)
 
     def record(number: int) -> Record | None:
@@ -298,7 +298,7 @@ def _write_index(plan: ImportPlan, records: list[Record], root: str, staging: Pa
 
 
 def _conclude(plan: ImportPlan, root: str, destination: str) -> int:
-    """Remove the records of a complete import and give it its name; the plan goes last, for a kill may come between."""
+    """Remove the records of a complete import and give it its name. The plan goes last, for a kill may come between."""
     num_samples = _num_samples(root)
     storage.delete(root, [_record_name(number) for number in range(len(plan.starts))])
     if not storage.is_remote(root):

@@ -53,7 +53,7 @@ def parse_index(content: bytes, location: str) -> list[Shard]:
 
 
 def _foreign(entry: dict) -> str | None:
-    """How a shard that others wrote differs from ours; None where it does not."""
+    """How a shard written by others differs from ours, or None."""
     if entry["format"] != "mds":
         raise ValueError("shards of the format 'mds' are required")
     if entry.get("compression"):

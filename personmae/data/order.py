@@ -16,7 +16,7 @@ Ids = NDArray[np.int64]
 class EpochOrder:
     """One epoch: its samples in order, and which shards they come from.
 
-    ``shards[i]`` is used by samples from ``starts[i]`` up to ``stops[i]`` of ``ids`` only; both ascend.
+    ``shards[i]`` is used by samples from ``starts[i]`` up to ``stops[i]`` of ``ids`` only. Both ascend.
     """
 
     ids: Ids
@@ -65,7 +65,7 @@ def micro_batches(
     rank: int,
     world_size: int,
 ) -> Iterator[MicroBatch]:
-    """One rank's part of each global batch of an epoch, from its ``first_step`` on; the tail that fills none is dropped."""
+    """One rank's part of each global batch of an epoch, from its ``first_step`` on. The tail that fills none is dropped."""
     for step in range(first_step, len(order.ids) // global_batch_size):
         stop = (step + 1) * global_batch_size
         ids = rank_slice(order.ids[stop - global_batch_size : stop], rank, world_size)

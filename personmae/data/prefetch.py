@@ -122,7 +122,7 @@ class Prefetcher:
             return self._opened[place].mapped
 
     def open_beside(self, index: int) -> MappedShard:
-        """A shard out of order; the one that was opened so before is let go. For one thread at a time."""
+        """A shard out of order. The previous one is released. For one thread at a time."""
         if self._beside is None or self._beside[0] != index:
             held = self._cache.open(index)
             if self._beside:
@@ -131,7 +131,7 @@ class Prefetcher:
         return self._beside[1].mapped
 
     def stop(self) -> None:
-        """Open nothing more; who waits for a shard gets ``Cancelled``."""
+        """Open nothing more. A thread that waits for a shard gets ``Cancelled``."""
         self._cache.close()
         with self._condition:
             self._stopped = True
@@ -162,7 +162,7 @@ class Prefetcher:
                         self._condition.notify_all()
 
     def _wait_for_place(self) -> int | None:
-        """The first place that can be opened now, taken for this thread; None when all is over."""
+        """The first place that can be opened now, taken for this thread. None after ``stop``."""
         with self._condition:
             while not self._stopped:
                 if (place := self._first_place(time.monotonic())) is not None:
@@ -199,7 +199,7 @@ class Prefetcher:
                 self._condition.notify_all()
 
     def _give_back(self) -> bool:
-        """Release the shard that was opened furthest ahead, for one that is in use now; False where there is none."""
+        """Release the shard with the latest use, to make room for one in use now. False where there is none."""
         with self._condition:
             last = max(self._opened, default=-1)
             if last < self._in_use:

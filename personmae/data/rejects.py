@@ -18,7 +18,7 @@ def check_share(share: float) -> None:
 
 
 def read(root: str) -> list[Reject]:
-    """The list that an import wrote; empty where nothing was left out."""
+    """The list that an import wrote. Empty where nothing was left out."""
     return [json.loads(line) for line in (storage.read(root, REJECTS) or b"").splitlines()]
 
 
@@ -35,7 +35,7 @@ def check(rejects: Sequence[Reject], num_images: int, max_rejects: float, root: 
     """Refuse an import that leaves out more than ``max_rejects`` of its images.
 
     Raises:
-        TooManyRejects: it does; what is written stays, so that the same command with a larger share has little left to do.
+        TooManyRejects: it does. What is written stays, so that the same command with a larger share has little left to do.
     """
     share = len(rejects) / num_images
     if share <= max_rejects:

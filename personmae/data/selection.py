@@ -51,7 +51,7 @@ class Selection:
 
 
 def random_share(images: list[ImageEntry], fraction: float, seed: int) -> list[ImageEntry]:
-    """The images whose keys have the smallest hashes; who they are does not depend on the order."""
+    """The images whose keys have the smallest hashes, independent of their order."""
     encoded = (image.key.encode() for image in images)
     hashes = np.fromiter((xxhash.xxh64_intdigest(key, seed % 2**64) for key in encoded), np.uint64, len(images))
     kept = np.argsort(hashes, kind="stable")[: round(fraction * len(images))]
@@ -59,7 +59,7 @@ def random_share(images: list[ImageEntry], fraction: float, seed: int) -> list[I
 
 
 def read_list(path: Path, *, trust_pickle: bool = False) -> list[str]:
-    """The names in a text file, one a line, or in a pickle of plain lists; each name once.
+    """The names in a text file, one a line, or in a pickle of plain lists. Each name once.
 
     Raises:
         UserError: there is no such file, it is a pickle and not trusted, or it holds something else than names.
@@ -100,7 +100,7 @@ def _unpickled(content: bytes, path: Path) -> list[str]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Lists, dicts, text and numbers; nothing that is looked up by name, so nothing that could run."""
+    """Unpickle lists, dicts, text and numbers only. Nothing is looked up by name, so no code can run."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")

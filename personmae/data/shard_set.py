@@ -71,7 +71,7 @@ class ShardSet:
         self._opened = None
 
     def open(self, index: int) -> MappedShard:
-        """A shard, fetched where it is missing and checked; the one that was opened before is let go."""
+        """A shard, fetched if it is missing, and checked. The previous one is released."""
         if self._opened is None or self._opened[0] != index:
             held = self.cache.open(index)
             if self._opened:

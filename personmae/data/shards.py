@@ -109,7 +109,7 @@ def _sample(task: Task, image: ImageEntry) -> dict[str, Any]:
 
 
 def _read(source: Source, image: ImageEntry) -> bytes:
-    """The bytes of an image; a disk or a network that fails is asked again before the import stops.
+    """The bytes of an image. A disk or a network that fails is asked again before the import stops.
 
     Raises:
         OSError: one of ``LOST``: this image is not to be had.
@@ -171,12 +171,12 @@ def _write_mds(task: Task, samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def verify(root: str, *, cache_dir: Path, keep: bool = False, progress: Progress | None = None) -> int:
-    """Read every sample back: shard sizes and hashes, whole images, recorded sizes; returns the number of samples.
+    """Check shard sizes and hashes, and that every image is whole and has its recorded size. Returns the number of samples.
 
     Fetched shards stay in ``cache_dir`` where they are to be kept.
 
     Raises:
-        UserError: something does not agree; the shard and sample are named.
+        UserError: something does not agree. The shard and sample are named.
     """
     done = 0
     limit = None if keep else _CACHE_BYTES
@@ -210,7 +210,7 @@ def _complaint(sample: dict[str, memoryview]) -> str | None:
 
 @dataclass(slots=True)
 class Stats:
-    """What a data set holds; heights are those of the images, in pixels."""
+    """What a data set holds. Heights are those of the images, in pixels."""
 
     num_shards: int = 0
     num_samples: int = 0
@@ -219,7 +219,7 @@ class Stats:
 
 
 def describe(root: str, *, cache_dir: Path, keep: bool = False, progress: Progress | None = None) -> Stats:
-    """Counts, bytes and a histogram of image heights in half-octaves; fetched shards stay where they are to be kept."""
+    """Counts, bytes and a histogram of image heights in half-octaves. Fetched shards stay where they are to be kept."""
     with ShardSet(root, cache_dir, cache_limit_bytes=None if keep else _CACHE_BYTES) as shards:
         heights = np.fromiter(_heights(shards, progress or (lambda done, total: None)), np.int64)
         edges = np.unique(np.round(2.0 ** np.arange(0, 16.5, 0.5)).astype(int))

@@ -58,7 +58,7 @@ class Source:
         return self._files.exists()
 
     def images(self, log: Callable[[str], None] = lambda line: None) -> list[ImageEntry]:
-        """All images in an order that stays the same; no two have one key, and none is read.
+        """All images in an order that stays the same. No two have one key, and none is read.
 
         ``log`` gets a line at once, and one every ten seconds while it lasts.
 
@@ -78,7 +78,7 @@ class Source:
             return self._images(containers)
 
     def _images(self, containers: list[Container]) -> list[ImageEntry]:
-        """As ``images``; the containers are added to a list before they are looked into."""
+        """As ``images``. Containers are added to a list before they are read."""
         files = self._files.files(self.passed_over)
         parts = self._parts(files)
         containers += [part for part in parts if isinstance(part, Container)]
@@ -96,7 +96,7 @@ class Source:
         return found
 
     def _parts(self, files: list[File]) -> list[File | Container]:
-        """The files that are images, and the containers, in order; others are counted."""
+        """The files that are images, and the containers, in order. Others are counted."""
         owned = self._owned_by_tables(files)
         parts: list[File | Container] = []
         for file in files:
@@ -134,7 +134,7 @@ class Source:
         return owned
 
     def _container(self, name: str) -> Container | None:
-        """The container that a file is, or None; which of several indices count has been seen to before."""
+        """The container that a file is, or None. The indices that count were chosen before."""
         if name in self._containers:
             return self._containers[name]
         lower = name.lower()
@@ -173,7 +173,7 @@ class Source:
         """The bytes of an image file.
 
         Raises:
-            OSError: this one cannot be read; one of ``files.LOST`` if it is not to be had.
+            OSError: this one cannot be read. One of ``files.LOST`` if it is not to be had.
         """
         if not image.container:
             return self._files.read(name_of(image.key))
@@ -195,7 +195,7 @@ def _listing(container: Container) -> tuple[list[ImageEntry], Counter[str]]:
 
 
 def _folder(name: str) -> str:
-    """The folder of a file, with a slash; nothing at the top."""
+    """The folder of a file with a slash, or nothing at the top."""
     return name[: name.rfind("/") + 1]
 
 

@@ -34,7 +34,7 @@ _MIN_SEEN = 1000  # images read before the share of bad ones can stop a run
 class JpegReader:
     """Micro-batches of one rank in the global order, as JPEG bytes: slices of mapped shards.
 
-    The first batch belongs to step ``first_step``; epochs follow each other, and each drops only the tail that does not fill
+    The first batch belongs to step ``first_step``. Epochs follow each other, and each drops only the tail that does not fill
     a global batch. With ``total_steps`` the last batch belongs to the step before it, and no shard beyond is fetched.
 
     Raises:
@@ -83,16 +83,16 @@ class JpegReader:
             yield batch, [opened[place].jpeg(at) for place, at in zip(places.tolist(), positions.tolist(), strict=True)]
 
     def jpeg(self, sample_id: int) -> memoryview:
-        """The bytes of a sample out of order; its shard is opened beside those of the order."""
+        """The bytes of a sample out of order. Its shard is opened beside those of the order."""
         shard, position = self._shards.locate(np.array([sample_id]))
         return self._prefetcher.open_beside(int(shard[0])).jpeg(int(position[0]))
 
     def stop(self) -> None:
-        """Open nothing more; an iteration that waits for a shard ends with ``Cancelled``."""
+        """Open nothing more. An iteration that waits for a shard ends with ``Cancelled``."""
         self._prefetcher.stop()
 
     def close(self) -> None:
-        """End the threads and let all shards go; slices that were handed out stay readable."""
+        """End the threads and let all shards go. Slices that were handed out stay readable."""
         self._prefetcher.close()
 
     def _batches(self) -> Iterator[MicroBatch]:
@@ -111,7 +111,7 @@ class JpegReader:
             first_step = 0
 
     def _check_limit(self, first: EpochOrder, num_connections: int) -> None:
-        """Refuse a cache that cannot hold what is in use at once, as the first epoch has it; later ones differ little."""
+        """Refuse a cache that cannot hold what is in use at once, as the first epoch has it. Later ones differ little."""
         limit, cache = self._shards.cache_limit_bytes, self._shards.cache
         if limit is None or not cache.remote:
             return
@@ -129,7 +129,7 @@ class JpegReader:
 
 
 class CanvasBatch(NamedTuple):
-    """One micro-batch of a rank, on the host; it is overwritten some time after the next one was asked for."""
+    """One micro-batch of a rank, on the host. It is overwritten some time after the next one was asked for."""
 
     canvas: Tensor  # uint8 (B, Hc, Wc, 3), RGB: each image in the upper left corner, the rest undefined
     size: Tensor  # int64 (B, 2): height, width of the image on its canvas
@@ -140,7 +140,7 @@ class CanvasBatch(NamedTuple):
 class BatchReader:
     """What a ``JpegReader`` reads, decoded ahead of its use by ``num_threads`` threads.
 
-    An unreadable image is counted, named in ``bad_samples`` and replaced by the next sample; above ``max_bad_ratio`` the
+    An unreadable image is counted, named in ``bad_samples`` and replaced by the next sample. Above ``max_bad_ratio`` the
     run ends. ``reading`` are the arguments of ``JpegReader``, which raises the same errors.
     """
 
@@ -203,7 +203,7 @@ class BatchReader:
         return item.batch
 
     def wait(self, stopped: Callable[[], bool]) -> None:
-        """Return when the next batch is ready, or ``stopped()``; a signal's handler runs meanwhile."""
+        """Return when the next batch is ready, or ``stopped()``. A signal's handler runs meanwhile."""
         start = time.monotonic()
         with self._queue.not_empty:
             while not self._queue.queue and not stopped():
@@ -311,7 +311,7 @@ class BatchReader:
 
 
 class _Slot:
-    """Memory for one batch, used again and again; pinned where the batch goes to a GPU."""
+    """Memory for one batch, used again and again. Pinned where the batch goes to a GPU."""
 
     def __init__(self, batch_size: int, canvas_size: tuple[int, int]):
         pinned = dist.use_cuda()

@@ -131,7 +131,7 @@ class Mds(Table):
 
     @functools.cached_property
     def entries(self) -> list[dict[str, Any]]:
-        """The shards of the index; none where the file is no MDS index."""
+        """The shards of the index. None where the file is no MDS index."""
         try:
             entries = json.loads(patiently(lambda: self.files.read(self.name)))["shards"]
             return entries if all(entry["format"] == "mds" for entry in entries) else []
@@ -176,7 +176,7 @@ class Mds(Table):
         return found if all(found) and len(found) == len(set(found)) else None
 
     def _keys(self, entry: dict[str, Any]) -> list[str]:
-        """The column ``key`` of a shard, with little else of it read; empty texts where the shard is damaged.
+        """The column ``key`` of a shard, with little else of it read. Empty texts where the shard is damaged.
 
         Raises:
             UserError: it cannot be read.

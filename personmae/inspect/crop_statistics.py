@@ -45,7 +45,7 @@ MARKET: Final[Mapping[str, float]] = {  # by this code, of the 300 people (4,954
 
 @dataclass(frozen=True, slots=True)
 class Crops:
-    """Images in RGB; people and cameras are None where nobody knows them."""
+    """Images in RGB. People and cameras are None where nobody knows them."""
 
     images: UInt8[np.ndarray, "N 128 64 3"]
     pids: Int[np.ndarray, " N"] | None = None
@@ -55,7 +55,7 @@ class Crops:
 def read_crops(
     paths: Sequence[str | Path], pids: Int[np.ndarray, " N"] | None = None, camids: Int[np.ndarray, " N"] | None = None
 ) -> Crops:
-    """Images of at most 300 people at random, or 5,000 images where nobody knows the people; cameras may be unknown too.
+    """Images of at most 300 random people, or 5,000 images where the people are unknown. Cameras may be unknown too.
 
     Raises:
         UserError: an image cannot be read.
@@ -80,7 +80,7 @@ def _load(paths: Sequence[str | Path]) -> UInt8[np.ndarray, "N 128 64 3"]:
 
 
 def statistics(crops: Crops) -> dict[str, float]:
-    """The rows of ``MARKET`` for these crops, in its order; mAP in %, all others as shares or of pixels in 0..1.
+    """The rows of ``MARKET`` for these crops, in its order. The mAP is in %. Others are shares, or of pixels in [0, 1].
 
     Cameras with fewer than ten images are left out where cameras are compared.
     """

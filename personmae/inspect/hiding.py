@@ -41,7 +41,7 @@ def describe_map(shares: Float[Tensor, "h w"]) -> str:
 
 
 def show(spec: RegionSpec, seed: int, mark: bytes | None) -> None:
-    """Print in how many of a hundred masks each patch is hidden, as the patches lie; of drawn people also what is seen.
+    """Print in how many of a hundred masks each patch is hidden. For drawn people, print the visible share of the figure too.
 
     ``mark`` is what drawn people leave beside their images.
     """
@@ -60,7 +60,7 @@ def describe_seen(seen: Float[Tensor, " B"]) -> str:
 
 
 def seen_of_drawn(spec: RegionSpec, seed: int, mark: bytes | None) -> Float[Tensor, " B"] | None:
-    """The share of the figure that the encoder sees, for people of a drawn pool; None where people are not drawn.
+    """The share of the figure that the encoder sees. None where people are not drawn.
 
     They are drawn anew as silhouettes. A mark of another version, whose people would be others, counts as none.
     """
@@ -85,7 +85,7 @@ def seen_of_drawn(spec: RegionSpec, seed: int, mark: bytes | None) -> Float[Tens
 def share_seen(
     figures: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, spec: RegionSpec
 ) -> Float[Tensor, " B"]:
-    """The share of a figure's pixels in RegionA that lie in visible patches; NaN where there are none.
+    """The share of a figure's pixels in RegionA that lie in visible patches. NaN where there are none.
 
     ``figures`` are 255 where a pixel is of the figure, on canvases as ``cut_batch`` takes them.
     """

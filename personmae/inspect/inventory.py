@@ -41,7 +41,7 @@ def run(root: Path) -> None:
     A folder of crops without a benchmark has its statistics printed alone.
 
     Raises:
-        UserError: there is neither, or one cannot be used; everything else is printed first.
+        UserError: there is neither, or one cannot be used. Everything else is printed first.
     """
     problems = []
     findings = find(root)
@@ -82,7 +82,7 @@ def print_statistics(crops: Crops) -> None:
 
 
 def find(root: Path) -> list[Finding]:
-    """The benchmarks at ``root``, or else up to two folders below it; none where nothing looks like one.
+    """The benchmarks at ``root``, or otherwise up to two folders below it.
 
     Raises:
         UserError: there is no such folder.

@@ -35,7 +35,7 @@ def load(kind: type[ConfigT], path: str | Path, overrides: Sequence[str] = ()) -
     """Read ``path`` and its bases, apply ``section.key=value`` overrides, and validate.
 
     Raises:
-        UserError: the file is missing or not YAML, a key is unknown or a value is wrong; the key, its origin and the
+        UserError: the file is missing or not YAML, a key is unknown or a value is wrong. The key, its origin and the
             nearest valid key are named.
     """
     tree = read(path)

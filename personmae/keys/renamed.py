@@ -25,7 +25,7 @@ def key_of_today(key: str) -> str:
 
 
 def rename(values: dict[str, Any], where: str) -> None:
-    """Give the keys of nested values, which come from ``where``, their names of today; in place.
+    """Rename old keys of nested values in place. They come from ``where``.
 
     Raises:
         UserError: a key is there under both names.

@@ -127,7 +127,7 @@ def _settled_scalar(kind: Any, value: Any, reader: _Reader) -> Any:
 
 
 def _number(members: tuple[Any, ...], plain: Plain) -> Any:
-    """What a plain scalar is for a field of numbers or truth values; its text where it is neither, for pydantic to refuse."""
+    """The number or truth value of a plain scalar. Its text where it is neither, which pydantic then refuses."""
     if plain.has_leading_zero:
         raise UserError(f"a number that begins with 0 is octal to some and decimal to others; got {plain}: leave the 0 out")
     value = plain.value
@@ -136,7 +136,7 @@ def _number(members: tuple[Any, ...], plain: Plain) -> Any:
 
 
 def _split(text: str, items: tuple[Any, ...]) -> Any:
-    """``128x64`` and ``0.9, 0.95`` as lists, where numbers are wanted; else the text."""
+    """``128x64`` and ``0.9, 0.95`` as lists where the field takes numbers. Otherwise the text."""
     if Plain(text).is_null or any(_is_text(item) for item in items):
         return text
     pattern = r"\s*[x×]\s*|\s*,\s*" if int in {_members(item)[0] for item in items} else r"\s*,\s*"
@@ -144,7 +144,7 @@ def _split(text: str, items: tuple[Any, ...]) -> Any:
 
 
 def kind_of(field: FieldInfo) -> Any:
-    """A field's type; pydantic keeps apart what ``Annotated`` says at its outside."""
+    """A field's type. Pydantic stores the outer arguments of ``Annotated`` elsewhere."""
     return Annotated[field.annotation, PLACE] if PLACE in field.metadata else field.annotation
 
 
@@ -158,7 +158,7 @@ def _members(kind: Any) -> tuple[Any, ...]:
 
 
 def items_of(kind: Any) -> tuple[Any, ...]:
-    """The types of a tuple's items; none for what is no tuple."""
+    """The types of a tuple's items. Empty for other types."""
     for member in _members(kind):
         if get_origin(member) in (tuple, list):
             return tuple(item for item in get_args(member) if item is not Ellipsis)

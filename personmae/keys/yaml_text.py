@@ -53,7 +53,7 @@ class Plain(str):
 
 
 class _NoRepeats:
-    """A loader that refuses a key that stands twice in one mapping; YAML's own readers keep the last without a word."""
+    """A loader that refuses a key that is twice in one mapping. YAML's own loaders keep the last one silently."""
 
     def construct_document(self, node: yaml.Node) -> Any:
         _refuse_repeats(node, ())
@@ -103,7 +103,7 @@ def read_file(path: Path) -> str:
 
 
 def read_tree(text: str, where: str) -> Any:
-    """A document as dicts, lists, texts (in quotes) and ``Plain`` scalars; None for an empty one.
+    """A document as dicts, lists, texts (in quotes) and ``Plain`` scalars. None for an empty one.
 
     Raises:
         UserError: it is no YAML, or a key stands twice.

@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class RegionSpec:
-    """How an image becomes the two regions: sizes in pixels, shares and chances; defaults in ``config.py``."""
+    """How an image becomes the two regions: sizes in pixels, shares and chances. Defaults in ``config.py``."""
 
     img_size: tuple[int, int]
     patch_size: int
@@ -42,7 +42,7 @@ class RegionSpec:
     def canvas_size(self) -> tuple[int, int]:
         """(height, width) of the canvas that carries an image to the device.
 
-        A crop of most of an image is resized to at most [H + m, W + m/2] (Eq. (1)); half as much again leaves it enough
+        A crop of most of an image is resized to at most [H + m, W + m/2] (Eq. (1)). Half as much again leaves it enough
         pixels. Larger images are shrunk while they are decoded.
         """
         largest = self.img_size[0] + self.max_shift, self.img_size[1] + self.max_shift // 2
@@ -73,7 +73,7 @@ def draw_mask(keys: Int[Tensor, " B"], spec: RegionSpec) -> Bool[Tensor, "B L"]:
 
 
 def draw_batch(keys: Int[Tensor, " B"], native_size: Int[Tensor, "B 2"], spec: RegionSpec) -> Draws:
-    """Draw regions and masks from the samples' keys; ``native_size`` is (height, width) before decoding."""
+    """Draw regions and masks from the samples' keys. ``native_size`` is (height, width) before decoding."""
     drawn = regions.draw_regions(
         keys,
         native_size,
@@ -97,7 +97,7 @@ def cut_batch(
     """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
 
     The images stand in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
-    ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA; ``patches_b`` (B, L, P) and
+    ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA. ``patches_b`` (B, L, P) and
     ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
     """
     image = resize(canvas, size, draws.regions, img_size=spec.img_size, max_shift=spec.max_shift)  # Eq. (1)

@@ -45,7 +45,7 @@ def block_mask(
 ) -> Bool[Tensor, "B L"]:
     """Hide rectangles of random area, aspect and place until r * N patches are hidden (BEiT, as cited by Sec. III-C).
 
-    Each proposal's area is uniform between ``min_block`` and what is still to hide; it is dropped when it does not fit
+    Each proposal's area is uniform between ``min_block`` and what is still to hide. It is dropped when it does not fit
     the grid, hides nothing new or would hide too much. What 32 proposals leave open is filled with random patches.
     With ``block_ratio`` blocks hide at most that share of all patches, and random ones the rest of r * N.
     """
@@ -159,7 +159,7 @@ def _propose(
 def _fill(
     mask: Bool[Tensor, "B L"], keys: Int[Tensor, " B"], target: int, area: Bool[Tensor, " L"] | None = None
 ) -> Bool[Tensor, "B L"]:
-    """Hide further random patches until each sample hides ``target``, with an ``area`` in that alone; none may hide more there.
+    """Hide further random patches until each sample hides ``target``, with an ``area`` in that alone. None may hide more there.
 
     The result has nothing outside the area.
     """
@@ -171,5 +171,5 @@ def _fill(
 
 
 def ids_visible(mask: Bool[Tensor, "B L"], num_visible: int) -> Int[Tensor, "B K"]:
-    """Ascending indices of the visible patches; every sample has exactly ``num_visible``."""
+    """Ascending indices of the visible patches. Every sample has exactly ``num_visible``."""
     return mask.int().argsort(dim=1, stable=True)[:, :num_visible]

@@ -23,7 +23,7 @@ Reduction = Literal["mean", "sum"]  # of the feature loss, over channels
 class Decoder(nn.Module):
     """Predicts all of RegionB from the encoded visible tokens: mask tokens with positions, ViT blocks, one linear layer.
 
-    Only the mask tokens carry a position; the visible tokens keep the one they were encoded with (Sec. III-E). As MAE has it
+    Only the mask tokens carry a position. The visible tokens keep the one they were encoded with (Sec. III-E). As MAE has it
     they are given theirs once more: that is what ``coords_a`` is for. The class token never has one.
     """
 
@@ -73,9 +73,9 @@ def feature_loss(
 
 
 def spread_over_images(target: Float[Tensor, "B L D"]) -> Float[Tensor, ""]:
-    """Standard deviation of the features at a position, by the mean variance over images; 0 where a teacher has collapsed.
+    """Standard deviation of the features at a position, by the mean variance over images. It is 0 for a collapsed teacher.
 
-    The unbiased variance, whose mean does not depend on how many images are looked at together; of one image it is 0.
+    The unbiased variance, whose mean does not depend on how many images are looked at together. Of one image it is 0.
     """
     centred = target - target.mean(dim=0)
     return (centred.square().sum(dim=0) / max(1, len(target) - 1)).mean().sqrt()
@@ -84,8 +84,8 @@ def spread_over_images(target: Float[Tensor, "B L D"]) -> Float[Tensor, ""]:
 class PersonMAE(nn.Module):
     """The online encoder, both decoders and both losses: one ``forward(batch)`` holds the whole loss computation.
 
-    ``feature_weight`` is lambda of Eq. (8); at 0 there is no feature decoder. ``identity_weight`` is that of the loss on both
-    regions' class tokens, which the paper does not have (``identity.py``); at 0 there is no such head. With both at 0 no
+    ``feature_weight`` is lambda of Eq. (8). At 0 there is no feature decoder. ``identity_weight`` is that of the loss on both
+    regions' class tokens, which the paper does not have (``identity.py``). At 0 there is no such head. With both at 0 no
     target is needed.
     """
 

@@ -33,7 +33,7 @@ _OF_A_HEAD: Final = re.compile(r"(^|\.)(head\.(bn|classifier)\..*|centroids)$")
 
 
 def x_first(tensors: Mapping[str, Tensor], model: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by parameter name in the order x first, out of those in the order y first; and back, for it is its own inverse.
+    """Tensors by parameter name in the order x first, out of those in the order y first. And back, for it is its own inverse.
 
     ``model`` are the settings that travel with the weights, of which ``size`` tells the width of the encoder.
     """

@@ -159,10 +159,10 @@ def resize_canvas(
     img_size: tuple[int, int],
     max_shift: int,
 ) -> Float[Tensor, "B 3 Hm Wm"]:
-    """Eq. (1): the global crop, flipped and resized to [H + p, W + p/2]; values in [0, 255].
+    """Eq. (1): the global crop, flipped and resized to [H + p, W + p/2]. Values in [0, 255].
 
     Each image stands in the upper left corner of its canvas, ``size`` (height, width) pixels large. The result has room
-    for the largest p; beyond a sample's own H + p and W + p/2 it holds nothing of use.
+    for the largest p. Beyond a sample's own H + p and W + p/2 it holds nothing of use.
     """
     _, canvas_h, canvas_w, _ = canvas.shape
     y0, x0, y1, x1 = pixel_boxes(draws.boxes, size).unbind(dim=1)

@@ -41,7 +41,7 @@ class Centre(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the mean towards that of the micro-batches since the last update; what is not finite does not count."""
+        """Move the mean towards that of the micro-batches since the last update. What is not finite does not count."""
         if not self._noted:
             return
         seen = torch.stack(self._noted).mean(dim=0)

@@ -32,7 +32,7 @@ _KEPT: Final = [
 
 
 def patchify(images: Real[Tensor, "B C H W"], patch_size: int) -> Real[Tensor, "B L P"]:
-    """Cut images into patches, row by row; a patch is flattened as (C, y, x), the order of a convolution's weight."""
+    """Cut images into patches, row by row. A patch is flattened as (C, y, x), the order of a convolution's weight."""
     b, c, height, width = images.shape
     h, w = height // patch_size, width // patch_size
     patches = images.reshape(b, c, h, patch_size, w, patch_size)
@@ -40,7 +40,7 @@ def patchify(images: Real[Tensor, "B C H W"], patch_size: int) -> Real[Tensor, "
 
 
 def unpatchify(patches: Float[Tensor, "B L P"], grid: tuple[int, int], patch_size: int) -> Float[Tensor, "B C H W"]:
-    """Invert ``patchify``; ``grid`` is (h, w) in patches."""
+    """Invert ``patchify``. ``grid`` is (h, w) in patches."""
     b, _, p = patches.shape
     h, w = grid
     c = p // patch_size**2
@@ -72,7 +72,7 @@ def take_tokens(tokens: Real[Tensor, "B L D"], ids: Int[Tensor, "B K"]) -> Real[
 def plain_attention(
     q: Float[Tensor, "B h M d"], k: Float[Tensor, "B h L d"], v: Float[Tensor, "B h L d"]
 ) -> Float[Tensor, "B h M d"]:
-    """Attention written out; the softmax is taken in fp32."""
+    """Attention written out. The softmax is taken in fp32."""
     weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return weights.float().softmax(dim=-1).to(v.dtype) @ v
 
@@ -108,7 +108,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; ``drop_path`` is the chance that a sample skips a residual branch in training."""
+    """Pre-norm transformer block. ``drop_path`` is the chance that a sample skips a residual branch in training."""
 
     def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
@@ -120,7 +120,7 @@ class Block(nn.Module):
         self.drop_share: tuple[int, slice] | None = None
 
     def forward(self, x: Float[Tensor, "B L D"], num_out: int | None = None) -> Float[Tensor, "B M D"]:
-        """With ``num_out`` only so many of the last tokens come out; they attend to all."""
+        """With ``num_out`` only so many of the last tokens come out. They attend to all."""
         wanted = x if num_out is None else x[:, -num_out:]
         x = wanted + self._dropped(self.attn(self.norm1(x), num_out))
         return x + self._dropped(self.mlp(self.norm2(x)))
@@ -198,7 +198,7 @@ class VisionTransformer(nn.Module):
         coords: Float[Tensor, "B L 2"],
         ids_keep: Int[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Tokens after the last block, before the final LayerNorm; only ``ids_keep`` is encoded where it is given."""
+        """Tokens after the last block, before the final LayerNorm. Only ``ids_keep`` is encoded where it is given."""
         if ids_keep is not None:
             patches, coords = take_tokens(patches, ids_keep), take_tokens(coords, ids_keep)
         return run_blocks(self.blocks, self.embed(patches, coords), self.activation_checkpointing if self.training else "none")
@@ -218,7 +218,7 @@ def run_blocks(
     activation_checkpointing: ActivationCheckpointing = "none",
     num_out: int | None = None,
 ) -> Float[Tensor, "B M D"]:
-    """Apply blocks in order; with ``num_out`` the last one computes only so many of the last tokens.
+    """Apply blocks in order. With ``num_out`` the last one computes only so many of the last tokens.
 
     ``activation_checkpointing`` trades stored activations for a second forward pass: ``full`` keeps the input of each block
     alone, ``selective`` also what is dear to compute.

@@ -24,7 +24,7 @@ def begin(run_dir: str | Path, record: dict[str, Any], *, first_step: int) -> No
     """Add a session to the run's record, whose other entries become ``record``.
 
     Raises:
-        OSError: it cannot be read or written; the old record is whole.
+        OSError: it cannot be read or written. The old record is whole.
     """
     path = Path(run_dir) / FILE
     session = {
@@ -45,7 +45,7 @@ def begin(run_dir: str | Path, record: dict[str, Any], *, first_step: int) -> No
 
 
 def end(run_dir: str | Path, *, last_step: int, failure: BaseException | None) -> None:
-    """Say in the newest session, if this process began it, when and how it ended; a full disk is no reason to fail now."""
+    """Say in the newest session, if this process began it, when and how it ended. A full disk is no reason to fail now."""
     path = Path(run_dir) / FILE
     try:
         record = json.loads(path.read_bytes())
@@ -73,7 +73,7 @@ def command() -> str:
 
 
 def _parent(pid: int) -> tuple[list[str], int]:
-    """The arguments of a process and the number of its parent; nothing where the system does not tell."""
+    """The arguments of a process and the number of its parent. Nothing where the system does not tell."""
     try:
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="surrogateescape").split("\0")
         return argv, int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
@@ -88,7 +88,7 @@ def _outcome(failure: BaseException | None) -> str:
 
 
 def _sessions(path: Path) -> list[dict[str, Any]]:
-    """Those before this one; a record of before there were sessions is one."""
+    """Those before this one. A record of before there were sessions is one."""
     try:
         old = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):  # one that cannot be read at present must not be taken for none
@@ -109,7 +109,7 @@ def _now() -> str:
 
 
 def git_commit() -> str | None:
-    """The checkout's commit, with '+' when files differ from it; None outside a checkout."""
+    """The checkout's commit, with '+' when files differ from it. None outside a checkout."""
     where = Path(__file__).resolve().parent
 
     def git(*args: str) -> str:

@@ -40,7 +40,7 @@ class Ledger:
         self._before: dict[str, Metric] = {}
 
     def update(self, life: str, metrics: Iterable[Metric]) -> None:
-        """Take over all that a source tells at present; another ``life`` is one that began at zero."""
+        """Take over the numbers of a source. Another ``incarnation`` started at zero."""
         if life == self._ended:  # its file is still there
             return
         if life != self._life:
@@ -55,7 +55,7 @@ class Ledger:
         self._ended, self._life, self._now = self._life or self._ended, "", {}
 
     def collect(self, *, gauges: bool = True) -> Iterator[Metric]:
-        """All lives together; without ``gauges`` what only a living source has is left out."""
+        """All incarnations together. Without ``gauges``, what only a living source has is left out."""
         for name, metric in self._now.items():
             if metric.type not in _KEPT and not gauges:
                 continue
@@ -77,7 +77,7 @@ def _sum(now: Metric, before: Metric | None) -> Metric:
 
 
 def merge(metrics: Iterable[Metric], **labels: str) -> dict[str, Metric]:
-    """Metrics of several sources as one each, by name; ``labels`` are added to every sample."""
+    """Merge metrics of several sources by name, and add ``labels`` to every sample."""
     found: dict[str, Metric] = {}
     for metric in metrics:
         into = found.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
@@ -160,8 +160,8 @@ class Several(Collector):
 class Export:
     """Gets a rank's numbers out: to files for the agent, else to an endpoint of its own where a ``port`` is given.
 
-    ``own`` are this rank's, ``shared`` those of the host or of the run; both are read by a thread. ``local_rank`` 0 is the
-    one that has an endpoint, at the address ``host``; ``answers`` are what it has besides ``/metrics``.
+    ``own`` are this rank's, ``shared`` those of the host or of the run. Both are read by a thread. ``local_rank`` 0 is the
+    one that has an endpoint, at the address ``host``. ``answers`` are what it has besides ``/metrics``.
 
     Raises:
         UserError: the port is taken or not allowed, or ``host`` is no address of this host.
@@ -195,7 +195,7 @@ class Export:
             self._stop = _serve(host, port, self._all, answers or {})
 
     def close(self, linger_seconds: float = 0.0, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Say the last word; an endpoint of one's own stays for it to be heard, unless ``stopped``."""
+        """Export the last numbers. An own endpoint waits ``linger_seconds`` for a last scrape, unless ``stopped``."""
         deadline = time.monotonic() + linger_seconds
         while self._serves and time.monotonic() < deadline and not stopped():
             time.sleep(0.1)
@@ -215,7 +215,7 @@ class Export:
         self.write()
 
     def write(self) -> None:
-        """Write all numbers as they are now; each file is replaced whole."""
+        """Write all numbers as they are now. Each file is replaced whole."""
         for name, registry in self._sources.items():
             file = Path(self._directory or "") / f"{name}{_SUFFIX}"
             partial = file.with_suffix(".partial")

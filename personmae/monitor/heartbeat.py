@@ -81,7 +81,7 @@ def phase_values(phase: Phase) -> dict[str, float]:
 
 
 def read_beat(directory: str | Path, local_rank: int) -> Beat | None:
-    """A rank's last beat; None before the first."""
+    """A rank's last beat. None before the first."""
     try:
         raw = beat_file(directory, local_rank).read_bytes()
     except FileNotFoundError:

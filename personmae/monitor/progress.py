@@ -95,7 +95,7 @@ class Pace:
 
     @property
     def rate(self) -> float:
-        """Pieces a second; 0 before anything is done."""
+        """Pieces a second, 0 before anything is done."""
         (start, before), (now, done) = self._marks[0], self._marks[-1]
         return max(0, done - before) / max(1e-9, now - start)
 

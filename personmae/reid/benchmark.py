@@ -38,8 +38,8 @@ TITLES: Final = {
 class Benchmark:
     """The three splits of one benchmark, in the order of file names or lists.
 
-    ``num_junk`` gallery files were left out. ``distractors`` says whether pid 0 stands for people without an identity;
-    elsewhere 0 is an identity like others. ``published`` is empty for a data set of the user's own. ``synthetic`` says
+    ``num_junk`` gallery files were left out. ``distractors`` says whether pid 0 stands for people without an identity.
+    Elsewhere 0 is an identity like others. ``published`` is empty for a data set of the user's own. ``synthetic`` says
     whether the people are drawn, and ``one_numbering`` whether a pid is the same person in all splits.
     """
 
@@ -81,7 +81,7 @@ def is_synthetic(root: str | Path) -> bool:
 
 
 def train_labels(samples: Sequence[Sample]) -> Int[np.ndarray, " N"]:
-    """Class labels 0 ... n - 1 of the samples; classes follow the ascending order of pids, so they are stable."""
+    """Class labels 0 ... n - 1 of the samples. Classes follow the ascending order of pids, so they are stable."""
     return np.unique(pids_and_camids(samples)[0], return_inverse=True)[1].astype(np.int64)
 
 
@@ -153,7 +153,7 @@ def pids_and_camids(samples: Sequence[Sample]) -> tuple[Int[np.ndarray, " N"], I
 
 
 def count(benchmark: Benchmark) -> dict[str, tuple[int, int]]:
-    """Images and identities of each split; distractors are images without an identity."""
+    """Images and identities of each split. Distractors are images without an identity."""
     no_identity = {DISTRACTOR_PID} if benchmark.distractors else set()
     splits = {split: getattr(benchmark, split) for split in SPLITS}
     return {split: (len(found), len({s.pid for s in found} - no_identity)) for split, found in splits.items()}
@@ -209,7 +209,7 @@ def _oddities(benchmark: Benchmark) -> list[str]:
 
 
 def shared_people(benchmark: Benchmark) -> list[tuple[Sample, Sample]]:
-    """A training image and a query or gallery image of every person who is in both; none where splits number their own."""
+    """A training image and a query or gallery image of every person who is in both. None where splits number their own."""
     if not benchmark.one_numbering:
         return []
     tested = {sample.pid: sample for sample in (*benchmark.gallery, *benchmark.query)}
@@ -232,7 +232,7 @@ def _warnings(benchmark: Benchmark) -> list[str]:
 
 
 def matched_queries(benchmark: Benchmark) -> list[Sample]:
-    """Queries with a gallery image of the same pid that is not removed; an unknown camera removes nothing."""
+    """Queries with a gallery image of the same pid that is not removed. An unknown camera removes nothing."""
     cameras: dict[int, set[int]] = {}
     for sample in benchmark.gallery:
         cameras.setdefault(sample.pid, set()).add(sample.camid)

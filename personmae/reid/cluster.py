@@ -32,9 +32,9 @@ _SUMS = 1 << 16  # sums kept at once; they should fit the processor's cache
 def pseudo_labels(
     features: Float[Tensor, "N F"], *, k1: int = 30, k2: int = 6, eps: float = 0.6, min_samples: int = 4
 ) -> Int[np.ndarray, " N"]:
-    """Cluster of each image, -1 for an outlier; clusters are numbered in the order of their first member.
+    """Cluster of each image, -1 for an outlier. Clusters are numbered in the order of their first member.
 
-    DBSCAN over Jaccard distances of at most ``eps``; an image counts among its own ``min_samples``. No cluster is empty,
+    DBSCAN over Jaccard distances of at most ``eps``. An image counts among its own ``min_samples``. No cluster is empty,
     but there may be none or a single one: that is for the caller to judge. Features are on any device, of any length.
 
     Raises:
@@ -49,7 +49,7 @@ def pseudo_labels(
 
 
 def without_one_camera(labels: Int[np.ndarray, " N"], camids: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
-    """The labels with the images of each cluster that only one camera has seen as outliers; the others are numbered anew.
+    """The labels with clusters of one camera turned into outliers. The others are renumbered.
 
     A cluster with an image of an unknown camera, which is -1, stays.
     """
@@ -61,7 +61,7 @@ def neighbours(features: Float[Tensor, "N F"], k: int) -> Int[np.ndarray, "N k"]
     """The image itself and its nearest others: nearer first, then the lower index. All images where there are fewer than k.
 
     Exact: a matrix product in fp32 finds more candidates than its rounding can confuse, and fp64 orders them. At a time 16 MB
-    of similarities are held, or 1 kB per image; more, and slower, only where very many images are equally near.
+    of similarities are held, or 1 kB per image. More, and slower, only where very many images are equally near.
 
     Raises:
         UserError: a feature is not finite.
@@ -98,7 +98,7 @@ def k_reciprocal_encoding(
     half_k1: int | None = None,
     spread: Float[Tensor, " N"] | None = None,
 ) -> sparse.csr_array:
-    """Weights (N, N) of the images near each image, fp32; a row sums to one.
+    """Weights (N, N) of the images near each image, fp32. A row sums to one.
 
     ``k1``, ``k2`` and ``half_k1`` count the image itself. The set of an image is R(k1), those of its k1 nearest that have it
     among their own, and R(half_k1) of each member that shares more than two thirds of it. ``half_k1`` is round(k1 / 2) + 1 by
@@ -120,9 +120,9 @@ def k_reciprocal_encoding(
 def minimum_sums(
     encoding: sparse.csr_array, num_rows: int | None = None
 ) -> Iterator[tuple[slice, Float[np.ndarray, "rows N"]]]:
-    """Sum of minima of each of the first ``num_rows`` rows with every row, block by block; 1 - s / (2 - s) is the distance.
+    """Sum of minima of each of the first ``num_rows`` rows with every row, block by block. 1 - s / (2 - s) is the distance.
 
-    Sums are exact; a block is a few rows.
+    Sums are exact. A block is a few rows.
     """
     columns = encoding.T.tocsr()  # by neighbour: who has it
     sizes = np.diff(columns.indptr).astype(np.int64)
@@ -132,7 +132,7 @@ def minimum_sums(
 
 
 def radius_graph(encoding: sparse.csr_array, eps: float) -> sparse.csr_array:
-    """Ones (N, N) where the Jaccard distance is at most ``eps``; memory is 12 bytes per such pair."""
+    """Ones (N, N) where the Jaccard distance is at most ``eps``. Memory is 12 bytes per such pair."""
     indices, counts = [], []
     for _, sums in minimum_sums(encoding):
         near = 1 - sums / (2 - sums) <= eps
@@ -142,7 +142,7 @@ def radius_graph(encoding: sparse.csr_array, eps: float) -> sparse.csr_array:
 
 
 def _candidates(features: Float[Tensor, "N F"], rows: slice, k: int) -> Int[np.ndarray, "b m"]:
-    """All images that could be among the k nearest of the rows, each row's own included; ascending, m >= k."""
+    """All images that could be among the k nearest of the rows, each row's own included. Ascending, m >= k."""
     with torch.autocast(features.device.type, enabled=False):
         rough = features[rows] @ features.T
     best = rough.topk(min(k + _NUM_SPARE, len(features)))
@@ -221,7 +221,7 @@ def _sums_of_rows(encoding: sparse.csr_array, columns: sparse.csr_array, rows: s
 
 
 def _blocks(costs: Int[np.ndarray, " N"], most_rows: int) -> Iterator[slice]:
-    """Consecutive rows, at most ``most_rows`` and of a total cost of at most ``_PAIRS``; at least one row."""
+    """Consecutive rows, at most ``most_rows`` and of a total cost of at most ``_PAIRS``. At least one row."""
     start, ends = 0, np.cumsum(costs)
     while start < len(costs):
         spent = ends[start - 1] if start else 0

@@ -11,11 +11,11 @@ FOLLOWING_SHARE = 0.5  # and the share of clusters that only one camera has seen
 
 @dataclass(frozen=True, slots=True)
 class ClusterQuality:
-    """Counts and scores; a score is None where nothing can be compared.
+    """Counts and scores. A score is None where nothing can be compared.
 
     Attributes:
         ari: adjusted Rand index with people in [-0.5, 1].
-        ami_people: adjusted mutual information with people, 0 for chance and 1 for the same partition; both are over the
+        ami_people: adjusted mutual information with people, 0 for chance and 1 for the same partition. Both are over the
             images in clusters whose person is known.
         pair_precision: share of the pairs of images in one cluster that are of one person.
         recall_across_cameras: share of a person's pairs of images of two cameras that are in one cluster. An outlier is in
@@ -42,7 +42,7 @@ def follows_cameras(ami_cameras: float | None, one_camera_share: float | None) -
 def quality(
     labels: Int[np.ndarray, " N"], pids: Int[np.ndarray, " N"] | None = None, camids: Int[np.ndarray, " N"] | None = None
 ) -> ClusterQuality:
-    """Of pseudo-labels, -1 for an outlier; ``pids`` are the true people and ``camids`` the cameras, -1 where unknown."""
+    """The quality of pseudo-labels (-1: outlier), given the true people and the cameras (-1: unknown)."""
     from sklearn.metrics import adjusted_mutual_info_score, adjusted_rand_score
 
     unknown = np.full(len(labels), -1)
@@ -62,7 +62,7 @@ def quality(
 
 
 def of_one_camera(labels: Int[np.ndarray, " N"], camids: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " C"]:
-    """For each cluster from 0 on, whether all its images are of one camera; not where a camera is unknown, which is -1."""
+    """For each cluster from 0 on, whether all its images are of one camera. False where a camera is unknown (-1)."""
     kept = labels >= 0
     clusters, cameras = np.unique(np.stack([labels[kept], camids[kept]]), axis=1)
     num_cameras = np.bincount(clusters)
@@ -70,7 +70,7 @@ def of_one_camera(labels: Int[np.ndarray, " N"], camids: Int[np.ndarray, " N"]) 
 
 
 def one_camera_share(labels: Int[np.ndarray, " N"], camids: Int[np.ndarray, " N"]) -> float | None:
-    """Share of the clusters that are ``of_one_camera``; None where there is no cluster."""
+    """Share of the clusters that are ``of_one_camera``, or None without a cluster."""
     return _share(int(of_one_camera(labels, camids).sum()), len(np.unique(labels[labels >= 0])))
 
 

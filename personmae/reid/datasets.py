@@ -115,8 +115,8 @@ PUBLISHED: Final[dict[str, Counts]] = {
 def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, splits: Sequence[str] = SPLITS) -> Benchmark:
     """The benchmark called ``name``, from ``root`` or from the folder of its archive in ``root``.
 
-    Market-1501's pid -1 is dropped; its pid 0000 stays in the gallery, as a negative for every query. "msmt17" takes
-    either version and the benchmark is named after it; "msmt17_v1" takes no other. MSMT17's list_val belongs to training
+    Market-1501's pid -1 is dropped. Its pid 0000 stays in the gallery, as a negative for every query. "msmt17" takes
+    either version and the benchmark is named after it. "msmt17_v1" takes no other. MSMT17's list_val belongs to training
     (as TransReID and PASS have it) unless ``train_on_val`` is false. "folder" and "csv" are data sets of the user's own.
     Only ``splits`` are read, the others are empty: an evaluation needs no training images.
 
@@ -171,7 +171,7 @@ def _find_root(name: str, root: Path, layout: Layout) -> Path:
 
 
 def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) -> Benchmark:
-    """MSMT17 by its own lists; its version is told by the names of its folders."""
+    """MSMT17 by its own lists. The names of its folders show its version."""
     folders = (root, *(root / below for below in ("MSMT17_V1", "MSMT17_V2", "MSMT17")))
     found = [
         (version, folder)

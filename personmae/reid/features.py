@@ -48,7 +48,7 @@ def extract(
     stopped: Callable[[], bool] = lambda: False,
     log: Callable[[str], None] = lambda _: None,
 ) -> Float[Tensor, "N F"]:
-    """The model's features in fp32 on the CPU, in the order of the set; ``dtype`` below fp32 is used through autocast.
+    """The model's features in fp32 on the CPU, in the order of the set. ``dtype`` below fp32 is used through autocast.
 
     Called by all ranks together: each works on its share, and all get the whole. The model is put into evaluation mode and
     back. ``stopped`` is asked before each batch, ``log`` is told every few seconds how far this rank is.
@@ -112,7 +112,7 @@ def thumbnail(image_set: ImageSet, *, batch_size: int = 256) -> Float[Tensor, "N
 def _batches(
     image_set: ImageSet, batch_size: int, part: slice | None = None, log: Callable[[str], None] = lambda _: None
 ) -> Iterator[tuple[slice, UInt8[Tensor, "B 3 H W"]]]:
-    """Images of a part of the set, and their places in that part; ``log`` is told how far it is every few seconds."""
+    """Images of a part of the set, and their places in that part. Progress is logged every few seconds."""
     part = part or slice(0, len(image_set))
     pace, total = Pace(0), part.stop - part.start
     for start in range(part.start, part.stop, batch_size):

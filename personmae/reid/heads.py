@@ -200,7 +200,7 @@ class ReIDModel(nn.Module):
     """Images to class scores and embeddings for training, and to one L2-normalised feature for search.
 
     The encoder is copied. Blocks that the head took over are left out of the copy, with the final norm, so every
-    parameter of the model is trained; ``depth`` is the number of blocks before that, as ``layer_id`` needs it.
+    parameter of the model is trained. ``depth`` is the number of blocks before that, as ``layer_id`` needs it.
     ``trained_size`` is the (H, W) that the encoder knows: positions in images of another size are interpolated into it.
     """
 
@@ -218,7 +218,7 @@ class ReIDModel(nn.Module):
         return self.head(*self.encode(images))
 
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        """Search features in fp32, of length one; call it in evaluation mode."""
+        """Search features in fp32, of length one. Call it in evaluation mode."""
         return F.normalize(self.head.features(*self.encode(images)).float(), dim=1)
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B T D"], tuple[int, int]]:
@@ -265,7 +265,7 @@ def pooled_dim(encoder: VisionTransformer, pool: Pool) -> int:
 class GroupedBatchNorm(nn.BatchNorm1d):
     """Batch normalisation over groups of ``group_size`` neighbours in the batch, its bias kept at zero.
 
-    The field's results depend on how many images a GPU normalises together; with a set size they do not depend on the number
+    The field's results depend on how many images a GPU normalises together. With a set size they do not depend on the number
     of GPUs. Without a size the batch is one group. The bias stays zero so that the classifier sees features centred on the
     origin. Running statistics move by the mean over the groups, so the mean of several ranks' is what one rank would have.
     """
@@ -338,7 +338,7 @@ def build_head(
     classifier: Classifier = "linear",
     bn_group_size: int | None = None,
 ) -> BNNeck | MGN | Neck:
-    """The head of a configuration; ``embed_dim`` and ``split`` are MGN's, ``columns`` and ``num_rows`` the neck's."""
+    """The head of a configuration. ``embed_dim`` and ``split`` are MGN's, ``columns`` and ``num_rows`` the neck's."""
     if kind == "mgn":
         return MGN(encoder, num_classes, embed_dim=embed_dim, split=split, bn_group_size=bn_group_size, classifier=classifier)
     if kind == "bnneck":
@@ -351,7 +351,7 @@ def build_head(
 def encoder_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a plain encoder out of those of a ``ReIDModel``.
 
-    MGN has three copies of the last block and norm; those of the branch that sees the whole person are taken.
+    MGN has three copies of the last block and norm. Those of the branch that sees the whole person are taken.
     """
     encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
     depth = 1 + max(int(match[1]) for name in encoder if (match := re.match(r"blocks\.(\d+)\.", name)))
@@ -362,7 +362,7 @@ def encoder_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained_size(model_settings: dict[str, Any]) -> tuple[int, int]:
-    """(H, W) that an encoder knows, out of the settings that travel with its weights; its own ``img_size`` by default."""
+    """(H, W) that an encoder was trained on, from the settings in its checkpoint. Its own ``img_size`` by default."""
     height, width = model_settings.get("trained_size", model_settings["img_size"])
     return height, width
 

@@ -18,7 +18,7 @@ def smoothed_cross_entropy(
 ) -> Float[Tensor, ""]:
     """Cross-entropy with 1 - ``smoothing`` on the true class and the rest shared by the N - 1 wrong ones.
 
-    PyTorch's own option gives the true class a share of the rest too; LUPerson's recipe does not.
+    PyTorch's own option gives the true class a share of the rest too. LUPerson's recipe does not.
     """
     log_probs = logits.float().log_softmax(dim=-1)
     true = log_probs.gather(1, labels[:, None]).squeeze(1)
@@ -61,7 +61,7 @@ def _is_true(scores: Float[Tensor, "B N"], labels: Int[Tensor, " B"]) -> Bool[Te
 
 
 def pairwise_distances(embeddings: Float[Tensor, "B F"]) -> Float[Tensor, "B B"]:
-    """Euclidean distances in fp32; the gradient at distance zero is zero.
+    """Euclidean distances in fp32. The gradient at distance zero is zero.
 
     Differences are taken before they are squared: |x|² + |y|² - 2xy loses close pairs.
     """
@@ -74,8 +74,8 @@ def batch_hard_triplet(
 ) -> Float[Tensor, ""]:
     """Farthest positive against nearest negative of every anchor (arXiv 1703.07737).
 
-    Soft margin, log(1 + exp(d_p - d_n)), without ``margin``; else max(0, d_p - d_n + margin). The mean is over the
-    anchors that have both a positive and a negative; zero if there is none.
+    Soft margin, log(1 + exp(d_p - d_n)), without ``margin``. Else max(0, d_p - d_n + margin). The mean is over the
+    anchors that have both a positive and a negative. Zero if there is none.
     """
     distances = pairwise_distances(embeddings)
     same = labels[:, None] == labels
@@ -105,7 +105,7 @@ def reid_loss(
 
     For MGN that is 1/8 per classifier and 1/5 per triplet vector, for BNNeck 1 and 1. ``embedding_labels`` are those of the
     triplet vectors where they are gathered from all ranks and the logits are not. ``classifier`` "circle" and "arc" take the
-    outputs' logits for cosines; ``class_margin`` and ``scale`` are theirs.
+    outputs' logits for cosines. ``class_margin`` and ``scale`` are theirs.
 
     Returns:
         ``loss`` (with gradient), and for the log ``id_loss``, ``triplet_loss`` and the first classifier's ``accuracy``.

@@ -24,7 +24,7 @@ class Proxies:
     Attributes:
         labels: pair of each image, -1 for an outlier.
         clusters: cluster of each pair.
-        cameras: camera of each pair; images of an unknown camera, which is -1, are of one more.
+        cameras: camera of each pair. Images of an unknown camera, which is -1, are of one more.
     """
 
     labels: Int[np.ndarray, " N"]
@@ -42,7 +42,7 @@ def camera_proxies(labels: Int[np.ndarray, " N"], camids: Int[np.ndarray, " N"])
 
 
 def mean_centroids(features: Float[Tensor, "N F"], labels: Int[Tensor, " N"]) -> Float[Tensor, "C F"]:
-    """Mean feature of each cluster, then length one; features are brought to length one first. Label -1 is left out.
+    """Mean feature of each cluster, then length one. Features are brought to length one first. Label -1 is left out.
 
     Raises:
         ValueError: a cluster between 0 and the highest label has no image.
@@ -57,10 +57,10 @@ def mean_centroids(features: Float[Tensor, "N F"], labels: Int[Tensor, " N"]) ->
 
 
 class ClusterMemory:
-    """Centroids (C, F) of length one; they are all of its state, to be saved and given back as they are.
+    """Centroids (C, F) of length one. They are all of its state, to be saved and given back as they are.
 
     ``momentum`` is the share of the old centroid that an update keeps. In mode "mean" every image of the batch moves its
-    cluster's centroid, one after the other; in mode "hard" the image least similar to it does, alone.
+    cluster's centroid, one after the other. In mode "hard" the image least similar to it does, alone.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ClusterMemory:
         self.temperature, self.momentum, self.mode = temperature, momentum, mode
 
     def loss(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-        """Cross-entropy of a feature's cosines with all centroids, divided by the temperature; the memory stays as it is."""
+        """Cross-entropy of a feature's cosines with all centroids, divided by the temperature. The memory stays as it is."""
         with torch.autocast(features.device.type, enabled=False):
             return F.cross_entropy(F.normalize(features.float(), dim=1) @ self.centroids.T / self.temperature, labels)
 
@@ -78,7 +78,7 @@ class ClusterMemory:
     def update(
         self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"], skipped: Float[Tensor, ""] | None = None
     ) -> None:
-        """Move the centroids towards the features of the global batch, given in its order; not at all in a ``skipped`` step."""
+        """Move the centroids towards the features of the global batch, given in its order. Not at all in a ``skipped`` step."""
         before = self.centroids.clone()
         self._move_all(F.normalize(features.float(), dim=1), labels)
         if skipped is not None:
@@ -95,7 +95,7 @@ class ClusterMemory:
         return None
 
     def _hardest(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> Int[Tensor, " P"]:
-        """Place of the least similar image of each cluster; the earlier one where two are alike."""
+        """Place of the least similar image of each cluster. The earlier one where two are alike."""
         similarities = (features * self.centroids[labels]).sum(dim=1)
         order = similarities.argsort(stable=True)
         return order[_turns(labels[order]) == 0]
@@ -109,9 +109,9 @@ class ClusterMemory:
 class CameraMemory(ClusterMemory):
     """One centroid for each camera of a cluster, its proxy, and the loss of camera-aware proxies.
 
-    Labels are places of proxies; ``clusters`` and ``cameras`` (Q,) are those of each. The loss is a weighted sum of two.
+    Labels are places of proxies. ``clusters`` and ``cameras`` (Q,) are those of each. The loss is a weighted sum of two.
     Within a camera: cross-entropy over the camera's proxies. Across cameras: all proxies of the cluster against the
-    ``num_negatives`` most similar ones of other clusters; minus the mean over the former of their log-softmax over both.
+    ``num_negatives`` most similar ones of other clusters. Minus the mean over the former of their log-softmax over both.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class CameraMemory(ClusterMemory):
         self.intra_weight, self.inter_weight, self.num_negatives = intra_weight, inter_weight, num_negatives
 
     def loss(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-        """The weighted sum of the loss within cameras and the one across them; the memory stays as it is."""
+        """The weighted sum of the loss within cameras and the one across them. The memory stays as it is."""
         with torch.autocast(features.device.type, enabled=False):
             scores = F.normalize(features.float(), dim=1) @ self.centroids.T / self.temperature
             same_camera = self.cameras == self.cameras[labels, None]

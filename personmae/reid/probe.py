@@ -44,7 +44,7 @@ class FrozenRows(nn.Module):
         self.feature_dim = len(columns) * self.grid[0] * encoder.embed_dim
 
     def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        """Row features in fp32; call it in evaluation mode."""
+        """Row features in fp32. Call it in evaluation mode."""
         coords = grid_coords(self.grid, images.device).expand(len(images), -1, -1)
         tokens = self.encoder(patchify(images, self.encoder.patch_size), coords)[:, 1:]
         return torch.cat([row_features(tokens, self.grid, columns) for columns in self.columns], dim=1)

@@ -27,7 +27,7 @@ Similarity = Callable[[Int[np.ndarray, " b"]], Float[Tensor, "b G"]]  # queries 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Who is seen by which camera; ``own_index`` is the query's own image in the gallery, -1 where it is not there."""
+    """Who is seen by which camera. ``own_index`` is the query's own image in the gallery, -1 where it is not there."""
 
     query_pids: Int[np.ndarray, " Q"]
     query_camids: Int[np.ndarray, " Q"]
@@ -38,7 +38,7 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class RankingResult:
-    """Scores in [0, 1], means over the queries with a match; ``cmc[k - 1]`` is rank-k.
+    """Scores in [0, 1], means over the queries with a match. ``cmc[k - 1]`` is rank-k.
 
     AP is the mean of the precision at each hit. ``mAP_trapezoid`` is for cross-checks with the Matlab code of Market-1501:
     it takes the mean of the precision at each hit and just before it. That code also divides CMC by all queries, which is
@@ -61,7 +61,7 @@ class RankingResult:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Some queries: what is removed has similarity -inf; ``candidates`` are gallery images that may be matches."""
+    """Some queries: what is removed has similarity -inf. ``candidates`` are gallery images that may be matches."""
 
     queries: Int[np.ndarray, " b"]
     similarity: Float[Tensor, "b G"]
@@ -86,7 +86,7 @@ def cosine(query_features: Float[Tensor, "Q F"], gallery_features: Float[Tensor,
 
 
 def evaluate(similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_SIZE, max_rank: int = 50) -> RankingResult:
-    """Score a retrieval; memory beside the features is about 12 bytes * ``block_size`` * G, on a GPU 40.
+    """Score a retrieval. Memory beside the features is about 12 bytes * ``block_size`` * G, on a GPU 40.
 
     Raises:
         UserError: no query has a match that is not removed.
@@ -118,7 +118,7 @@ def evaluate(similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_
 def rank_lists(
     similarity: Similarity, labels: Labels, *, queries: Int[np.ndarray, " q"], top_k: int, block_size: int = BLOCK_SIZE
 ) -> Int[Tensor, "q top_k"]:
-    """Gallery indices of the ``top_k`` most similar images of some queries; places without an image left hold -1."""
+    """Gallery indices of the ``top_k`` most similar images of some queries. Places without an image left hold -1."""
     lists = []
     for block in _blocks(similarity, labels, queries, block_size):
         best = block.similarity.sort(dim=1, descending=True, stable=True)
@@ -154,7 +154,7 @@ def _remove(values: Float[Tensor, "b G"], rows: Int[np.ndarray, " P"], columns: 
 def _same_pid(
     labels: Labels, by_pid: Int[np.ndarray, " G"], queries: Int[np.ndarray, " b"]
 ) -> tuple[Int[np.ndarray, "b M"], Bool[np.ndarray, "b M"]]:
-    """Gallery images with the pid of each query, and which of the places hold one; M is the largest number of them."""
+    """Gallery images with the pid of each query, and which of the places hold one. M is the largest number of them."""
     pids, in_order = labels.query_pids[queries], labels.gallery_pids[by_pid]
     first, end = (np.searchsorted(in_order, pids, side=side) for side in ("left", "right"))
     places = first[:, None] + np.arange((end - first).max())
@@ -178,7 +178,7 @@ def _hit_ranks(block: _Block) -> Int[np.ndarray, "2 P"]:
 
 
 def _ascending(similarity: Float[Tensor, "b G"]) -> Float[Tensor, "b G"]:
-    """The values of each row in order; torch cannot sort without indices, which takes a CPU 30 times as long."""
+    """The values of each row in order. Torch cannot sort without indices, which takes a CPU 30 times as long."""
     if similarity.is_cuda:
         return similarity.sort(dim=1).values
     return torch.from_numpy(np.sort(similarity.numpy(), axis=1))

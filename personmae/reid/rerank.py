@@ -73,6 +73,6 @@ def k_reciprocal(
 
 
 def _spread(features: Float[Tensor, "N F"]) -> Float[Tensor, " N"]:
-    """Distance of each image to the one farthest from it; features have length one."""
+    """Distance of each image to the one farthest from it. Features have length one."""
     least = [(rows @ features.T).amin(dim=1) for rows in features.split(BLOCK_SIZE)]
     return (2 - 2 * torch.cat(least)).clamp(min=1e-6)

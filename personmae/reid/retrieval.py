@@ -45,7 +45,7 @@ def measure(
     log: Callable[[str], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Rank the gallery for every query, same camera removed; returns scores in [0, 1], counts, and some rank lists.
+    """Rank the gallery for every query, same camera removed. Returns scores in [0, 1], counts, and some rank lists.
 
     Called by all ranks together: they share the extraction, the first one ranks, on ``device``, and the others get None.
     Query and gallery are one set for ``features``, so that a per-camera normalisation sees both. ``log`` is told what takes
@@ -135,7 +135,7 @@ def model_features(
     trained_steps: int | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Features:
-    """Features of a model, with the preprocessing that belongs to its weights; ``log`` is told how far it is.
+    """Features of a model, with the preprocessing that belongs to its weights. Progress is logged.
 
     ``trained_steps`` is of a model that is in training: there Diverged is raised where a feature is not finite.
     """
@@ -150,7 +150,7 @@ def model_features(
 
 
 def baseline_features(name: str, how: PerCamera = "standardise") -> Features:
-    """One of ``BASELINES``, each camera's own colours taken out; of two parts each has half of the cosine."""
+    """One of ``BASELINES``, each camera's own colours taken out. Of two parts each has half of the cosine."""
 
     def features(images: ImageSet, camids: np.ndarray) -> Tensor:
         return torch.cat([per_camera(part(images), camids, how) for part in BASELINES[name]], dim=1)
@@ -228,7 +228,7 @@ def _data_change(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
 
 
 def table_row(record: dict[str, Any]) -> str:
-    """One line of a results table, in per cent; data that is not a published benchmark is told at its end."""
+    """One line of a results table, in per cent. Its end names data that is not a published benchmark."""
     scores = "  ".join(f"{name} {100 * record[name]:5.1f}" for name in ("mAP", "rank1", "rank5", "rank10", "mINP"))
     title = record.get("benchmark_title", "")
     told = "" if title in datasets.TITLES.values() else f"  {title}"

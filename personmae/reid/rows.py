@@ -92,7 +92,7 @@ def exact(features: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
 
 
 def principal_axes(features: Float[np.ndarray, "N F"], dim: int) -> tuple[Float[np.ndarray, " F"], Float[np.ndarray, "K F"]]:
-    """Mean and the first ``dim`` principal axes of a set, or as many as there are; the same on every call."""
+    """Mean and the first ``dim`` principal axes of a set, or as many as there are. Every call gives the same."""
     from sklearn.decomposition import PCA
 
     num_images, num_channels = features.shape

@@ -12,7 +12,7 @@ def pk_batches(
     """Image indices of every batch of one epoch: ``num_ids`` (P) distinct identities, ``num_instances`` (K) of each.
 
     The K images of an identity are neighbours, so ranks may take equal slices of whole identities. An identity with
-    fewer than K images repeats some; images beyond a multiple of K rest for this epoch. The epoch ends when fewer than
+    fewer than K images repeats some. Images beyond a multiple of K rest for this epoch. The epoch ends when fewer than
     P identities have images left, so **the number of batches varies a little between epochs**.
 
     Raises:
@@ -48,9 +48,9 @@ def cluster_batches(
 ) -> Int[np.ndarray, "num_batches PK"]:
     """Image indices of ``num_batches`` batches: ``num_ids`` (P) distinct clusters, ``num_instances`` (K) images of each.
 
-    Outliers, label -1, are left out. Clusters come in a random order; where fewer than P are left of it, a new order begins.
+    Outliers, label -1, are left out. Clusters come in a random order. Where fewer than P are left of it, a new order begins.
     The first of the K images is any of its cluster. The others are from other cameras than the first if the cluster has such
-    images, else any others; each at most once where there are enough, else drawn with repetition. Where ``camids`` is None or
+    images, else any others. Each at most once where there are enough, else drawn with repetition. Where ``camids`` is None or
     -1 the camera is unknown, and not another one. The K images of a cluster are neighbours in the batch.
 
     Raises:
@@ -90,7 +90,7 @@ def _from_other_cameras(
 def _groups(
     images: Int[np.ndarray, " n"], num_instances: int, rng: np.random.Generator
 ) -> Int[np.ndarray, "groups {num_instances}"]:
-    """Deal the images of one identity into random groups; every image is kept where there are fewer than one group."""
+    """Deal the images of one identity into random groups. All are kept where they do not fill one group."""
     missing = max(num_instances - len(images), 0)
     images = rng.permutation(np.concatenate([images, rng.choice(images, missing)]))
     num_groups = len(images) // num_instances

@@ -29,7 +29,7 @@ PassedOver = Counter[str]  # how many entries of each kind a reader has left out
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image; ``camid`` is the camera's number, or -1 where it is not known."""
+    """One image. ``camid`` is the camera's number, or -1 where it is not known."""
 
     path: str
     pid: int
@@ -37,7 +37,7 @@ class Sample:
 
 
 def summary(passed_over: PassedOver) -> str:
-    """What was passed over, in words; empty where nothing was."""
+    """What was passed over, in words, or an empty text."""
     return f"passed over: {', '.join(f'{count:,} {kind}' for kind, count in passed_over.items())}" if passed_over else ""
 
 
@@ -48,7 +48,7 @@ def match_name(name: str, pattern: re.Pattern[str], example: str) -> re.Match[st
 
 
 def read_names(folder: Path, pattern: re.Pattern[str], example: str, passed_over: PassedOver) -> list[Sample]:
-    """The images of one folder in file name order; the groups ``pid`` and ``camid`` of ``pattern`` label them.
+    """The images of one folder in file name order. The groups ``pid`` and ``camid`` of ``pattern`` label them.
 
     A benchmark that was converted to another format has the same names with another suffix.
 
@@ -94,7 +94,7 @@ def count_unlisted(files: Sequence[Path], present: set[str], passed_over: Passed
 
 
 def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[Sample]:
-    """The images below ``folder`` that MSMT17's lists name, in their order; a line is "PID/PID_INDEX_CAMERA_... PID".
+    """The images below ``folder`` that MSMT17's lists name, in their order. A line is "PID/PID_INDEX_CAMERA_... PID".
 
     Raises:
         UserError: a list is missing, a line does not fit, its pid is not that of the folder and of the name, or an image is
@@ -129,7 +129,7 @@ def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[S
 
 
 def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[Sample]], str]:
-    """``root/SPLIT/IDENTITY/*.jpg`` by split, with a remark; a camera is the N of _cN where every file name has one.
+    """``root/SPLIT/IDENTITY/*.jpg`` by split, with a remark. A camera is the N of _cN where every file name has one.
 
     Raises:
         UserError: a split is missing or empty, or something else than identity folders of images lies there.
@@ -154,7 +154,7 @@ def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, 
 
 
 def read_tables(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[Sample]], str]:
-    """``root/SPLIT.csv`` by split, with a remark; columns are path (absolute or below ``root``), pid and perhaps camid.
+    """``root/SPLIT.csv`` by split, with a remark. Columns are path (absolute or below ``root``), pid and perhaps camid.
 
     Raises:
         UserError: a table is missing, empty or has other columns, a cell is empty, or an image is absent or named twice.

@@ -56,7 +56,7 @@ def read_image(path: str, img_size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W
 
 
 def load_images(paths: Sequence[str], img_size: tuple[int, int], pool: ThreadPoolExecutor) -> UInt8[Tensor, "B 3 H W"]:
-    """Decode files on the threads of ``pool``, in order; OpenCV lets go of the GIL.
+    """Decode files on the threads of ``pool``, in order. OpenCV releases the GIL.
 
     Raises:
         UserError: names the first file that cannot be read.
@@ -68,7 +68,7 @@ def load_images(paths: Sequence[str], img_size: tuple[int, int], pool: ThreadPoo
 
 
 class ImageSet:
-    """Images by index; decoded once into memory where all of them take at most ``cache_bytes``, else on every read."""
+    """Images by index. Decoded once into memory where all of them take at most ``cache_bytes``, else on every read."""
 
     def __init__(
         self,
@@ -106,10 +106,10 @@ class ImageSet:
 
 
 def load_ahead(images: ImageSet, batches: Iterable[Int[np.ndarray, " B"]]) -> Iterator[UInt8[Tensor, "B 3 H W"]]:
-    """The images of each batch of indices in turn; while one is worked on, a thread reads the next.
+    """The images of each batch of indices in turn. While one is worked on, a thread reads the next.
 
     Raises:
-        UserError: a file cannot be read; in the batch that has it.
+        UserError: a file cannot be read. It is raised in the batch of that file.
     """
     with ThreadPoolExecutor(1) as reader:
         coming: Future[Tensor] | None = None
@@ -128,7 +128,7 @@ def normalise(images: UInt8[Tensor, "B C H W"], mean: Sequence[float], std: Sequ
 
 
 class Augmentation(NamedTuple):
-    """What is drawn for each image of a batch; ``part`` takes a rank's share, so that no result depends on the ranks."""
+    """What is drawn for each image of a batch. ``part`` takes a rank's share, so that no result depends on the ranks."""
 
     flipped: Bool[Tensor, " B"]
     offsets: Int[Tensor, "B 2"]  # (y, x) of the crop in the padded image, in pixels
@@ -200,7 +200,7 @@ def erase(
 def erase_boxes(
     batch_size: int, img_size: tuple[int, int], generator: torch.Generator, *, prob: float
 ) -> Int[Tensor, "{batch_size} 4"]:
-    """Boxes (y0, x0, y1, x1) in pixels, end exclusive; an image that keeps all its pixels has an empty box.
+    """Boxes (y0, x0, y1, x1) in pixels, end exclusive. An image that keeps all its pixels has an empty box.
 
     The first of ten proposals that is smaller than the image counts.
     """

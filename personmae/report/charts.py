@@ -36,7 +36,7 @@ Curve = tuple[Sequence[float], Sequence[float]]  # x and y; NaN leaves a gap
 def draw_chart(
     title: str, curves: Mapping[str, Curve], *, x_label: str = "step", from_zero: bool = False, percent: bool = False
 ) -> str:
-    """An ``<svg>`` of curves by name, with what it shows in words for those who do not see it; the page writes the title."""
+    """An ``<svg>`` of curves by name, with a description for screen readers. The page writes the title."""
     legend_rows = math.ceil(len(curves) / 2) if len(curves) > 1 else 0
     with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(4.8, 2.7 + 0.19 * legend_rows), layout="constrained")
@@ -58,7 +58,7 @@ def draw_chart(
 
 
 def line_style(i: int, num_points: int) -> dict[str, Any]:
-    """Colour and dashes of the i-th curve; a single point is drawn as one."""
+    """Colour and dashes of the i-th curve. A single point is drawn as one."""
     return {
         "color": _STAND_INS[f"--curve-{i % len(LIGHT)}"],
         "linestyle": DASHES[i % len(DASHES)],

@@ -28,7 +28,7 @@ _EQUAL = 1e-6  # APs are recorded with six digits
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Runs with results on the same data that differ by nothing but their seed; mostly one."""
+    """Runs with results on the same data that differ in nothing but their seed. Usually it is one run."""
 
     runs: tuple[RunFolder, ...]
     label: str = ""  # where its own name is another row's too
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def seeds(self) -> list[int]:
-        """One for each run; empty where nothing was trained here."""
+        """One for each run. Empty where nothing was trained here."""
         return [run.settings.seed for run in self.runs if run.settings]
 
     @property
@@ -106,12 +106,12 @@ class Row:
         return f"{100 * self.mean(score):.1f}" + (f" ({told})" if told else "")
 
     def cmc(self) -> list[float]:
-        """Share of queries with a match among the first k, the mean over the runs; empty where a record lacks it."""
+        """Mean over the runs of the share of queries with a match among the first k. Empty where a record lacks it."""
         curves = [result.cmc for result in self.results]
         return np.mean(curves, axis=0).tolist() if len({len(curve) for curve in curves}) == 1 and curves[0] else []
 
     def query_ap(self) -> list[float | None] | None:
-        """AP of each query, the mean over the runs; None where a run has none that belongs to its result."""
+        """Mean over the runs of the AP of each query. None where a run has none that belongs to its result."""
         found = [_own_ap(run) for run in self.runs]
         if not found or any(ap is None for ap in found) or len({len(ap) for ap in found if ap is not None}) > 1:
             return None
@@ -120,7 +120,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows of the same data; ``digest`` is None where the records do not tell which data they are of."""
+    """Rows of the same data. ``digest`` is None where the records have none."""
 
     rows: tuple[Row, ...]
 
@@ -134,7 +134,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        """Which people, and how many where it is not the published set; by the record that saw most of the data."""
+        """Which people, and how many where it is not the published set, by the record that saw most of the data."""
         results = [result for row in self.rows for result in row.results]
         fullest = max(results, key=lambda result: len(result.counts))
         return printable(fullest.benchmark_title or f"{fullest.benchmark} layout, data unknown")
@@ -161,7 +161,7 @@ class Queries:
 
 
 def comparable(one: Row, other: Row) -> bool:
-    """Whether both are finished and ranked alike; a row is comparable with itself."""
+    """Whether both are finished and ranked alike. A row is comparable with itself."""
     return not one.unfinished and not other.unfinished and _ranked(one) == _ranked(other)
 
 
@@ -171,7 +171,7 @@ def _ranked(row: Row) -> tuple[str, bool]:
 
 
 def group_results(runs: Sequence[RunFolder]) -> list[Group]:
-    """Tables by data: one for each digest; without one, for each layout and folder."""
+    """Tables by data: one for each digest or, without a digest, for each layout and folder."""
     groups: dict[tuple[str, str], dict[Any, list[RunFolder]]] = {}
     for run in runs:
         if result := run.result:
@@ -203,7 +203,7 @@ def _in_full(row: Row) -> str:
 
 
 def find_pairs(group: Group) -> list[tuple[Row, Row]]:
-    """The (pre-trained, random) fine-tuning of one table, the best mAP of each kind; empty where one is missing."""
+    """The (pre-trained, random) fine-tuning of one table, the best mAP of each kind. Empty where one is missing."""
     rows = [row for row in group.rows if row.is_finetuning and not row.unfinished and _ranked(row) == ("none", False)]
     kinds = [[row for row in rows if row.from_random is random] for random in (False, True)]
     return [(max(kinds[0], key=_by_map), max(kinds[1], key=_by_map))] if all(kinds) else []
@@ -220,7 +220,7 @@ def compare_queries(group: Group) -> list[Queries]:
 
 
 def summarise(runs: Sequence[RunFolder], groups: Sequence[Group]) -> str:
-    """The headline: pre-trained against random in mAP points, by data; or how far things are."""
+    """The headline: pre-trained against random in mAP points, by data, or the state of the runs."""
     sentences = [sentence for group in groups for sentence in _summarise_pair(group)]
     if not sentences and (ready := [group for group in groups if any(not row.unfinished for row in group.rows)]):
         for group in ready:
@@ -271,7 +271,7 @@ def data_notes(groups: Sequence[Group]) -> list[str]:
 
 
 def _recipe(run: RunFolder, runs: Sequence[RunFolder]) -> Any:
-    """What runs of different seeds have in common; a run's own folder where nothing can be compared."""
+    """What runs of different seeds have in common, or a run's own folder where nothing can be compared."""
     if run.settings is None or run.result is None:
         return str(run.directory)
     flat = {key: value for key, value in _flat(run).items() if not key.startswith(_NOT_THE_RECIPE)}

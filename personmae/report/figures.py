@@ -50,11 +50,11 @@ FOOTNOTE: Final = (
 
 
 class NotYet(UserError):  # noqa: N818 - not an error
-    """What a run has not come to yet; nothing is wrong."""
+    """A run has not got this far yet. Nothing is wrong."""
 
 
 class Reconstruction(NamedTuple):
-    """What the model saw and predicted for B images; the two predictions differ only in how they are coloured."""
+    """What the model saw and predicted for B images. The two predictions differ only in how they are coloured."""
 
     region_a: Images
     masked: Images  # RegionA, hidden patches grey
@@ -123,13 +123,13 @@ def hidden_mask(ids_keep: Int[Tensor, "B K"], grid: tuple[int, int]) -> Bool[Ten
 
 
 def hide_patches(region: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B L"], spec: RegionSpec) -> Images:
-    """Paint hidden patches grey; pixels in [0, 255]."""
+    """Paint hidden patches grey, for pixels in [0, 255]."""
     patches = patchify(region, spec.patch_size).masked_fill(mask[..., None], GREY)
     return _to_bytes(unpatchify(patches, spec.grid, spec.patch_size))
 
 
 def draw_map(shares: Float[Tensor, "h w"], cell: int = 24) -> Pixels:
-    """A grid of shares in [0, 1] as squares of ``cell`` pixels, the darker the larger; thin lines keep them apart."""
+    """A grid of shares in [0, 1] as squares of ``cell`` pixels with thin lines between them. Larger shares are darker."""
     grey = (255 * (1 - shares.numpy())).round().astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
     grey[::cell], grey[:, ::cell] = GREY, GREY
     return np.repeat(grey[..., None], 3, axis=2)
@@ -178,7 +178,7 @@ def framed(image: Pixels, correct: bool | None, width: int = 3) -> Pixels:
 
 
 def data_uri(image: Pixels, suffix: str = ".png") -> str:
-    """The image inside a ``data:`` address; ``.png`` keeps every pixel, ``.jpg`` is a tenth of the size."""
+    """The image inside a ``data:`` address. ``.png`` keeps every pixel, ``.jpg`` is a tenth of the size."""
     options = [cv2.IMWRITE_JPEG_QUALITY, 90] if suffix == ".jpg" else []
     _, encoded = cv2.imencode(suffix, image[:, :, ::-1], options)
     kind = {".png": "png", ".jpg": "jpeg"}[suffix]
@@ -198,7 +198,7 @@ def write_figure(
 
 
 class _Page:
-    """Images and words at pixels counted from the upper left corner; ``y`` is how far the page is filled."""
+    """Images and words at pixels counted from the upper left corner. ``y`` is how far the page is filled."""
 
     def __init__(self, title: str):
         self._images: list[tuple[int, int, Pixels]] = []
@@ -251,7 +251,7 @@ def _draw_groups(page: _Page, groups: Sequence[Sequence[Pixels]]) -> None:
 
 
 def _draw_rank_lists(page: _Page, rank_lists: Mapping[str, Sequence[Row]]) -> None:
-    """One column for each name; line i of all columns belongs to the same query."""
+    """One column for each name. Line i of all columns belongs to the same query."""
     between = 30
     room = (FIGURE_WIDTH - 2 * MARGIN - between * (len(rank_lists) - 1)) // len(rank_lists)
     most = max(len(row) for rows in rank_lists.values() for row in rows)

@@ -21,14 +21,14 @@ class Lost(UserError):  # noqa: N818 - the rest can be written
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A run's folder as it is now, the ``run_dir`` it was given, and the folder it was started in; empty where unknown."""
+    """A run's folder as it is now, the ``run_dir`` it was given, and the folder it was started in. Empty where unknown."""
 
     directory: Path
     run_dir: str = ""
     cwd: str = ""
 
     def find(self, path: str) -> str:
-        """A recorded path as it can be opened now; what an object store holds stays as it is.
+        """A recorded path as it can be opened now. What an object store holds stays as it is.
 
         Raises:
             Lost: it is not there, nor in any place that the record hints at.
@@ -60,7 +60,7 @@ class Place:
         yield Path.cwd() / path
 
     def _started_in(self, here: Path) -> Path | None:
-        """What is left of the run's path without its ``run_dir``; None where that does not fit."""
+        """The run's path without its ``run_dir`` at the end, or None where that does not fit."""
         parts = Path(os.path.normpath(self.run_dir)).parts if self.run_dir else ()
         fits = parts and not Path(self.run_dir).is_absolute() and here.parts[-len(parts) :] == parts
         return Path(*here.parts[: -len(parts)]) if fits else None

@@ -87,7 +87,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A part of the page, or why it is not there; ``lost`` says that it could be, were everything where the runs say."""
+    """A part of the page, or why it is missing. ``lost``: it is missing because something is not where the runs recorded it."""
 
     content: Any = None
     missing: str = ""
@@ -95,7 +95,7 @@ class Section:
 
 
 def run(run_dir: Path) -> Path:
-    """Write ``report.html`` and ``figure.png`` into ``run_dir``, print the tables; returns the page's path.
+    """Write ``report.html`` and ``figure.png`` into ``run_dir`` and print the tables. Returns the page's path.
 
     Raises:
         UserError: the directory holds nothing of ours, or a file in it is damaged.
@@ -208,7 +208,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def data_counts(runs: Sequence[RunFolder]) -> list[tuple[str, Callable[[], str]]]:
-    """Each data set that the runs name, once, and how to count it; where digests agree, the place is not part of it."""
+    """Each data set that the runs name, once, and how to count it. Sets with one digest are the same, wherever they are."""
     counts: dict[str, tuple[str, Callable[[], str]]] = {}
     for run in runs:
         if isinstance(run.settings, config.Pretrain):
@@ -229,7 +229,7 @@ def count_shards(run: RunFolder) -> str:
 
 
 def count_benchmark(result: Result, place: Place) -> str:
-    """Images, identities and cameras of each split, and whether these are the published numbers; else what was recorded."""
+    """Images, identities and cameras of each split, next to the published numbers. Without the data, the recorded ones."""
     try:
         description = describe(load_benchmark(result.benchmark, place.find(result.root)))
     except UserError:
@@ -244,7 +244,7 @@ def count_benchmark(result: Result, place: Place) -> str:
 
 
 def draw_charts(runs: Sequence[RunFolder]) -> list[tuple[str, Markup]]:
-    """(title, drawing) of every chart there is data for; runs of a kind share a chart."""
+    """(title, drawing) of every chart there is data for. Runs of a kind share a chart."""
     return [*_drawn(CHARTS, runs, "records"), *_drawn(CLUSTER_CHARTS, runs, "clusters")]
 
 
@@ -321,7 +321,7 @@ def region_of(run: RunFolder, section: Section) -> dict[str, Any]:
 
 
 def hiding_of(run: RunFolder, mark: bytes | None) -> dict[str, str]:
-    """How often a run's masks hide each patch, as the address of an image and in words; of drawn people also what is seen."""
+    """How often a run's masks hide each patch, as an image and in words. For drawn people, the visible share of figures too."""
     settings = run.settings
     assert isinstance(settings, config.Pretrain)
     spec = RegionSpec(**settings.region_arguments())

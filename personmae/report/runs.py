@@ -36,14 +36,14 @@ Text = Annotated[str, PlainValidator(_as_text)]
 
 
 class Scores(BaseModel):
-    """What one reading of a probe found; scores in [0, 1]."""
+    """The scores of one reading of a probe, in [0, 1]."""
 
     mAP: float  # noqa: N815
     rank1: float
 
 
 class Result(BaseModel):
-    """What ``finetune`` and ``evaluate`` measured; scores in [0, 1]. What older records lack is None or empty."""
+    """The measurements of ``finetune`` and ``evaluate``, with scores in [0, 1]. What older records lack is None or empty."""
 
     name: Text
     init: Text
@@ -74,7 +74,7 @@ class Result(BaseModel):
 
 
 class RankList(BaseModel):
-    """One query and its nearest gallery images; paths as they stand, or relative to ``RankLists.root``."""
+    """One query and its nearest gallery images. Paths are absolute, or relative to ``RankLists.root``."""
 
     query: Text
     gallery: list[Text]
@@ -95,7 +95,7 @@ class Queries(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a training is; ``total`` is None where nothing tells."""
+    """How far a training is. ``total`` is None where it is unknown."""
 
     step: int
     total: int | None
@@ -108,7 +108,7 @@ class RunProgress:
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """What one directory holds; an attribute is empty where its file is not there."""
+    """What one directory holds. An attribute is empty where its file is not there."""
 
     name: str
     directory: Path
@@ -129,7 +129,7 @@ class RunFolder:
 
     @property
     def unfinished(self) -> str:
-        """How far it is, in words, where it is not at its end; else nothing."""
+        """How far it is, in words. Empty at its end."""
         if self.progress:
             return "" if self.progress.finished else str(self.progress)
         return (self.result.unfinished or "") if self.result else ""
@@ -171,7 +171,7 @@ class RunFolder:
 
 
 def images_per_step(settings: Settings | None) -> int:
-    """The global batch; 0 where nothing is trained."""
+    """The global batch, 0 where nothing is trained."""
     if settings is None:
         return 0
     if isinstance(settings, config.Pretrain):
@@ -232,7 +232,7 @@ def _with_nan(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_settings(path: Path) -> Settings:
-    """The configuration of a run; pre-training has no ``init``, and only unsupervised training has clusters."""
+    """The configuration of a run. Pre-training has no ``init``, and only unsupervised training has clusters."""
     fields = config.read(path).values
     kind = config.Unsupervised if "cluster" in fields else config.Finetune if "init" in fields else config.Pretrain
     return config.load(kind, path)
@@ -252,7 +252,7 @@ def _trained(
 
 
 def _evaluated(result: Result | None) -> RunProgress | None:
-    """Of what was evaluated elsewhere and does not tell itself; None where its training is not known."""
+    """The progress of a run that was evaluated elsewhere. None where its training is unknown."""
     if result is None or result.unfinished or result.step is None or result.checkpoint is None:
         return None
     total = _state(Path(result.checkpoint)).get("total_steps")
@@ -281,7 +281,7 @@ def _planned_steps(settings: Settings) -> int | None:
 
 
 def _text(path: Path) -> str:
-    """A file of ours, which is UTF-8 in every locale; names of files in it may be no UTF-8."""
+    """Read one of our files, which is UTF-8 in every locale. File names in it may have other bytes."""
     return path.read_text(encoding="utf-8", errors="surrogateescape") if path.is_file() else ""
 
 

@@ -71,7 +71,7 @@ def _details(row: Row) -> str:
 
 
 def tags(runs: Sequence[RunFolder], groups: Sequence[Group]) -> list[tuple[str, bool]]:
-    """What a reader must know before any number; true where it is a warning."""
+    """What a reader must know before any number, and whether it is a warning."""
     found: list[tuple[str, bool]] = [(group.title, group.synthetic is not False) for group in groups]
     if pairs := [pair for group in groups for pair in find_pairs(group)]:
         fewest = min(len(set(row.seeds)) for pair in pairs for row in pair)
@@ -84,7 +84,7 @@ def tags(runs: Sequence[RunFolder], groups: Sequence[Group]) -> list[tuple[str, 
 
 
 def _follows_cameras(run: RunFolder) -> bool:
-    """Whether the last clusters of an unsupervised training do; older runs do not tell."""
+    """Whether the last clusters of an unsupervised training follow cameras. Older runs have no record of it."""
     last = run.clusters[-1] if run.clusters else {}
     return follows_cameras(last.get("ami_cameras"), last.get("one_camera_share"))
 
@@ -143,7 +143,7 @@ def totals(runs: Sequence[RunFolder]) -> dict[str, str]:
 
 
 def duration(seconds: float | None) -> str:
-    """In words for people: "8.2 s", "4 min 05 s", "3 h 20 min", "2 d 4 h"; a dash where it is not known."""
+    """In words: "8.2 s", "4 min 05 s", "3 h 20 min", "2 d 4 h". A dash where it is unknown."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 60:

@@ -83,7 +83,7 @@ def _write_mark(folder: Path, record: dict[str, Any]) -> None:
 
 
 def pass_mark_on(source: str, destination: str) -> bool:
-    """Put the mark of drawn people into shards that were made of them, by which a report knows; whether there is one.
+    """Copy the mark of drawn people into shards made from them, for reports. Returns whether there is a mark.
 
     Both are directories or locations in an object store. A mark beside the source counts where it names the source.
     """
@@ -119,7 +119,7 @@ def read_mark(folder: str) -> bytes | None:
 
 
 def finished_counts(out: Path, settings: SynthSettings) -> dict[str, int] | None:
-    """The counts of a complete ``out`` with these settings; None where nothing is there yet."""
+    """The counts of a complete ``out`` with these settings, or None where nothing is there yet."""
     mark = out / COMPLETION_MARK
     if not mark.is_file():
         if out.is_dir() and not any(out.iterdir()):
@@ -160,7 +160,7 @@ def _one_opencv_thread() -> Iterator[None]:
 
 
 def _draw_all(out: Path, settings: SynthSettings, shots: list[Shot], num_processes: int) -> Iterator[int]:
-    """Draw in chunks; yields how many images each finished chunk has."""
+    """Draw in chunks, and yield the number of images of each finished chunk."""
     draw = partial(_draw_chunk, out, settings)
     chunks = [shots[start : start + CHUNK_IMAGES] for start in range(0, len(shots), CHUNK_IMAGES)]
     if num_processes == 1:

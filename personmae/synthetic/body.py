@@ -56,7 +56,7 @@ def _between(a: Point, b: Point, t: float) -> Point:
 
 
 def draw_leg(pen: Pen, who: Identity, joints: Joints, *, toe: int | None, shade: float = 0) -> None:
-    """One leg with its shoe; ``toe`` is +1 where the foot points along +x, None where it points at the camera."""
+    """One leg with its shoe. ``toe`` is +1 where the foot points along +x, None where it points at the camera."""
     hip, knee, ankle = joints
     cut = "bare" if who.upper.cut == "dress" else who.lower.cut
     covered = {"trousers": 1.0, "wide": 1.2, "leggings": 0.82}.get(cut)

@@ -25,7 +25,7 @@ WHITE_DRIFT = 7  # of 256, of each colour between images
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """What the cameras of one benchmark have in common; pairs are ranges."""
+    """What the cameras of one benchmark have in common. Pairs are ranges."""
 
     scenes: tuple[str, ...]
     grey: int  # grey level that automatic exposure aims at
@@ -83,7 +83,7 @@ class Camera:
 
 
 def make_camera(rng: Rng, domain: str, index: int, kind: str = "usual") -> Camera:
-    """Camera ``index`` of a benchmark; the index spreads scenes and cast hues evenly over its cameras."""
+    """Camera ``index`` of a benchmark. The index spreads scenes and cast hues evenly over its cameras."""
     known = DOMAINS[domain] if kind == "usual" else replace(DOMAINS[domain], **HARD[domain])
     scene = _set_exposure(paint_scene(known.scenes[index % len(known.scenes)], rng), known)
     half = cv2.pyrDown(scene)

@@ -55,7 +55,7 @@ class Canvas:
         cv2.fillPoly(self.shade, [corners], (round(shade),), cv2.LINE_8, _FIXED)
 
     def render(self, *, softness: int, wrinkle_offset: tuple[int, int]) -> NDArray[np.uint8]:
-        """The image as premultiplied BGRA uint8 (H, W, 4); ``softness`` is the shading blur in pixels."""
+        """The image as premultiplied BGRA uint8 (H, W, 4). ``softness`` is the shading blur in pixels."""
         height, width = self.label.shape
         kernel = 2 * softness + 1
         shade = cv2.blur(self.shade, (kernel, kernel))
@@ -102,7 +102,7 @@ class Pen:
         return np.rint(out * (1 << _FIXED)).astype(np.int32)
 
     def area(self, points: Points, material: int, *, shade: float = 0, flat: bool = False) -> None:
-        """A polygon with a brighter middle, or evenly lit if ``flat``; ``shade`` is added to the brightness."""
+        """A polygon with a brighter middle, or evenly lit if ``flat``. ``shade`` is added to the brightness."""
         corners = self.corners(points)
         edge = (EDGE_SHADE + CORE_GAIN if flat else EDGE_SHADE + 6) + shade
         self.canvas.fill(corners, self.first_label + material, edge)

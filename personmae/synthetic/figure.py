@@ -128,7 +128,7 @@ def _draw_frontal(pen: Pen, who: Identity, pose: Pose) -> None:
 
 
 def _draw_profile(pen: Pen, who: Identity, pose: Pose) -> None:
-    """Facing +x before mirroring; the near side is the person's left when the view is LEFT."""
+    """Facing +x before mirroring. The near side is the person's left when the view is LEFT."""
     angle = 2 * np.pi * pose.phase
     near_side = 1 if pose.view == LEFT else -1
     pen.oval((0.02, 0.985), (0.19, 0.02), SHADOW, flat=True)
@@ -214,7 +214,7 @@ def _draw_head_profile(pen: Pen, who: Identity) -> None:
 
 
 def _draw_headwear(pen: Pen, who: Identity, x: float, half: float, front: bool | None) -> None:
-    """A hat on a head ``half`` wide; ``front`` is None in profile, where a peak points along +x."""
+    """A hat on a head ``half`` wide. ``front`` is None in profile, where a peak points along +x."""
     kind = who.headwear.kind
     if kind == "none":
         return

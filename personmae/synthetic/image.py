@@ -96,7 +96,7 @@ def _draw_labels(settings: SynthSettings, shot: Shot, camera: Camera, size: tupl
 
 
 def _draw_subject(settings: SynthSettings, shot: Shot, camera: Camera, canvas: Canvas, rng: Rng) -> None:
-    """The person the image is of; every second piece of junk shows nobody."""
+    """The person the image is of. Every second piece of junk shows nobody."""
     height, width = canvas.label.shape
     identity = identity_of(settings.seed, shot.split, shot.subject)
     top, bottom, shift = _detector_box(rng, shot.framing, settings.cut_fraction)
@@ -112,7 +112,7 @@ def _draw_subject(settings: SynthSettings, shot: Shot, camera: Camera, canvas: C
 
 
 def _sample_pose(settings: SynthSettings, shot: Shot, camera: Camera, rng: Rng) -> Pose:
-    """A person keeps the view while crossing a camera, mostly; a camera sees some views more often."""
+    """A person mostly keeps the view while crossing a camera. A camera sees some views more often."""
     track = rng_of(settings.seed, shot.split, "track", shot.subject, shot.camera)
     view = VIEWS[int(np.searchsorted(np.cumsum(camera.view_weights[:3]), track.random()))]
     if rng.random() < TURNING_FRACTION:

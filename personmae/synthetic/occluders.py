@@ -12,7 +12,7 @@ OCCLUDER_LABEL = 3 * LABELS_PER_FIGURE  # the three figure slots come first
 
 
 def draw_occluder(canvas: Canvas, kind: str, severity: float, rng: Rng) -> None:
-    """Put a thing in front of what is on the canvas; it hides roughly the share ``severity`` of the image."""
+    """Put a thing in front of what is on the canvas. It hides roughly the share ``severity`` of the image."""
     colours = rng.integers(25, 215, (2, 3))
     tint = rng.uniform(0.05, 0.35)
     colours = np.rint(colours * tint + colours.mean(axis=1, keepdims=True) * (1 - tint)).astype(np.int64)

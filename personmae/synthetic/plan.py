@@ -104,7 +104,7 @@ def _camera_of(settings: SynthSettings, split: str, subject: int, slot: int) -> 
 def _identity_shots(
     settings: SynthSettings, split: str, count: int, images: range, *, occlusion: Callable[[int], float | None]
 ) -> Iterator[Shot]:
-    """Images ``images`` of each identity, without their paths; two images in a row share a camera slot."""
+    """Images ``images`` of each identity, without their paths. Two images in a row share a camera slot."""
     gallery = settings.images_per_id
     for subject in range(count):
         for image in images:

@@ -71,7 +71,7 @@ class Garment(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Something worn, carried, grown or printed; kind ``none`` means it is absent."""
+    """Something worn, carried, grown or printed. Kind ``none`` means it is absent."""
 
     kind: str
     colour: Bgr
@@ -79,7 +79,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Everything that stays the same between two images of one person; each field is one visible detail."""
+    """Everything that stays the same between two images of one person. Each field is one visible detail."""
 
     height: float  # of the figure in its detection box, 0.9..1
     build: float  # width factor, 0.85 slim .. 1.25 heavy

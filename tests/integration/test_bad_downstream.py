@@ -119,7 +119,7 @@ def test_histogram_takes_no_pooling(market):
 def test_a_place_that_takes_no_result_is_told_before_anything_is_computed(market, tuned, tmp_path):
     (tmp_path / "file").write_text("")
     done = personmae("evaluate", tuned, "market1501", market, "--out", tmp_path / "file" / "below")
-    assert "a file stands where a directory is needed" in one_line_error(done)
+    assert "there is a file where a directory is needed" in one_line_error(done)
     assert "extracting" not in done.stdout
 
 
