@@ -21,10 +21,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "quickstart_sweep.json"
 TARGET = RUNS / "data" / "market1501"
 PRETRAINING: dict[str, tuple[str, ...]] = {
     "quickstart": (),
-    "half": ("train.total_steps=1400",),
-    "four times": ("train.total_steps=11200",),
-    "batch 128": ("train.global_batch_size=128", "train.max_micro_batch_size=128", "train.total_steps=700"),
-    "batch 128, half": ("train.global_batch_size=128", "train.max_micro_batch_size=128", "train.total_steps=350"),
+    "half": ("train.total_steps=1200",),
+    "four times": ("train.total_steps=9600",),
+    "batch 128": ("train.global_batch_size=128", "train.max_micro_batch_size=128", "train.total_steps=600"),
+    "batch 128, half": ("train.global_batch_size=128", "train.max_micro_batch_size=128", "train.total_steps=300"),
     "blocks alone": ("mask.block_ratio=null",),
     "blocks .4": ("mask.block_ratio=0.4",),
     "no blocks": ("mask.block_ratio=0",),
@@ -34,7 +34,7 @@ PRETRAINING: dict[str, tuple[str, ...]] = {
     "no feature loss": ("loss.feature_weight=0",),
     "identity loss": ("loss.identity_weight=0.1",),
     "MAE-like": MAE,
-    "MAE-like, half": (*MAE, "train.total_steps=1400"),
+    "MAE-like, half": (*MAE, "train.total_steps=1200"),
 }
 FINE_TUNING: dict[str, tuple[str, ...]] = {
     "": (),
