@@ -115,7 +115,7 @@ class Mask(Section):
     @model_validator(mode="after")
     def _blocks_are_part_of_it(self) -> "Mask":
         if self.block_ratio is not None and self.block_ratio > self.ratio:
-            raise ValueError(f"block_ratio={self.block_ratio} must be at most ratio={self.ratio}; lower it or leave it out")
+            raise ValueError(f"block_ratio={self.block_ratio} must be at most ratio={self.ratio}. Lower it or leave it out")
         return self
 
 
@@ -307,7 +307,7 @@ class Pretrain(Section):
     def _graphs_of_compiled_code(self) -> "Pretrain":
         if self.train.cuda_graphs and not (self.train.compile and self.engine.name == "native"):
             raise ValueError(
-                f"train.cuda_graphs needs train.compile=true and engine.name=native; they are {self.train.compile} and "
+                f"train.cuda_graphs needs train.compile=true and engine.name=native. They are {self.train.compile} and "
                 f"{self.engine.name}"
             )
         return self

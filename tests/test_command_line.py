@@ -71,8 +71,8 @@ def test_help_of_a_verb_is_its_own_help(capsys):
     code, out, _ = call(capsys, "help", "shards", "write")
     assert code == EXIT_COMPLETE
     assert (code, out) == call(capsys, "shards", "write", "--help")[:2]
-    assert "unknown verb 'wriet'; did you mean 'write'?" in refusal(capsys, "help", "shards", "wriet")
-    assert "has no verbs of its own; got 'x'" in refusal(capsys, "help", "finetune", "x")
+    assert "unknown verb 'wriet'. Did you mean 'write'?" in refusal(capsys, "help", "shards", "wriet")
+    assert "has no verbs of its own. Got 'x'" in refusal(capsys, "help", "finetune", "x")
 
 
 def test_the_version_is_printed(capsys):
@@ -149,18 +149,18 @@ def test_an_old_option_sets_the_new_one_prints_its_name_and_is_in_no_help(capsys
     [("pretrian", "pretrain"), ("fine-tune", "finetune"), ("sumbit", "submit"), ("docter", "doctor"), ("key", "keys")],
 )
 def test_an_unknown_verb_names_the_nearest(capsys, typed, meant):
-    assert refusal(capsys, typed, "x").startswith(f"unknown verb '{typed}'; did you mean '{meant}'?")
+    assert refusal(capsys, typed, "x").startswith(f"unknown verb '{typed}'. Did you mean '{meant}'?")
 
 
 def test_unknown_verbs_below_and_words_like_none_are_told(capsys):
-    assert refusal(capsys, "bench", "stpe").startswith("unknown verb 'stpe'; did you mean 'step'? See 'personmae bench --help'")
-    assert "unknown verb 'xyzzy'; there are synth, shards," in refusal(capsys, "xyzzy")
+    assert refusal(capsys, "bench", "stpe").startswith("unknown verb 'stpe'. Did you mean 'step'? See 'personmae bench --help'")
+    assert "unknown verb 'xyzzy'. There are synth, shards," in refusal(capsys, "xyzzy")
     with pytest.raises(SystemExit, match="78"):
         cli.main(["stauts", "x"])
-    assert "did you mean 'status'?" in capsys.readouterr().err
+    assert "Did you mean 'status'?" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="78"):
         elastic.main(["rnu"])
-    assert "did you mean 'run'?" in capsys.readouterr().err
+    assert "Did you mean 'run'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_an_unknown_option_names_the_nearest(capsys, argv, meant):
     if argv[-1] == "--node=2":  # an unambiguous beginning is the option itself
         assert "c.yaml does not exist" in refusal(capsys, *argv)
         return
-    assert re.match(rf"unknown option '{argv[-2]}'; did you mean '{meant}'\? See", refusal(capsys, *argv))
+    assert re.match(rf"unknown option '{argv[-2]}'. Did you mean '{meant}'\? See", refusal(capsys, *argv))
 
 
 @pytest.mark.parametrize(
@@ -219,12 +219,12 @@ def test_an_unknown_key_names_the_one_that_was_meant(program, typed, meant):
     file = {"pretrain": "quickstart", "finetune": "quickstart_random", "unsupervised": "quickstart_usl"}[program]
     with pytest.raises(UserError) as caught:
         config.load(config.PROGRAMS[program], CONFIGS / f"{file}.yaml", [f"{typed}=12"])
-    assert str(caught.value) == f"unknown key '{typed}' in the command line; the nearest known key is '{meant}'"
+    assert str(caught.value) == f"unknown key '{typed}' in the command line. The nearest known key is '{meant}'"
 
 
 def test_an_unknown_key_of_a_suites_stage_names_the_one_that_was_meant(tmp_path):
     (tmp_path / "s.yaml").write_text("name: s\nresults: o\nstages:\n- {name: a, config: b.yaml, ovrlay: x}\n")
-    with pytest.raises(UserError, match=r"unknown key 'stages\.0\.ovrlay' in .*; the nearest known key is 'stages\.overlay'"):
+    with pytest.raises(UserError, match=r"unknown key 'stages\.0\.ovrlay' in .*. The nearest known key is 'stages\.overlay'"):
         config.load(Suite, tmp_path / "s.yaml")
 
 
@@ -313,7 +313,7 @@ def test_the_page_of_keys_is_what_the_command_prints_now(capsys):
         assert {key.name for key in keys_of(kind)} <= set(items)
     assert items.count("checkpoint.every_steps") == 1  # of all programs, so once
     assert items.count("optim.lr") == 3  # each program's own
-    assert "takes no words; got 'mask'" in refusal(capsys, "keys", "mask", "--markdown")
+    assert "takes no words. Got 'mask'" in refusal(capsys, "keys", "mask", "--markdown")
 
 
 def test_descriptions_are_short_plain_sentences():
@@ -342,7 +342,7 @@ def test_keys_finds_words_in_names_and_descriptions(capsys):
     assert [line.split()[0] for line in out.splitlines()] == ["finetune:", "augment.erase_prob"]
     _, out, _ = call(capsys, "keys", "centroid")  # of a description, in one program
     assert out.startswith("unsupervised:\n")
-    assert "no key has 'zzz' in its name or description; the nearest is '" in refusal(capsys, "keys", "zzz")
+    assert "no key has 'zzz' in its name or description. The nearest is '" in refusal(capsys, "keys", "zzz")
 
 
 # --- completion ---

@@ -50,7 +50,7 @@ def require_native(precisions: Sequence[str], device: torch.device) -> tuple[str
     wanted = dict.fromkeys(native.best if name == AUTO else name for name in precisions)
     left = tuple(name for name in wanted if name == "fp32" or native.bf16)
     if not left:
-        raise UserError(f"bf16 cannot be measured here, since {native.why}; give fp32")
+        raise UserError(f"bf16 cannot be measured here, since {native.why}. Give fp32")
     if len(left) < len(wanted):
         print(f"bf16 is left out: {native.why}", flush=True)
     return left
@@ -58,7 +58,7 @@ def require_native(precisions: Sequence[str], device: torch.device) -> tuple[str
 
 def measure_alone(precisions: Sequence[str]) -> Ceilings:
     """The ceilings of the device that a program would take, from a process that leaves nothing behind."""
-    print(f"measuring what this machine can do at most, in {' and '.join(precisions)} ...", flush=True)
+    print(f"measuring the most that this machine can do, in {' and '.join(precisions)} ...", flush=True)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_measure_here, tuple(precisions)).result()
 

@@ -63,7 +63,7 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
         UserError: there are fewer images than people.
     """
     if not 0 < bench.num_pids <= bench.num_images:
-        raise UserError(f"num_pids must be in 1 ... num_images = {bench.num_images}; got {bench.num_pids}")
+        raise UserError(f"num_pids must be in 1 ... num_images = {bench.num_images}. Got {bench.num_pids}")
     ways = (OURS, BASELINE) if bench.baseline else (OURS,)
     rounds: dict[str, list[tuple[float, int, int, np.ndarray]]] = {name: [] for name in ways}
     for number in range(1, bench.rounds + 1):
@@ -188,6 +188,6 @@ def _print(bench: ClusterBench, found: dict[str, Measured], record: dict[str, An
     console.print(table)
     if bench.baseline:
         console.print(
-            f"{record['speed_ratio']:.1f} times as fast, {record['memory_ratio']:.1f} times less memory; "
+            f"{record['speed_ratio']:.1f} times as fast, {record['memory_ratio']:.1f} times less memory. "
             f"{record['different_labels']:,} labels differ"
         )

@@ -66,12 +66,12 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
         UserError: the shards cannot be read, or hold too few samples.
     """
     if not Path(bench.shards).is_dir():
-        raise UserError(f"a directory of shards is required; {bench.shards} is none: name those of a store with --remote")
+        raise UserError(f"a directory of shards is required. {bench.shards} is none: name those of a store with --remote")
     with tempfile.TemporaryDirectory(prefix="personmae-bench-") as scratch, ShardSet(bench.shards, scratch) as shards:
         if bench.remote:
             with ShardSet(bench.remote, scratch) as same:  # a mistake is told now and not after minutes
                 if same.digest != shards.digest:
-                    raise UserError(f"--remote must hold the same shards as {bench.shards}; {bench.remote} has another index")
+                    raise UserError(f"--remote must hold the same shards as {bench.shards}. {bench.remote} has another index")
         least = 8 * BATCH_SIZE
         for name, count in ((f"samples in {bench.shards}", len(shards)), ("--images", bench.num_images)):
             if count < least:
@@ -281,4 +281,4 @@ def _print(found: dict[str, Measured], record: dict[str, Any]) -> None:
         table.add_row(name, f"{values.images_per_second:,.0f}", per_core, f"{values.bytes_per_second / 1e6:,.0f}", waited)
     console = Console()
     console.print(table)
-    console.print(f"the whole pipeline is {record['ratio']:.1f} times the usual way with the crop, which it leaves to the GPU")
+    console.print(f"the whole pipeline is {record['ratio']:.1f} times the baseline with the crop, which it leaves to the GPU")

@@ -121,7 +121,7 @@ def precision_line(native: Native, rates: dict[str, float]) -> Line:
     if rates[best] >= rates[other]:
         slow = f". Slow here: train.precision=bf16, at {_share(rates['bf16'] / rates['fp32'])} of fp32's rate"
         return Line("precision", False, told + (slow if best == "fp32" else ""))
-    return Line("precision", True, f"{told}. Slow: auto's choice was slower when measured; give train.precision={other}")
+    return Line("precision", True, f"{told}. Slow: auto's choice was slower when measured. Give train.precision={other}")
 
 
 def size_lines(speeds: Speeds) -> list[Line]:

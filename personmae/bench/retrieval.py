@@ -67,7 +67,7 @@ def run_retrieval(bench: RetrievalBench, out: Path | None = None) -> dict[str, A
     """
     baseline_queries = bench.num_query if bench.baseline_queries is None else bench.baseline_queries
     if not 0 < baseline_queries <= bench.num_query:
-        raise UserError(f"baseline_queries must be in 1 ... num_query = {bench.num_query}; got {baseline_queries}")
+        raise UserError(f"baseline_queries must be in 1 ... num_query = {bench.num_query}. Got {baseline_queries}")
     counts = {name: bench.num_query if name in (OURS, PRODUCT) else baseline_queries for name in WAYS}
     rounds: dict[str, list[tuple[float, int, float | None]]] = {name: [] for name in WAYS}
     for number in range(1, bench.rounds + 1):

@@ -82,7 +82,7 @@ class StepBench:
             ("crop-backends", self.crop_backends, get_args(CropBackend)),
         ):
             if wrong := [name for name in given if name not in known]:
-                raise UserError(f"--{what} takes {', '.join(known)}; got {wrong[0]!r}")
+                raise UserError(f"--{what} takes {', '.join(known)}. Got {wrong[0]!r}")
         if any(side % 16 for side in self.img_size):
             raise UserError(f"--img-size must be multiples of 16, got {self.img_size[0]}x{self.img_size[1]}")
         return [
@@ -109,14 +109,14 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
     bench = replace(bench, precisions=require_native(bench.precisions, device))
     groups = bench.groups()
     if "graph" in bench.compile and device.type == "cpu":
-        raise UserError("--compile graph needs a GPU and there is none; leave it out")
+        raise UserError("--compile graph needs a GPU and there is none. Leave it out")
     if "triton" in bench.crop_backends:
         require_kernel(device)
     if bench.shards:
         _require_samples(bench.shards, max(bench.batches))
     teams = groups if device.type == "cpu" else [[cell] for group in groups for cell in group]
     if not ceilings:
-        progress.log_to_stderr("bench step: measuring what this machine can do at most ...")
+        progress.log_to_stderr("bench step: measuring the most that this machine can do ...")
     ceilings = ceilings or measure_alone(bench.precisions)
     print(f"bench step: this machine does {_described(ceilings)}", flush=True)
     shards = Path(bench.shards).name if bench.shards else None

@@ -77,7 +77,7 @@ def print_keys(words: list[str], *, markdown: bool = False) -> None:
 
     if markdown:
         if words:
-            raise UserError(f"--markdown prints the keys of all programs and takes no words; got '{' '.join(words)}'")
+            raise UserError(f"--markdown prints the keys of all programs and takes no words. Got '{' '.join(words)}'")
         print(to_markdown(config.PROGRAMS, _PAGE), end="")
         return
     program = words[0] if words and words[0] in config.PROGRAMS else None
@@ -91,7 +91,7 @@ def print_keys(words: list[str], *, markdown: bool = False) -> None:
     if not found:
         known = [key.name for name in config.PROGRAMS for key in keys_of(config.PROGRAMS[name])]
         near = difflib.get_close_matches(" ".join(wanted), [*known, *config.PROGRAMS], n=1, cutoff=0.0)[0]
-        raise UserError(f"no key has '{' '.join(wanted)}' in its name or description; the nearest is '{near}'")
+        raise UserError(f"no key has '{' '.join(wanted)}' in its name or description. The nearest is '{near}'")
 
 
 def add_help(verbs: argparse._SubParsersAction, parser: Parser) -> None:
@@ -105,7 +105,7 @@ def find(parser: Parser, words: list[str]) -> Parser:
     for word in words:
         actions = verbs_of(parser)
         if not actions:
-            raise UserError(f"'{parser.prog}' has no verbs of its own; got '{word}': leave it out")
+            raise UserError(f"'{parser.prog}' has no verbs of its own. Got '{word}': leave it out")
         try:
             parser._check_value(actions[0], word)
         except argparse.ArgumentError as error:
@@ -115,7 +115,7 @@ def find(parser: Parser, words: list[str]) -> Parser:
 
 
 def add_completion(verbs: argparse._SubParsersAction, parser: Parser) -> None:
-    verb = verbs.add_parser("completion", help="print what makes a shell complete verbs, options and files")
+    verb = verbs.add_parser("completion", help="print a script that completes verbs, options and files in a shell")
     verb.add_argument("shell", choices=("bash", "zsh"), help='bash or zsh, e.g. eval "$(personmae completion bash)"')
     verb.set_defaults(run=lambda args: print(completion(parser, args.shell)))
 

@@ -37,12 +37,12 @@ class Parser(argparse.ArgumentParser):
             return
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             near = difflib.get_close_matches(str(value), list(action.choices), n=1)
-            meant = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(action.choices)}"
-            raise argparse.ArgumentError(None, f"unknown verb '{value}'; {meant}")
+            meant = f"Did you mean '{near[0]}'?" if near else f"There are {', '.join(action.choices)}"
+            raise argparse.ArgumentError(None, f"unknown verb '{value}'. {meant}")
         super()._check_value(action, value)
 
     def error(self, message: str) -> None:  # type: ignore[override]
-        pointer = f" See '{self.prog} --help'" if message.endswith("?") else f"; see '{self.prog} --help'"
+        pointer = f"{'' if message.endswith('?') else '.'} See '{self.prog} --help'"
         print(f"error: {message}{pointer}", file=sys.stderr)
         sys.exit(78)
 
@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
             name = text.partition("=")[0]
             if name.startswith("--") and len(name) > 2:
                 near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
-                self.error(f"unknown option '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+                self.error(f"unknown option '{name}'" + (f". Did you mean '{near[0]}'?" if near else ""))
 
 
 class Verbs(argparse._SubParsersAction):

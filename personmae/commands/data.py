@@ -11,18 +11,18 @@ from personmae.commands.arguments import Progress, place, positive
 from personmae.monitor.progress import counted, ending, log_to_stderr, stamped
 
 _SHARDS_WRITE = """\
-SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. Everything below it that holds images is taken:
-  image files      .jpg .jpeg .png .webp .bmp at any depth; an image's name is its path below SRC
-  tars             uncompressed ones, WebDataset's too; a name is TAR/MEMBER
-  an LMDB          name -> image, as LUPerson is kept: data.mdb, or a .mdb or .lmdb file (not in a bucket)
-  MDS shards       that others wrote, compressed too; a name is SHARD/ROW
-  parquet files    as Hugging Face publishes images; a name is FILE/ROW
+SRC is a folder, a file, or a bucket s3://BUCKET/PREFIX. All images below it are taken:
+  image files      .jpg .jpeg .png .webp .bmp at any depth. An image is named by its path below SRC
+  tars             uncompressed, also of WebDataset. A name is TAR/MEMBER
+  an LMDB          name -> image, as LUPerson has it: data.mdb, or a .mdb or .lmdb file (not in a bucket)
+  MDS shards       written by others, also compressed. A name is SHARD/ROW
+  parquet files    as Hugging Face publishes images. A name is FILE/ROW
 
-What is passed over is counted by kind. In names, bytes that are no UTF-8 are written as \\xNN.
-JPEGs are kept byte for byte. Other images are encoded as JPEG: quality 95, 4:4:4, alpha left out, 8 bits of 16.
-Those that cannot be decoded are left out and listed in DEST/rejects.jsonl. If they are more than --max-rejects,
-the index is not written and the exit code is 1; with a larger share the same command then ends at once.
-Interrupted or killed at any moment, the same command goes on where it was and ends with the same bytes.
+Other files are passed over and counted by kind. In names, bytes that are not UTF-8 are written as \\xNN.
+JPEGs are kept byte for byte. Other images are encoded as JPEG: quality 95, 4:4:4, no alpha, 8 bits.
+Images that cannot be decoded are left out and listed in DEST/rejects.jsonl. If they are more than --max-rejects,
+the index is not written and the exit code is 1. The same command with a larger share then ends at once.
+After an interruption or a kill the same command continues, and it ends with the same bytes.
 On a complete import it says so and ends with 0.
 """
 
@@ -48,7 +48,7 @@ def add_synth(verbs: argparse._SubParsersAction) -> None:
         "--cameras",
         choices=["usual", "hard"],
         default="usual",
-        help="usual: as like to published benchmarks as drawn people come; hard: strong colour casts (default usual)",
+        help="usual: statistics near those of published benchmarks. hard: strong colour casts (default usual)",
     )
 
     def run(args: argparse.Namespace) -> None:
@@ -89,7 +89,7 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
     )
     write.add_argument("source", type=place, metavar="SRC", help="where the images are: a path or s3://bucket/prefix")
     write.add_argument(
-        "destination", type=place, metavar="DEST", help="directory or s3://bucket/prefix; must be empty or unfinished"
+        "destination", type=place, metavar="DEST", help="directory or s3://bucket/prefix, empty or with an unfinished import"
     )
     write.add_argument("--shard-mb", type=positive, default=64, metavar="N", help="largest size of a shard in MiB (default 64)")
     write.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side exceeds N pixels")
@@ -99,21 +99,24 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
         type=float,
         default=0.05,
         metavar="SHARE",
-        help="share that may be left out as unreadable (default 0.05); above it the exit code is 1",
+        help="largest share of unreadable images (default 0.05). Above it the exit code is 1",
     )
     write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
     write.add_argument("--column", metavar="NAME", help="the column of images in MDS shards and parquet files")
     write.add_argument(
-        "--part", type=_part, metavar="I/N", help="write the I-th of N parts; hosts share one DEST, the last writes the index"
+        "--part",
+        type=_part,
+        metavar="I/N",
+        help="write the I-th of N parts. Hosts share DEST, and the last writes the index",
     )
     which = write.add_argument_group("which images (default: all)")
     which.add_argument("--list", type=Path, metavar="FILE", help="only those named in FILE: text, one name a line")
     which.add_argument(
-        "--trust-pickle-list", action="store_true", help="let FILE be a pickled list of names; no code in it is run"
+        "--trust-pickle-list", action="store_true", help="let FILE be a pickled list of names. No code in it is run"
     )
     which.add_argument("--first", type=float, default=1.0, metavar="SHARE", help="only the first share of FILE, e.g. 0.5")
     which.add_argument("--fraction", type=float, default=1.0, metavar="SHARE", help="only a random share of those, e.g. 0.25")
-    which.add_argument("--seed", type=int, default=0, help="which random share (default 0); smaller shares lie in larger ones")
+    which.add_argument("--seed", type=int, default=0, help="which random share (default 0). Larger ones contain smaller ones")
     write.set_defaults(run=_shards_write)
 
 
@@ -145,7 +148,7 @@ def _shards_write(args: argparse.Namespace) -> None:
             progress=progress,
             log=lambda line: print(stamped(f"shards write: {line}"), file=sys.stderr, flush=True),
         )
-    passed_over = f"; passed over: {outcome.passed_over}" if outcome.passed_over else ""
+    passed_over = f". Passed over: {outcome.passed_over}" if outcome.passed_over else ""
     if not outcome.finished:
         are = "is" if outcome.num_missing == 1 else "are"
         missing = f"{counted(outcome.num_missing, 'shard')} of other parts {are} missing"
@@ -154,9 +157,9 @@ def _shards_write(args: argparse.Namespace) -> None:
         return
     where = f"{args.destination.rstrip('/')}/{rejects.REJECTS}"
     left_out = rejects.read(args.destination)
-    rejected = f"; {len(left_out):,} left out, listed in {where}: {rejects.summary(left_out)}" if left_out else ""
+    rejected = f". {len(left_out):,} left out, listed in {where}: {rejects.summary(left_out)}" if left_out else ""
     if pass_mark_on(args.source, args.destination):
-        passed_over += "; the people are synthetic"
+        passed_over += ". The people are synthetic"
     what = "already complete: {} in" if outcome.was_complete else "{} written to"
     print(f"{what.format(counted(outcome.num_images, 'image'))} {args.destination}{rejected}{passed_over}")
     seconds, where = time.monotonic() - began, f"the shards are in {args.destination}"

@@ -9,7 +9,7 @@ from personmae.monitor.progress import log, log_to_stderr
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names with commas between them. The measurement knows which names exist."""
+    """Names with commas between them. The measurement checks them."""
     return tuple(name.strip() for name in text.split(","))
 
 
@@ -63,7 +63,7 @@ def _bench_retrieval(actions: argparse._SubParsersAction) -> None:
     retrieval = actions.add_parser(
         "retrieval", help="scoring a retrieval, next to its matrix product and to the baseline's argsort and loops"
     )
-    retrieval.add_argument("size", choices=["market", "msmt17"], help="of which benchmark; features are drawn")
+    retrieval.add_argument("size", choices=["market", "msmt17"], help="the benchmark whose size is used. Features are random")
     retrieval.add_argument("--rounds", type=counting, default=3, help="measurements of each way, in turn (default 3)")
     retrieval.add_argument("--out", type=Path, help="write the record as JSON")
 
@@ -78,11 +78,14 @@ def _bench_retrieval(actions: argparse._SubParsersAction) -> None:
 
 
 def _bench_cluster(actions: argparse._SubParsersAction) -> None:
-    cluster = actions.add_parser("cluster", help="pseudo-labels, beside the usual dense way")
+    cluster = actions.add_parser("cluster", help="pseudo-labels, next to a dense baseline")
     cluster.add_argument(
-        "--preset", default="market", choices=["market", "large"], help="12,936 or 100,000 images, the latter ours alone"
+        "--preset",
+        default="market",
+        choices=["market", "large"],
+        help="12,936 or 100,000 images, these without a baseline",
     )
-    cluster.add_argument("--rounds", type=counting, help="times each way is measured, in turn (default: the preset's)")
+    cluster.add_argument("--rounds", type=counting, help="measurements of each way, in turn (default: the preset's)")
     cluster.add_argument("--out", type=Path, help="write the record as JSON")
 
     def run(args: argparse.Namespace) -> None:
@@ -106,22 +109,22 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
         "--engines",
         type=names,
         default=("native",),
-        help="of native, 'deepspeed 0' to 'deepspeed 3', fsdp, and plain, which is a loop written out (default native)",
+        help="of native, 'deepspeed 0' to 'deepspeed 3', fsdp, and plain, a loop without an engine (default native)",
     )
     step.add_argument("--compile", type=names, default=("off",), help="of off, on, and graph, with CUDA graphs (default off)")
     step.add_argument(
         "--precision",
         type=names,
         default=("auto",),
-        help="of bf16, fp32, auto (default auto: the one it is made for)",
+        help="of bf16, fp32, auto (default auto: the native one of this machine)",
     )
     step.add_argument("--checkpointing", type=names, default=("none",), help="of none, selective, full (default none)")
     step.add_argument("--crop-backends", type=names, default=("torch",), help="of torch, triton (default torch)")
     step.add_argument("--cutters", type=names, action=Renamed, dest="crop_backends", help=argparse.SUPPRESS)
     step.add_argument("--img-size", type=size, default=(256, 128), metavar="HxW", help="pixels (default 256x128)")
     step.add_argument("--shards", type=place, metavar="DIR", help="also measure the whole pipeline, with these shards")
-    step.add_argument("--steps", type=counting, default=20, help="steps of each cell a round (default 20)")
-    step.add_argument("--rounds", type=counting, default=3, help="times each cell is measured; the median counts (default 3)")
+    step.add_argument("--steps", type=counting, default=20, help="steps of each cell in a round (default 20)")
+    step.add_argument("--rounds", type=counting, default=3, help="measurements of each cell. The median counts (default 3)")
     step.add_argument("--out", type=Path, help="write the record as JSON")
 
     def run(args: argparse.Namespace) -> None:
@@ -146,15 +149,15 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
 
 
 def _bench_counts(actions: argparse._SubParsersAction) -> None:
-    verb = actions.add_parser("counts", help="operations and bytes of each stage of a step, and their time at the least")
+    verb = actions.add_parser("counts", help="operations and bytes of each stage of a step, and the least time that they take")
     verb.add_argument("--batch", type=counting, default=256, help="images a step (default 256)")
     verb.add_argument(
         "--precision",
         choices=["bf16", "fp32"],
-        help="of the matrix products (default bf16; with --measure the one that this machine is made for)",
+        help="of the matrix products (default bf16, and with --measure the native one of this machine)",
     )
-    verb.add_argument("--rate", type=positive, metavar="TFLOPS", help="10^12 operations a second that a machine does")
-    verb.add_argument("--bandwidth", type=positive, metavar="GB/S", help="10^9 bytes a second that it moves")
+    verb.add_argument("--rate", type=positive, metavar="TFLOPS", help="10^12 operations per second of a machine")
+    verb.add_argument("--bandwidth", type=positive, metavar="GB/S", help="10^9 bytes per second that it moves")
     verb.add_argument("--measure", action="store_true", help="take both from this machine")
     verb.add_argument("--out", type=Path, help="write the record as JSON")
 
@@ -164,10 +167,10 @@ def _bench_counts(actions: argparse._SubParsersAction) -> None:
         from personmae.bench.counts import CountBench, run_counts
 
         if (args.rate is None) != (args.bandwidth is None) or (args.rate and args.measure):
-            raise UserError("--rate and --bandwidth belong together, and in the place of --measure")
+            raise UserError("--rate and --bandwidth belong together, and replace --measure")
         precision, ceilings = args.precision or "bf16", None
         if args.measure:
-            log_to_stderr("bench counts: measuring what this machine can do at most ...")
+            log_to_stderr("bench counts: measuring the most that this machine can do ...")
             (precision,) = require_native([args.precision or "auto"], dist.read_world().device)
             ceilings = measure_alone([precision])
         if args.rate:
@@ -179,10 +182,10 @@ def _bench_counts(actions: argparse._SubParsersAction) -> None:
 
 def _bench_checkpoint(actions: argparse._SubParsersAction) -> None:
     verb = actions.add_parser(
-        "checkpoint", help="how long a save of the whole state holds up training, and when it is committed"
+        "checkpoint", help="how long saving the whole state holds up training, and when the save is committed"
     )
     verb.add_argument("--size", default="base", choices=["micro", "small", "base", "large"], help="encoder (default base)")
-    verb.add_argument("--saves", type=counting, default=4, help="how many; the median of all but the first counts (default 4)")
+    verb.add_argument("--saves", type=counting, default=4, help="how many. The median without the first counts (default 4)")
     verb.add_argument("--out", type=Path, help="write the record as JSON")
 
     def run(args: argparse.Namespace) -> None:
@@ -194,20 +197,20 @@ def _bench_checkpoint(actions: argparse._SubParsersAction) -> None:
 
 
 def _bench_data(actions: argparse._SubParsersAction) -> None:
-    data = actions.add_parser("data", help="reading and decoding shards, beside StreamingDataset + PIL + DataLoader")
+    data = actions.add_parser("data", help="reading and decoding shards, next to StreamingDataset + PIL + DataLoader")
     data.add_argument("shards", type=place, metavar="SHARDS", help="a directory of shards")
     data.add_argument(
         "--remote", type=place, metavar="URL", help="the same shards in an object store, read with an empty and a full cache"
     )
     data.add_argument("--images", type=counting, default=10_000, help="images per measurement (default 10000)")
     data.add_argument(
-        "--rounds", type=counting, default=3, help="times each way is measured, in turn; the median counts (default 3)"
+        "--rounds", type=counting, default=3, help="measurements of each way, in turn. The median counts (default 3)"
     )
     data.add_argument(
         "--rate",
         type=positive,
         default=6000,
-        help="images/s of the consumer whose wait is told (default 6000, a GPU on ViT-B)",
+        help="images/s of the consumer whose wait is measured (default 6000, as a GPU with ViT-B)",
     )
     data.add_argument("--out", type=Path, help="write the record as JSON")
 
@@ -228,14 +231,14 @@ def add_doctor(verbs: argparse._SubParsersAction) -> None:
         "--data",
         metavar="PATH",
         type=Path,
-        help="instead: count the benchmarks in a folder, open their files, what crops look like",
+        help="instead: count the benchmarks in a folder, open their files, and describe their crops",
     )
     what.add_argument("--quickstart", action="store_true", help="instead: how long 'make quickstart' takes on this machine")
-    verb.add_argument("--config", type=Path, metavar="FILE", help="also what a configuration comes to here")
+    verb.add_argument("--config", type=Path, metavar="FILE", help="also estimate a configuration on this machine")
 
     def run(args: argparse.Namespace) -> None:
         if args.config and (args.data or args.quickstart):
-            raise UserError("--config goes with no option but --shards; leave out the other")
+            raise UserError("--config goes with no option but --shards. Leave out the other")
         if args.data:
             from personmae.inspect import inventory
 

@@ -23,7 +23,7 @@ def add_unsupervised(verbs: argparse._SubParsersAction) -> None:
 
 def _program(verbs: argparse._SubParsersAction, name: str, help_text: str) -> None:
     verb = verbs.add_parser(name, help=help_text)
-    verb.add_argument("config", type=place, metavar="CONFIG", help="a YAML file; see configs/")
+    verb.add_argument("config", type=place, metavar="CONFIG", help="a YAML file, as in configs/")
     add_program_arguments(verb, dry_run=name == "pretrain")
     verb.set_defaults(run=lambda args: run_config(name, args.config, args))
 
@@ -62,7 +62,7 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
     elif name == "pretrain":
         importlib.import_module("personmae.dry_run").show(settings, num_ranks)
     else:
-        raise UserError(f"--dry-run is for pretrain; {name} has no plan to print: leave it out")
+        raise UserError(f"--dry-run is for pretrain. {name} has no plan to print: leave it out")
 
 
 _EVALUATE = """\
@@ -82,30 +82,28 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
         description=_EVALUATE,
     )
     verb.add_argument("checkpoint", type=place, metavar="CHECKPOINT", help="a run, a checkpoint, 'random' or a baseline")
-    verb.add_argument("benchmark", metavar="BENCHMARK", help="its name, e.g. market1501 or folder; see configs/README.md")
+    verb.add_argument("benchmark", metavar="BENCHMARK", help="its name, e.g. market1501 or folder (configs/README.md)")
     verb.add_argument("root", type=place, metavar="ROOT", help="directory of the benchmark")
     verb.add_argument("--out", type=Path, metavar="DIR", help="write result.json and rank_lists.json there")
-    verb.add_argument(
-        "--probe", action="store_true", help="what the frozen rows of a pre-trained encoder find, read in two ways"
-    )
+    verb.add_argument("--probe", action="store_true", help="test the frozen rows of a pre-trained encoder, read in two ways")
     verb.add_argument(
         "--pool",
         choices=["mean", "cls", "cls_mean", "rows"],
-        help="take a pre-trained encoder as it is, its tokens pooled so; rows are means of the middle of each row",
+        help="use a pre-trained encoder without training, with its tokens pooled so. rows: means of the middle of each row",
     )
     verb.add_argument(
         "--per-camera",
         choices=["none", "standardise", "whiten"],
-        help="what is done to features within each camera, without labels (default none, of baselines standardise)",
+        help="what is removed from features within each camera, without labels (default none, for baselines standardise)",
     )
     verb.add_argument(
         "--rerank",
         choices=["none", "aqe", "k_reciprocal"],
         default="none",
-        help="query expansion or k-reciprocal re-ranking; the field's tables have neither (default none)",
+        help="query expansion or k-reciprocal re-ranking. Published tables have neither (default none)",
     )
     verb.add_argument(
-        "--unfinished", action="store_true", help="take a run whose training has not reached its end; the record says so"
+        "--unfinished", action="store_true", help="accept a run whose training is not finished. The record says so"
     )
     drawn = verb.add_argument_group("of 'random'")
     drawn.add_argument("--size", choices=["micro", "small", "base", "large"], help="of the encoder (default base)")

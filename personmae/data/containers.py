@@ -84,7 +84,7 @@ def kind_of(name: str) -> str | None:
 
 def compressed(location: str) -> UserError:
     """The refusal of a compressed tar."""
-    return UserError(f"an uncompressed tar is required, to read images by their place in it; decompress {location} first")
+    return UserError(f"an uncompressed tar is required, to read images by their place in it. Decompress {location} first")
 
 
 @final
@@ -105,9 +105,9 @@ class Tar(Container):
                     self._add(member, found, passed_over)
                     self.num_listed = len(found)
         except tarfile.TarError as error:
-            raise UserError(f"a whole tar is required; {self.location} is not one: {error}; write or copy it again") from error
+            raise UserError(f"a whole tar is required. {self.location} is not one: {error}. Write or copy it again") from error
         except OSError as error:
-            raise UserError(f"{self.location} cannot be read: {error.strerror or error}; repair that and try again") from error
+            raise UserError(f"{self.location} cannot be read: {error.strerror or error}. Repair that and try again") from error
         return list(found.values())
 
     def _add(self, member: tarfile.TarInfo, found: dict[str, ImageEntry], passed_over: Counter[str]) -> None:
@@ -201,7 +201,7 @@ class Lmdb(Container):
                         passed_over[f"LMDB entries {_pattern(bytes(key))}"] += 1
                     self.num_listed = len(found)
         except lmdb.Error as error:
-            raise UserError(f"an LMDB is required; {self.location} cannot be read as one: {error}") from error
+            raise UserError(f"an LMDB is required. {self.location} cannot be read as one: {error}") from error
         finally:
             self.close()
         return found
@@ -221,11 +221,11 @@ class Lmdb(Container):
         try:
             database = lmdb.open(str(path), subdir=False, readonly=True, lock=False, readahead=False)
         except lmdb.Error as error:
-            raise UserError(f"an LMDB is required; {path} cannot be opened as one: {error}") from error
+            raise UserError(f"an LMDB is required. {path} cannot be opened as one: {error}") from error
         needed = (database.info()["last_pgno"] + 1) * database.stat()["psize"]
         if path.stat().st_size < needed:  # to touch what is not there would end the process with a bus error
             database.close()
-            raise UserError(f"{path} must have at least {needed:,} bytes and has {path.stat().st_size:,}; copy it again")
+            raise UserError(f"{path} must have at least {needed:,} bytes and has {path.stat().st_size:,}. Copy it again")
         return database
 
     def read(self, image: ImageEntry) -> bytes:

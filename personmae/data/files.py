@@ -69,7 +69,7 @@ class Files(ABC):
         Raises:
             UserError: it is not on this machine.
         """
-        raise UserError(f"an LMDB is read where it lies on a disk; copy {self.location}/{name} to a directory first")
+        raise UserError(f"an LMDB is read on a disk only. Copy {self.location}/{name} to a directory first")
 
 
 def key_of(name: str) -> str:
@@ -141,7 +141,7 @@ class LocalFiles(Files):
             entries = list(os.scandir(folder))
         except OSError as error:
             raise UserError(
-                f"all folders below {self._root} must be readable; {os.fsdecode(folder)} is not: {error.strerror}; mend it"
+                f"all folders below {self._root} must be readable. {os.fsdecode(folder)} is not: {error.strerror}. Fix it"
             ) from error
         for entry in entries:
             path = os.path.join(below, entry.name)

@@ -40,7 +40,7 @@ def standing(destination: str) -> tuple[str, set[str]]:
             names = {name for name in _entries(root) if not name.startswith(STAGING)}
     if names and PLAN not in names and not {INDEX, DONE} <= names:
         name = min(names)
-        raise UserError(f"an empty destination is required; {root} already holds {name}: delete it or choose another")
+        raise UserError(f"an empty destination is required. {root} already holds {name}: delete it or choose another")
     return root, names
 
 
@@ -76,7 +76,7 @@ class Lock:
 @contextmanager
 def locked(destination: str, part: Part) -> Iterator[Lock]:
     """One import at a time, and each part once on a host. The locks go with the process."""
-    whole, taken = part == WHOLE, f"another process is writing {destination}; wait until it has ended, or stop it"
+    whole, taken = part == WHOLE, f"another process is writing {destination}. Wait until it has ended, or stop it"
     while True:
         home = _home(destination)
         descriptor = os.open(home, os.O_RDONLY)

@@ -54,7 +54,7 @@ class ImportPlan:
     def __str__(self) -> str:
         others = summary(self.source.passed_over)
         line = f"{self.source.location}: {counted(len(self.images), 'image')} for {counted(len(self.starts), 'shard')}"
-        return f"{line}; passed over: {others}" if others else line
+        return f"{line}. Passed over: {others}" if others else line
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:

@@ -87,9 +87,9 @@ def carry_out(
         TooManyRejects: more than ``max_rejects`` was left out. What is finished stays.
     """
     if not 0 < shard_bytes < 2**32:
-        raise UserError(f"a shard must have from 1 byte to below 4096 MiB, the format's bound; got {shard_bytes:,} bytes")
+        raise UserError(f"a shard must have from 1 byte to below 4096 MiB, the format's bound. Got {shard_bytes:,} bytes")
     if num_processes < 1:
-        raise UserError(f"--processes must be at least 1, got {num_processes}; use 1 to work in this process")
+        raise UserError(f"--processes must be at least 1, got {num_processes}. Use 1 to work in this process")
     if max_side is not None and max_side < 1:
         raise UserError(f"--max-side must be at least 1 pixel, got {max_side}")
     rejects.check_share(max_rejects)
@@ -105,20 +105,20 @@ def carry_out(
             outcome = _import(plan, destination, part, num_processes, progress or (lambda done, total: None))
             return replace(outcome, passed_over=summary(plan.source.passed_over))
     except KeyboardInterrupt:
-        raise Stopped("interrupted; what is finished is kept: run the same command again to go on from there") from None
+        raise Stopped("interrupted. What is finished is kept: run the same command again to continue") from None
     except BrokenProcessPool as error:
         raise Stopped(
-            "a worker process was killed, for lack of memory as a rule; run the same command again, with fewer --processes"
+            "a worker process was killed, usually for lack of memory. Run the same command again, with fewer --processes"
         ) from error
 
 
 def _resolved(destination: str) -> str:
     """The directory that a path leads to, which must be one that can be renamed into place at the end."""
     if not destination or re.match(r"[a-z0-9]+:", destination):
-        raise UserError(f"a directory or a location like s3://bucket/prefix is required; got {destination!r}")
+        raise UserError(f"a directory or a location like s3://bucket/prefix is required. Got {destination!r}")
     path = Path(destination).resolve()
     if path.is_mount():
-        raise UserError(f"a directory that can be replaced is required; {path} is a mount point: name a folder in it")
+        raise UserError(f"a directory that can be replaced is required. {path} is a mount point: name a folder in it")
     return str(path)
 
 
@@ -173,13 +173,13 @@ def _already_complete(plan: ImportPlan, destination: str) -> Outcome | None:
     done = json.loads(storage.read(root, DONE) or b"{}")
     if done and done.get("format_version") != plan.record["format_version"]:
         raise UserError(
-            f"an empty destination is required; {destination} already holds a complete import by another version: choose "
+            f"an empty destination is required. {destination} already holds a complete import by another version: choose "
             "another, or use it as it is with --if-missing"
         )
     if differing := [name for name, value in plan.record.items() if done.get(name) != value]:
         what = "other images" if differing == ["images"] else " and ".join(name for name in differing if name != "images")
         raise UserError(
-            f"an empty destination is required; {destination} already holds a complete import with other {what}: delete it or "
+            f"an empty destination is required. {destination} already holds a complete import with other {what}: delete it or "
             "choose another"
         )
     return Outcome(_num_samples(root), was_complete=True)
@@ -213,14 +213,14 @@ def _begin(plan: ImportPlan, root: str, begun: bool, staging: Path) -> None:
     there = json.loads(recorded)
     if there.get("format_version") != plan.record["format_version"]:
         raise UserError(
-            f"{root} holds an unfinished import by another version, whose rules for images differ; delete it and start again "
+            f"{root} holds an unfinished import by another version, whose rules for images differ. Delete it and start again "
             "with an empty destination"
         )
     for name, value in plan.record.items():
         if there.get(name) != value:
             what = "other images" if name == "images" else f"{name}={there.get(name)} instead of {value}"
             raise UserError(
-                f"{root} holds an unfinished import with {what}; finish it with the source and options it was begun with, "
+                f"{root} holds an unfinished import with {what}. Finish it with the source and options of its start, "
                 f"or delete {root}"
             )
 
@@ -287,7 +287,7 @@ def _write_index(plan: ImportPlan, records: list[Record], root: str, staging: Pa
         storage.delete(root, [_record_name(number) for number in range(len(plan.starts))])
         storage.delete(root, [PLAN])  # after them, as in _conclude
         raise UserError(
-            f"images that can be decoded are required; all {len(left_out):,} of {plan.source.location} were rejected: "
+            f"images that can be decoded are required. All {len(left_out):,} of {plan.source.location} were rejected: "
             f"{rejects.summary(left_out)}"
         )
     if left_out:

@@ -42,11 +42,11 @@ def parse_index(content: bytes, location: str) -> list[Shard]:
         foreign = next(filter(None, map(_foreign, entries)), None)
         shards = [] if foreign else [_shard(entry) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{location} must be an MDS index with a jpeg column; reading it gave: {error}") from error
+        raise UserError(f"{location} must be an MDS index with a jpeg column. Reading it gave: {error}") from error
     if foreign:
         root = location.removesuffix(INDEX).rstrip("/")
         raise UserError(
-            f"{location} must be the index of uncompressed MDS shards with a column 'jpeg' of bytes; these have {foreign}: "
+            f"{location} must be the index of uncompressed MDS shards with a column 'jpeg' of bytes. These have {foreign}: "
             f"import them with 'personmae shards write {root} OUT', and read OUT"
         )
     return shards

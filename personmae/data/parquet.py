@@ -38,7 +38,7 @@ class Parquet(Table):
                 self._file = ParquetFile(self._handle, buffer_size=_BUFFER_BYTES, pre_buffer=False)
             except pa.ArrowInvalid as error:
                 self.close()
-                raise UserError(f"a whole parquet file is required; {self.location} is not one: {error}") from error
+                raise UserError(f"a whole parquet file is required. {self.location} is not one: {error}") from error
         return self._file
 
     def find_blocks(self) -> list[Block]:

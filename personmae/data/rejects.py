@@ -14,7 +14,7 @@ Reject = dict[str, str]
 def check_share(share: float) -> None:
     """Raise a UserError unless ``share`` is one."""
     if not 0 <= share <= 1:
-        raise UserError(f"--max-rejects must be a share from 0 to 1, got {share:g}; 0.05 is 5 in 100")
+        raise UserError(f"--max-rejects must be a share from 0 to 1, got {share:g}. 0.05 is 5 in 100")
 
 
 def read(root: str) -> list[Reject]:
@@ -42,7 +42,7 @@ def check(rejects: Sequence[Reject], num_images: int, max_rejects: float, root: 
         return
     enough = math.ceil(100 * share) / 100
     raise TooManyRejects(
-        f"at most {max_rejects:.4g} of the images may be left out (--max-rejects); {len(rejects):,} of {num_images:,} are "
-        f"({share:.1%}): {summary(rejects)}; all are listed in {root.rstrip('/')}/{REJECTS}; take the rest with "
-        f"--max-rejects {enough:g}, which ends at once, or mend the source, delete {root} and start again"
+        f"at most {max_rejects:.4g} of the images may be left out (--max-rejects). {len(rejects):,} of {num_images:,} are "
+        f"({share:.1%}): {summary(rejects)}. All are listed in {root.rstrip('/')}/{REJECTS}. Take the rest with "
+        f"--max-rejects {enough:g}, which ends at once, or fix the source, delete {root} and start again"
     )

@@ -19,7 +19,7 @@ from personmae.errors import UserError
 class Selection:
     """Which images of a source are wanted: those on a list, the first share of the list, a random share of those.
 
-    ``first`` and ``fraction`` lie in (0, 1]. The random share is exactly ``round(fraction * n)`` of n images; a smaller
+    ``first`` and ``fraction`` lie in (0, 1]. The random share is exactly ``round(fraction * n)`` of n images. A smaller
     one is contained in a larger one of the same seed (PersonMAE, arXiv 2311.04496, Figure 4, trains on such shares).
     """
 
@@ -42,11 +42,11 @@ class Selection:
             names = read_list(self.list_file, trust_pickle=self.trust_pickle)
             images = listed(images, names[: round(self.first * len(names))], self.list_file)
         elif self.first != 1:
-            raise UserError(f"--first {self.first} is a share of a list; name one with --list, or use --fraction")
+            raise UserError(f"--first {self.first} is a share of a list. Name one with --list, or use --fraction")
         if self.fraction < 1:
             images = random_share(images, self.fraction, self.seed)
         if not images:
-            raise UserError("at least one image must be left to write, but the shares asked for leave none; raise them")
+            raise UserError("at least one image must be left to write, but the shares asked for leave none. Raise them")
         return images
 
 
@@ -67,15 +67,15 @@ def read_list(path: Path, *, trust_pickle: bool = False) -> list[str]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"a list of names is required; {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"a list of names is required. {path} cannot be read: {error.strerror}") from error
     if path.suffix.lower() in (".pkl", ".pickle") or content.startswith(b"\x80"):
         if not trust_pickle:
-            raise UserError(f"a list of names, one a line, is required; {path} is a pickle: add --trust-pickle-list to read it")
+            raise UserError(f"a list of names, one a line, is required. {path} is a pickle: add --trust-pickle-list to read it")
         names = _unpickled(content, path)
     else:
         names = [line.strip() for line in content.decode("utf-8-sig", "surrogateescape").split("\n") if line.strip()]
     if not names:
-        raise UserError(f"a list of names is required; {path} is empty")
+        raise UserError(f"a list of names is required. {path} is empty")
     return list(dict.fromkeys(names))
 
 
@@ -92,10 +92,10 @@ def _unpickled(content: bytes, path: Path) -> list[str]:
         MemoryError,
         OverflowError,
     ) as error:
-        raise UserError(f"a pickle of a plain list of names is required; {path} is not one: {error}") from error
+        raise UserError(f"a pickle of a plain list of names is required. {path} is not one: {error}") from error
     names = names.get("keys") if isinstance(names, dict) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"a pickled list of names, or a dict with one under 'keys', is required; {path} holds something else")
+        raise UserError(f"a pickled list of names, or a dict with one under 'keys', is required. {path} holds something else")
     return names
 
 
@@ -126,8 +126,8 @@ def listed(images: list[ImageEntry], names: list[str], list_file: Path) -> list[
         unclear = [name for name, place in zip(names, places, strict=True) if place == wrong]
         if unclear:
             raise UserError(
-                f"every name in {list_file} must be an image's; {len(unclear):,} of {len(names):,} stand for {what}, the "
-                f"first is {unclear[0]!r}; write names like {images[0].key!r}"
+                f"every name in {list_file} must be an image's. {len(unclear):,} of {len(names):,} mean {what}, the "
+                f"first is {unclear[0]!r}. Write names like {images[0].key!r}"
             )
     return [images[place] for place in sorted({place for place in places if place is not None})]
 

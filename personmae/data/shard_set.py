@@ -30,7 +30,7 @@ class ShardSet:
             index = persist(lambda: storage.read(self.root, mds.INDEX), location, retry_seconds, self.counters)
         if index is None:
             raise UserError(
-                f"a data set with {mds.INDEX} is required; {root} has none: write it with 'personmae shards write SRC {root}', "
+                f"a data set with {mds.INDEX} is required. {root} has none: write it with 'personmae shards write SRC {root}', "
                 f"or import images that lie there with 'personmae shards write {root} OUT'"
             )
         self.cache = ShardCache(
@@ -48,7 +48,7 @@ class ShardSet:
             if present is not None and present.get(shard.name) != shard.num_bytes:
                 came = f"{present[shard.name]} bytes" if shard.name in present else "missing"
                 raise UserError(
-                    f"shard {self.root}/{shard.name} must have {shard.num_bytes} bytes and is {came}; write the data set again"
+                    f"shard {self.root}/{shard.name} must have {shard.num_bytes} bytes and is {came}. Write the data set again"
                 )
         self.sizes = [shard.samples for shard in self.shards]
         self._firsts = np.concatenate([[0], np.cumsum(self.sizes)])

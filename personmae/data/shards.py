@@ -99,7 +99,7 @@ def _sample(task: Task, image: ImageEntry) -> dict[str, Any]:
         raise
     except LOST as error:
         if not task.source.exists():
-            raise UserError(f"{task.source.location} has gone while it was read; bring it back and run this again") from error
+            raise UserError(f"{task.source.location} has gone while it was read. Put it back and run this again") from error
         reason, kind = f"it cannot be read: {error.strerror or error}", "cannot be read"
     except BadImage as error:
         reason, kind = str(error), error.kind
@@ -122,7 +122,7 @@ def _read(source: Source, image: ImageEntry) -> bytes:
     except OSError as error:
         what = error.strerror or error
         raise UserError(
-            f"{image.key} of {source.location} cannot be read: {what}; mend that and run the same command to go on"
+            f"{image.key} of {source.location} cannot be read: {what}. Fix that and run the same command to continue"
         ) from error
 
 

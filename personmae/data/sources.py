@@ -90,7 +90,7 @@ class Source:
             if tars:
                 raise compressed(f"{self.location}/{tars[0]}")
             others = summary(self.passed_over)
-            raise UserError(f"{_WANTED} are required; {self.location} holds none{others and f' beside {others}'}")
+            raise UserError(f"{_WANTED} are required. {self.location} holds none{others and f' next to {others}'}")
         if containers:
             _require_different_keys(found)
         return found
@@ -125,7 +125,7 @@ class Source:
                     owned.add(name)
                 continue
             if missing := [min(shard) for shard in index.members if not shard & names]:
-                raise UserError(f"all shards of {index.location} are required; {missing[0]} is not there; copy it again")
+                raise UserError(f"all shards of {index.location} are required. {missing[0]} is not there. Copy it again")
             owned.update(*index.members)
             self._containers[name] = index
         for name in names:
@@ -205,7 +205,7 @@ def _require_different_keys(images: list[ImageEntry]) -> None:
     for image in images:
         if image.key in seen:
             places = " and ".join(sorted({seen[image.key] or "a file", image.container or "a file"}))
-            raise UserError(f"all images must have different names; {image.key} stands in {places}; rename one")
+            raise UserError(f"all images must have different names. {image.key} is in {places}. Rename one")
         seen[image.key] = image.container
 
 
@@ -229,7 +229,7 @@ def open_source(location: str | Path, column: str | None = None) -> Source:
         return Source(_local_files(Path(location)), column)
     if not storage.is_s3(place):
         raise UserError(
-            f"a directory or an s3:// location is required to read images from; {place} is in a store that cannot be listed: "
+            f"a directory or an s3:// location is required to read images from. {place} is in a store that cannot be listed: "
             "copy it, or give its S3-compatible address by S3_ENDPOINT_URL"
         )
     if storage.split_s3(place)[1] and (single := BucketFiles(place, single=True)).exists():
@@ -242,7 +242,7 @@ def _local_files(path: Path) -> LocalFiles:
     if path.is_dir():
         return LocalFiles(path)
     if not path.is_file():
-        raise UserError(f"{_WANTED} are required; {path} is not there")
+        raise UserError(f"{_WANTED} are required. {path} is not there")
     _require_single(path.name, str(path))
     return LocalFiles(path.parent, path.name)
 
@@ -252,4 +252,4 @@ def _require_single(name: str, location: str) -> None:
     if name.lower().endswith(COMPRESSED_TARS):
         raise compressed(location)
     if not name.lower().endswith(_SINGLE):
-        raise UserError(f"{_WANTED} are required; {location} is a file of another kind")
+        raise UserError(f"{_WANTED} are required. {location} is a file of another kind")

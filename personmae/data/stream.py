@@ -57,7 +57,7 @@ class JpegReader:
         prefetch_shards: int = 64,
     ):
         if len(shards) < global_batch_size:
-            raise UserError(f"one global batch needs {global_batch_size} samples; {shards.root} holds {len(shards)}")
+            raise UserError(f"one global batch needs {global_batch_size} samples. {shards.root} holds {len(shards)}")
         self.steps_per_epoch = len(shards) // global_batch_size
         self._shards, self._global_batch_size = shards, global_batch_size
         self._share = {"rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size}
@@ -124,7 +124,7 @@ class JpegReader:
         if limit < needed:
             raise UserError(
                 f"data.cache_limit_gb must be at least {math.ceil(needed / 1e6) / 1e3:g} for shuffle blocks of this size and "
-                f"{num_connections} connections; it is {limit / 1e9:.3g}: raise it, or lower data.shuffle_block_size"
+                f"{num_connections} connections. It is {limit / 1e9:.3g}: raise it, or lower data.shuffle_block_size"
             )
 
 
@@ -289,9 +289,9 @@ class BatchReader:
         expected = self._max_bad_ratio * num_seen
         if len(self._bad) > expected + 3 * expected**0.5:  # more than chance gives
             raise UserError(
-                f"at most {self._max_bad_ratio:.1%} of the images may be unreadable; {len(self._bad)} of the first "
-                f"{self._num_seen} are, the last being {self.bad_samples[-1]}; "
-                f"run 'personmae shards verify {self._shards.root}'"
+                f"at most {self._max_bad_ratio:.1%} of the images may be unreadable. {len(self._bad)} of the first "
+                f"{self._num_seen} are, the last being {self.bad_samples[-1]}. "
+                f"Run 'personmae shards verify {self._shards.root}'"
             )
         self._put(slot)
 

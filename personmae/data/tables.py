@@ -115,7 +115,7 @@ class Table(Container):
             return self._wanted if self._wanted in columns else None
         named = [name for name in _PREFERRED if name in columns]
         if len(columns) > 1 and not named:
-            raise UserError(f"{self.location} may have images in {', '.join(columns)}; choose one with --column")
+            raise UserError(f"{self.location} may have images in {', '.join(columns)}. Choose one with --column")
         return next(iter(named or columns), None)
 
 
@@ -138,7 +138,7 @@ class Mds(Table):
         except (ValueError, KeyError, TypeError):
             return []
         except OSError as error:
-            raise UserError(f"{self.location} cannot be read: {error.strerror or error}; repair that and try again") from error
+            raise UserError(f"{self.location} cannot be read: {error.strerror or error}. Repair that and try again") from error
 
     @property
     def members(self) -> list[set[str]]:
@@ -164,7 +164,7 @@ class Mds(Table):
                 for entry, first in zip(self.entries, rows, strict=False)
             ]
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"a whole MDS index is required; {self.location} is not one: {error!r}; write it again") from error
+            raise UserError(f"a whole MDS index is required. {self.location} is not one: {error!r}. Write it again") from error
 
     def names(self) -> list[str] | None:
         if any(entry.get("compression") or ("key", "str") not in _columns(entry) for entry in self.entries):
@@ -187,7 +187,7 @@ class Mds(Table):
                 offsets = np.frombuffer(file.read(4 * (shard.samples + 2)).ljust(4 * (shard.samples + 2), b"\0"), np.uint32)
                 return [_key_at(file, int(start), shard) for start in offsets[1:-1]]
         except OSError as error:
-            raise UserError(f"{self.files.location}/{name} cannot be read: {error.strerror or error}; repair that") from error
+            raise UserError(f"{self.files.location}/{name} cannot be read: {error.strerror or error}. Repair that") from error
 
     @functools.cached_property
     def _column(self) -> str | None:

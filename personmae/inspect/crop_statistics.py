@@ -75,7 +75,7 @@ def _load(paths: Sequence[str | Path]) -> UInt8[np.ndarray, "N 128 64 3"]:
         try:
             images[place] = cv2.resize(decode(Path(path).read_bytes()).pixels, SIZE[::-1], interpolation=cv2.INTER_AREA)
         except (BadImage, OSError) as error:
-            raise UserError(f"each image must be readable, and {path} is not ({error}); take it away") from error
+            raise UserError(f"each image must be readable, and {path} is not ({error}). Remove it") from error
     return images
 
 

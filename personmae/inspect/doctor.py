@@ -254,7 +254,7 @@ def try_shards(root: str) -> tuple[Outcome, UserError | None]:
                 first = shards.shards[0].num_bytes / 2**20
                 there = f"{counted(len(shards), 'image')} in {counted(len(shards.shards), 'shard')}"
                 detail = (
-                    f"{there}; listing and index {_ms(opened - start)}, "
+                    f"{there}, listing and index {_ms(opened - start)}, "
                     f"first image ({height} x {width}, of a shard of {first:.1f} MiB) {_ms(read - opened)}"
                 )
             return Outcome(True, detail), None

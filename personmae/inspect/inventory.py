@@ -64,7 +64,7 @@ def run(root: Path) -> None:
             print(f"  warning: {len(pairs):,} training images are in query or gallery too, byte for byte (first: {first})")
         if bad:
             some = ", ".join(bad[:3]) + (", ..." if len(bad) > 3 else "")
-            problems.append(f"{len(bad):,} files of {found.root} are not images ({some}); replace them or remove them")
+            problems.append(f"{len(bad):,} files of {found.root} are not images ({some}). Replace them or remove them")
         elif found.benchmark.train:
             pids, camids = pids_and_camids(found.benchmark.train)
             known = camids if (camids != UNKNOWN_CAMID).all() else None
@@ -77,7 +77,7 @@ def run(root: Path) -> None:
 
 def print_statistics(crops: Crops) -> None:
     """Print what crops look like, beside those that the configurations were tuned on."""
-    print(f"  what {len(crops.images):,} training crops look like (shares, of pixels in 0..1; mAP in %):", flush=True)
+    print(f"  what {len(crops.images):,} training crops look like (shares, pixels in [0, 1], mAP in %):", flush=True)
     print(*(f"  {line}" for line in crop_statistics.table({"these": crop_statistics.statistics(crops)}).splitlines()), sep="\n")
 
 
@@ -88,7 +88,7 @@ def find(root: Path) -> list[Finding]:
         UserError: there is no such folder.
     """
     if not root.is_dir():
-        raise UserError(f"a folder of benchmarks or of crops is required; {root} is none")
+        raise UserError(f"a folder of benchmarks or of crops is required. {root} is none")
     return list(_below(root, DEPTH))
 
 
@@ -101,7 +101,7 @@ def crops_below(root: Path) -> list[Path]:
     if paths := sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES):
         return paths
     raise UserError(
-        f"no image lies below {root}, and no benchmark up to {DEPTH} folders below it; known are Market-1501's folders "
+        f"there is no image below {root}, and no benchmark up to {DEPTH} folders below it. Known are Market-1501's folders "
         f"({', '.join(FOLDERS.values())}), MSMT17's lists, SPLIT/IDENTITY/*.jpg and SPLIT.csv for {', '.join(SPLITS)}"
     )
 

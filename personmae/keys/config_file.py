@@ -54,7 +54,7 @@ def override(tree: Tree, kind: type[BaseModel], overrides: Sequence[str]) -> Non
         key, equals, value = text.partition("=")
         keys = renamed.key_of_today(key).split(".")
         if not equals or not all(keys):
-            raise UserError(f"an override must look like section.key=value; got '{text}'")
+            raise UserError(f"an override must look like section.key=value. Got '{text}'")
         new = _nest(keys, parse(kind_at(kind, keys), value, key))
         renamed.rename(new, _COMMAND_LINE)
         _merge(tree, new, _COMMAND_LINE)
@@ -95,19 +95,19 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path.resolve() in seen:
-        raise UserError(f"_base_ must not lead back to the same file; {path} does")
+        raise UserError(f"_base_ must not lead back to the same file. {path} does")
     if not path.is_file():
         known = ", ".join(sorted(str(p) for p in path.parent.glob("*.yaml"))) or "none there"
         found = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"a configuration file is required; {path} {found} (yaml files beside it: {known})")
+        raise UserError(f"a configuration file is required. {path} {found} (yaml files beside it: {known})")
     own = yaml_text.read_tree(yaml_text.read_file(path), str(path))
     if not isinstance(own, dict):
         what = {list: "a list", type(None): "nothing"}.get(type(own), "one value")
-        raise UserError(f"{path} must hold 'key: value' lines; it holds {what}")
+        raise UserError(f"{path} must hold 'key: value' lines. It holds {what}")
     renamed.rename(own, str(path))
     base = own.pop("_base_", None)
     if base is not None and not isinstance(base, str):
-        raise UserError(f"_base_ in {path} must name one file; it is {yaml_text.settle_untyped(base)!r}")
+        raise UserError(f"_base_ in {path} must name one file. It is {yaml_text.settle_untyped(base)!r}")
     tree = _read(path.parent / expand(base), (*seen, path.resolve())) if base else Tree("")
     tree.file = str(path)
     _merge(tree, own, str(path))

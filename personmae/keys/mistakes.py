@@ -67,12 +67,12 @@ def explain(kind: type[BaseModel], error: ValidationError, origins: Mapping[str,
     keys = [str(part) for part in first["loc"]]
     path, origin = ".".join(keys), origin_of(keys, origins, file)
     if first["type"] == "extra_forbidden":
-        return f"unknown key '{path}' in {origin}; the nearest known key is '{nearest_key(kind, _unnumbered(keys))}'"
+        return f"unknown key '{path}' in {origin}. The nearest known key is '{nearest_key(kind, _unnumbered(keys))}'"
     if first["type"] == "missing" and isinstance(first["loc"][-1], int):
-        return f"'{'.'.join(keys[:-1])}' in {origin} needs more values; got {first['input']!r}"
+        return f"'{'.'.join(keys[:-1])}' in {origin} needs more values. Got {first['input']!r}"
     if first["type"] == "missing":
-        return f"'{path}' is required and {file} does not set it; add it to the file or give {path}=VALUE"
-    return f"'{path}' in {origin}: {first['msg'].removeprefix('Value error, ')}; got {_shortened(first['input'])}"
+        return f"'{path}' is required and {file} does not set it. Add it to the file or give {path}=VALUE"
+    return f"'{path}' in {origin}: {first['msg'].removeprefix('Value error, ')}. Got {_shortened(first['input'])}"
 
 
 def origin_of(keys: Sequence[str], origins: Mapping[str, str], file: str) -> str:

@@ -72,7 +72,7 @@ class Checkpoint(Section):
     @classmethod
     def _is_an_object_store(cls, place: str | None) -> str | None:
         if place is not None and "://" not in place:
-            raise ValueError("must be a location like s3://bucket/prefix, or null; a run's own directory is run_dir")
+            raise ValueError("must be a location like s3://bucket/prefix, or null. A run's own directory is run_dir")
         return place.rstrip("/") if place else place
 
     def writer_arguments(self) -> dict[str, Any]:

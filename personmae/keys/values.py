@@ -129,7 +129,7 @@ def _settled_scalar(kind: Any, value: Any, reader: _Reader) -> Any:
 def _number(members: tuple[Any, ...], plain: Plain) -> Any:
     """The number or truth value of a plain scalar. Its text where it is neither, which pydantic then refuses."""
     if plain.has_leading_zero:
-        raise UserError(f"a number that begins with 0 is octal to some and decimal to others; got {plain}: leave the 0 out")
+        raise UserError(f"a number that begins with 0 is octal to some and decimal to others. Got {plain}: leave the 0 out")
     value = plain.value
     fits = isinstance(value, bool) == (bool in members) if isinstance(value, bool | int | float) else value is None
     return value if fits or (bool in members and isinstance(value, int)) else str(plain)

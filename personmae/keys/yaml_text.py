@@ -99,7 +99,7 @@ def read_file(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be a text file in UTF-8; {error}: save it as UTF-8") from None
+        raise UserError(f"{path} must be a text file in UTF-8. {error}: save it as UTF-8") from None
 
 
 def read_tree(text: str, where: str) -> Any:
@@ -159,7 +159,7 @@ def _refuse_repeats(node: yaml.Node, within: tuple[yaml.Node, ...]) -> None:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and key.value in lines:
-                raise _Repeated(f"'{key.value}' is given twice, in line {lines[key.value]} and line {line}; keep one of them")
+                raise _Repeated(f"'{key.value}' is given twice, in line {lines[key.value]} and line {line}. Keep one of them")
             if isinstance(key, yaml.ScalarNode):
                 lines[key.value] = line
             _refuse_repeats(value, (*within, node))

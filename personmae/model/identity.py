@@ -41,7 +41,7 @@ def identity_loss(ours: Float[Tensor, "B E"], theirs: Float[Tensor, "B E"], grou
     size = min(group_size, len(ours))
     if len(ours) % size:
         raise UserError(
-            f"loss.identity_group={size} must divide a rank's micro-batch, which is {len(ours)}; give another, or another "
+            f"loss.identity_group={size} must divide a rank's micro-batch, which is {len(ours)}. Give another, or another "
             "train.max_micro_batch_size"
         )
     ours, theirs = ours.float(), theirs.float()

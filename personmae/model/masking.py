@@ -25,7 +25,7 @@ def num_hidden(grid: tuple[int, int], mask_ratio: float) -> int:
     total = grid[0] * grid[1]
     hidden = round(total * mask_ratio)
     if not 0 < hidden < total:
-        raise ValueError(f"mask ratio {mask_ratio} hides {hidden} of {total} patches; at least one of each is needed")
+        raise ValueError(f"mask ratio {mask_ratio} hides {hidden} of {total} patches. At least one of each is needed")
     return hidden
 
 

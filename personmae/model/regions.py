@@ -121,8 +121,8 @@ def resize_matrix(
 ) -> Float[Tensor, "B out_length in_length"]:
     """The rows of an antialiased bicubic resize of [start, stop) to ``out_size`` pixels, as a matrix.
 
-    The input fills the first ``in_size`` of ``in_length`` pixels; where ``mirrored``, it is read backwards. ``start`` and
-    ``stop`` are in pixels of the input and need not be whole; rows at or beyond ``out_size``, which is at least
+    The input fills the first ``in_size`` of ``in_length`` pixels. Where ``mirrored``, it is read backwards. ``start`` and
+    ``stop`` are in pixels of the input and need not be whole. Rows at or beyond ``out_size``, which is at least
     ``min_out_size``, continue past the crop and hold nothing of use. A pixel outside the crop has no weight, as if the
     image had been cropped first.
     """

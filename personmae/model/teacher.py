@@ -111,7 +111,7 @@ class Teacher(nn.Module):
         """
         ours: list[Tensor] = list(self.encoder.parameters())
         if [p.shape for p in params] != [p.shape for p in ours]:
-            raise ValueError("the teacher needs the online encoder's whole parameters; gather them with engine.full_params")
+            raise ValueError("the teacher needs the online encoder's whole parameters. Gather them with engine.full_params")
         weight = 1 - momentum
         if skipped is not None:
             weight = (1 - skipped) * weight

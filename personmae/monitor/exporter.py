@@ -25,8 +25,8 @@ from personmae.monitor import endpoint, heartbeat
 
 INTERVAL_SECONDS = 2.0
 SHARED = "host"  # the source that speaks for a host, and on the first one for the run
-GOODPUT = "Time of the host by what it was used for; state data_wait was data before"
-RANK_PHASE = "1 for the phase a rank is in, 0 for the others; wait_data is the old name of data_wait"
+GOODPUT = "Time of the host by what it was used for. State data_wait was data before"
+RANK_PHASE = "1 for the phase of a rank, 0 for the others. wait_data is the old name of data_wait"
 _SUFFIX = ".metrics"
 _KEPT = ("counter", "histogram")
 
@@ -270,7 +270,7 @@ def _serve(host: str, port: int, registry: CollectorRegistry, answers: Mapping[s
         server = endpoint.serve(host, port, {**answers, "/metrics": lambda: (200, generate_latest(registry))})
     except OSError as error:
         raise UserError(
-            f"metrics.port={port} is taken or not allowed, at metrics.host={host} ({error.strerror}); give another, 0 for none"
+            f"metrics.port={port} is taken or not allowed, at metrics.host={host} ({error.strerror}). Give another, 0 for none"
         ) from error
 
     def stop() -> None:

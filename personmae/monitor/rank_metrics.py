@@ -269,7 +269,7 @@ class StepTimer:
     def __init__(self, registry: CollectorRegistry, new_event: Callable[[], Any] | None = None) -> None:
         histogram = Histogram(
             "personmae_step_duration_seconds",
-            "Duration of a step (total) and of its parts; label phase is the old name of part",
+            "Duration of a step (total) and of its parts. Label phase is the old name of part",
             ["part", "phase"],
             buckets=_STEP_SECONDS,
             registry=registry,

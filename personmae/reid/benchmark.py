@@ -113,7 +113,7 @@ def digest(benchmark: Benchmark) -> str:
             try:
                 num_bytes = os.stat(sample.path).st_size
             except OSError as error:
-                raise UserError(f"cannot read {sample.path}: {error.strerror}; check the data set") from error
+                raise UserError(f"cannot read {sample.path}: {error.strerror}. Check the data set") from error
             name = os.path.relpath(sample.path, benchmark.root)
             lines.append(f"{split}\t{name}\t{num_bytes}\t{sample.pid}\t{sample.camid}\n")
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]

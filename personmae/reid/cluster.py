@@ -249,7 +249,7 @@ def _unit_length(features: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:
     bad = ~features.isfinite().all(dim=1)
     if bad.any():
         raise UserError(
-            f"{int(bad.sum())} of {len(features)} features are not finite (first: image {int(bad.nonzero()[0])}); "
-            "the model has diverged, start again from an earlier checkpoint or with a lower learning rate"
+            f"{int(bad.sum())} of {len(features)} features are not finite (first: image {int(bad.nonzero()[0])}). "
+            "The model has diverged, start again from an earlier checkpoint or with a lower learning rate"
         )
     return F.normalize(features.detach().float(), dim=1)

@@ -126,7 +126,7 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, sp
     """
     root = Path(root)
     if not train_on_val and not name.startswith("msmt17"):
-        raise UserError(f"train_on_val=false is for MSMT17, which has a list_val.txt; {name} has none: leave it out")
+        raise UserError(f"train_on_val=false is for MSMT17, which has a list_val.txt. {name} has none: leave it out")
     if name in LAYOUTS:
         benchmark = _in_market_folders(name, _find_root(name, root, LAYOUTS[name]), LAYOUTS[name], splits)
     elif name == "msmt17" or name in VERSIONS:
@@ -137,7 +137,7 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, sp
         benchmark = Benchmark(name, str(root), train, query, gallery, remark=remark)
     else:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise UserError(f"there is no benchmark {name!r}; the nearest is {near!r}, of {', '.join(NAMES)}")
+        raise UserError(f"there is no benchmark {name!r}. The nearest is {near!r}, of {', '.join(NAMES)}")
     _check_usable(benchmark)
     return replace(benchmark, synthetic=is_synthetic(benchmark.root))
 
@@ -147,7 +147,7 @@ def _in_market_folders(name: str, folder: Path, layout: Layout, splits: Sequence
     files = {split: read_names(folder / FOLDERS[split], layout.pattern, layout.example, passed_over) for split in splits}
     kept = {split: tuple(s for s in files.get(split, ()) if s.pid != JUNK_PID) for split in SPLITS}
     if "train" in files and not kept["train"]:
-        raise UserError(f"{folder / FOLDERS['train']} has no identity to train on; every file has pid -1")
+        raise UserError(f"{folder / FOLDERS['train']} has no identity to train on. Every file has pid -1")
     return Benchmark(
         name=name,
         root=str(folder),
@@ -167,7 +167,7 @@ def _find_root(name: str, root: Path, layout: Layout) -> Path:
             return folder
     problem = "does not exist" if not root.is_dir() else "has none of them"
     wanted = ", ".join(f"{subfolder}/" for subfolder in FOLDERS.values())
-    raise UserError(f"{name} is expected in {root} or {root / layout.folders[0]} as {wanted}; {root} {problem}")
+    raise UserError(f"{name} is expected in {root} or {root / layout.folders[0]} as {wanted}, but {root} {problem}")
 
 
 def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) -> Benchmark:
@@ -185,15 +185,15 @@ def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) ->
     if not wanted:
         version, folder = found[0]
         raise UserError(
-            f"{name} is required, and {folder} holds {version} ({VERSIONS[version][1]}/), whose results are not comparable; "
-            f"get {VERSIONS[name][0]}, or set benchmark={version}"
+            f"{name} is required, and {folder} holds {version} ({VERSIONS[version][1]}/), whose results are not comparable. "
+            f"Get {VERSIONS[name][0]}, or set benchmark={version}"
         )
     if len({version for version, _ in wanted}) > 1:
-        raise UserError(f"{root} holds both versions of MSMT17; set benchmark to one of {', '.join(VERSIONS)}")
+        raise UserError(f"{root} holds both versions of MSMT17. Set benchmark to one of {', '.join(VERSIONS)}")
     version, folder = wanted[0]
     claimed = next((other for other, (folder_name, *_) in VERSIONS.items() if folder.name.upper() == folder_name), version)
     if claimed != version:
-        raise UserError(f"{folder} is called {claimed} and holds {version} ({VERSIONS[version][1]}/); name it what it is")
+        raise UserError(f"{folder} is called {claimed} and holds {version} ({VERSIONS[version][1]}/). Name it what it is")
     _, train, test = VERSIONS[version]
     lists = {part: folder / f"list_{part}.txt" for part in ("train", "val", "query", "gallery")}
     trained = [lists["train"], *([lists["val"]] if train_on_val else [])]
@@ -228,7 +228,7 @@ def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val:
         came = (
             f"{relaid / FOLDERS['train']} does not tell its version: set benchmark=msmt17" if relaid else "they are not there"
         )
-        raise UserError(f"{name} is expected in {root} or {root / folder_name} as {wanted}; {came}")
+        raise UserError(f"{name} is expected in {root} or {root / folder_name} as {wanted}, but {came}")
     if not train_on_val:
         raise UserError(f"train_on_val=false needs list_train.txt and list_val.txt, which {relaid} does not have")
     remark = "this layout does not tell V1 from V2, whose results cannot be compared"
@@ -241,7 +241,7 @@ def _check_usable(benchmark: Benchmark) -> None:
     counts = {split: found for split, found in count(benchmark).items() if found[0]}
     for other, published in PUBLISHED.items():
         if own and counts == {split: published[split] for split in counts} != {split: own[split] for split in counts}:
-            raise UserError(f"{benchmark.root} holds {other}, by its counts, and not {benchmark.name}; set benchmark={other}")
+            raise UserError(f"{benchmark.root} holds {other}, by its counts, and not {benchmark.name}. Set benchmark={other}")
     for sample in (*benchmark.train, *benchmark.query):
         if benchmark.distractors and sample.pid == DISTRACTOR_PID:
             raise UserError(f"{sample.path} has pid 0, which marks distractors and belongs in the gallery alone")
@@ -249,12 +249,12 @@ def _check_usable(benchmark: Benchmark) -> None:
     for sample in benchmark.gallery:
         if sample.path in queries and (sample != queries[sample.path] or sample.camid == UNKNOWN_CAMID):
             raise UserError(
-                f"{sample.path} is in query and in gallery, where it would match itself; "
-                "take it out of the gallery, or give both the same pid and camid, so that it is removed"
+                f"{sample.path} is in query and in gallery, where it would match itself. "
+                "Remove it from the gallery, or give both the same pid and camid, so that it is removed"
             )
     if not matched_queries(benchmark):
         removed = "" if benchmark.query[0].camid == UNKNOWN_CAMID else " from another camera"
         raise UserError(
             f"no query of {benchmark.root} has a gallery image of the same pid{removed}, "
-            "so nothing can be evaluated; check the pids and the camera numbers in the file names"
+            "so nothing can be evaluated. Check the pids and the camera numbers in the file names"
         )

@@ -77,7 +77,7 @@ def extract(
 def require_finite(features: Float[Tensor, "N F"], step: int) -> None:
     """Raise Diverged where features of a model in training are not finite numbers."""
     if bad := int((~features.isfinite()).any(dim=1).sum()):
-        raise Diverged(f"{bad} of {len(features)} features are not finite at step {step}; lower optim.lr")
+        raise Diverged(f"{bad} of {len(features)} features are not finite at step {step}. Lower optim.lr")
 
 
 @contextlib.contextmanager

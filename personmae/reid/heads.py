@@ -106,7 +106,7 @@ class Neck(nn.Module):
             return self.bn(pooled(tokens, self.pool))
         if grid[0] != self.num_rows:
             raise UserError(
-                f"features of {self.num_rows} rows need images of {self.num_rows} rows of patches; these have {grid[0]}: "
+                f"features of {self.num_rows} rows need images of {self.num_rows} rows of patches. These have {grid[0]}: "
                 "use the img_size of the training"
             )
         return self.bn(row_features(tokens[:, 1:], grid, self.columns))
@@ -244,7 +244,7 @@ def split_rows(maps: Float[Tensor, "B D h w"], num_parts: int, split: RowSplit) 
     chunks = maps.chunk(num_parts, dim=2)
     if len(chunks) < num_parts and (split == "chunk" or maps.shape[2] < num_parts):
         raise UserError(
-            f"{maps.shape[2]} rows of patches do not give {num_parts} parts with split={split!r}; use a taller img_size"
+            f"{maps.shape[2]} rows of patches do not give {num_parts} parts with split={split!r}. Use a taller img_size"
         )
     if split == "chunk":
         return [chunk.mean(dim=(2, 3)) for chunk in chunks]
@@ -374,13 +374,13 @@ def describe_start(model: ReIDModel, init: str, img_size: tuple[int, int]) -> st
     """
     given = len(encoder_weights(dict(model.state_dict())))
     new = [name for name in model.head.state_dict() if not name.startswith("branches.")]
-    start = f"{given} of {given} tensors of {init} match; the head starts new: {len(new)} tensors"
+    start = f"{given} of {given} tensors of {init} match. The head starts new: {len(new)} tensors"
     if model.trained_size in (None, img_size):
         return start
     height, width = model.trained_size
     steps = " x ".join(f"{trained / own:.3g}" for trained, own in zip(model.trained_size, img_size, strict=True))
     return (
-        f"{start}; it was trained at {height}x{width} and now sees {img_size[0]}x{img_size[1]}: positions are interpolated "
+        f"{start}. It was trained at {height}x{width} and now sees {img_size[0]}x{img_size[1]}: positions are interpolated "
         f"into the {height}x{width} that it knows, so that neighbouring patches are {steps} of its steps apart"
     )
 
@@ -395,7 +395,7 @@ def settings_from(init: str, record: dict[str, Any], own: dict[str, Any], given:
         if record[key] != own[key]:
             value = str(record[key]).replace(" ", "")
             raise UserError(
-                f"model.{key}={own[key]} must be that of {init}, which is {record[key]}; give model.{key}={value}"
+                f"model.{key}={own[key]} must be that of {init}, which is {record[key]}. Give model.{key}={value}"
                 + (" or leave it out" if key in ("mean", "std") else "")
             )
     return own | {"mean": record["mean"], "std": record["std"], "trained_size": list(trained_size(record))}

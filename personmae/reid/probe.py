@@ -127,7 +127,7 @@ def discriminants(
     within = spread.T @ spread / len(labels)
     if len(counts) < 2 or not np.trace(within) > 0:
         raise UserError(
-            f"the probe's discriminants need training images of two people or more, and two different images of one; got "
+            f"the probe's discriminants need training images of two people or more, and two different images of one. Got "
             f"{len(labels):,} images of {len(counts):,} people"
         )
     between = (centres * counts[:, None]).T @ centres / len(labels)

@@ -189,16 +189,16 @@ def _inverse_lengths(features: Float[Tensor, "N F"], name: str) -> Float[Tensor,
     bad = ~lengths.isfinite()
     if bad.any():
         raise UserError(
-            f"{int(bad.sum())} of {len(features)} {name} features are not finite (first: {int(bad.nonzero()[0])}); "
-            "the model has diverged, evaluate an earlier checkpoint"
+            f"{int(bad.sum())} of {len(features)} {name} features are not finite (first: {int(bad.nonzero()[0])}). "
+            "The model has diverged, evaluate an earlier checkpoint"
         )
     return 1 / lengths.clamp(min=1e-12)
 
 
 def _why_no_match(labels: Labels) -> str:
     if not np.isin(labels.query_pids, np.setdiff1d(labels.gallery_pids, JUNK_PID)).any():
-        return "no query can be scored: query and gallery have no pid in common; check that they belong together"
+        return "no query can be scored: query and gallery have no pid in common. Check that they belong together"
     return (
         "no query can be scored: every gallery image with a query's pid comes from the query's own camera or is the query's "
-        "own image, and those are removed by the protocol; check the camera numbers"
+        "own image, and those are removed by the protocol. Check the camera numbers"
     )

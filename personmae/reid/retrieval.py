@@ -56,7 +56,7 @@ def measure(
         Stopped: ``stopped`` was true on the first rank.
     """
     if rerank not in RERANKINGS:
-        raise UserError(f"rerank must be one of {', '.join(RERANKINGS)}; got {rerank!r}")
+        raise UserError(f"rerank must be one of {', '.join(RERANKINGS)}. Got {rerank!r}")
     start = time.monotonic()
     samples = [*benchmark.query, *benchmark.gallery]
     with ThreadPoolExecutor(num_threads) as pool, timed(log, f"extracting {len(samples):,} images"):
@@ -213,7 +213,7 @@ def require_same(where: str | Path, ours: dict[str, Any], theirs: dict[str, Any]
     if "data.digest" in differing and "data.digest" in theirs:
         told.append(_data_change(ours, theirs))
     raise UserError(
-        f"{where} belongs to a run with other settings or data: {', '.join(told)}; use the same, another run_dir, or "
+        f"{where} belongs to a run with other settings or data: {', '.join(told)}. Use the same, another run_dir, or "
         "checkpoint.resume=none"
     )
 

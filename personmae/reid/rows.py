@@ -83,7 +83,7 @@ def shrink(covariance: Float[Tensor, "K K"], shrinkage: float) -> Float[Tensor, 
 def require_finite_features(features: Float[Tensor, "N F"]) -> None:
     """Raise a UserError where a feature is not a finite number: nothing could be decomposed."""
     if bad := int((~features.isfinite()).any(dim=1).sum()):
-        raise UserError(f"{bad} of {len(features)} features are not finite; the model has diverged, use an earlier checkpoint")
+        raise UserError(f"{bad} of {len(features)} features are not finite. The model has diverged, use an earlier checkpoint")
 
 
 def exact(features: Float[Tensor, "N F"]) -> Float[Tensor, "N F"]:

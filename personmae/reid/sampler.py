@@ -23,7 +23,7 @@ def pk_batches(
     if len(starts) < num_ids:
         raise UserError(
             f"a batch of num_ids={num_ids} different people needs at least {num_ids} identities, and there are "
-            f"{len(starts)}; lower num_ids or use more data"
+            f"{len(starts)}. Lower num_ids or use more data"
         )
     rng = np.random.default_rng(np.random.SeedSequence([seed, epoch]))
     groups = [_groups(images, num_instances, rng) for images in np.split(order, starts[1:])]
@@ -62,7 +62,7 @@ def cluster_batches(
     if len(clusters) < num_ids:
         raise UserError(
             f"a batch of num_ids={num_ids} clusters needs at least {num_ids}, and the clustering found {len(clusters)} with "
-            f"{len(order)} of {len(labels)} images; lower num_ids, or change eps"
+            f"{len(order)} of {len(labels)} images. Lower num_ids, or change eps"
         )
     cameras = np.full(len(labels), -1) if camids is None else camids
     rng = np.random.default_rng(np.random.SeedSequence([seed, epoch]))

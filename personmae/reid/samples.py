@@ -56,15 +56,15 @@ def read_names(folder: Path, pattern: re.Pattern[str], example: str, passed_over
         UserError: the folder is missing or empty, or a file is not named by the pattern.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing; expected a folder of images named like {example}")
+        raise UserError(f"{folder} is missing. Expected a folder of images named like {example}")
     samples = []
     for name in _names(folder, passed_over):
         match = match_name(name, pattern, example)
         if match is None:
-            raise UserError(f"{folder / name} is not named like {example}; remove it or rename it")
+            raise UserError(f"{folder / name} is not named like {example}. Remove it or rename it")
         samples.append(Sample(path=str(folder / name), pid=int(match["pid"]), camid=int(match["camid"])))
     if not samples:
-        raise UserError(f"{folder} is empty; expected images named like {example}")
+        raise UserError(f"{folder} is empty. Expected images named like {example}")
     return samples
 
 
@@ -75,7 +75,7 @@ def find_images(folder: Path, passed_over: PassedOver) -> set[str]:
         UserError: there is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing; it comes with the archive that the lists beside it are from")
+        raise UserError(f"{folder} is missing. It comes with the archive of the lists next to it")
     found = {
         f"{pid}/{name}"
         for pid in _names(folder, passed_over)
@@ -106,9 +106,9 @@ def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[S
         for number, name, pid in _listed(file):
             match = match_name(name, LISTED, LISTED_EXAMPLE)
             if match is None or not pid.isdecimal():
-                raise UserError(f"{file}, line {number}, must look like '{LISTED_EXAMPLE} 0'; got '{name} {pid}'")
+                raise UserError(f"{file}, line {number}, must look like '{LISTED_EXAMPLE} 0'. Got '{name} {pid}'")
             if name in samples:
-                raise UserError(f"{file}, line {number}, names {name} a second time; take the lists of MSMT17's archive")
+                raise UserError(f"{file}, line {number}, names {name} a second time. Take the lists of MSMT17's archive")
             samples[name] = Sample(path=str(folder / name), pid=int(pid), camid=int(match["camid"]))
             if not int(pid) == int(match["pid"]) == int(match["folder"]):
                 misnamed.append(f"{file}, line {number}: '{name} {pid}'")
@@ -118,12 +118,12 @@ def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[S
     if misnamed:
         raise UserError(
             f"{len(misnamed):,} of {len(samples):,} lines of {lists} give a pid that is not that of the folder and of the file "
-            f"name (first: {misnamed[0]}); the lists belong to other images: take those of the archive"
+            f"name (first: {misnamed[0]}). The lists belong to other images: take those of the archive"
         )
     if absent:
         raise UserError(
-            f"{len(absent):,} of {len(samples):,} images of {lists} are not in {folder} (first: {absent[0]}); "
-            "unpack the archive again"
+            f"{len(absent):,} of {len(samples):,} images of {lists} are not in {folder} (first: {absent[0]}). "
+            "Unpack the archive again"
         )
     return list(samples.values())
 
@@ -163,7 +163,7 @@ def read_tables(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, l
     cameras = {split: any(camid != UNKNOWN_CAMID for *_, camid in found) for split, found in rows.items()}
     if cameras["query"] != cameras["gallery"]:
         named, unnamed = sorted(("query", "gallery"), key=lambda split: not cameras[split])
-        raise UserError(f"{root / named}.csv has a column camid and {unnamed}.csv has none; give it to both or to neither")
+        raise UserError(f"{root / named}.csv has a column camid and {unnamed}.csv has none. Give it to both or to neither")
     return _numbered(rows), "" if cameras["query"] else "no camera is known, as query.csv has no column camid"
 
 
@@ -185,56 +185,56 @@ def _listed(file: Path) -> Iterator[tuple[int, str, str]]:
     """(line number, name, pid) of every line of a list."""
     lists = ", ".join(f"list_{part}.txt" for part in ("train", "val", "query", "gallery"))
     if not file.is_file():
-        raise UserError(f"{file} is missing; MSMT17 comes with {lists}: take them from its archive")
+        raise UserError(f"{file} is missing. MSMT17 comes with {lists}: take them from its archive")
     lines = [(number, line.split()) for number, line in enumerate(_text(file).splitlines(), 1) if line.strip()]
     if not lines:
-        raise UserError(f"{file} is empty; take it from the archive of MSMT17")
+        raise UserError(f"{file} is empty. Take it from the archive of MSMT17")
     yield from ((number, " ".join(words[:-1]), words[-1]) for number, words in lines)
 
 
 def _images_of(root: Path, split: str, passed_over: PassedOver) -> Iterator[Path]:
     wanted = f"{root / split}/IDENTITY/*.jpg"
     if not (root / split).is_dir():
-        raise UserError(f"{root / split} is missing; expected {wanted} for each of {', '.join(SPLITS)}")
+        raise UserError(f"{root / split} is missing. Expected {wanted} for each of {', '.join(SPLITS)}")
     empty = True
     for pid in _names(root / split, passed_over):
         folder = root / split / pid
         if not folder.is_dir():
-            raise UserError(f"{folder} is not the folder of an identity; expected {wanted}")
+            raise UserError(f"{folder} is not the folder of an identity. Expected {wanted}")
         for name in _names(folder, passed_over):
             if not name.lower().endswith(SUFFIXES) or (folder / name).is_dir():
-                raise UserError(f"{folder / name} is not one of {', '.join(SUFFIXES)}; remove it")
+                raise UserError(f"{folder / name} is not one of {', '.join(SUFFIXES)}. Remove it")
             empty = False
             yield folder / name
     if empty:
-        raise UserError(f"{root / split} is empty; expected {wanted}")
+        raise UserError(f"{root / split} is empty. Expected {wanted}")
 
 
 def _table(file: Path, root: Path) -> Iterator[Row]:
     if not file.is_file():
         wanted = ", ".join(f"{split}.csv" for split in SPLITS)
-        raise UserError(f"{file} is missing; {wanted} are required, with the columns path, pid and perhaps camid")
+        raise UserError(f"{file} is missing. {wanted} are required, with the columns path, pid and perhaps camid")
     reader = csv.DictReader(io.StringIO(_text(file)))
     columns = reader.fieldnames or []
     if not {"path", "pid"} <= set(columns):
-        raise UserError(f"{file} needs the columns path and pid in its first line, set apart by commas; it has {columns}")
+        raise UserError(f"{file} needs the columns path and pid in its first line, set apart by commas. It has {columns}")
     first_seen: dict[str, int] = {}
     for cells in reader:
         where = f"{file}, line {reader.line_num},"
         if None in cells or any(not (cells[column] or "").strip() for column in {"path", "pid", "camid"} & set(columns)):
-            raise UserError(f"{where} must fill path, pid and camid, and no more cells than {columns}; got {cells}")
+            raise UserError(f"{where} must fill path, pid and camid, and no more cells than {columns}. Got {cells}")
         path, pid, camid = (cells.get(column, "").strip() for column in ("path", "pid", "camid"))
         path = os.path.normpath(root / path)
         if camid and not (camid.isascii() and camid.isdecimal()):
-            raise UserError(f"{where} must have a whole number from 0 as camid, got {camid!r}; leave the column out if unknown")
+            raise UserError(f"{where} must have a whole number from 0 as camid, got {camid!r}. Leave the column out if unknown")
         if path in first_seen:
-            raise UserError(f"{where} names {path} a second time, after line {first_seen[path]}; remove one of them")
+            raise UserError(f"{where} names {path} a second time, after line {first_seen[path]}. Remove one of them")
         if not os.path.isfile(path):
-            raise UserError(f"{where} names {path}, which does not exist; a path is absolute or below {root}")
+            raise UserError(f"{where} names {path}, which does not exist. A path is absolute or below {root}")
         first_seen[path] = reader.line_num
         yield path, pid, int(camid) if camid else UNKNOWN_CAMID
     if not first_seen:
-        raise UserError(f"{file} has no row; it needs at least one image")
+        raise UserError(f"{file} has no row. It needs at least one image")
 
 
 def _text(file: Path) -> str:

@@ -35,11 +35,11 @@ def decode_image(path: str) -> UInt8[np.ndarray, "H W 3"]:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise RankError(f"cannot read {path}: {error.strerror}; check the data set") from error
+        raise RankError(f"cannot read {path}: {error.strerror}. Check the data set") from error
     try:
         return decode(data).pixels
     except BadImage as error:
-        raise RankError(f"{path} is not a whole image: {error}; copy it anew, replace it or remove it") from error
+        raise RankError(f"{path} is not a whole image: {error}. Copy it again, replace it or remove it") from error
 
 
 def read_image(path: str, img_size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W"]:

@@ -155,7 +155,7 @@ def read_thumbnail(path: Path, size: tuple[int, int]) -> Pixels:
         image = images.decode(path.read_bytes() if path.is_file() else b"").pixels
     except images.BadImage as error:
         raise UserError(
-            f"an image is required at {path} and there is none; put the benchmark back or evaluate again"
+            f"an image is required at {path} and there is none. Put the benchmark back or evaluate again"
         ) from error
     return cv2.resize(np.ascontiguousarray(image), size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
@@ -264,7 +264,7 @@ def _draw_rank_lists(page: _Page, rank_lists: Mapping[str, Sequence[Row]]) -> No
                 x = left + i * (width + GAP) + (8 if i else 0)
                 page.paste(x, framed(_scaled(image, width), correct, 2), 20 + line * (2 * width + 2 * GAP))
     page.y += 20 + max(map(len, rank_lists.values())) * (2 * width + 2 * GAP)
-    page.write(MARGIN, "green: the same person from another camera; red and crossed: another person", color="#444c56")
+    page.write(MARGIN, "green: the same person from another camera. Red and crossed: another person", color="#444c56")
     page.y += 16
 
 

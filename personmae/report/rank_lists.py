@@ -19,7 +19,7 @@ def draw(chosen: Sequence[RunFolder]) -> dict[str, list[figures.Row]]:
         UserError: no run has rank lists, or their images are gone.
     """
     if not chosen:
-        raise figures.NotYet("no run has a rank_lists.json yet; fine-tuning and 'personmae evaluate --out' write one")
+        raise figures.NotYet("no run has a rank_lists.json yet. Fine-tuning and 'personmae evaluate --out' write one")
     by_query = [{_below_root(run, e.query): e for e in run.rank_lists.entries} for run in chosen if run.rank_lists]
     queries = [query for query in by_query[0] if all(query in entries for entries in by_query)][:NUM_QUERIES]
     return {

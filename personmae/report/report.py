@@ -145,7 +145,7 @@ def run(run_dir: Path) -> Path:
         figures.write_figure(run_dir / "figure.png", shown, rows_shown, title=summary)
         print(printable(run_dir / "figure.png"))
     print(printable(page))
-    progress.log(f"report: done in {progress.duration(time.monotonic() - began)}; open the page in a browser")
+    progress.log(f"report: done in {progress.duration(time.monotonic() - began)}. Open the page in a browser")
     for why, command in steps:
         print(f"next: {why} {command}")
     complain([section for _, section in (*regions, ("", lists), *data)])
@@ -236,7 +236,7 @@ def count_benchmark(result: Result, place: Place) -> str:
         if not result.counts:
             raise
         recorded = [f"{split:<8} {images:>7,} images {ids:>6,} ids" for split, (images, ids) in result.counts.items()]
-        return "\n".join([*recorded, f"as they were when it was evaluated; {result.root} cannot be read now"])
+        return "\n".join([*recorded, f"as they were at the evaluation. {result.root} cannot be read now"])
     return f"{description.table}\n{description.note}"
 
 

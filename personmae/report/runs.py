@@ -186,12 +186,12 @@ def find_runs(run_dir: Path) -> list[RunFolder]:
         UserError: there is no such directory, or nothing to report in it.
     """
     if not run_dir.is_dir():
-        raise UserError(f"a directory with runs is required; {run_dir} is not a directory")
+        raise UserError(f"a directory with runs is required. {run_dir} is not a directory")
     folders = [run_dir, *sorted(entry for entry in run_dir.iterdir() if entry.is_dir())]
     runs = [read_run(folder) for folder in folders if any((folder / n).is_file() for n in ("run.json", "result.json"))]
     if not runs:
         raise UserError(
-            f"a directory with runs (run.json) or results (result.json), or one of them, is required; {run_dir} holds "
+            f"a directory with runs (run.json) or results (result.json), or one of them, is required. {run_dir} holds "
             "neither: give the directory that 'personmae pretrain', 'finetune' or 'evaluate --out' wrote to"
         )
     # The order of rows: baselines, then random, then pre-trained.
@@ -208,7 +208,7 @@ def read_run(directory: Path) -> RunFolder:
         clusters = [_with_nan(json.loads(line)) for line in files.whole_lines(directory / run_log.CLUSTERS)]
     except ValueError as error:
         raise UserError(
-            f"run.json, metrics.jsonl and clusters.jsonl of {directory} must be JSON; {error}; repair or remove them"
+            f"run.json, metrics.jsonl and clusters.jsonl of {directory} must be JSON. {error}. Repair or remove them"
         ) from error
     settings, result = read_settings(path) if path.is_file() else None, _parse(Result, directory / "result.json")
     return RunFolder(
@@ -296,4 +296,4 @@ def _parse(kind: type[ModelT], path: Path) -> ModelT | None:
         where, what = ".".join(map(str, first["loc"])) or "the file", first["msg"]
     except ValueError as error:
         where, what = "the file", f"Invalid JSON: {error}"
-    raise UserError(f"{path} must be what 'personmae evaluate --out' writes; {where}: {what}; evaluate again")
+    raise UserError(f"{path} must be what 'personmae evaluate --out' writes. {where}: {what}. Evaluate again")

@@ -102,7 +102,7 @@ def facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
     ]
     for queries in compare_queries(group):
         if (queries.ours, queries.theirs) == (ours, theirs):
-            detail = f"of {queries.total:,} queries; worse in {queries.worse:,}"
+            detail = f"of {queries.total:,} queries, worse in {queries.worse:,}"
             found.append(("better by AP in", f"{queries.better:,}", detail))
     return found
 

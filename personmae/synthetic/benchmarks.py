@@ -49,7 +49,7 @@ def write_synthetic(
         UserError: ``out`` was written with other settings, or holds something else.
     """
     if num_processes < 1:
-        raise UserError(f"synth.num_processes must be at least 1, got {num_processes}; use 1 to draw in this process")
+        raise UserError(f"synth.num_processes must be at least 1, got {num_processes}. Use 1 to draw in this process")
     out = out.resolve()
     counts = finished_counts(out, settings)
     if counts is not None:
@@ -125,21 +125,21 @@ def finished_counts(out: Path, settings: SynthSettings) -> dict[str, int] | None
         if out.is_dir() and not any(out.iterdir()):
             return None
         if out.exists():
-            raise UserError(f"{out} must be absent or empty, but it holds something else; choose another directory")
+            raise UserError(f"{out} must be absent or empty, but it holds something else. Choose another directory")
         return None
     try:
         record = json.loads(mark.read_text(encoding="utf-8"))
         found, counts = (record["format_version"], dict(record["settings"])), dict(record["counts"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{mark} must be the record of a finished run, but it cannot be read ({error}); delete {out}"
+            f"{mark} must be the record of a finished run, but it cannot be read ({error}). Delete {out}"
         ) from error
     if found != (FORMAT_VERSION, asdict(settings)):
         wanted = asdict(settings)
         other = {key: found[1].get(key) for key in wanted if found[1].get(key) != wanted[key]}
         raise UserError(
             f"{out} must have format version {FORMAT_VERSION} and the settings asked for, but it has version "
-            f"{found[0]} and {other or 'the same settings'}; choose another directory or delete it"
+            f"{found[0]} and {other or 'the same settings'}. Choose another directory or delete it"
         )
     return counts
 

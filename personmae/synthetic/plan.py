@@ -42,7 +42,7 @@ class SynthSettings:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
-                raise UserError(f"synth.{name} must be at least {least}, got {getattr(self, name)}; raise it")
+                raise UserError(f"synth.{name} must be at least {least}, got {getattr(self, name)}. Raise it")
         if self.queries_per_id > CAMERAS_PER_IDENTITY:
             raise UserError(f"synth.queries_per_id must be at most {CAMERAS_PER_IDENTITY}, got {self.queries_per_id}")
         for name in ("market", "occluded_duke"):

@@ -55,7 +55,7 @@ def test_what_a_machine_has_no_instructions_for_is_left_out_with_a_word(
     assert capsys.readouterr().out.startswith("bf16 is left out: ")
     assert require_native(["auto", "fp32"], CPU) == ("fp32",)
     assert capsys.readouterr().out == ""
-    with pytest.raises(UserError, match=r"bf16 cannot be measured here, since .*; give fp32"):
+    with pytest.raises(UserError, match=r"bf16 cannot be measured here, since .*. Give fp32"):
         require_native(["bf16"], CPU)
     monkeypatch.setattr(ceilings, "_ON_CPU", ((64, 64, 64),))
     monkeypatch.setitem(ceilings._BUDGET_SECONDS, "cpu", 0.01)

@@ -22,8 +22,8 @@ MICRO = 1e11  # operations a second
         (WITH, 200e9, 100e9, False, "bf16, by auto: this CPU has bf16 instructions. Products: 200 GFLOP/s in bf16"),
         (WITHOUT, 2.1e9, 48e9, False, "Slow here: train.precision=bf16, at 1/23 of fp32's rate"),
         (WITHOUT, 40e9, 48e9, False, "Slow here: train.precision=bf16, at 83% of fp32's rate"),
-        (WITH, 2e9, 48e9, True, "auto's choice was slower when measured; give train.precision=fp32"),
-        (WITHOUT, 96e9, 48e9, True, "auto's choice was slower when measured; give train.precision=bf16"),
+        (WITH, 2e9, 48e9, True, "auto's choice was slower when measured. Give train.precision=fp32"),
+        (WITHOUT, 96e9, 48e9, True, "auto's choice was slower when measured. Give train.precision=bf16"),
     ],
 )
 def test_a_slow_precision_is_never_told_without_a_conclusion(

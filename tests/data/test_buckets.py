@@ -55,7 +55,7 @@ def test_a_bucket_gives_the_shards_that_the_same_folder_gives(bucket, shard_dir,
     options = ["--shard-mb", str(SHARD_BYTES / 2**20), "--processes", "1"]
     assert main(["shards", "write", f"s3://{bucket}/a #1", str(tmp_path / "out"), *options]) == 0
     assert tree(tmp_path / "out") == tree(shard_dir)
-    assert capsys.readouterr().out.endswith("passed over: 1 .txt, 1 hidden files, 1 hidden folders\n")
+    assert capsys.readouterr().out.endswith("Passed over: 1 .txt, 1 hidden files, 1 hidden folders\n")
     assert main(["shards", "write", f"s3://{bucket}/a #1/", str(tmp_path / "out"), *options]) == 0
     assert capsys.readouterr().out.startswith("already complete: 50 images in ")
 
@@ -170,7 +170,7 @@ def test_members_of_a_tar_that_lie_side_by_side_are_one_request(s3_server, image
         ("s3://no-such-bucket/x", "the bucket does not exist"),
         ("s3://crops/nothing", "s3://crops/nothing holds none"),
         ("s3://crops/a #1/note.txt", "note.txt is a file of another kind"),
-        ("s3://crops/lup", "an LMDB is read where it lies on a disk; copy s3://crops/lup/data.mdb to a directory first"),
+        ("s3://crops/lup", "an LMDB is read on a disk only. Copy s3://crops/lup/data.mdb to a directory first"),
         ("s3://crops/x.tgz", "decompress s3://crops/x.tgz first"),
         ("gs://crops/a", "in a store that cannot be listed"),
         ("s3://", "a location like s3://bucket/prefix is required"),

@@ -338,7 +338,7 @@ def test_an_index_without_shards_and_empty_shards_are_read_as_what_they_are(shar
     (empty / mds.INDEX).write_text('{"version": 2, "shards": []}')
     with (
         ShardSet(str(empty), tmp_path) as data,
-        pytest.raises(UserError, match=r"one global batch needs 8 samples; .* holds 0"),
+        pytest.raises(UserError, match=r"one global batch needs 8 samples. .* holds 0"),
     ):
         read_epochs(data)
     mixed = Path(shutil.copytree(many, tmp_path / "mixed"))

@@ -95,7 +95,7 @@ def test_of_tars_that_were_written_one_behind_another_all_members_are_read(tmp_p
 
 def test_damage_behind_the_end_of_a_tar_is_no_end(tmp_path):
     (tmp_path / "two.tar").write_bytes(tar("a.jpg") + b"rubbish" * 1000)
-    with pytest.raises(UserError, match=r"a whole tar is required; .*what follows byte 10,240 is neither"):
+    with pytest.raises(UserError, match=r"a whole tar is required. .*what follows byte 10,240 is neither"):
         open_source(tmp_path / "two.tar").images()
 
 
@@ -140,7 +140,7 @@ def test_an_lmdb_is_found_in_a_folder_further_down_and_its_own_files_are_not_tol
 def test_two_images_of_one_name_are_refused(tmp_path):
     put(tmp_path, "a/b.jpg")
     (tmp_path / "a.tar").write_bytes(tar("b.jpg"))
-    with pytest.raises(UserError, match=r"different names; a/b.jpg stands in a file and a.tar; rename one"):
+    with pytest.raises(UserError, match=r"different names. a/b.jpg is in a file and a.tar. Rename one"):
         open_source(tmp_path).images()
 
 
@@ -187,8 +187,8 @@ def test_the_command_tells_what_it_passes_over_at_the_plan_and_at_the_end(images
     put(tmp_path, "a.txt", "b.txt", "c.mat")
     assert main(["shards", "write", str(tmp_path), str(tmp_path / "out"), "--processes", "1"]) == 0
     out, err = capsys.readouterr()
-    assert f"shards write: {tmp_path}: 1 image for 1 shard; passed over: 2 .txt, 1 .mat" in err
-    assert out == f"1 image written to {tmp_path}/out; passed over: 2 .txt, 1 .mat\n"
+    assert f"shards write: {tmp_path}: 1 image for 1 shard. Passed over: 2 .txt, 1 .mat" in err
+    assert out == f"1 image written to {tmp_path}/out. Passed over: 2 .txt, 1 .mat\n"
 
 
 def test_a_complete_import_that_is_repeated_says_so_and_one_of_something_else_is_refused(images, tmp_path, capsys):

@@ -86,7 +86,7 @@ def test_a_missing_source_is_named(tmp_path):
 def test_a_source_without_images_says_what_is_wanted(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "a.gif").touch()
-    assert "holds none beside 1 .gif" in refused(tmp_path / "source", tmp_path / "out")
+    assert "holds none next to 1 .gif" in refused(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

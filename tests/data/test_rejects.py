@@ -32,7 +32,7 @@ def test_too_many_rejects_end_with_code_1_and_a_summary_by_kind(source, tmp_path
     code = main(["shards", "write", str(source), str(tmp_path / "out"), "--processes", "1"])
     line = capsys.readouterr().err.splitlines()[-1]
     assert code == 1
-    assert line.startswith("error: at most 0.05 of the images may be left out (--max-rejects); 3 of 53 are (5.7%): ")
+    assert line.startswith("error: at most 0.05 of the images may be left out (--max-rejects). 3 of 53 are (5.7%): ")
     assert "2 ends too early (first: cut1.jpg: it ends early: Premature end of JPEG file); 1 no image that can be" in line
     assert f"all are listed in {tmp_path}/out.partial/rejects.jsonl" in line
     assert "take the rest with --max-rejects 0.06, which ends at once" in line
@@ -54,7 +54,7 @@ def test_within_the_share_the_last_line_has_the_summary_too(source, tmp_path, ca
     options = ["--processes", "1", "--max-rejects", "0.06"]
     assert main(["shards", "write", str(source), str(tmp_path / "out"), *options]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
-    expected = f"written to {tmp_path}/out; 3 left out, listed in {tmp_path}/out/rejects.jsonl: 2 ends too early (first: cut1"
+    expected = f"written to {tmp_path}/out. 3 left out, listed in {tmp_path}/out/rejects.jsonl: 2 ends too early (first: cut1"
     assert expected in line
     found = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert [reject["kind"] for reject in found] == ["ends too early", "ends too early", "no image that can be decoded"]

@@ -85,7 +85,7 @@ def test_links_are_followed_and_a_link_to_a_folder_above_is_not(tmp_path):
 
 def test_a_source_that_is_not_there_or_empty_or_of_another_kind_says_what_is_wanted(tmp_path):
     assert f"{tmp_path}/nowhere is not there" in refused(open_source, tmp_path / "nowhere")
-    assert "holds none beside 2 .gif, 1 .txt" in refused(keys, files(tmp_path / "gif", "a.gif", "b.gif", "c.txt"))
+    assert "holds none next to 2 .gif, 1 .txt" in refused(keys, files(tmp_path / "gif", "a.gif", "b.gif", "c.txt"))
     files(tmp_path, "a.zip")
     assert "a.zip is a file of another kind" in refused(open_source, tmp_path / "a.zip")
 
@@ -123,7 +123,7 @@ def test_an_lmdb_that_is_cut_off_empty_or_none_at_all_is_refused(tmp_path):
     database(tmp_path / "cut", [(f"{i}".encode(), JPEG * 1000) for i in range(50)])
     os.truncate(tmp_path / "cut" / "data.mdb", 100_000)
     assert "must have at least" in refused(keys, tmp_path / "cut")
-    assert "holds none beside 1 LMDB entries __keys__" in refused(keys, database(tmp_path / "empty", METADATA))
+    assert "holds none next to 1 LMDB entries __keys__" in refused(keys, database(tmp_path / "empty", METADATA))
     (tmp_path / "text.lmdb").write_text("hello" * 10_000)
     assert "text.lmdb cannot be opened as one" in refused(keys, tmp_path / "text.lmdb")
 
@@ -169,7 +169,7 @@ def test_a_tar_that_is_cut_off_or_none_or_holds_no_image_is_refused(tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole[:2000])
     (tmp_path / "text.tar").write_text("hello" * 1000)
     for name in ("cut.tar", "text.tar"):
-        assert f"a whole tar is required; {tmp_path}/{name} is not one" in refused(keys, tmp_path / name)
+        assert f"a whole tar is required. {tmp_path}/{name} is not one" in refused(keys, tmp_path / name)
     assert "holds none" in refused(keys, tar(tmp_path / "none.tar", "a.gif"))
 
 
@@ -207,9 +207,9 @@ def test_a_list_of_file_names_selects_from_an_lmdb_whose_keys_have_no_suffix(tmp
 
 def test_unknown_and_ambiguous_names_are_counted_and_the_first_is_given(source, tmp_path):
     message = refused(keys, source, Selection(list_file=text_list(tmp_path, "1.jpg", "c/1.jpg", "9.jpg")))
-    assert "2 of 3 stand for no image of the source, the first is 'c/1.jpg'" in message
+    assert "2 of 3 mean no image of the source, the first is 'c/1.jpg'" in message
     message = refused(keys, source, Selection(list_file=text_list(tmp_path, "2.jpg", "1.jpg")))
-    assert "1 of 2 stand for several images of the source, the first is '2.jpg'" in message
+    assert "1 of 2 mean several images of the source, the first is '2.jpg'" in message
 
 
 def test_the_first_share_is_that_of_the_list_not_of_the_source(source, tmp_path):
@@ -305,7 +305,7 @@ def test_a_tar_that_is_damaged_after_its_first_member_is_refused_and_not_half_re
     content, header = bytearray(path.read_bytes()), 12 * (512 + 1024)
     content[header + 3] ^= 1
     path.write_bytes(content if damage == "flip" else content[: header + 100])
-    with pytest.raises(UserError, match=rf"a whole tar is required; .*crops\.tar is not one: what follows byte {header:,} is"):
+    with pytest.raises(UserError, match=rf"a whole tar is required. .*crops\.tar is not one: what follows byte {header:,} is"):
         open_source(path).images()
 
 
@@ -330,5 +330,5 @@ def test_a_folder_that_cannot_be_listed_stops_the_import(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", failing)
-    with pytest.raises(UserError, match=r"all folders below .* must be readable; .*/lost is not: Input/output error"):
+    with pytest.raises(UserError, match=r"all folders below .* must be readable. .*/lost is not: Input/output error"):
         open_source(tmp_path).images()

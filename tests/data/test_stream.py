@@ -263,7 +263,7 @@ def test_a_run_of_so_many_steps_ends_after_them_and_opens_no_shard_beyond(data, 
 
 def test_too_few_samples_for_a_global_batch_are_refused_at_once(data):
     before = threading.active_count()
-    with pytest.raises(UserError, match=f"one global batch needs 51 samples; .* holds {NUM_IMAGES}"):
+    with pytest.raises(UserError, match=f"one global batch needs 51 samples. .* holds {NUM_IMAGES}"):
         BatchReader(data, **{**OPTIONS, "global_batch_size": 51})
     assert threading.active_count() == before
 

@@ -154,7 +154,7 @@ def test_a_damaged_or_missing_shard_stops_the_import_and_names_it(jpegs, tmp_pat
     with pytest.raises(UserError, match=r"shard\.00001\.mds does not have the size and hash"):
         importer.write(source, str(tmp_path / "out"))
     shard.unlink()
-    with pytest.raises(UserError, match=r"all shards of .*index\.json are required; shard\.00001\.mds is not there"):
+    with pytest.raises(UserError, match=r"all shards of .*index\.json are required. shard\.00001\.mds is not there"):
         open_source(source).images()
 
 
@@ -164,10 +164,10 @@ def test_a_column_is_chosen_where_it_is_not_plain(jpegs, tmp_path, capsys):
             writer.write({"front": jpeg, "back": Image.open(io.BytesIO(jpegs[-1])), "id": 1})
     command = ["shards", "write", str(tmp_path / "set"), str(tmp_path / "out"), "--processes", "1"]
     assert main(command) == 78
-    assert "may have images in back, front; choose one with --column" in capsys.readouterr().err
+    assert "may have images in back, front. Choose one with --column" in capsys.readouterr().err
     assert list(contents(tmp_path / "set", "front").values()) == jpegs[:4]
     assert main([*command, "--column", "id"]) == 78
-    assert "holds none beside 1 json files without a column of images (name it with --column)" in capsys.readouterr().err
+    assert "holds none next to 1 json files without a column of images (name it with --column)" in capsys.readouterr().err
     assert main([*command, "--column", "front"]) == 0
 
 
@@ -236,7 +236,7 @@ def test_a_row_without_bytes_is_rejected_and_a_table_without_images_is_told(jpeg
 def test_a_parquet_file_that_is_cut_off_is_refused(jpegs, tmp_path):
     path = table(tmp_path / "a.parquet", [*jpegs])
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=r"a whole parquet file is required; .*a\.parquet is not one"):
+    with pytest.raises(UserError, match=r"a whole parquet file is required. .*a\.parquet is not one"):
         open_source(path).images()
 
 

@@ -118,7 +118,7 @@ def test_all_benchmarks_below_a_folder_are_told_each_with_its_counts(tmp_path, c
 def test_a_layout_without_its_lists_is_named_with_what_is_missing_after_the_others_are_told(tmp_path, capsys):
     build(tmp_path / "a", MSMT17)
     build(tmp_path / "b", MARKET)
-    with pytest.raises(UserError, match=r"list_train\.txt is missing; MSMT17 comes with"):
+    with pytest.raises(UserError, match=r"list_train\.txt is missing. MSMT17 comes with"):
         inventory.run(tmp_path)
     printed = capsys.readouterr().out
     assert f"msmt17 at {tmp_path}/a\n  cannot be used: {tmp_path}/a/list_train.txt is missing" in printed
@@ -131,7 +131,7 @@ def test_files_that_are_no_images_are_counted_and_the_first_three_named(tmp_path
     query.write_text("not an image")
     with pytest.raises(UserError) as caught:
         inventory.run(tmp_path)
-    assert str(caught.value) == f"1 files of {tmp_path} are not images ({query}); replace them or remove them"
+    assert str(caught.value) == f"1 files of {tmp_path} are not images ({query}). Replace them or remove them"
     for name in MARKET["bounding_box_train"] + [MARKET["bounding_box_test"][1]]:
         next(tmp_path.glob(f"bounding_box_*/{name}")).write_bytes(b"")
     with pytest.raises(UserError, match=r"4 files of .*, \.\.\.\)") as caught:
@@ -167,7 +167,7 @@ def test_junk_is_not_opened_as_nothing_reads_it(tmp_path):
 @pytest.mark.parametrize("place", ["nowhere", "empty"])
 def test_a_place_without_images_is_a_user_error(tmp_path, place):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"a folder of benchmarks or of crops is required|no image lies below"):
+    with pytest.raises(UserError, match=r"a folder of benchmarks or of crops is required|there is no image below"):
         inventory.run(tmp_path / place)
 
 

@@ -61,7 +61,7 @@ def test_a_start_that_has_seen_the_labels_is_told_with_what_matches(market, tune
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: ") == 1
     assert "and has seen these labels" in done.stdout
-    assert f"of {tuned} match; the head starts new: " in done.stdout
+    assert f"of {tuned} match. The head starts new: " in done.stdout
     for work in ("opening", "extracting", "clustering"):
         assert f"{work} 64 images" in done.stdout
 

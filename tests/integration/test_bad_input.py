@@ -33,7 +33,7 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(arguments: list[str],
 def test_an_empty_folder_is_refused_and_a_text_file_named_jpg_is_left_out_and_listed(tmp_path: Path, images: Path) -> None:
     (tmp_path / "empty").mkdir()
     line = one_line_error(personmae("shards", "write", tmp_path / "empty", tmp_path / "out"))
-    assert "parquet files are required; " in line
+    assert "parquet files are required. " in line
     mixed = tmp_path / "mixed"
     shutil.copytree(images, mixed)
     (mixed / "0500.jpg").write_text("this is not an image")
@@ -41,7 +41,7 @@ def test_an_empty_folder_is_refused_and_a_text_file_named_jpg_is_left_out_and_li
     written = personmae("shards", "write", mixed, tmp_path / "out")
     assert written.returncode == 0, written.stderr
     place = f"{tmp_path}/out/rejects.jsonl"
-    expected = f"50 images written to {tmp_path}/out; 1 left out, listed in {place}: 1 no image that can be decoded (first: "
+    expected = f"50 images written to {tmp_path}/out. 1 left out, listed in {place}: 1 no image that can be decoded (first: "
     assert written.stdout.splitlines()[-1].startswith(expected)
     assert '"key": "0500.jpg"' in Path(place).read_text()
 

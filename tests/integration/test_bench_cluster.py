@@ -52,5 +52,5 @@ def test_both_ways_give_the_same_labels_and_there_is_something_to_find() -> None
 
 
 def test_more_people_than_images_are_refused() -> None:
-    with pytest.raises(UserError, match=r"num_pids must be in 1 ... num_images = 2500; got 2501"):
+    with pytest.raises(UserError, match=r"num_pids must be in 1 ... num_images = 2500. Got 2501"):
         run_cluster(replace(BENCH, num_pids=2501))

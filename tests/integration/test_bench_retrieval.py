@@ -43,5 +43,5 @@ def test_every_way_gives_the_same_score() -> None:
 
 
 def test_more_usual_queries_than_queries_are_refused() -> None:
-    with pytest.raises(UserError, match=r"baseline_queries must be in 1 ... num_query = 300; got 301"):
+    with pytest.raises(UserError, match=r"baseline_queries must be in 1 ... num_query = 300. Got 301"):
         run_retrieval(replace(BENCH, baseline_queries=301))

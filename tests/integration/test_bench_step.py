@@ -147,10 +147,10 @@ def test_a_wait_that_comes_now_and_then_counts_in_images_a_second_and_not_in_the
 
 def test_what_is_not_known_or_not_possible_is_refused_before_anything_is_measured(shard_dir: Path) -> None:
     for wrong, text in (
-        ({"engines": ("native", "fast")}, "--engines takes plain, native, .*; got 'fast'"),
-        ({"sizes": ("tiny",)}, "--sizes takes micro, small, base, large; got 'tiny'"),
-        ({"compile": ("yes",)}, "--compile takes off, on, graph; got 'yes'"),
-        ({"crop_backends": ("kernel",)}, "--crop-backends takes torch, triton; got 'kernel'"),
+        ({"engines": ("native", "fast")}, "--engines takes plain, native, .*. Got 'fast'"),
+        ({"sizes": ("tiny",)}, "--sizes takes micro, small, base, large. Got 'tiny'"),
+        ({"compile": ("yes",)}, "--compile takes off, on, graph. Got 'yes'"),
+        ({"crop_backends": ("kernel",)}, "--crop-backends takes torch, triton. Got 'kernel'"),
         ({"crop_backends": ("torch", "triton")}, "crop_backend=triton needs a GPU and there is none"),
         ({"img_size": (128, 60)}, "--img-size must be multiples of 16, got 128x60"),
         ({"shards": str(shard_dir), "batches": (4, 51)}, "at least 51 samples in .* are required, got 50"),
@@ -165,7 +165,7 @@ def test_a_machine_without_bf16_is_not_measured_in_it(
 ) -> None:
     """A ceiling in bf16 would take minutes there, whatever precision the step is asked in."""
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    with pytest.raises(UserError, match=r"bf16 cannot be measured here, since .*; give fp32"):
+    with pytest.raises(UserError, match=r"bf16 cannot be measured here, since .*. Give fp32"):
         run_step(replace(BENCH, precisions=("bf16",)))
     small = replace(BENCH, batches=(1,), num_steps=1)
     record = run_step(replace(small, precisions=("bf16", "fp32")), tmp_path / "step.json")
@@ -173,7 +173,7 @@ def test_a_machine_without_bf16_is_not_measured_in_it(
     assert [(row["precision"], row["failed"]) for row in record["measured"]] == [("fp32", None)]
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first.startswith("bf16 is left out: ")
-    assert second == "measuring what this machine can do at most, in fp32 ..."
+    assert second == "measuring the most that this machine can do, in fp32 ..."
 
 
 def test_graphs_without_a_gpu_are_refused_in_one_line() -> None:

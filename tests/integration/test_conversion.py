@@ -157,7 +157,7 @@ def test_however_the_command_is_ended_its_workers_end_and_the_same_command_goes_
         assert not out.exists()
     last = personmae("shards", "write", many, out, "--shard-mb", str(SHARD_MB), "--processes", "2")
     assert "300 images written" in last.stdout, last.stderr
-    assert "; 2 left out, listed in " in last.stdout
+    assert ". 2 left out, listed in " in last.stdout
     assert tree(out) == undisturbed
 
 

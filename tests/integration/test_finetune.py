@@ -141,7 +141,7 @@ def test_a_result_of_other_settings_is_not_taken_for_this_runs(finished: Path, b
     assert same.returncode == 0
     assert "is complete" in same.stdout
     line = one_line_error(personmae("finetune", *arguments(benchmarks, finished, "optim.lr=1e-5")))
-    assert "belongs to a run with other settings or data: optim.lr=0.001 (now 1e-05); use the same" in line
+    assert "belongs to a run with other settings or data: optim.lr=0.001 (now 1e-05). Use the same" in line
 
 
 def copied(run_dir: Path, where: Path) -> Path:

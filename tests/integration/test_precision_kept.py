@@ -122,6 +122,6 @@ def test_an_encoder_of_another_image_size_is_told_and_of_another_architecture_re
             assert line in capsys.readouterr().err
         code = main([program, *arguments, *common, "model.img_size=[256,128]"])
         told = capsys.readouterr()
-        (start,) = (line for line in told.out.splitlines() if f"{program}: " in line and "the head starts new" in line)
-        assert "it was trained at 128x64 and now sees 256x128" in start
+        (start,) = (line for line in told.out.splitlines() if f"{program}: " in line and "The head starts new" in line)
+        assert "It was trained at 128x64 and now sees 256x128" in start
         assert code == 0 or "clusters a batch are required" in told.err  # random weights may find too few

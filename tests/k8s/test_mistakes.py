@@ -190,7 +190,7 @@ def test_a_run_that_does_not_exist_or_cannot_is_one_line_and_nothing_is_changed(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["renderr"], "unknown verb 'renderr'; did you mean 'render'?"),
+        (["renderr"], "unknown verb 'renderr'. Did you mean 'render'?"),
         (["render"], "the following arguments are required: CONFIG"),
         (["render", CONFIG, "-o", "xml"], "argument -o/--output: invalid choice: 'xml'"),
         (["status"], "the following arguments are required: RUN"),

@@ -134,7 +134,7 @@ def test_a_configuration_cannot_be_changed(path):
     ],
 )
 def test_an_unknown_key_on_the_command_line_names_the_nearest_one(path, key, nearest):
-    expected = f"unknown key '{key}' in the command line; the nearest known key is '{nearest}'"
+    expected = f"unknown key '{key}' in the command line. The nearest known key is '{nearest}'"
     assert refused(path, f"{key}=1") == expected
 
 
@@ -142,7 +142,7 @@ def test_an_unknown_key_in_a_file_names_that_file(tmp_path):
     (tmp_path / "base.yaml").write_text(MINIMAL + "optim:\n  weight_decy: 0.1\n")
     (tmp_path / "run.yaml").write_text("_base_: base.yaml\noptim:\n  lr: 0.1\n")
     message = refused(tmp_path / "run.yaml")
-    assert message.startswith(f"unknown key 'optim.weight_decy' in {tmp_path / 'base.yaml'};")
+    assert message.startswith(f"unknown key 'optim.weight_decy' in {tmp_path / 'base.yaml'}. ")
     assert message.endswith("'optim.weight_decay'")
 
 
@@ -160,7 +160,7 @@ def test_a_wrong_type_names_key_origin_and_value(path):
     [
         ("mask.ratio=1.0", "less than 1"),
         ("mask.ratio=0", "greater than 0"),
-        ("mask.block_ratio=0.8", "block_ratio=0.8 must be at most ratio=0.75; lower it or leave it out"),
+        ("mask.block_ratio=0.8", "block_ratio=0.8 must be at most ratio=0.75. Lower it or leave it out"),
         ("mask.kind=people", "'block', 'random' or 'person'"),
         ("target.features=normed", "'layer_norm', 'raw', 'position_centred' or 'image_centred'"),
         ("loss.identity_group=1", "greater than 1"),
@@ -214,7 +214,7 @@ def test_a_file_that_is_not_yaml_is_named(path):
 
 @pytest.mark.parametrize("override", ["seed", "=3", ""])
 def test_an_override_without_a_key_or_a_value_is_told(path, override):
-    assert f"must look like section.key=value; got '{override}'" in refused(path, override)
+    assert f"must look like section.key=value. Got '{override}'" in refused(path, override)
 
 
 def test_an_override_that_is_not_yaml_names_its_key(path):

@@ -36,7 +36,7 @@ def test_the_names_of_today_are_taken_in_silence(tmp_path, capsys, value):
 
 def test_another_value_of_per_camera_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("run_dir: out\nroot: in\ninit: start\n")
-    with pytest.raises(UserError, match="'none', 'standardise' or 'whiten'; got 'whitened'"):
+    with pytest.raises(UserError, match=r"'none', 'standardise' or 'whiten'\. Got 'whitened'"):
         config.load(config.Unsupervised, tmp_path / "run.yaml", ["cluster.per_camera=whitened"])
 
 

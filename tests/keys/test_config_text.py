@@ -55,7 +55,7 @@ def refused(path: Path, *overrides: str, kind: type[config.Section] = config.Pre
 )
 def test_a_key_given_twice_is_refused_with_both_lines(path, text, key, lines):
     path.write_text(MINIMAL + text)
-    assert refused(path) == f"{path}: '{key}' is given twice, in line {lines[0]} and line {lines[1]}; keep one of them"
+    assert refused(path) == f"{path}: '{key}' is given twice, in line {lines[0]} and line {lines[1]}. Keep one of them"
 
 
 def test_a_key_given_twice_in_a_base_names_the_base(tmp_path):
@@ -184,7 +184,7 @@ def test_other_keys_take_what_their_type_says(path, override, value):
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("seed=010", "a number that begins with 0 is octal to some and decimal to others; got 010"),
+        ("seed=010", "a number that begins with 0 is octal to some and decimal to others. Got 010"),
         ("seed=5 #x", "got '5 #x'"),
         ("train.total_steps=12:30", "got '12:30'"),
         ("train.total_steps=yes", "got 'yes'"),
@@ -194,7 +194,7 @@ def test_other_keys_take_what_their_type_says(path, override, value):
         ("model.mean=[.nan,0,0]", "finite"),
         ("train.compile=maybe", "got 'maybe'"),
         ("engine.deepspeed.zero_stage=9", "0, 1, 2 or 3"),
-        ("run_dir=\udcff", "unable to parse raw data as a unicode string; got '\\udcff'"),
+        ("run_dir=\udcff", "unable to parse raw data as a unicode string. Got '\\udcff'"),
         ("run_dir=", "at least 1 character"),
         ("data..shards=x", "must look like section.key=value"),
     ],

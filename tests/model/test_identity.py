@@ -44,7 +44,7 @@ def test_micro_batches_of_whole_groups_come_to_what_the_whole_batch_does():
 def test_a_batch_smaller_than_a_group_is_one_and_groups_that_do_not_fill_it_are_refused():
     ours, theirs = embeddings(), embeddings(seed=1)
     assert identity_loss(ours, theirs, 64) == identity_loss(ours, theirs, 12)
-    with pytest.raises(UserError, match=r"loss\.identity_group=5 must divide a rank's micro-batch, which is 12; give another"):
+    with pytest.raises(UserError, match=r"loss\.identity_group=5 must divide a rank's micro-batch, which is 12. Give another"):
         identity_loss(ours, theirs, 5)
 
 

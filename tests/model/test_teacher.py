@@ -102,7 +102,7 @@ def test_a_skipped_step_leaves_it_where_it_is_and_any_other_moves_it_as_without_
 def test_shards_of_the_student_are_refused():
     student = encoder()
     teacher = Teacher(student, GRID)
-    with pytest.raises(ValueError, match=r"whole parameters; gather them with engine\.full_params"):
+    with pytest.raises(ValueError, match=r"whole parameters. Gather them with engine\.full_params"):
         teacher.update([p.flatten()[:3] for p in student.parameters()], 0.9)
     with pytest.raises(ValueError, match="whole parameters"):
         teacher.update(list(student.parameters())[1:], 0.9)

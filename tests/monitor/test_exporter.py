@@ -83,7 +83,7 @@ def test_without_an_agent_a_rank_serves_itself_where_a_port_is_given(monkeypatch
     assert 'personmae_rank_phase{local_rank="0",phase="evaluate"} 1.0' in text
     assert 'personmae_rank_phase{local_rank="0",phase="start"} 0.0' in text
     assert re.search(r'personmae_step_duration_seconds_count\{local_rank="0",part="total",phase="total"\} 1.0', text)
-    assert "its parts; label phase is the old name of part\n" in text
+    assert "its parts. Label phase is the old name of part\n" in text
     with socket.create_server(("", port)):  # it is free again
         pass
 

@@ -201,7 +201,7 @@ def test_occluded_duke_with_the_counts_of_dukemtmc_is_refused(tmp_path, monkeypa
     build(tmp_path, DUKE)
     assert load_benchmark("occluded_duke", tmp_path).name == "occluded_duke"
     monkeypatch.setitem(PUBLISHED, "dukemtmc", {"train": (2, 1), "query": (1, 1), "gallery": (2, 2)})
-    with pytest.raises(UserError, match="holds dukemtmc, by its counts, and not occluded_duke; set benchmark=dukemtmc"):
+    with pytest.raises(UserError, match=r"holds dukemtmc, by its counts, and not occluded_duke\. Set benchmark=dukemtmc"):
         load_benchmark("occluded_duke", tmp_path)
     assert describe(load_benchmark("dukemtmc", tmp_path)).published
 
@@ -214,19 +214,19 @@ def test_every_benchmark_can_be_named_in_a_configuration():
 
 
 def test_an_unknown_benchmark_lists_the_known_ones(tmp_path):
-    with pytest.raises(UserError, match="no benchmark 'market'; the nearest is 'market1501', of market1501, occluded_duke"):
+    with pytest.raises(UserError, match=r"no benchmark 'market'\. The nearest is 'market1501', of market1501, occluded_duke"):
         load_benchmark("market", tmp_path)
 
 
 @pytest.mark.parametrize("folder", [TRAIN, QUERY, GALLERY])
 def test_a_missing_split_is_named(tmp_path, folder):
     build(tmp_path, {name: files for name, files in MARKET.items() if name != folder})
-    with pytest.raises(UserError, match=f"{folder} is missing; expected .* 0002_c1s1_000451_03.jpg"):
+    with pytest.raises(UserError, match=f"{folder} is missing. Expected .* 0002_c1s1_000451_03.jpg"):
         load_benchmark("market1501", tmp_path)
 
 
 def test_a_missing_root_says_what_is_expected(tmp_path):
-    with pytest.raises(UserError, match=r"bounding_box_train/, query/, bounding_box_test/; .* does not exist"):
+    with pytest.raises(UserError, match=r"bounding_box_train/, query/, bounding_box_test/, but .* does not exist"):
         load_benchmark("market1501", tmp_path / "nowhere")
 
 

@@ -89,7 +89,7 @@ def test_a_folder_called_by_the_other_version_is_refused(tmp_path):
 def test_both_versions_in_one_place_must_be_told_apart(tmp_path):
     build(tmp_path / "MSMT17_V1", V1)
     build(tmp_path / "MSMT17_V2", V2, LISTS | {"train": LISTS["train"][:1]})
-    assert "holds both versions of MSMT17; set benchmark to one of msmt17_v1, msmt17_v2" in refused("msmt17", tmp_path)
+    assert "holds both versions of MSMT17. Set benchmark to one of msmt17_v1, msmt17_v2" in refused("msmt17", tmp_path)
     assert len(load_benchmark("msmt17_v1", tmp_path).train) == 3
     assert len(load_benchmark("msmt17_v2", tmp_path).train) == 2
 
@@ -100,7 +100,7 @@ def test_a_missing_list_is_named_with_what_to_get(tmp_path, part):
     (tmp_path / f"list_{part}.txt").unlink()
     line = refused("msmt17_v1", tmp_path)
     assert (
-        f"list_{part}.txt is missing; MSMT17 comes with list_train.txt, list_val.txt, list_query.txt, list_gallery.txt" in line
+        f"list_{part}.txt is missing. MSMT17 comes with list_train.txt, list_val.txt, list_query.txt, list_gallery.txt" in line
     )
 
 
@@ -154,7 +154,7 @@ def test_a_training_list_that_already_holds_val_is_refused_and_may_be_used_witho
 def test_nothing_at_all_says_what_is_expected(tmp_path):
     line = refused("msmt17_v2", tmp_path)
     assert f"msmt17_v2 is expected in {tmp_path} or {tmp_path / 'MSMT17_V2'} as mask_train_v2/, mask_test_v2/ and list_" in line
-    assert "as train/, test/ and list_{train,val,query,gallery}.txt; they are not there" in refused("msmt17", tmp_path)
+    assert "as train/, test/ and list_{train,val,query,gallery}.txt, but they are not there" in refused("msmt17", tmp_path)
 
 
 @pytest.mark.parametrize("train", ["0000_c1_0000.jpg", "0000_002_01_0303morning_0009_0.jpg"])

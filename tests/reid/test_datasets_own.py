@@ -111,7 +111,7 @@ def test_images_outside_identity_folders_and_folders_inside_them_are_named(tmp_p
 @pytest.mark.parametrize("split", FOLDERS)
 def test_a_missing_or_empty_split_is_named(tmp_path, split):
     build_folders(tmp_path / "one", {name: files for name, files in FOLDERS.items() if name != split})
-    assert f"one/{split} is missing; expected {tmp_path}/one/{split}/IDENTITY/*.jpg" in refused("folder", tmp_path / "one")
+    assert f"one/{split} is missing. Expected {tmp_path}/one/{split}/IDENTITY/*.jpg" in refused("folder", tmp_path / "one")
     build_folders(tmp_path / "two", FOLDERS | {split: []})
     assert f"two/{split} is empty" in refused("folder", tmp_path / "two")
 
@@ -151,7 +151,7 @@ def test_a_missing_table_and_a_table_without_rows_are_named(tmp_path, split):
     (tmp_path / f"{split}.csv").write_text("path,pid,camid\n")
     assert f"{split}.csv has no row" in refused("csv", tmp_path)
     (tmp_path / f"{split}.csv").unlink()
-    assert f"{split}.csv is missing; train.csv, query.csv, gallery.csv are required" in refused("csv", tmp_path)
+    assert f"{split}.csv is missing. train.csv, query.csv, gallery.csv are required" in refused("csv", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_row_that_does_not_fit_is_named(tmp_path, row, expected):
 @pytest.mark.parametrize("text", ["file,person\n1.jpg,a\n", "path;pid\n1.jpg;a\n", ""])
 def test_other_columns_are_told(tmp_path, text):
     build_tables(tmp_path, TABLES | {"train": text})
-    assert "train.csv needs the columns path and pid in its first line, set apart by commas; it has [" in refused(
+    assert "train.csv needs the columns path and pid in its first line, set apart by commas. It has [" in refused(
         "csv", tmp_path
     )
 

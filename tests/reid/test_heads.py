@@ -284,7 +284,7 @@ def test_the_neck_pools_rows_from_top_to_bottom(columns, taken):
 def test_rows_are_of_one_size_of_images():
     base = encoder()
     model = ReIDModel(base, Neck(base, pool="rows", num_rows=8))
-    with pytest.raises(UserError, match="features of 8 rows need images of 8 rows of patches; these have 16"):
+    with pytest.raises(UserError, match=r"features of 8 rows need images of 8 rows of patches\. These have 16"):
         model(images(4, (256, 128)))
     with pytest.raises(ValueError, match="num_rows is required"):
         Neck(base, pool="rows")
@@ -374,7 +374,7 @@ def test_the_start_is_told_in_tensors_that_match_and_that_are_new():
     base = encoder()
     given = len(base.state_dict())
     plain = ReIDModel(base, BNNeck(base, NUM_CLASSES))
-    expected = f"{given} of {given} tensors of some/run match; the head starts new: {{}} tensors"
+    expected = f"{given} of {given} tensors of some/run match. The head starts new: {{}} tensors"
     assert describe_start(plain, "some/run", (64, 32)) == expected.format(len(plain.head.state_dict()))
     parted = ReIDModel(base, MGN(base, NUM_CLASSES))
     copied = 3 * len(Branch(base).state_dict())
@@ -386,7 +386,7 @@ def test_a_start_of_another_image_size_is_told_with_what_happens_to_positions():
     model = ReIDModel(base, BNNeck(base, NUM_CLASSES), trained_size=(128, 64))
     assert "positions" not in describe_start(model, "some/run", (128, 64))
     told = describe_start(model, "some/run", (256, 96))
-    assert "it was trained at 128x64 and now sees 256x96" in told
+    assert "It was trained at 128x64 and now sees 256x96" in told
     assert "0.5 x 0.667 of its steps apart" in told
     assert "\n" not in told
 
@@ -396,7 +396,7 @@ def test_settings_come_from_the_weights_and_a_normalisation_given_besides_is_ref
     record = own | {"img_size": [256, 128], "mean": [0.4] * 3}
     expected = own | {"mean": [0.4] * 3, "trained_size": [256, 128]}
     assert settings_from("a/run", record, own, {"size", "std"}) == expected
-    told = r"model.mean=\[0.5, 0.5, 0.5\] must be that of a/run, which is .*; give model.mean=\[0.4,0.4,0.4\] or leave it out"
+    told = r"model.mean=\[0.5, 0.5, 0.5\] must be that of a/run, which is .*. Give model.mean=\[0.4,0.4,0.4\] or leave it out"
     with pytest.raises(UserError, match=told):
         settings_from("a/run", record, own, {"mean"})
     with pytest.raises(UserError, match=r"model\.size=micro must be that of a/run, which is base"):

@@ -111,7 +111,7 @@ def test_discriminants_equal_their_definition(num_people: int, num_channels: int
 )
 def test_labels_that_tell_nothing_are_refused(labels: list[int], told: str):
     features = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3)))
-    with pytest.raises(UserError, match=f"two different images of one; got {told}"):
+    with pytest.raises(UserError, match=f"two different images of one. Got {told}"):
         probe.discriminants(features, np.array(labels))
 
 

@@ -94,7 +94,7 @@ def test_the_device_may_be_named(samples: list[Sample]):
 
 
 def test_an_unknown_re_ranking_is_refused(samples: list[Sample]):
-    with pytest.raises(UserError, match="rerank must be one of none, aqe, k_reciprocal; got 'magic'"):
+    with pytest.raises(UserError, match=r"rerank must be one of none, aqe, k_reciprocal\. Got 'magic'"):
         measure(split(samples), rerank="magic")
 
 
@@ -171,7 +171,7 @@ def test_what_differs_is_named_with_data_in_counts_and_classes(samples: list[Sam
     now = before | {"optim.lr": 0.2} | resume_key(trained_on(samples[: 4 * PER_PID]))
     told = (
         r"a/checkpoint belongs to a run with other settings or data: optim\.lr=0\.1 \(now 0\.2\), 30 training images of 6 "
-        r"ids \(now 20 of 4\), so its head has 6 classes and 4 are required; use the same, another run_dir"
+        r"ids \(now 20 of 4\), so its head has 6 classes and 4 are required. Use the same, another run_dir"
     )
     with pytest.raises(UserError, match=told):
         retrieval.require_same("a/checkpoint", now, before)

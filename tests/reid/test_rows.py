@@ -111,7 +111,7 @@ def test_features_without_any_difference_stay_finite():
 def test_features_that_are_not_finite_are_told():
     features = torch.ones(4, 3)
     features[1, 2] = float("nan")
-    with pytest.raises(UserError, match="1 of 4 features are not finite; the model has diverged"):
+    with pytest.raises(UserError, match=r"1 of 4 features are not finite\. The model has diverged"):
         whiten_per_camera(features, np.ones(4, dtype=np.int64))
 
 

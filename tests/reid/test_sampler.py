@@ -150,5 +150,5 @@ def test_cluster_batches_are_a_function_of_seed_and_epoch():
 
 @pytest.mark.parametrize(("labels", "found"), [([0, 0, 1, -1], "2 with 3 of 4"), ([-1, -1], "0 with 0 of 2")])
 def test_fewer_clusters_than_a_batch_needs_is_an_error(labels, found):
-    with pytest.raises(UserError, match=rf"num_ids=3 clusters .* found {found} images; lower num_ids"):
+    with pytest.raises(UserError, match=rf"num_ids=3 clusters .* found {found} images. Lower num_ids"):
         cluster_batches(np.array(labels), num_ids=3, num_instances=2, num_batches=1, seed=0, epoch=0)

@@ -211,7 +211,7 @@ def test_queries_are_counted_one_by_one(make_run: MakeRun, tmp_path: Path) -> No
         ("finetune_personmae", "finetune_random"): "of 4 queries, better in 2, worse in 1, the same in 1",
         ("finetune_personmae", "histogram"): "of 4 queries, better in 4, worse in 0, the same in 0",
     }
-    assert ("better by AP in", "2", "of 4 queries; worse in 1") in sections.facts([group])
+    assert ("better by AP in", "2", "of 4 queries, worse in 1") in sections.facts([group])
 
 
 def test_seeds_are_compared_by_the_mean_of_each_query(make_run: MakeRun, tmp_path: Path) -> None:

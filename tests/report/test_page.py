@@ -106,7 +106,7 @@ def test_the_page_says_how_far_and_which_data(written: Path) -> None:
         "synthetic people, Market-1501 layout, 300 identities",
         "2 tables here are in the layout market1501.",
         "(25.0-25.0, 2 seeds)",
-        "of 4 queries; worse in 1",
+        "of 4 queries, worse in 1",
     ):
         assert told in text
 

@@ -52,7 +52,7 @@ def test_an_object_store_is_where_it_was(tree: Path) -> None:
 
 
 def test_what_is_gone_is_named_with_the_run_that_needs_it(tree: Path) -> None:
-    with pytest.raises(Lost, match=r"runs/a/gone is needed by .*pretrain and is not there; .* where the run was started"):
+    with pytest.raises(Lost, match=r"runs/a/gone is needed by .*pretrain and is not there. .* where the run was started"):
         Place(tree / "near/runs/a/pretrain", run_dir="runs/a/pretrain").find("runs/a/gone")
 
 

@@ -119,7 +119,7 @@ def test_the_page_holds_everything_and_links_to_nothing(runs: Path, capsys: pyte
     assert "<strong>43.2</strong>" in text
     assert "differ: init (pretrain / random)" in text
     assert "12 images in 1 shard," in text
-    assert "as they were when it was evaluated" in text
+    assert "as they were at the evaluation" in text
     for setting in ("max_shift: 16", "GPU-9000", "a &lt;processor&gt;", "c0ffee", "torch 9.9"):
         assert setting in text
     printed = capsys.readouterr().out

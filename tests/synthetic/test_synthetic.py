@@ -94,7 +94,7 @@ def test_shards_of_drawn_people_carry_the_mark_and_others_do_not(
 ) -> None:
     drawn = ["shards", "write", str(written / "pool"), str(tmp_path / "drawn"), "--processes", "1"]
     assert main(drawn) == 0
-    assert "; the people are synthetic" in capsys.readouterr().out
+    assert ". The people are synthetic" in capsys.readouterr().out
     mark = tmp_path / "drawn" / "synthetic.json"
     assert mark.read_bytes() == (written / "synthetic.json").read_bytes()
     mark.unlink()  # as earlier shards were written
