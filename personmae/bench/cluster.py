@@ -31,7 +31,7 @@ _FRESH_PEAK = "5"  # what makes Linux forget a process's peak of memory
 
 @dataclass(frozen=True, slots=True)
 class ClusterBench:
-    """What to measure, on features of drawn people. The usual way needs 12 bytes per pair of images."""
+    """What to measure, on features of drawn people. The baseline needs 12 bytes per pair of images."""
 
     num_images: int
     num_pids: int

@@ -221,7 +221,7 @@ def _from_store(bench: DataBench, root: str, scratch: Path, mean_bytes: float) -
 
 
 def _in_own_process(root: Path, bench: DataBench, crop: bool) -> float:
-    """The usual way has shared memory and locks of its own: a fresh process each time."""
+    """Measure the baseline in a new process, since it has shared memory and locks of its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(baseline, str(root), bench.num_images, bench.num_threads, crop).result()
 

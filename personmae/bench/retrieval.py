@@ -31,7 +31,7 @@ CHUNK = 512  # rows of features drawn at a time
 
 @dataclass(frozen=True, slots=True)
 class RetrievalBench:
-    """What to measure, on features of drawn people. The usual ways score the first ``baseline_queries`` alone."""
+    """What to measure, on features of drawn people. The baselines score the first ``baseline_queries`` only."""
 
     num_query: int
     num_gallery: int
@@ -44,7 +44,7 @@ class RetrievalBench:
 
 PRESETS = {
     "market": RetrievalBench(3_368, 15_913, num_pids=750),
-    # For all queries the usual ways would hold a distance and a place in the order for 958 million pairs.
+    # For all queries the baselines would hold a distance and a place in the order for 958 million pairs.
     "msmt17": RetrievalBench(11_659, 82_161, num_pids=3_060, num_cameras=15, baseline_queries=500),
 }
 

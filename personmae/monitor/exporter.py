@@ -32,27 +32,27 @@ _KEPT = ("counter", "histogram")
 
 
 class Ledger:
-    """The numbers of a source that may end and begin anew: counters go on from where it ended, gauges end with it."""
+    """The numbers of a source that may end and start again. Counters continue where it ended, and gauges end with it."""
 
     def __init__(self) -> None:
-        self._life = self._ended = ""
+        self._incarnation = self._ended = ""
         self._now: dict[str, Metric] = {}
         self._before: dict[str, Metric] = {}
 
-    def update(self, life: str, metrics: Iterable[Metric]) -> None:
+    def update(self, incarnation: str, metrics: Iterable[Metric]) -> None:
         """Take over the numbers of a source. Another ``incarnation`` started at zero."""
-        if life == self._ended:  # its file is still there
+        if incarnation == self._ended:  # its file is still there
             return
-        if life != self._life:
+        if incarnation != self._incarnation:
             self.end()
-        self._life, self._now = life, {metric.name: metric for metric in metrics}
+        self._incarnation, self._now = incarnation, {metric.name: metric for metric in metrics}
 
     def end(self) -> None:
-        """The source has ended."""
+        """End the source."""
         for name, metric in self._now.items():
             if metric.type in _KEPT:
                 self._before[name] = _sum(metric, self._before.get(name))
-        self._ended, self._life, self._now = self._life or self._ended, "", {}
+        self._ended, self._incarnation, self._now = self._incarnation or self._ended, "", {}
 
     def collect(self, *, gauges: bool = True) -> Iterator[Metric]:
         """All incarnations together. Without ``gauges``, what only a living source has is left out."""
@@ -87,9 +87,9 @@ def merge(metrics: Iterable[Metric], **labels: str) -> dict[str, Metric]:
 
 
 class Continued(Collector):
-    """The numbers of all ranks below a directory, whichever ranks those are by now. Threads may share it.
+    """The numbers of all ranks with files in a directory. Threads may share it.
 
-    While ``living`` is false there are no gauges: what a rank that has ended said last is not so any more.
+    While ``living`` is false there are no gauges, since the last values of ended ranks are no longer true.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -111,7 +111,7 @@ class Continued(Collector):
         yield from merge(labelled).values()
 
     def end(self) -> None:
-        """The ranks have ended, and their files are about to be removed."""
+        """End all ranks, before their files are removed."""
         with self._lock:
             self._read()
             for ledger in self._ledgers.values():
@@ -120,30 +120,30 @@ class Continued(Collector):
     def _read(self) -> None:
         for file in self._directory.glob(f"*{_SUFFIX}"):
             try:
-                life, _, text = file.read_text(encoding="utf-8").partition("\n")
+                incarnation, _, text = file.read_text(encoding="utf-8").partition("\n")
             except FileNotFoundError:  # the agent has ended
                 continue
-            self._ledgers.setdefault(file.stem, Ledger()).update(life, text_string_to_metric_families(text))
+            self._ledgers.setdefault(file.stem, Ledger()).update(incarnation, text_string_to_metric_families(text))
 
 
 class Several(Collector):
-    """Registries as one. One that takes another's place, under the same name, goes on with its counters."""
+    """Several registries as one. A new one under an old name continues its counters."""
 
     def __init__(self) -> None:
         self._sources: dict[str, tuple[str, Collector]] = {}
         self._ledgers: dict[str, Ledger] = {}
         self._lock = threading.Lock()
-        self._lives = 0
+        self._num_incarnations = 0
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def put(self, name: str, source: Collector) -> None:
-        """Let a source tell its numbers under a name of its own."""
+        """Add a source under a name, or replace the one of that name."""
         with self._lock:
             self._read()
-            self._lives += 1
-            self._sources[name] = str(self._lives), source
+            self._num_incarnations += 1
+            self._sources[name] = str(self._num_incarnations), source
             self._ledgers.setdefault(name, Ledger())
 
     def collect(self) -> Iterator[Metric]:
@@ -153,15 +153,15 @@ class Several(Collector):
         yield from found.values()
 
     def _read(self) -> None:
-        for name, (life, source) in self._sources.items():
-            self._ledgers[name].update(life, source.collect())
+        for name, (incarnation, source) in self._sources.items():
+            self._ledgers[name].update(incarnation, source.collect())
 
 
 class Export:
-    """Gets a rank's numbers out: to files for the agent, else to an endpoint of its own where a ``port`` is given.
+    """Exports a rank's numbers: to files for the agent, or without an agent to an endpoint of its own at ``port``.
 
-    ``own`` are this rank's, ``shared`` those of the host or of the run. Both are read by a thread. ``local_rank`` 0 is the
-    one that has an endpoint, at the address ``host``. ``answers`` are what it has besides ``/metrics``.
+    ``own`` are this rank's numbers, ``shared`` those of the host or of the run. A thread reads both. Only ``local_rank`` 0
+    has an endpoint, at the address ``host``, with ``answers`` besides ``/metrics``.
 
     Raises:
         UserError: the port is taken or not allowed, or ``host`` is no address of this host.
@@ -179,10 +179,10 @@ class Export:
         more: Sequence[Collector] = (),
     ):
         disable_created_metrics()
-        self._life = f"# {os.getpid()} {time.monotonic_ns()}"
+        self._incarnation = f"# {os.getpid()} {time.monotonic_ns()}"
         self._directory = os.environ.get(heartbeat.DIRECTORY)
         self._sources = {str(local_rank): _registry(own)} | ({SHARED: _registry(shared)} if local_rank == 0 else {})
-        self._told = False
+        self._logged = False
         self._stopped = threading.Event()
         self._stop: Callable[[], object] = lambda: None
         self._all = _registry(_Labelled(own, local_rank), shared, *more)
@@ -204,7 +204,7 @@ class Export:
         self._stop = lambda: None
 
     def record(self, **labels: str) -> bytes:
-        """All numbers as an OpenMetrics file, with ``labels`` and the time, which Prometheus can take in later."""
+        """All numbers as an OpenMetrics file with ``labels`` and the time, which Prometheus can import later."""
         now, families = time.time(), CollectorRegistry()
         families.register(_Timed(merge(self._all.collect(), **labels).values(), now))
         return openmetrics.generate_latest(families)
@@ -215,21 +215,21 @@ class Export:
         self.write()
 
     def write(self) -> None:
-        """Write all numbers as they are now. Each file is replaced whole."""
+        """Write all numbers to files, each of which is replaced whole."""
         for name, registry in self._sources.items():
             file = Path(self._directory or "") / f"{name}{_SUFFIX}"
             partial = file.with_suffix(".partial")
             try:
-                partial.write_bytes(self._life.encode() + b"\n" + generate_latest(registry))
+                partial.write_bytes(self._incarnation.encode() + b"\n" + generate_latest(registry))
                 os.replace(partial, file)
-            except OSError as error:  # a full disk; the agent then has old numbers
-                if not self._told:
+            except OSError as error:  # a full disk: the agent then has old numbers
+                if not self._logged:
                     print(f"metrics are not written to {file}: {error.strerror}", flush=True)
-                self._told = True
+                self._logged = True
 
 
 class _Labelled(Collector):
-    """A rank's numbers as the agent would label them."""
+    """A rank's numbers with the labels that the agent would give them."""
 
     def __init__(self, own: Collector, local_rank: int) -> None:
         self._own, self._local_rank = own, local_rank
@@ -242,7 +242,7 @@ class _Labelled(Collector):
 
 
 class _Timed(Collector):
-    """Metrics as they were at a time."""
+    """Metrics with the time of their values."""
 
     def __init__(self, metrics: Iterable[Metric], when: float) -> None:
         self._metrics, self._when = metrics, when
