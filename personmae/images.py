@@ -193,5 +193,5 @@ def _to_rgb(image: Image.Image) -> Pixels:
 
 def _check_size(height: int, width: int) -> None:
     if max(height, width) > LONGEST_SIDE or height * width > MOST_PIXELS:
-        told = f"it has {height:,} x {width:,} pixels; {LONGEST_SIDE:,} a side and {MOST_PIXELS:,} in all may be"
-        raise BadImage(told, _TOO_LARGE)
+        limits = f"{LONGEST_SIDE:,} a side and {MOST_PIXELS:,} in all"
+        raise BadImage(f"it has {height:,} x {width:,} pixels, and at most {limits} are read", _TOO_LARGE)

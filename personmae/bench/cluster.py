@@ -95,7 +95,7 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
 
 
 def _in_own_process(name: str, bench: ClusterBench) -> tuple[float, int, int, np.ndarray]:
-    """A process's peak of memory is told apart from that of others in this way only."""
+    """Measure in a new process, since only then its peak of memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, name, bench).result()
 

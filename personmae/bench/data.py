@@ -69,7 +69,7 @@ def run_data(bench: DataBench, out: Path | None = None) -> dict[str, Any]:
         raise UserError(f"a directory of shards is required. {bench.shards} is none: name those of a store with --remote")
     with tempfile.TemporaryDirectory(prefix="personmae-bench-") as scratch, ShardSet(bench.shards, scratch) as shards:
         if bench.remote:
-            with ShardSet(bench.remote, scratch) as same:  # a mistake is told now and not after minutes
+            with ShardSet(bench.remote, scratch) as same:  # so that a mistake is an error now and not after minutes
                 if same.digest != shards.digest:
                     raise UserError(f"--remote must hold the same shards as {bench.shards}. {bench.remote} has another index")
         least = 8 * BATCH_SIZE

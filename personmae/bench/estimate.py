@@ -117,11 +117,11 @@ def drawing_rate() -> float:
 def precision_line(native: Native, rates: dict[str, float]) -> Line:
     """What ``auto`` takes here and whether the measured products agree. The other precision is called slow where it is."""
     best, other = native.best, "fp32" if native.bf16 else "bf16"
-    told = f"{best}, by auto: {native.why}. Products: {_billions(rates[best])} in {best}, {_billions(rates[other])} in {other}"
+    text = f"{best}, by auto: {native.why}. Products: {_billions(rates[best])} in {best}, {_billions(rates[other])} in {other}"
     if rates[best] >= rates[other]:
         slow = f". Slow here: train.precision=bf16, at {_share(rates['bf16'] / rates['fp32'])} of fp32's rate"
-        return Line("precision", False, told + (slow if best == "fp32" else ""))
-    return Line("precision", True, f"{told}. Slow: auto's choice was slower when measured. Give train.precision={other}")
+        return Line("precision", False, text + (slow if best == "fp32" else ""))
+    return Line("precision", True, f"{text}. Slow: auto's choice was slower when measured. Give train.precision={other}")
 
 
 def size_lines(speeds: Speeds) -> list[Line]:

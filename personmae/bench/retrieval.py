@@ -97,7 +97,7 @@ def run_retrieval(bench: RetrievalBench, out: Path | None = None) -> dict[str, A
 
 
 def _in_own_process(name: str, bench: RetrievalBench, num_queries: int) -> tuple[float, int, float | None]:
-    """A process's peak of memory is told apart from that of others in this way only."""
+    """Measure in a new process, since only then its peak of memory is its own."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, name, bench, num_queries).result()
 

@@ -104,7 +104,7 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
     Raises:
         UserError: the grid is not possible here, or the shards cannot be read or hold too little.
     """
-    bench.groups()  # names that are wrong are told first
+    bench.groups()  # so that wrong names are an error first
     device = dist.read_world().device
     bench = replace(bench, precisions=require_native(bench.precisions, device))
     groups = bench.groups()
@@ -138,7 +138,7 @@ def run_step(bench: StepBench, out: Path | None = None, *, ceilings: Ceilings | 
 
 
 def _require_samples(shards: str, batch_size: int) -> None:
-    """A mistake is told now and not after minutes."""
+    """Check the shards now, before minutes of measuring."""
     with tempfile.TemporaryDirectory(prefix="personmae-bench-") as scratch, ShardSet(shards, scratch) as opened:
         if len(opened) < batch_size:
             raise UserError(f"at least {batch_size} samples in {shards} are required, got {len(opened)}")
@@ -261,7 +261,7 @@ def _print(record: dict[str, Any]) -> None:
 def _speeds(rows: list[dict[str, Any]], varying: tuple[str, ...], title: str) -> Table:
     plain = {_work(row): row["milliseconds"] for row in rows if row["engine"] == PLAIN}
     columns: dict[str, list[str]] = {"": [_name(row, varying) for row in rows]}
-    for name, told in (
+    for name, text_of in (
         ("ms a step", lambda row: f"{row['milliseconds']:.1f}"),
         ("images/s", lambda row: f"{row['images_per_second']:,.0f}"),
         ("TFLOP/s", lambda row: f"{row['flops_per_second'] / 1e12:.3g}"),
@@ -271,7 +271,7 @@ def _speeds(rows: list[dict[str, Any]], varying: tuple[str, ...], title: str) ->
         ("first step s", lambda row: f"{row['first_step_seconds']:.1f}"),
         ("over the plain loop", lambda row: _over(row, plain.get(_work(row)))),
     ):
-        columns[name] = [told(row) for row in rows]
+        columns[name] = [text_of(row) for row in rows]
     columns = {name: texts for name, texts in columns.items() if any(texts)}
     table = Table(*columns, title=title)
     for texts in zip(*columns.values(), strict=True):

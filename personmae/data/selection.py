@@ -116,7 +116,7 @@ def listed(images: list[ImageEntry], names: list[str], list_file: Path) -> list[
     short = _short_names(images) if any(name not in by_key for name in names) else {}
 
     def place_of(name: str) -> int | None:
-        """A key as it is told, a name whose bytes are no UTF-8, or either without its suffix."""
+        """A key as it is printed, a name whose bytes are not UTF-8, or either without its suffix."""
         spellings = [each for key in (name, key_of(name)) for each in (key, _bare(key))]
         tried = (known.get(each) for known in (by_key, short) for each in spellings)
         return next((place for place in tried if place is not None), None)

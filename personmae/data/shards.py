@@ -136,8 +136,8 @@ def checked(data: bytes, num_bytes: int, max_side: int | None = None) -> tuple[b
         BadImage: it does not have ``num_bytes``, is not an image, ends too early or is too large.
     """
     if len(data) != num_bytes and data:
-        told = f"it has {len(data):,} bytes and had {num_bytes:,} when the source was listed"
-        raise BadImage(told, "changed since the source was listed")
+        change = f"it has {len(data):,} bytes and had {num_bytes:,} when the source was listed"
+        raise BadImage(change, "changed since the source was listed")
     pixels, fast = images.decode(data)
     height, width = pixels.shape[:2]
     if max_side is not None and max(height, width) > max_side:

@@ -28,7 +28,7 @@ _LMDB_SUFFIXES = (".mdb", ".lmdb")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _SINGLE = (".tar", *_LMDB_SUFFIXES, *_PARQUET_SUFFIXES)
 _NUM_LISTERS = 8  # threads that look into tars and the like
-_MOST_KINDS = 8  # that are told one by one
+_MOST_KINDS = 8  # that are listed one by one
 _WANTED = f"images ({', '.join(images.SUFFIXES)}), an LMDB, tars, MDS shards or parquet files"
 
 

@@ -144,11 +144,11 @@ def cameras(pixels: Float[np.ndarray, "N 128 64 3"], camids: Int[np.ndarray, " N
     nine = (nine - nine.mean(0)) / np.maximum(nine.std(0), 1e-6)
     order = np.random.default_rng(0).permutation(len(nine))
     train, test = np.array_split(order, 2)
-    told = LogisticRegression(max_iter=1000).fit(nine[train], camids[train]).score(nine[test], camids[test])
+    accuracy = LogisticRegression(max_iter=1000).fit(nine[train], camids[train]).score(nine[test], camids[test])
     return {
         "colour variance between cameras": _share_between(colour, camids),
         "hue variance between cameras": _share_between(hue / np.maximum(hue.std(0), 1e-6), camids),
-        "camera told from colour": float(told),
+        "camera told from colour": float(accuracy),
     }
 
 

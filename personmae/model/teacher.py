@@ -18,7 +18,7 @@ CENTRE_MOMENTUM: Final = 0.9  # of the mean at each position
 class Centre(nn.Module):
     """The mean of the features at each position over all images, as a running mean of the global batches.
 
-    ``forward`` takes it away and changes nothing. ``note`` remembers what a micro-batch came to, and ``update`` moves the mean
+    ``forward`` takes it away and changes nothing. ``add`` takes in a micro-batch, and ``update`` moves the mean
     once a step: to the mean of all batches so far, and from the tenth on by a tenth. Its buffers are a rank's own until
     they are averaged over ranks (``dist.average_buffers``).
     """
@@ -35,7 +35,7 @@ class Centre(nn.Module):
         return features - self.mean
 
     @torch.no_grad()
-    def note(self, centred: Float[Tensor, "B L D"]) -> None:
+    def add(self, centred: Float[Tensor, "B L D"]) -> None:
         """Remember the mean of what ``forward`` has returned."""
         self._noted.append(centred.mean(dim=0) + self.mean)
 
@@ -99,7 +99,7 @@ class Teacher(nn.Module):
         """``forward`` in training: where targets are centred, what they are is remembered for the next ``update``."""
         target = self(patches_b)
         if self.centre is not None:
-            self.centre.note(target[:, 1:] if self.class_token else target)
+            self.centre.add(target[:, 1:] if self.class_token else target)
         return target
 
     @torch.no_grad()

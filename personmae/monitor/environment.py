@@ -73,7 +73,7 @@ def command() -> str:
 
 
 def _parent(pid: int) -> tuple[list[str], int]:
-    """The arguments of a process and the number of its parent. Nothing where the system does not tell."""
+    """The arguments of a process and the number of its parent. Empty where the system does not say."""
     try:
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode(errors="surrogateescape").split("\0")
         return argv, int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])

@@ -1,4 +1,4 @@
-"""A benchmark in memory: three splits of samples, their counts and oddities, and digests that tell two of them apart.
+"""A benchmark in memory: three splits of samples, their counts and oddities, and digests that distinguish two of them.
 
 ``personmae.reid.datasets`` knows the layouts on disk.
 """

@@ -35,7 +35,7 @@ class ClusterQuality:
 
 
 def follows_cameras(ami_cameras: float | None, one_camera_share: float | None) -> bool:
-    """Whether clusters tell cameras, more than chance and than people who are seen by few of them explain."""
+    """Whether clusters follow cameras, more than chance and people who are seen by few of them explain."""
     return (ami_cameras or 0) > FOLLOWING_AMI and (one_camera_share or 0) > FOLLOWING_SHARE
 
 

@@ -220,18 +220,18 @@ def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) ->
 
 
 def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val: bool, splits: Sequence[str]) -> Benchmark:
-    """MSMT17 in Market-1501's folders, where neither its version nor its list_val can be told."""
+    """MSMT17 in Market-1501's folders, which show neither its version nor its list_val."""
     relaid = next((folder for folder in folders if (folder / FOLDERS[splits[0]]).is_dir()), None)
     if name in VERSIONS or relaid is None:
         folder_name, train, test = VERSIONS.get(name, VERSIONS["msmt17_v1"])
         wanted = f"{train}/, {test}/ and list_{{train,val,query,gallery}}.txt"
         came = (
-            f"{relaid / FOLDERS['train']} does not tell its version: set benchmark=msmt17" if relaid else "they are not there"
+            f"{relaid / FOLDERS['train']} does not show its version: set benchmark=msmt17" if relaid else "they are not there"
         )
         raise UserError(f"{name} is expected in {root} or {root / folder_name} as {wanted}, but {came}")
     if not train_on_val:
         raise UserError(f"train_on_val=false needs list_train.txt and list_val.txt, which {relaid} does not have")
-    remark = "this layout does not tell V1 from V2, whose results cannot be compared"
+    remark = "this layout does not show whether it is V1 or V2, whose results cannot be compared"
     found = _in_market_folders(name, relaid, RELAID, splits)
     return replace(found, remark=joined(remark, found.remark), one_numbering=False)
 

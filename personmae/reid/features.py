@@ -51,7 +51,7 @@ def extract(
     """The model's features in fp32 on the CPU, in the order of the set. ``dtype`` below fp32 is used through autocast.
 
     Called by all ranks together: each works on its share, and all get the whole. The model is put into evaluation mode and
-    back. ``stopped`` is asked before each batch, ``log`` is told every few seconds how far this rank is.
+    back. ``stopped`` is asked before each batch, Progress of this rank is logged every few seconds.
 
     Raises:
         UserError: an image cannot be read.

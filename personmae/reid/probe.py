@@ -68,7 +68,7 @@ def measure(
     first one compares, and the others get None.
 
     Raises:
-        UserError: an image cannot be read, a feature is not finite, or the training images tell no identities apart.
+        UserError: an image cannot be read, a feature is not finite, or the training images do not separate identities.
         Stopped: ``stopped`` was true on a rank.
     """
     start = time.monotonic()
@@ -108,7 +108,7 @@ def readings(benchmark: Benchmark, features: Float[Tensor, "N F"]) -> dict[str, 
 def discriminants(
     features: Float[Tensor, "N F"], labels: Int[np.ndarray, " N"]
 ) -> tuple[Float[Tensor, " F"], Float[Tensor, "F K"]]:
-    """The mean of the features, and the directions that tell labels 0 ... C - 1 apart best, both in fp64.
+    """The mean of the features, and the directions that separate labels 0 ... C - 1 best, both in fp64.
 
     In 192 principal components, of which fewer are there for fewer features or channels: S_w is the covariance around the
     labels' means, a tenth of it replaced by its mean eigenvalue times the identity, and S_b that of these means, weighted by

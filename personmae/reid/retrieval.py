@@ -48,8 +48,8 @@ def measure(
     """Rank the gallery for every query, same camera removed. Returns scores in [0, 1], counts, and some rank lists.
 
     Called by all ranks together: they share the extraction, the first one ranks, on ``device``, and the others get None.
-    Query and gallery are one set for ``features``, so that a per-camera normalisation sees both. ``log`` is told what takes
-    long, and ``stopped`` is asked before each block of queries.
+    Query and gallery are one set for ``features``, so that a per-camera normalisation sees both. Long work
+    is logged, and ``stopped`` is asked before each block of queries.
 
     Raises:
         UserError: ``rerank`` is not one of ``RERANKINGS``, an image cannot be read, or no query can be scored.
@@ -209,11 +209,11 @@ def require_same(where: str | Path, ours: dict[str, Any], theirs: dict[str, Any]
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     if not differing:
         return
-    told = [f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing if not key.startswith("data.")][:4]
+    changes = [f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing if not key.startswith("data.")][:4]
     if "data.digest" in differing and "data.digest" in theirs:
-        told.append(_data_change(ours, theirs))
+        changes.append(_data_change(ours, theirs))
     raise UserError(
-        f"{where} belongs to a run with other settings or data: {', '.join(told)}. Use the same, another run_dir, or "
+        f"{where} belongs to a run with other settings or data: {', '.join(changes)}. Use the same, another run_dir, or "
         "checkpoint.resume=none"
     )
 
@@ -222,14 +222,14 @@ def _data_change(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     before, now = ([found[f"data.{name}"] for name in ("num_images", "num_ids")] for found in (theirs, ours))
     if before == now:
         return f"{now[0]:,} training images of {now[1]:,} ids, as now, but with other names, ids or cameras"
-    told = "{:,} training images of {:,} ids (now {:,} of {:,})".format(*before, *now)
+    change = "{:,} training images of {:,} ids (now {:,} of {:,})".format(*before, *now)
     needs_head = "head.kind" in ours and before[1] != now[1]
-    return told + (f", so its head has {before[1]:,} classes and {now[1]:,} are required" if needs_head else "")
+    return change + (f", so its head has {before[1]:,} classes and {now[1]:,} are required" if needs_head else "")
 
 
 def table_row(record: dict[str, Any]) -> str:
     """One line of a results table, in per cent. Its end names data that is not a published benchmark."""
     scores = "  ".join(f"{name} {100 * record[name]:5.1f}" for name in ("mAP", "rank1", "rank5", "rank10", "mINP"))
     title = record.get("benchmark_title", "")
-    told = "" if title in datasets.TITLES.values() else f"  {title}"
-    return f"{record['name']:<24} {record['benchmark']:<14} {scores}{told}".rstrip()
+    suffix = "" if title in datasets.TITLES.values() else f"  {title}"
+    return f"{record['name']:<24} {record['benchmark']:<14} {scores}{suffix}".rstrip()

@@ -66,8 +66,8 @@ class Row:
         if len(seeds) == 1:
             return "one seed"
         distinct = len(set(seeds))
-        told = "one seed" if distinct == 1 else f"{distinct} seeds"
-        return told if distinct == len(seeds) else f"{len(seeds)} runs of {told}"
+        words = "one seed" if distinct == 1 else f"{distinct} seeds"
+        return words if distinct == len(seeds) else f"{len(seeds)} runs of {words}"
 
     @property
     def started(self) -> str:
@@ -102,8 +102,8 @@ class Row:
 
     def in_words(self, score: str) -> str:
         """Such as "21.5 (20.4-22.4, 3 seeds)" or "21.5 (one seed)", in per cent."""
-        told = ", ".join(part for part in (self.spread(score), self.seeds_in_words) if part)
-        return f"{100 * self.mean(score):.1f}" + (f" ({told})" if told else "")
+        notes = ", ".join(part for part in (self.spread(score), self.seeds_in_words) if part)
+        return f"{100 * self.mean(score):.1f}" + (f" ({notes})" if notes else "")
 
     def cmc(self) -> list[float]:
         """Mean over the runs of the share of queries with a match among the first k. Empty where a record lacks it."""

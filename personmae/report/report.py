@@ -192,8 +192,8 @@ def print_tables(groups: Sequence[Group]) -> None:
             table.add_row(*_cells(row))
         console.print(table)
         for row in shown["frozen"]:
-            told = f"{row['name']}, frozen, mAP / Rank-1 %: rows {row['rows']}, LDA {row['lda']}"
-            console.print(told, markup=False, highlight=False)
+            line = f"{row['name']}, frozen, mAP / Rank-1 %: rows {row['rows']}, LDA {row['lda']}"
+            console.print(line, markup=False, highlight=False)
         for queries in shown["queries"]:
             console.print(f"{queries.ours.name} beside {queries.theirs.name}: {queries}", markup=False, highlight=False)
 

@@ -52,22 +52,22 @@ def _row(group: Group, row: Row) -> dict[str, Any]:
 
 def _spread(row: Row, score: str) -> str:
     """Beside mAP the number of seeds too: "20.4-22.4, 3 seeds"."""
-    told = (row.spread(score), row.seeds_in_words if score == "mAP" else "")
-    return ", ".join(part for part in told if part)
+    parts = (row.spread(score), row.seeds_in_words if score == "mAP" else "")
+    return ", ".join(part for part in parts if part)
 
 
 def _details(row: Row) -> str:
     """What its name does not say: which seeds, and anything odd about it."""
-    told = []
+    notes = []
     if len(row.runs) > 1:
-        told.append(f"seeds {', '.join(map(str, row.seeds))}")
+        notes.append(f"seeds {', '.join(map(str, row.seeds))}")
     if row.first.rerank != "none":
-        told.append(f"re-ranked: {row.first.rerank}")
+        notes.append(f"re-ranked: {row.first.rerank}")
     if row.first.whiten:
-        told.append("features whitened per camera")
+        notes.append("features whitened per camera")
     if len(commits := {run.info.get("commit") for run in row.runs}) > 1:
-        told.append(f"from {len(commits)} commits")
-    return printable("; ".join(told))
+        notes.append(f"from {len(commits)} commits")
+    return printable("; ".join(notes))
 
 
 def tags(runs: Sequence[RunFolder], groups: Sequence[Group]) -> list[tuple[str, bool]]:

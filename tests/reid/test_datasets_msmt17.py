@@ -166,8 +166,8 @@ def test_the_layout_of_market_is_taken_as_msmt17_of_an_unknown_version(tmp_path,
     benchmark = load_benchmark("msmt17", tmp_path)
     assert [(s.pid, s.camid) for s in benchmark.train + benchmark.query] == [(0, 1), (0, 14)]
     assert benchmark.published == PUBLISHED["msmt17"]
-    assert "does not tell V1 from V2" in describe(benchmark).note
-    assert "does not tell its version: set benchmark=msmt17" in refused("msmt17_v1", tmp_path)
+    assert "does not show whether it is V1 or V2" in describe(benchmark).note
+    assert "does not show its version: set benchmark=msmt17" in refused("msmt17_v1", tmp_path)
     assert "needs list_train.txt and list_val.txt" in refused("msmt17", tmp_path, train_on_val=False)
 
 
