@@ -55,7 +55,7 @@ def show(settings: config.Pretrain, world_size: int) -> None:
         facts=facts,
         teacher_arguments=settings.teacher_arguments(),
     )
-    hiding.show(spec, settings.seed, read_mark(settings.data.shards))
+    hiding.print_hiding(spec, settings.seed, read_mark(settings.data.shards))
 
 
 class Kept(NamedTuple):

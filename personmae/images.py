@@ -79,7 +79,7 @@ def encode(pixels: Pixels) -> bytes:
 
 
 def upright_size(jpeg: bytes | memoryview) -> Size:
-    """Height and width of a JPEG as it is seen. Nothing is decoded.
+    """Height and width of a JPEG after its EXIF orientation. Nothing is decoded.
 
     Raises:
         ValueError: the bytes do not begin as a JPEG that the fast decoder takes.
@@ -91,7 +91,7 @@ def upright_size(jpeg: bytes | memoryview) -> Size:
 def orientation(jpeg: bytes | memoryview) -> int:
     """The EXIF orientation of a JPEG, from 1 to 8. It is 1 where there is none or it cannot be read.
 
-    Only the segments before the first table are looked at, where EXIF must stand. A JPEG without EXIF has one or none.
+    Only the segments before the first table are read, where EXIF must be. A JPEG without EXIF has one or none.
     """
     place, end = 2, len(jpeg) - 4
     while place < end and jpeg[place] == 0xFF:
@@ -110,7 +110,7 @@ def turned_size(size: Size, orientation: int) -> Size:
 
 
 def turned(pixels: Pixels, orientation: int) -> Pixels:
-    """A view of an image as its EXIF orientation says that it is to be seen."""
+    """A view of an image, turned by its EXIF orientation."""
     if orientation >= _TRANSPOSED:
         pixels = pixels.swapaxes(0, 1)
     down, right = _STEPS[orientation]

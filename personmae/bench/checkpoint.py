@@ -31,7 +31,7 @@ class CheckpointBench:
 
 
 def run_checkpoint(bench: CheckpointBench, out: Path | None = None) -> dict[str, Any]:
-    """Measure in a directory beside this one, print a line, and write the record to ``out``."""
+    """Measure in a directory next to this one, print a line, and write the record to ``out``."""
     world = dist.read_world()
     dist.start(world)
     progress.log_to_stderr(f"bench checkpoint: saving the state of {bench.size} again and again ...")

@@ -48,7 +48,7 @@ PRESETS = {
 
 @dataclass
 class Measured:
-    """Median seconds over the rounds, and the largest memory: of the process, and of it what came with the clustering."""
+    """Median seconds over the rounds, and the largest memory: of the process, and its growth during the clustering."""
 
     seconds: float
     peak_bytes: int

@@ -89,11 +89,11 @@ class Stage(NamedTuple):
         return Stage(self.flops + other.flops, self.bytes + other.bytes, self.step_bytes + other.step_bytes)
 
     def intensity(self, batch_size: int) -> float:
-        """Operations for each byte moved, in a step of so many images."""
+        """Operations for each byte moved, in a step with this number of images."""
         return batch_size * self.flops / (batch_size * self.bytes + self.step_bytes)
 
     def seconds(self, batch_size: int, matrix_rate: float, bandwidth: float) -> float:
-        """What a step of so many images takes at the least: whichever ceiling it meets."""
+        """The least time of a step with this number of images: the ceiling that it meets."""
         return max(batch_size * self.flops / matrix_rate, (batch_size * self.bytes + self.step_bytes) / bandwidth)
 
 

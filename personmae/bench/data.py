@@ -144,7 +144,7 @@ def _jpegs(shards: ShardSet) -> JpegReader:
 
 
 def _decoder(bench: DataBench) -> float:
-    """libjpeg-turbo alone, full size, into one buffer: the most that can be had of it."""
+    """libjpeg-turbo alone, full size, into one buffer: its highest rate."""
     buffer = np.empty(1 << 24, np.uint8)
     with ShardSet(bench.shards, "") as shards, closing(_jpegs(shards)) as reader:
         copies = [bytes(jpeg) for _, jpegs in islice(reader, -(-bench.num_images // BATCH_SIZE)) for jpeg in jpegs]
@@ -197,7 +197,7 @@ def _rate(batches: Iterator[Any], num_images: int) -> float:
 def _pass(bench: DataBench, root: str, cache: Path, *, rate: float | None = None) -> tuple[float, float]:
     """Images per second of one pass over the data set, and the share of its time that the consumer waited.
 
-    A consumer with a ``rate`` leaves the cores alone while it works, as one on a GPU does. Without, it only waits.
+    A consumer with a ``rate`` leaves the cores alone while it works, as one on a GPU does. Without a rate it only waits.
     """
     start = time.perf_counter()
     with ShardSet(root, cache) as shards, closing(_reader(shards, bench.num_threads)) as reader:

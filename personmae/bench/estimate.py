@@ -59,7 +59,7 @@ class Speeds:
     start: float
 
     def seconds(self, size: str, flops: float) -> float:
-        """What so many operations of a size's training take."""
+        """The time of this number of operations in training a size."""
         return flops / self.steps.get(size, next(reversed(self.steps.values())))
 
 
@@ -139,7 +139,7 @@ def config_lines(path: str, speeds: Speeds, device: str) -> list[Line]:
     """What a configuration's precision means here, and for pre-training its speed and time.
 
     Raises:
-        UserError: the file is none of a program.
+        UserError: the file is not for a program.
     """
     settings = config.load(config.PROGRAMS[config.program_of(path)], path)
     assert isinstance(settings, config.Pretrain | config.Finetune | config.Unsupervised)

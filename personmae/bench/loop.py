@@ -113,7 +113,7 @@ class Loop:
         return Repeat(times, memory_bytes("VmHWM") - self._bytes_before, None)
 
     def run(self, batches: Iterable[CanvasBatch], num_steps: int) -> list[list[float]]:
-        """Milliseconds of each part of each step. The device is waited for at the end alone, as a run does."""
+        """Milliseconds of each part of each step. It waits for the device only at the end, as a run does."""
         model, teacher, engine, marks, batches = self._model, self._teacher, self._engine, _Marks(self._device), iter(batches)
         for _ in range(num_steps):
             marks.begin()
@@ -168,7 +168,7 @@ class Loop:
 
 
 class _Marks:
-    """When parts began: by events on the device's own line of time, so that nothing waits for it, or by this thread's clock."""
+    """When parts began: by events in the device's stream, so that nothing waits, or by this thread's clock."""
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -192,7 +192,7 @@ class _Marks:
 
 
 class PlainLoop:
-    """What stands in an engine's place in a loop written out for one process: no ranks, no guard, no norm of gradients."""
+    """Replaces the engine in a plain loop of one process: no ranks, no guard, no norm of gradients."""
 
     class Done(NamedTuple):
         skipped: None = None

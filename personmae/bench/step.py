@@ -226,7 +226,7 @@ def _described(ceilings: Ceilings) -> str:
 
 
 def _name(row: dict[str, Any], keys: tuple[str, ...] = _KEYS) -> str:
-    """What a row is about, in the order of ``_KEYS``. Settings that say nothing are left out."""
+    """The name of a row, in the order of ``_KEYS``. Settings without information are left out."""
     texts = {
         "batch_size": f"{row['batch_size']} images",
         "compile": {"off": "eager", "on": "compiled", "graph": "CUDA graphs"}[row["compile"]],
@@ -287,7 +287,7 @@ def _over(row: dict[str, Any], plain: float | None) -> str:
 
 
 def _work(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What rows have in common that differ in their engine alone."""
+    """What rows share that differ in their engine only."""
     return tuple(row[key] for key in _KEYS if key != "engine")
 
 

@@ -28,7 +28,7 @@ def add_version(parser: Parser) -> None:
 
 
 def describe(parser: argparse.ArgumentParser) -> None:
-    """Begin each verb's help with what the list of verbs says of it."""
+    """Begin each verb's help with its line in the list of verbs."""
     for action in verbs_of(parser):
         for listed in action._choices_actions:
             verb = action.choices[listed.dest]

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         sys.exit(78)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        """As argparse, but ``a.b=c`` may stand behind options too."""
+        """As argparse, but ``a.b=c`` may follow options too."""
         found, rest = super().parse_known_args(args, namespace)
         self._refuse_unknown_options(rest)
         late = [text for text in rest if "=" in text and not text.startswith("-")] if hasattr(found, "overrides") else []

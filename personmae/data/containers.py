@@ -71,7 +71,7 @@ class Container(ABC):
 
 
 def kind_of(name: str) -> str | None:
-    """What kind of file a name stands for, or None where it is an image."""
+    """The kind of file by its name, or None for an image."""
     lower = name.lower()
     if lower.endswith(COMPRESSED_TARS):
         return "compressed tars (decompress them)"
@@ -179,10 +179,10 @@ def _behind_zeros(file: BinaryIO, start: int) -> int | None:
 
 @final
 class Lmdb(Container):
-    """An LMDB of text key -> image file, as LUPerson and LUPerson-NL are kept.
+    """An LMDB of text key -> image file, as LUPerson and LUPerson-NL have it.
 
-    The database itself is walked. The pickled list of keys that lies beside it is not read. Labels, counts and other small
-    entries that are no images are passed over.
+    The database itself is walked. The pickled list of keys next to it is not read. Labels, counts and other small
+    entries are passed over.
     """
 
     def __init__(self, files: Files, name: str, prefix: str):

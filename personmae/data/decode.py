@@ -19,20 +19,20 @@ _scratch = threading.local()
 
 
 class Placed(NamedTuple):
-    """An image's own size, upright, and the size at which it stands in the upper left corner of its canvas."""
+    """An image's own size, upright, and its size in the upper left corner of its canvas."""
 
     native_size: Size
     size: Size
 
 
 def decode_onto(jpeg: bytes | memoryview, canvas: Canvas) -> Placed:
-    """Decode a JPEG into the upper left corner of ``canvas``. The rest of the canvas is left as it was.
+    """Decode a JPEG into the upper left corner of ``canvas``. The rest of the canvas is unchanged.
 
-    The image is turned as its EXIF orientation says. One that fits is not resized. A larger one is shrunk by the decoder
-    to the most eighths of its size that fit.
+    The image is turned by its EXIF orientation. One that fits is not resized. The decoder shrinks a larger one to the
+    most eighths of its size that fit.
 
     Raises:
-        BadImage: the bytes are not a readable image, whole and without a complaint of the decoder.
+        BadImage: the bytes are not a whole image, or the decoder warns.
     """
     try:
         height, width = map(int, simplejpeg.decode_jpeg_header(jpeg)[:2])

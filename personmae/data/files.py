@@ -75,7 +75,7 @@ class Files(ABC):
 def key_of(name: str) -> str:
     r"""A file's name as valid UTF-8, by which ``name_of`` finds it: ``caf\xe9.jpg`` where a byte is none.
 
-    A name that is UTF-8 stays as it is, unless it looks like such a key itself: its backslash becomes ``\x5c``.
+    A UTF-8 name stays unchanged, unless it looks like such a key itself: its backslash becomes ``\x5c``.
     """
     name = re.sub(r"\\(?=x[0-9a-f]{2})", r"\\x5c", name)
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -103,7 +103,7 @@ def patiently(call: Callable[[], _Result]) -> _Result:
     """The result of ``call``. A disk or a network that fails is asked again for six seconds.
 
     Raises:
-        OSError: it goes on failing, or one of ``LOST``.
+        OSError: it still fails, or one of ``LOST``.
     """
     for pause in _PAUSES:
         try:

@@ -23,7 +23,7 @@ STAGING = "staging-"
 
 
 def standing(destination: str) -> tuple[str, set[str]]:
-    """Where an import's files are to be found now, and which are there: a directory's stand in DEST.partial until the end.
+    """Where the files of an import are now, and which are there. Those of a directory are in DEST.partial until the end.
 
     Raises:
         UserError: something else is there.

@@ -58,7 +58,7 @@ class ImportPlan:
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """What is compared before an unfinished import goes on."""
+        """What must agree before an unfinished import continues."""
         digest = xxhash.xxh3_128()
         for image in self.images:
             digest.update(f"{image.key}\0{image.num_bytes}\n".encode())

@@ -77,7 +77,7 @@ def carry_out(
     Where more than the share ``max_rejects`` is left out, the index is not written, and the same call with a larger share
     has nothing else left to do.
 
-    A directory is built as ``DEST.partial`` and renamed. The same call after an interruption goes on where it was.
+    A directory is built as ``DEST.partial`` and renamed. The same call after an interruption continues it.
     With a ``part`` only its shards are written, and the index by the one that finds all of them there.
 
     Raises:

@@ -48,7 +48,7 @@ def epoch_order(shard_sizes: list[int], *, seed: int, epoch: int, block_size: in
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one rank does at once: the samples ``ids``, which lie before ``offset`` in the order of ``epoch``."""
+    """One rank's next samples ``ids``, which are before ``offset`` in the order of ``epoch``."""
 
     epoch: int
     ids: Ids

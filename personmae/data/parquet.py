@@ -117,7 +117,7 @@ class _Rows:
         """The next images.
 
         Raises:
-            OSError: there are not so many.
+            OSError: there are fewer.
         """
         parts: list[Any] = []
         while missing := count - sum(map(len, parts)):

@@ -35,7 +35,7 @@ def check(rejects: Sequence[Reject], num_images: int, max_rejects: float, root: 
     """Refuse an import that leaves out more than ``max_rejects`` of its images.
 
     Raises:
-        TooManyRejects: it does. What is written stays, so that the same command with a larger share has little left to do.
+        TooManyRejects: it does. Written shards stay, so the same command with a larger share has little left to do.
     """
     share = len(rejects) / num_images
     if share <= max_rejects:

@@ -110,7 +110,7 @@ def listed(images: list[ImageEntry], names: list[str], list_file: Path) -> list[
     """The images that ``names`` name: by key, or by its last part or without .jpg where that is unambiguous.
 
     Raises:
-        UserError: a name stands for no image or for several.
+        UserError: a name means no image or several.
     """
     by_key = {image.key: place for place, image in enumerate(images)}
     short = _short_names(images) if any(name not in by_key for name in names) else {}

@@ -112,7 +112,7 @@ def _read(source: Source, image: ImageEntry) -> bytes:
     """The bytes of an image. A disk or a network that fails is asked again before the import stops.
 
     Raises:
-        OSError: one of ``LOST``: this image is not to be had.
+        OSError: one of ``LOST``: this image cannot be read.
         UserError: reading fails in another way, so that leaving the image out would be wrong.
     """
     try:

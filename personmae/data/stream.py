@@ -83,7 +83,7 @@ class JpegReader:
             yield batch, [opened[place].jpeg(at) for place, at in zip(places.tolist(), positions.tolist(), strict=True)]
 
     def jpeg(self, sample_id: int) -> memoryview:
-        """The bytes of a sample out of order. Its shard is opened beside those of the order."""
+        """The bytes of a sample out of order. Its shard is opened in addition to those of the order."""
         shard, position = self._shards.locate(np.array([sample_id]))
         return self._prefetcher.open_beside(int(shard[0])).jpeg(int(position[0]))
 
@@ -203,7 +203,7 @@ class BatchReader:
         return item.batch
 
     def wait(self, stopped: Callable[[], bool]) -> None:
-        """Return when the next batch is ready, or ``stopped()``. A signal's handler runs meanwhile."""
+        """Return when the next batch is ready, or ``stopped()``. Signal handlers run while it waits."""
         start = time.monotonic()
         with self._queue.not_empty:
             while not self._queue.queue and not stopped():

@@ -109,7 +109,7 @@ class Table(Container):
         """The column to read, of those that may hold images. None where there is none.
 
         Raises:
-            UserError: several may, and none has a usual name.
+            UserError: several may, and none has a known name.
         """
         if self._wanted is not None:
             return self._wanted if self._wanted in columns else None
@@ -245,7 +245,7 @@ def _key_at(file: BinaryIO, start: int, shard: mds.Shard) -> str:
 
 
 def _data_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an index says of a shard's files: the compressed one if there is one, and the other."""
+    """The entries of an index for a shard's files: the compressed one, if any, and the other."""
     return [data for data in (entry.get("zip_data"), entry["raw_data"]) if data]
 
 

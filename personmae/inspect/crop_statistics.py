@@ -135,7 +135,7 @@ def looks(pixels: Float[np.ndarray, "N 128 64 3"]) -> dict[str, float]:
 
 
 def cameras(pixels: Float[np.ndarray, "N 128 64 3"], camids: Int[np.ndarray, " N"]) -> dict[str, float]:
-    """How far colour alone tells the camera: by variance, and by logistic regression on nine colour statistics."""
+    """How well colour alone predicts the camera: by variance, and by logistic regression on nine colour statistics."""
     from sklearn.linear_model import LogisticRegression
 
     colour = pixels.mean((1, 2))
@@ -153,7 +153,7 @@ def cameras(pixels: Float[np.ndarray, "N 128 64 3"], camids: Int[np.ndarray, " N
 
 
 def _share_between(values: Float[np.ndarray, "N K"], camids: Int[np.ndarray, " N"]) -> float:
-    """Share of the variance of ``values`` that lies between cameras."""
+    """Share of the variance of ``values`` between cameras."""
     mean = values.mean(0)
     own = [(camids == camid, values[camids == camid].mean(0)) for camid in np.unique(camids)]
     return float(sum(mask.mean() * ((centre - mean) ** 2).sum() for mask, centre in own) / max(values.var(0).sum(), 1e-12))
@@ -199,7 +199,7 @@ def _retrieve(
 
 
 def table(columns: Mapping[str, Mapping[str, float]]) -> str:
-    """The statistics of several sets beside Market-1501's, as lines of text."""
+    """The statistics of several sets next to Market-1501's, as lines of text."""
     columns = {"Market-1501": MARKET} | dict(columns)
     width = max(map(len, MARKET))
     lines = [" " * width + "".join(f"  {name:>12}" for name in columns)]

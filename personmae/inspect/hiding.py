@@ -40,10 +40,10 @@ def describe_map(shares: Float[Tensor, "h w"]) -> str:
     return f"the middle {100 * middle:.1f} %, a corner {100 * corners:.1f} %, on average {100 * shares.mean():.1f} %"
 
 
-def show(spec: RegionSpec, seed: int, mark: bytes | None) -> None:
+def print_hiding(spec: RegionSpec, seed: int, mark: bytes | None) -> None:
     """Print in how many of a hundred masks each patch is hidden. For drawn people, print the visible share of the figure too.
 
-    ``mark`` is what drawn people leave beside their images.
+    ``mark`` is the mark of drawn people, if there is one.
     """
     shares = hiding_map(spec, seed)
     print(f"how often a patch of RegionA is hidden, by {NUM_MASKS:,} masks: {describe_map(shares)}")
@@ -62,7 +62,7 @@ def describe_seen(seen: Float[Tensor, " B"]) -> str:
 def seen_of_drawn(spec: RegionSpec, seed: int, mark: bytes | None) -> Float[Tensor, " B"] | None:
     """The share of the figure that the encoder sees. None where people are not drawn.
 
-    They are drawn anew as silhouettes. A mark of another version, whose people would be others, counts as none.
+    They are drawn again as silhouettes. A mark of another version means other people, so it does not count.
     """
     try:
         record = json.loads(mark or b"{}")
@@ -85,7 +85,7 @@ def seen_of_drawn(spec: RegionSpec, seed: int, mark: bytes | None) -> Float[Tens
 def share_seen(
     figures: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, spec: RegionSpec
 ) -> Float[Tensor, " B"]:
-    """The share of a figure's pixels in RegionA that lie in visible patches. NaN where there are none.
+    """The share of a figure's pixels in RegionA that are in visible patches. NaN where it has none.
 
     ``figures`` are 255 where a pixel is of the figure, on canvases as ``cut_batch`` takes them.
     """

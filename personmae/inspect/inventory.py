@@ -36,9 +36,9 @@ class Finding:
 
 
 def run(root: Path) -> None:
-    """Print every benchmark at ``root`` or below: counts beside the published ones, whether images open, and statistics.
+    """Print every benchmark at ``root`` or below: its counts next to the published ones, unreadable images, and statistics.
 
-    A folder of crops without a benchmark has its statistics printed alone.
+    For a folder of crops without a benchmark only the statistics are printed.
 
     Raises:
         UserError: there is neither, or one cannot be used. Everything else is printed first.
@@ -76,7 +76,7 @@ def run(root: Path) -> None:
 
 
 def print_statistics(crops: Crops) -> None:
-    """Print what crops look like, beside those that the configurations were tuned on."""
+    """Print the statistics of crops, next to those that the configurations were tuned on."""
     print(f"  what {len(crops.images):,} training crops look like (shares, pixels in [0, 1], mAP in %):", flush=True)
     print(*(f"  {line}" for line in crop_statistics.table({"these": crop_statistics.statistics(crops)}).splitlines()), sep="\n")
 
@@ -119,7 +119,7 @@ def unreadable(benchmark: Benchmark) -> list[str]:
 
 
 def repeated(benchmark: Benchmark) -> list[tuple[str, str]]:
-    """Training images with the bytes of a query or gallery image, each beside the first such one."""
+    """Training images with the bytes of a query or gallery image, each with the first such one."""
     by_size: dict[int, list[str]] = defaultdict(list)
     for sample in (*benchmark.query, *benchmark.gallery):
         by_size[os.path.getsize(sample.path)].append(sample.path)
@@ -146,7 +146,7 @@ def _below(folder: Path, depth: int) -> Iterator[Finding]:
 
 
 def _candidates(folder: Path) -> list[str]:
-    """Benchmarks that a folder may hold, by what stands in it."""
+    """Benchmarks that a folder may hold, by its contents."""
     boxes = [folder / name for name in FOLDERS.values() if name.startswith("bounding_box") and (folder / name).is_dir()]
     if boxes:
         layouts = LAYOUTS | {"msmt17": RELAID}

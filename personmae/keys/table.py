@@ -23,7 +23,7 @@ _NAMES = {bool: "true|false", int: "int", float: "number", str: "text", type(Non
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key, with texts for people."""
+    """One key, as texts."""
 
     name: str
     type: str

@@ -23,7 +23,7 @@ OriginOf = Callable[[Sequence[str]], str]
 
 
 class _Reader(NamedTuple):
-    """How values are read: where a key stands, for messages, and what becomes of a place."""
+    """How values are read: ``origin_of`` names the origin of a key, and ``expand`` is applied to places."""
 
     origin_of: OriginOf
     expand: Callable[[str], str]
@@ -43,10 +43,10 @@ def kind_at(model: type[BaseModel], keys: Sequence[str]) -> Any:
 
 
 def parse(kind: Any, text: str, key: str) -> Any:
-    """The value behind ``key=`` on a command line: a text as it stands, a list or a section as YAML, else one plain scalar.
+    """The value after ``key=`` on a command line: an unchanged text, a list or section as YAML, or one plain scalar.
 
     Raises:
-        UserError: YAML was wanted and this is none.
+        UserError: the value must be YAML and is not.
     """
     if _is_text(kind):
         return None if text == "null" and type(None) in _members(kind) else text
@@ -61,11 +61,11 @@ def settle(
     origin_of: OriginOf,
     expand: Callable[[str], str] = locations.expand,
 ) -> dict[str, Any]:
-    """The values of a model's fields, each as its type wants it. Unknown keys stay, for pydantic to refuse.
+    """The values of a model's fields, each by its type. Unknown keys stay, and pydantic refuses them.
 
     Args:
-        origin_of: where a key stands, for messages.
-        expand: what becomes of a place.
+        origin_of: the origin of a key, for messages.
+        expand: applied to places.
 
     Raises:
         UserError: a number begins with 0, or a variable in a path is not set.
@@ -74,7 +74,7 @@ def settle(
 
 
 def escape_places(model: type[BaseModel], values: dict[str, Any]) -> dict[str, Any]:
-    """Values in which ``$`` is doubled in the fields that are places, so that they mean the same when they are read again."""
+    """Double ``$`` in fields that are places, so that they mean the same when they are read again."""
     found = dict(values)
     for name, field in model.model_fields.items():
         kind, value = kind_of(field), values.get(name)

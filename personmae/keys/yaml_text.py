@@ -33,12 +33,12 @@ class Plain(str):
 
     @property
     def has_leading_zero(self) -> bool:
-        """Whether it is a number to some readers in base 8 and to others in base 10."""
+        """Whether some readers take it for a number in base 8 and others in base 10."""
         return _LEADING_ZERO.fullmatch(self) is not None
 
     @property
     def value(self) -> bool | int | float | str | None:
-        """What it is where no key says what is wanted: nothing, a truth value, a number, else the text."""
+        """Its value without a known key: None, a truth value, a number, or the text."""
         if self.is_null:
             return None
         if self.lower() in _BOOLS:
@@ -106,7 +106,7 @@ def read_tree(text: str, where: str) -> Any:
     """A document as dicts, lists, texts (in quotes) and ``Plain`` scalars. None for an empty one.
 
     Raises:
-        UserError: it is no YAML, or a key stands twice.
+        UserError: it is not YAML, or a key is in it twice.
     """
     return _unshared(_read(text, where, _PlainLoader)[0])
 
@@ -117,7 +117,7 @@ def read_documents(text: str, where: str) -> list[Any]:
 
 
 def settle_untyped(tree: Any) -> Any:
-    """A tree with every ``Plain`` scalar by its looks, where no key says what is wanted."""
+    """A tree with every ``Plain`` scalar read by YAML 1.1, for places without a known key."""
     if isinstance(tree, dict):
         return {str(key): settle_untyped(value) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -126,7 +126,7 @@ def settle_untyped(tree: Any) -> Any:
 
 
 def _unshared(tree: Any) -> Any:
-    """A tree in which an anchor's value is its own wherever an alias puts it, so that one can be changed without the other."""
+    """A tree in which each alias has its own copy of the anchor's value, so that each can be changed alone."""
     if isinstance(tree, dict):
         return {key: _unshared(value) for key, value in tree.items()}
     return [_unshared(value) for value in tree] if isinstance(tree, list) else tree
@@ -148,7 +148,7 @@ class _Repeated(Exception):  # noqa: N818 - it becomes a UserError with the file
 
 
 def _refuse_repeats(node: yaml.Node, within: tuple[yaml.Node, ...]) -> None:
-    """Raise for a key that stands twice in one mapping at any depth, and for a node that holds itself."""
+    """Raise for a key that is twice in one mapping at any depth, and for a node that contains itself."""
     if any(node is outer for outer in within):
         raise _Repeated(f"line {node.start_mark.line + 1}: a section must not contain itself")
     if isinstance(node, yaml.SequenceNode):

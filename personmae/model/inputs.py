@@ -96,7 +96,7 @@ def cut_batch(
 ) -> Batch:
     """Eq. (1)-(4) for a whole batch: what the encoder sees, and what is to be predicted.
 
-    The images stand in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
+    The images are in the upper left corners of their canvases, ``size`` (height, width) pixels large. Returns
     ``patches_a`` (B, K, P) and ``coords_a`` (B, K, 2), the visible part of RegionA. ``patches_b`` (B, L, P) and
     ``coords_b`` (B, L, 2), all of RegionB in RegionA's coordinates.
     """

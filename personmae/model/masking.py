@@ -58,7 +58,7 @@ def block_mask(
 
 
 def middle_columns(width: int) -> tuple[int, int]:
-    """First and last but one of the columns where the person stands: a quarter of the ``width`` is left out at each side."""
+    """The columns of the person, end exclusive: without a quarter of the ``width`` at each side."""
     beside = (width + 1) // 4
     return beside, width - beside
 
@@ -79,7 +79,7 @@ def person_mask(
     min_block: int,
     block_ratio: float | None = None,
 ) -> Bool[Tensor, "B L"]:
-    """Hide blocks so that every mask hides the same share of the person: r of the middle columns, r of those beside them.
+    """Hide blocks so that every mask hides the same share of the person: r of the middle columns and r of the others.
 
     The proposals are those of ``block_mask``, with two differences. A block that leaves the grid below comes in again above,
     so all rows are hidden equally often. A block that would hide too much of either area is dropped. What the proposals
@@ -126,7 +126,7 @@ def _hide_block(mask: Bool[Tensor, "B h w"], u: Float[Tensor, "B 4"], target: in
 def _hide_turned_block(
     mask: Bool[Tensor, "B h w"], u: Float[Tensor, "B 4"], of_person: int, beside: int, min_block: int
 ) -> Bool[Tensor, "B h w"]:
-    """``_hide_block`` with rows that go round, and a target for the middle columns and one for those beside them."""
+    """``_hide_block`` with rows that wrap around, and separate targets for the middle columns and the others."""
     _, h, w = mask.shape
     y, x = torch.arange(h, device=u.device)[:, None], torch.arange(w, device=u.device)[None, :]
     first, stop = middle_columns(w)

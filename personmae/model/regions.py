@@ -161,8 +161,8 @@ def resize_canvas(
 ) -> Float[Tensor, "B 3 Hm Wm"]:
     """Eq. (1): the global crop, flipped and resized to [H + p, W + p/2]. Values in [0, 255].
 
-    Each image stands in the upper left corner of its canvas, ``size`` (height, width) pixels large. The result has room
-    for the largest p. Beyond a sample's own H + p and W + p/2 it holds nothing of use.
+    Each image is in the upper left corner of its canvas, ``size`` (height, width) pixels large. The result has room
+    for the largest p. Beyond a sample's own H + p and W + p/2 its values are undefined.
     """
     _, canvas_h, canvas_w, _ = canvas.shape
     y0, x0, y1, x1 = pixel_boxes(draws.boxes, size).unbind(dim=1)
@@ -232,5 +232,5 @@ def cut_regions(
 
 
 def region_b_coords(coords: Float[Tensor, "L 2"], shift: Int[Tensor, "B 2"], patch_size: int) -> Float[Tensor, "B L 2"]:
-    """Eq. (4): where RegionB's patches lie when RegionA's upper-left corner is the origin, in units of patches (y, x)."""
+    """Eq. (4): coordinates of RegionB's patches with RegionA's upper left corner as the origin, in patches (y, x)."""
     return coords + shift[:, None, :].float() / patch_size

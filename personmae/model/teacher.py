@@ -54,8 +54,8 @@ class Centre(nn.Module):
 class Teacher(nn.Module):
     """Encodes all of RegionB, as an image of its own, into the feature targets.
 
-    ``features`` says what the targets are, of the patch tokens after the last block: ``layer_norm`` each token normalised
-    without weights, ``raw`` the tokens as they are, ``position_centred`` the normalised ones less the mean of all images at
+    ``features`` chooses the targets, from the patch tokens after the last block: ``layer_norm`` each token normalised
+    without weights, ``raw`` the tokens unchanged, ``position_centred`` the normalised ones less the mean of all images at
     their position, ``image_centred`` less the mean of their image before that. With ``class_token`` the normalised class
     token stands before them, as the online encoder has it.
     """
@@ -107,7 +107,7 @@ class Teacher(nn.Module):
         """Eq. (6): theta_m <- gamma theta_m + (1 - gamma) theta_o, in fp32.
 
         ``params`` are the online encoder's, whole and in order. ``skipped`` is a scalar on the device, 1 where the online
-        encoder was not updated: then the average stands still too.
+        encoder was not updated: then the average does not change either.
         """
         ours: list[Tensor] = list(self.encoder.parameters())
         if [p.shape for p in params] != [p.shape for p in ours]:

@@ -120,7 +120,7 @@ class Block(nn.Module):
         self.drop_share: tuple[int, slice] | None = None
 
     def forward(self, x: Float[Tensor, "B L D"], num_out: int | None = None) -> Float[Tensor, "B M D"]:
-        """With ``num_out`` only so many of the last tokens come out. They attend to all."""
+        """With ``num_out`` only that number of last tokens is returned. They attend to all tokens."""
         wanted = x if num_out is None else x[:, -num_out:]
         x = wanted + self._dropped(self.attn(self.norm1(x), num_out))
         return x + self._dropped(self.mlp(self.norm2(x)))
@@ -218,10 +218,10 @@ def run_blocks(
     activation_checkpointing: ActivationCheckpointing = "none",
     num_out: int | None = None,
 ) -> Float[Tensor, "B M D"]:
-    """Apply blocks in order. With ``num_out`` the last one computes only so many of the last tokens.
+    """Apply blocks in order. With ``num_out`` the last block computes only that number of last tokens.
 
     ``activation_checkpointing`` trades stored activations for a second forward pass: ``full`` keeps the input of each block
-    alone, ``selective`` also what is dear to compute.
+    alone, ``selective`` also what is expensive to compute.
     """
     for i, block in enumerate(blocks, 1):
         inputs = x, num_out if i == len(blocks) else None

@@ -30,12 +30,12 @@ class _Server(ThreadingHTTPServer):
 
 
 def serve(host: str, port: int, answers: Mapping[str, Answer]) -> ThreadingHTTPServer:
-    """Answer GET by path, with a code and a text, until ``shutdown`` is called on what this returns.
+    """Answer GET by path with a code and a text, until ``shutdown`` is called on the returned server.
 
     ``host`` is an address of this host, or ``all``.
 
     Raises:
-        OSError: the port is taken or not allowed, or the address is none of this host.
+        OSError: the port is taken or not allowed, or the address is not of this host.
     """
     known = f"{', '.join(answers)}\n".encode()
 

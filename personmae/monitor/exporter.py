@@ -164,7 +164,7 @@ class Export:
     has an endpoint, at the address ``host``, with ``answers`` besides ``/metrics``.
 
     Raises:
-        UserError: the port is taken or not allowed, or ``host`` is no address of this host.
+        UserError: the port is taken or not allowed, or ``host`` is not an address of this host.
     """
 
     def __init__(

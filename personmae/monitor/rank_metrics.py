@@ -46,7 +46,7 @@ class RankMetrics:
     has the GPUs too. It stays for ``linger_seconds`` after a complete run.
 
     Raises:
-        UserError: the port is taken or not allowed, or ``host`` is no address of this host.
+        UserError: the port is taken or not allowed, or ``host`` is not an address of this host.
     """
 
     def __init__(

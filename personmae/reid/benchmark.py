@@ -39,7 +39,7 @@ class Benchmark:
     """The three splits of one benchmark, in the order of file names or lists.
 
     ``num_junk`` gallery files were left out. ``distractors`` says whether pid 0 stands for people without an identity.
-    Elsewhere 0 is an identity like others. ``published`` is empty for a data set of the user's own. ``synthetic`` says
+    Otherwise 0 is an identity like any other. ``published`` is empty for a data set of the user's own. ``synthetic`` says
     whether the people are drawn, and ``one_numbering`` whether a pid is the same person in all splits.
     """
 
@@ -66,9 +66,9 @@ class Description:
 
 
 def is_synthetic(root: str | Path) -> bool:
-    """Whether a set is marked as drawn: by a file in it, or by one beside it that counts its images.
+    """Whether a set is marked as drawn: by a file in it, or by one next to it that counts its images.
 
-    A mark beside it that counts other folders says nothing: a real benchmark may be unpacked next to drawn ones.
+    A mark next to it that counts other folders does not count, since a real benchmark may be next to drawn ones.
     """
     root = Path(root).resolve()
     if (root / SYNTHETIC_MARK).is_file():
@@ -100,9 +100,9 @@ def resume_key(benchmark: Benchmark) -> dict[str, int | str]:
 
 
 def digest(benchmark: Benchmark) -> str:
-    """What tells two test sets apart: names below the root, bytes, ids and cameras of all queries and gallery images.
+    """A digest of a test set: names below the root, bytes, ids and cameras of all queries and gallery images.
 
-    Where the set lies does not matter, nor what its layout is called.
+    Neither the place of the set matters, nor the name of its layout.
 
     Raises:
         UserError: an image is gone.
@@ -120,7 +120,7 @@ def digest(benchmark: Benchmark) -> str:
 
 
 def record(benchmark: Benchmark) -> dict[str, Any]:
-    """What a result says of its data: the digest, whether people are drawn, images and identities by split, and a title.
+    """The part of a result about its data: the digest, whether people are drawn, images and identities by split, and a title.
 
     Raises:
         UserError: an image is gone.
@@ -218,7 +218,7 @@ def shared_people(benchmark: Benchmark) -> list[tuple[Sample, Sample]]:
 
 
 def _warnings(benchmark: Benchmark) -> list[str]:
-    """What makes a result say less than it seems to."""
+    """Warnings about anything that makes a result less meaningful than it seems."""
     lines, advice = [], "give each to one of them, or the scores say little of people who were never seen"
     if shared := shared_people(benchmark):
         trained, tested = shared[0]

@@ -51,7 +51,7 @@ def pseudo_labels(
 def without_one_camera(labels: Int[np.ndarray, " N"], camids: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """The labels with clusters of one camera turned into outliers. The others are renumbered.
 
-    A cluster with an image of an unknown camera, which is -1, stays.
+    A cluster with an image of an unknown camera (-1) is kept.
     """
     dropped = of_one_camera(labels, camids)[labels] & (labels >= 0) if (labels >= 0).any() else np.zeros(len(labels), bool)
     return _numbered_by_first_member(np.where(dropped, -1, labels))

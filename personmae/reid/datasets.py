@@ -73,7 +73,7 @@ FOLDERS: Final = {"train": "bounding_box_train", "query": "query", "gallery": "b
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """File names of a benchmark that lies in Market-1501's folders, and the folders its archive unpacks to."""
+    """File names of a benchmark in Market-1501's folders, and the folders that its archive unpacks to."""
 
     pattern: re.Pattern[str]
     example: str

@@ -92,7 +92,7 @@ def timed(log: Callable[[str], None], work: str) -> Iterator[None]:
 def colour_histogram(image_set: ImageSet, *, batch_size: int = 256) -> Float[Tensor, "N F"]:
     """Colour histograms: six horizontal stripes of the middle, 8 bins for each of RGB, square-rooted (F = 144).
 
-    Each image's channels are standardised first. docs/decisions.md says how it was chosen.
+    Each image's channels are standardised first. docs/decisions.md has the reasons.
 
     Raises:
         UserError: an image cannot be read.

@@ -74,8 +74,8 @@ def batch_hard_triplet(
 ) -> Float[Tensor, ""]:
     """Farthest positive against nearest negative of every anchor (arXiv 1703.07737).
 
-    Soft margin, log(1 + exp(d_p - d_n)), without ``margin``. Else max(0, d_p - d_n + margin). The mean is over the
-    anchors that have both a positive and a negative. Zero if there is none.
+    Without ``margin`` the soft margin log(1 + exp(d_p - d_n)), otherwise max(0, d_p - d_n + margin). The mean is over
+    the anchors that have both a positive and a negative, and zero without any.
     """
     distances = pairwise_distances(embeddings)
     same = labels[:, None] == labels

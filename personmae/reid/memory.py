@@ -57,7 +57,7 @@ def mean_centroids(features: Float[Tensor, "N F"], labels: Int[Tensor, " N"]) ->
 
 
 class ClusterMemory:
-    """Centroids (C, F) of length one. They are all of its state, to be saved and given back as they are.
+    """Centroids (C, F) of length one. They are its whole state, which is saved and loaded unchanged.
 
     ``momentum`` is the share of the old centroid that an update keeps. In mode "mean" every image of the batch moves its
     cluster's centroid, one after the other. In mode "hard" the image least similar to it does, alone.
@@ -70,7 +70,7 @@ class ClusterMemory:
         self.temperature, self.momentum, self.mode = temperature, momentum, mode
 
     def loss(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-        """Cross-entropy of a feature's cosines with all centroids, divided by the temperature. The memory stays as it is."""
+        """Cross-entropy of a feature's cosines with all centroids, divided by the temperature. The memory is not changed."""
         with torch.autocast(features.device.type, enabled=False):
             return F.cross_entropy(F.normalize(features.float(), dim=1) @ self.centroids.T / self.temperature, labels)
 
@@ -132,7 +132,7 @@ class CameraMemory(ClusterMemory):
         self.intra_weight, self.inter_weight, self.num_negatives = intra_weight, inter_weight, num_negatives
 
     def loss(self, features: Float[Tensor, "B F"], labels: Int[Tensor, " B"]) -> Float[Tensor, ""]:
-        """The weighted sum of the loss within cameras and the one across them. The memory stays as it is."""
+        """The weighted sum of the loss within cameras and the one across them. The memory is not changed."""
         with torch.autocast(features.device.type, enabled=False):
             scores = F.normalize(features.float(), dim=1) @ self.centroids.T / self.temperature
             same_camera = self.cameras == self.cameras[labels, None]

@@ -32,7 +32,7 @@ SCORES: Final = ("mAP", "rank1", "rank5", "rank10", "mINP")
 
 
 class FrozenRows(nn.Module):
-    """An encoder as it is: images to row means of its patch tokens, for each of ``columns`` one after the other.
+    """A frozen encoder: images to row means of its patch tokens, for each of ``columns`` one after the other.
 
     The tokens are those after the final norm. The encoder is shared and not changed.
     """

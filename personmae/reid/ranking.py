@@ -86,7 +86,7 @@ def cosine(query_features: Float[Tensor, "Q F"], gallery_features: Float[Tensor,
 
 
 def evaluate(similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_SIZE, max_rank: int = 50) -> RankingResult:
-    """Score a retrieval. Memory beside the features is about 12 bytes * ``block_size`` * G, on a GPU 40.
+    """Score a retrieval. Memory besides the features is about 12 bytes * ``block_size`` * G, on a GPU 40.
 
     Raises:
         UserError: no query has a match that is not removed.

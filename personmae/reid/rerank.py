@@ -49,7 +49,7 @@ def k_reciprocal(
 
     The distance is 1 - ``lambda_value`` times the Jaccard distance plus ``lambda_value`` times the original one, which is
     2 - 2 cos over the largest to any image, so that both lie in [0, 1]. As in the authors' code, ``k1`` does not count the
-    image itself and ``k2`` does. Memory beside features is 8 bytes for each query and gallery image with a common neighbour.
+    image itself and ``k2`` does. Memory besides features is 8 bytes for each query and gallery image with a common neighbour.
 
     Raises:
         UserError: a feature is not finite.

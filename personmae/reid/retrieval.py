@@ -114,7 +114,7 @@ def rank_all(
 
 
 def _labels(benchmark: Benchmark) -> ranking.Labels:
-    """A query that lies in the gallery too is known by its path."""
+    """A query that is in the gallery too is found by its path."""
     places = {sample.path: place for place, sample in enumerate(benchmark.gallery)}
     own_index = np.array([places.get(sample.path, -1) for sample in benchmark.query])
     return ranking.Labels(*pids_and_camids(benchmark.query), *pids_and_camids(benchmark.gallery), own_index)
@@ -164,7 +164,7 @@ def for_each_camera(features: Features, how: PerCamera, **whitening: Any) -> Fea
 
 
 def per_camera(features: Tensor, camids: np.ndarray, how: PerCamera, *, dim: int = 64, shrinkage: float = 0.3) -> Tensor:
-    """Features (N, F) of length one: as they are, standardised or whitened within each camera, without any label."""
+    """Features (N, F) of length one: unchanged, standardised or whitened within each camera, without any label."""
     if how == "whiten":
         return whiten_per_camera(features, camids, dim=dim, shrinkage=shrinkage)
     return F.normalize(standardise_per_camera(features, camids) if how == "standardise" else features, dim=1)
@@ -186,7 +186,7 @@ def write_record(out: Path, record: dict[str, Any]) -> None:
 
 
 def _below(root: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """A rank list with paths relative to the root, or absolute where an image lies elsewhere."""
+    """A rank list with paths relative to the root, or absolute where an image is elsewhere."""
 
     def below(path: str) -> str:
         path = os.path.abspath(path)
@@ -205,7 +205,7 @@ def read_record(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def require_same(where: str | Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise a UserError that names what differs unless what lies at ``where`` is of the run with the identity ``ours``."""
+    """Raise a UserError that names the differences, unless the run at ``where`` has the resume key ``ours``."""
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     if not differing:
         return

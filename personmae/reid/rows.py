@@ -55,8 +55,8 @@ def whiten_per_camera(
     fewer channels or images), and then multiplied with the inverse square root of their camera's covariance (ZCA). That
     is shrunk first: ``shrinkage`` of it is replaced by its mean eigenvalue times the identity.
 
-    Few images say too little of their camera: below 16 of them it has the covariance of the whole set, and below 4 its mean
-    and deviation too. A set without cameras, where all camids are the same, is one camera.
+    A camera with few images gets the covariance of the whole set below 16 images, and its mean and deviation too
+    below 4. A set without cameras, where all camids are the same, is one camera.
 
     Raises:
         UserError: a feature is not finite.

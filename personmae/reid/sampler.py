@@ -50,8 +50,8 @@ def cluster_batches(
 
     Outliers, label -1, are left out. Clusters come in a random order. Where fewer than P are left of it, a new order begins.
     The first of the K images is any of its cluster. The others are from other cameras than the first if the cluster has such
-    images, else any others. Each at most once where there are enough, else drawn with repetition. Where ``camids`` is None or
-    -1 the camera is unknown, and not another one. The K images of a cluster are neighbours in the batch.
+    images, else any others. Each is drawn at most once where there are enough, otherwise with repetition. Where
+    ``camids`` is None or -1 the camera is unknown, and not another one. The K images of a cluster are neighbours in the batch.
 
     Raises:
         UserError: there are fewer than P clusters.

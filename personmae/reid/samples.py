@@ -132,7 +132,7 @@ def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, 
     """``root/SPLIT/IDENTITY/*.jpg`` by split, with a remark. A camera is the N of _cN where every file name has one.
 
     Raises:
-        UserError: a split is missing or empty, or something else than identity folders of images lies there.
+        UserError: a split is missing or empty, or something other than identity folders of images is there.
     """
     rows: dict[str, list[Row]] = {}
     passed_over = PassedOver()

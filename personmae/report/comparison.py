@@ -166,7 +166,7 @@ def comparable(one: Row, other: Row) -> bool:
 
 
 def _ranked(row: Row) -> tuple[str, bool]:
-    """How its ranking was made, besides by the features."""
+    """How the results were ranked, apart from the features."""
     return row.first.rerank, row.first.whiten is not None
 
 
@@ -197,7 +197,7 @@ def _named(rows: Sequence[Row]) -> tuple[Row, ...]:
 
 
 def _in_full(row: Row) -> str:
-    """The names of its runs, the first and the last alone where they are many."""
+    """The names of its runs, or the first and the last where there are many."""
     names = [result.name for result in row.results]
     return printable(", ".join(names) if len(names) <= _MOST_NAMES else f"{names[0]} to {names[-1]}")
 
@@ -210,7 +210,7 @@ def find_pairs(group: Group) -> list[tuple[Row, Row]]:
 
 
 def compare_queries(group: Group) -> list[Queries]:
-    """Each trained row beside the random start of its table, and beside the best row that is not trained here."""
+    """Each trained row next to the random start of its table, and next to the best row without training."""
     references = [pair[1] for pair in find_pairs(group)]
     baselines = [row for row in group.rows if row.runs[0].settings is None and not row.unfinished]
     references += [max(baselines, key=_by_map)] if baselines else []
@@ -252,7 +252,7 @@ def compare_settings(groups: Sequence[Group]) -> list[str]:
 
 
 def data_notes(groups: Sequence[Group]) -> list[str]:
-    """What must be said of the tables before they are read side by side."""
+    """Notes on the data, which a reader needs before comparing tables."""
     notes = []
     for group in groups:
         if group.digest is None:
@@ -295,7 +295,7 @@ def _start(run: RunFolder, runs: Sequence[RunFolder]) -> str:
 
 
 def _flat(run: RunFolder) -> dict[str, Any]:
-    """Settings by key, with the precision that ``auto`` came to where the result tells."""
+    """Settings by key, with the precision that ``auto`` chose where the result has it."""
     flat = config.flatten(run.settings.model_dump(mode="json")) if run.settings else {}
     used = run.result.identity.get(_PRECISION) if run.result else None
     return flat | {_PRECISION: used} if flat and used else flat

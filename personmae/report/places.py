@@ -28,10 +28,10 @@ class Place:
     cwd: str = ""
 
     def find(self, path: str) -> str:
-        """A recorded path as it can be opened now. What an object store holds stays as it is.
+        """A recorded path as it can be opened now. Locations in an object store stay unchanged.
 
         Raises:
-            Lost: it is not there, nor in any place that the record hints at.
+            Lost: it is neither there nor at any other place that the record suggests.
         """
         if "://" in path:
             return path

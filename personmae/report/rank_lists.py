@@ -34,7 +34,7 @@ def _label(run: RunFolder) -> str:
 
 
 def _below_root(run: RunFolder, path: str) -> str:
-    """A path as it is below the benchmark's root, for two runs may have named that differently."""
+    """A path relative to the benchmark's root, since two runs may have named the root differently."""
     root = run.rank_lists.root if run.rank_lists else ""
     return path.removeprefix(root).lstrip("/")
 
@@ -56,7 +56,7 @@ def _find(run: RunFolder, path: str) -> Path:
 
 
 def embed(drawn: dict[str, list[figures.Row]]) -> list[list[tuple[str, list[tuple[str, bool | None]]]]]:
-    """For each query, (name, [(image address, correct)]) of every run: what is compared stands together."""
+    """For each query, (name, [(image address, correct)]) of every run, so that compared lists are next to each other."""
     named = [
         [(name, [(figures.data_uri(figures.framed(p, ok), ".jpg"), ok) for p, ok in row]) for row in rows]
         for name, rows in drawn.items()

@@ -26,7 +26,7 @@ Settings = config.Pretrain | config.Finetune | config.Unsupervised
 
 
 def _as_text(value: Any) -> str:
-    """A string as it is: pydantic's own check refuses file names that are no UTF-8."""
+    """Any string: pydantic's own check refuses file names that are not UTF-8."""
     if not isinstance(value, str):
         raise ValueError("Input should be a valid string")
     return value
@@ -241,7 +241,7 @@ def read_settings(path: Path) -> Settings:
 def _trained(
     directory: Path, settings: Settings, records: list[dict[str, float]], info: dict[str, Any], result: Result | None
 ) -> RunProgress:
-    """By the newest checkpoint, the last record, and what the newest session says of its end."""
+    """By the newest checkpoint, the last record, and the end of the newest session."""
     saved, total = _last_saved(directory)
     step = max(saved, int(records[-1]["step"]) if records else 0)
     total = total or _planned_steps(settings)
@@ -260,7 +260,7 @@ def _evaluated(result: Result | None) -> RunProgress | None:
 
 
 def _last_saved(directory: Path) -> tuple[int, int | None]:
-    """Step of the newest checkpoint and the steps of its run, (0, None) where there is none."""
+    """Step of the newest checkpoint and the steps of its run, or (0, None)."""
     for path in portable.folders(directory)[:1]:
         return portable.step_of(path.name) or 0, _state(path).get("total_steps")
     return 0, None
@@ -274,7 +274,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _planned_steps(settings: Settings) -> int | None:
-    """Steps that the configuration alone tells."""
+    """Steps by the configuration alone."""
     if isinstance(settings, config.Pretrain):
         return settings.train.total_steps
     return settings.train.epochs * settings.train.iters_per_epoch if isinstance(settings, config.Unsupervised) else None

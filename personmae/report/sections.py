@@ -57,7 +57,7 @@ def _spread(row: Row, score: str) -> str:
 
 
 def _details(row: Row) -> str:
-    """What its name does not say: which seeds, and anything odd about it."""
+    """Details beyond its name: the seeds, and anything unusual."""
     notes = []
     if len(row.runs) > 1:
         notes.append(f"seeds {', '.join(map(str, row.seeds))}")

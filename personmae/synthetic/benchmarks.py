@@ -40,9 +40,9 @@ def write_synthetic(
 ) -> dict[str, int]:
     """Draw everything into ``out`` and return the number of images per folder.
 
-    ``out`` appears complete or not at all: the work is done in ``out.partial`` beside it and renamed. If ``out`` is
-    there with the same settings, nothing is done. ``progress(done, total)`` counts images. Beside the images
-    stand ``contact_sheet.png``, ``occluded_duke/query_occlusion.json`` (file name -> share hidden) and, written last,
+    ``out`` appears complete or not at all: the work is done in ``out.partial`` next to it and renamed. If ``out`` is
+    there with the same settings, nothing is done. ``progress(done, total)`` counts images. Next to the images
+    are ``contact_sheet.png``, ``occluded_duke/query_occlusion.json`` (file name -> share hidden) and, written last,
     the completion mark ``synthetic.json``. Each benchmark has a copy of it, by which its readers know that people are drawn.
 
     Raises:
@@ -85,7 +85,7 @@ def _write_mark(folder: Path, record: dict[str, Any]) -> None:
 def pass_mark_on(source: str, destination: str) -> bool:
     """Copy the mark of drawn people into shards made from them, for reports. Returns whether there is a mark.
 
-    Both are directories or locations in an object store. A mark beside the source counts where it names the source.
+    Both are directories or locations in an object store. A mark next to the source counts where it names the source.
     """
     mark = _find_mark(source if storage.is_remote(source) else str(Path(source).resolve()))
     if mark is None:
@@ -109,7 +109,7 @@ def _find_mark(source: str) -> bytes | None:
 
 
 def read_mark(folder: str) -> bytes | None:
-    """The mark in a folder. Stores refuse what lies beside the images that one may read, and what is not there at all."""
+    """The mark in a folder. Stores refuse files next to the images that one may read, and missing files."""
     try:
         return storage.read(folder, COMPLETION_MARK)
     except UserError as error:

@@ -15,7 +15,7 @@ SHEET_COLUMNS = 14
 
 
 def contact_sheet(settings: SynthSettings, shots: list[Shot]) -> Image:
-    """An image for people: samples of every folder, one identity over its cameras, look-alikes, hard cases."""
+    """One image with samples of every folder, one identity over its cameras, look-alikes and hard cases."""
     folders = {
         name: [s for s in shots if s.path.startswith(name)]
         for name in ("pool", "market1501/b", "market1501/q", "occluded_duke/b", "occluded_duke/q")

@@ -52,7 +52,7 @@ FAR = -26  # added to the shade of limbs on the far side of the body
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """How the person stands to the camera: ``phase`` of the gait in [0, 1), ``turn`` a small yaw in [-0.3, 0.3]."""
+    """The person's pose towards the camera: ``phase`` of the gait in [0, 1), ``turn`` a small yaw in [-0.3, 0.3]."""
 
     view: str
     phase: float
