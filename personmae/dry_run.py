@@ -150,7 +150,7 @@ def show_plan(
     console = Console()
     console.print(table)
     worlds = Table("ranks", "micro-batches", "of images", title="world sizes that can take this batch")
-    for size in admissible_world_sizes(global_batch_size):
+    for size in batch_plan.admissible_world_sizes(global_batch_size):
         each = batch_plan.plan_batch(global_batch_size, size, max_micro_batch_size)
         worlds.add_row(str(size), str(each.grad_accum_steps), str(each.micro_batch_size))
     console.print(worlds)

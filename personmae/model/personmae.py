@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from personmae.model.identity import IdentityHead, identity_loss
+from personmae.model.inputs import Batch
 from personmae.model.vit import (
     SIZES,
     Block,

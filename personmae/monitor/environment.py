@@ -5,13 +5,17 @@ A resumed run adds an entry to ``sessions``. Next to that list are the facts of 
 
 import json
 import os
+import platform
 import shlex
 import socket
+import subprocess
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from personmae.system import files
 

@@ -169,8 +169,8 @@ def record_run(
     run = {
         "config_hash": config_hash,
         "seed": seed,
-        "commit": git_commit(),
+        "commit": environment.git_commit(),
         "versions": versions | {"python": platform.python_version()},
-        "hardware": describe_hardware(),
+        "hardware": environment.describe_hardware(),
     }
     environment.begin(directory, run, first_step=first_step)

@@ -17,7 +17,7 @@ from rich.console import Console
 from test_files import full_disk
 
 from personmae.errors import Stopped
-from personmae.monitor import environment, progress
+from personmae.monitor import environment, progress, run_log
 from personmae.monitor.progress import Pace, duration
 from personmae.monitor.run_log import RunLog, read_records, record_run
 
