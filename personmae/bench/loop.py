@@ -33,7 +33,7 @@ from personmae.system import compile_cache
 
 PLAIN = "plain"  # a loop written out, which no engine can be faster than
 ENGINES = (PLAIN, "native", "deepspeed 0", "deepspeed 1", "deepspeed 2", "deepspeed 3", "fsdp")
-PARTS = ("data", "inputs", "teacher", "forward_backward", "optimizer")  # the last with the teacher's average
+PARTS = ("data_wait", "inputs", "teacher", "forward_backward", "optimizer")  # the last with the teacher's average
 SYNTHETIC, SHARDS = "synthetic", "shards"
 WARM_UP = 3  # steps of a round that do not count; CUDA graphs are recorded in the second that a process makes
 MOMENTUM = 0.999
