@@ -337,7 +337,7 @@ def test_more_bad_images_than_allowed_stop_the_run_with_one_line(own_shards, tmp
     with ShardSet(str(own_shards), tmp_path) as damaged, reading(damaged, max_bad_ratio=0.01) as reader:
         with pytest.raises(UserError, match=r"at most 1\.0% of the images may be unreadable") as caught:
             list(islice(reader, 12))
-        assert f"run 'personmae shards verify {own_shards}'" in str(caught.value)
+        assert f"Run 'personmae shards verify {own_shards}'" in str(caught.value)
         assert "shard.00000.mds" in str(caught.value)
 
 

@@ -287,7 +287,7 @@ def test_a_killed_run_shows_nothing_and_is_restarted(written: Path, tmp_path: Pa
 
 
 def test_other_settings_and_foreign_directories_are_user_errors(written: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'seed': 3.*choose another directory or delete it"):
+    with pytest.raises(UserError, match=r"'seed': 3.*Choose another directory or delete it"):
         write_synthetic(written, dataclasses.replace(SMALL, seed=9), num_processes=1)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else"):
