@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from launcher.elastic.membership import Reason, State
-from launcher.elastic.ranks import Ranks, say
+from launcher.elastic.membership import Reason, Record
+from launcher.elastic.ranks import Ranks, log
 from personmae.errors import UserError
 from personmae.monitor import endpoint
 from personmae.monitor.exporter import GOODPUT, RANK_PHASE, Continued, merge
@@ -23,7 +23,7 @@ _LAST_STEP, _LAST_STEP_TIME = "personmae_last_step", "personmae_last_step_timest
 
 
 @dataclass(slots=True)
-class Health:
+class Probes:
     """``sick`` says what is wrong, and is empty while the agent need not be replaced; ``ready`` means that ranks train."""
 
     sick: str = ""
@@ -42,17 +42,17 @@ class Metrics(Collector):
         self.nodes = gauge("nodes", "Agents of the running round; 0 between rounds")
         gauge("nodes_min", "Fewest agents to run with").set(min_nodes)
         gauge("nodes_max", "Most agents to run with").set(max_nodes)
-        self.last_step = gauge(_LAST_STEP.removeprefix("personmae_"), "Highest step that a rank of this host has told")
+        self.last_step = gauge(_LAST_STEP.removeprefix("personmae_"), "Highest step that a rank of this host has reported")
         self.last_step_time = gauge(_LAST_STEP_TIME.removeprefix("personmae_"), "When this host first heard of that step")
         self.failures = gauge("restart_budget_used", "Counted failures since the last progress")
         self.store_lost = gauge("store_silence_seconds", "Time since the rendezvous store last answered")
-        self.heartbeat_age = gauge("heartbeat_age_seconds", "Time since a rank last told anything", "local_rank")
+        self.heartbeat_age = gauge("heartbeat_age_seconds", "Time since the last heartbeat of a rank", "local_rank")
         self.phase = gauge("rank_phase", RANK_PHASE, "local_rank", "phase")
         self.restarts = self._counter("restarts", "Rounds ended, by reason", "reason")
         for reason in get_args(Reason):  # or Prometheus would miss the first of each
             self.restarts.labels(reason)
         self.exits = self._counter("rank_exits", "Ranks ended, by exit code", "code")
-        self.lost_steps = self._counter("lost_steps", "Steps that had to be done again; told by the host of rank 0")
+        self.lost_steps = self._counter("lost_steps", "Steps that had to be done again; exported by the host of rank 0")
         self.goodput = self._counter("goodput_seconds", GOODPUT, "state")
         self.goodput.labels("rendezvous")
         self.rendezvous = Histogram(
@@ -69,7 +69,7 @@ class Metrics(Collector):
         return []
 
     def collect(self) -> Iterable[Metric]:
-        """One of each name: what the agent knows by itself goes before what a rank says of it, and time is added up."""
+        """One of each name: what the agent knows by itself goes before what a rank exports, and time is added up."""
         unknown = () if self._step else (_LAST_STEP, _LAST_STEP_TIME)  # a 0 would be a run that has stood still since 1970
         found = {metric.name: metric for metric in self._own.collect()}
         for name in unknown:
@@ -83,7 +83,7 @@ class Metrics(Collector):
         return found.values()
 
     def keep(self, ranks: Ranks) -> None:
-        """The ranks are complete: what they said last is still so."""
+        """The ranks are complete: their last numbers still hold."""
         self._follow(ranks)
         if self._ranks:
             self._ranks.living = True
@@ -97,11 +97,11 @@ class Metrics(Collector):
         if self._ranks:
             self._ranks.end()
 
-    def show(self, state: State, ranks: Ranks, store_silence: float, *, running: bool) -> None:
-        """Take over what is so at present; ``running``: the ranks are at work in the record's round."""
-        self.world_size.set(state.round.world_size if running else 0)
-        self.nodes.set(len(state.round.active) if running else 0)
-        self.failures.set(state.budget.failures)
+    def update(self, record: Record, ranks: Ranks, store_silence: float, *, running: bool) -> None:
+        """Take over the present numbers; ``running``: the ranks are at work in the record's round."""
+        self.world_size.set(record.round.world_size if running else 0)
+        self.nodes.set(len(record.round.active) if running else 0)
+        self.failures.set(record.budget.failures)
         self.store_lost.set(store_silence)
         if self._ranks:
             self._ranks.living = running
@@ -140,18 +140,18 @@ class Metrics(Collector):
 
 
 def serve(
-    port: int, metrics: Metrics, check: Callable[[], Health], *, host: str = endpoint.LOOPBACK, gpu: bool = True
+    port: int, metrics: Metrics, probes: Callable[[], Probes], *, host: str = endpoint.LOOPBACK, gpu: bool = True
 ) -> ThreadingHTTPServer:
     """Answer in the background until ``shutdown`` is called on what this returns; GPUs' numbers are added to ``metrics``.
 
     Raises:
         UserError: the port is taken or not allowed, or ``host`` is no address of this host.
     """
-    for gpus in gpu_collectors(say) if gpu else ():
+    for gpus in gpu_collectors(log) if gpu else ():
         metrics.registry.register(gpus)
     answers = {
-        "/healthz": lambda: endpoint.health(check().sick),
-        "/readyz": lambda: endpoint.readiness(check().ready),
+        "/healthz": lambda: endpoint.health(probes().sick),
+        "/readyz": lambda: endpoint.readiness(probes().ready),
         "/metrics": lambda: (200, generate_latest(metrics.registry)),
     }
     try:

@@ -12,6 +12,7 @@ from typing import Literal
 from personmae.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 
 Reason = Literal["worker_error", "hang", "peer_lost", "member_joined", "sigterm", "stopped"]
+Verdict = Literal["complete", "stopped", "user_error", "failed", "mixed"]
 COUNTED: tuple[Reason, ...] = ("worker_error", "hang")
 _BROKEN: tuple[Reason, ...] = ("worker_error", "hang", "peer_lost")  # a rank is gone: the others cannot agree on anything
 _LONGEST_PAUSE_SECONDS = 300.0
@@ -108,8 +109,8 @@ class Closed:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """The record."""
+class Record:
+    """The record: what all agents of a run share."""
 
     round: Round = field(default_factory=Round)
     waiting: tuple[Node, ...] = ()
@@ -125,16 +126,16 @@ class State:
         return node_id in self.round.active or self.awaits(node_id)
 
 
-def to_json(state: State) -> str:
-    return json.dumps(asdict(state), separators=(",", ":"))
+def to_json(record: Record) -> str:
+    return json.dumps(asdict(record), separators=(",", ":"))
 
 
-def from_json(text: str) -> State:
+def from_json(text: str) -> Record:
     raw = json.loads(text)
     nodes = tuple(Node(**node) for node in raw["round"].pop("nodes"))
     reports = tuple(Report(**report) for report in raw["round"].pop("reports"))
     lists = {name: tuple(raw["round"].pop(name)) for name in ("shares", "active", "done")}
-    return State(
+    return Record(
         round=Round(nodes=nodes, reports=reports, **lists, **raw["round"]),
         waiting=tuple(Node(**node) for node in raw["waiting"]),
         budget=Budget(**raw["budget"]),
@@ -143,113 +144,113 @@ def from_json(text: str) -> State:
     )
 
 
-def join(state: State, node: Node, last: int | None = None) -> State:
+def join(record: Record, node: Node, last: int | None = None) -> Record:
     """A node is ready for the next round. A record that a finished run has left, with nobody in it, is begun anew.
 
     ``last`` is the round that the node has run last: asked from before the present one, it comes too late to count.
     """
-    if last is not None and last < state.round.number and node.id in state.round.active:
-        return state
-    if state.closed:
-        return State(Round(number=state.round.number), (node,)) if not (state.waiting or state.round.active) else state
-    others = tuple(n for n in state.waiting if n.id != node.id)
-    active = tuple(i for i in state.round.active if i != node.id)
-    return replace(state, waiting=(*others, node), round=replace(state.round, active=active))
+    if last is not None and last < record.round.number and node.id in record.round.active:
+        return record
+    if record.closed:
+        return Record(Round(number=record.round.number), (node,)) if not (record.waiting or record.round.active) else record
+    others = tuple(n for n in record.waiting if n.id != node.id)
+    active = tuple(i for i in record.round.active if i != node.id)
+    return replace(record, waiting=(*others, node), round=replace(record.round, active=active))
 
 
-def leave(state: State, node_id: str, policy: Policy) -> State:
+def leave(record: Record, node_id: str, policy: Policy) -> Record:
     """A node takes no further part. A round that runs with ranks of its cannot go on, unless they are complete."""
-    if node_id in _working(state.round) and node_id not in state.round.done and not state.round.reports:
-        host = next(node.host for node in state.round.nodes if node.id == node_id)
-        state = report(state, state.round.number, Report("peer_lost", host), policy)
-    waiting = tuple(n for n in state.waiting if n.id != node_id)
-    return replace(state, waiting=waiting, round=replace(state.round, active=_without(state.round.active, [node_id])))
+    if node_id in _working(record.round) and node_id not in record.round.done and not record.round.reports:
+        host = next(node.host for node in record.round.nodes if node.id == node_id)
+        record = report(record, record.round.number, Report("peer_lost", host), policy)
+    waiting = tuple(n for n in record.waiting if n.id != node_id)
+    return replace(record, waiting=waiting, round=replace(record.round, active=_without(record.round.active, [node_id])))
 
 
-def bury(state: State, dead: Collection[str], policy: Policy) -> State:
+def expire(record: Record, dead: Collection[str], policy: Policy) -> Record:
     """Nodes have not been heard of for too long. Without a spare one, the round goes on."""
-    lost = [node for node in state.round.nodes if node.id in dead and node.id in _working(state.round)]
-    waiting = tuple(n for n in state.waiting if n.id not in dead)
-    state = replace(state, waiting=waiting, round=replace(state.round, active=_without(state.round.active, dead)))
+    lost = [node for node in record.round.nodes if node.id in dead and node.id in _working(record.round)]
+    waiting = tuple(n for n in record.waiting if n.id not in dead)
+    record = replace(record, waiting=waiting, round=replace(record.round, active=_without(record.round.active, dead)))
     for node in lost:
-        state = report(state, state.round.number, Report("peer_lost", node.host), policy)
-    return state
+        record = report(record, record.round.number, Report("peer_lost", node.host), policy)
+    return record
 
 
-def report(state: State, number: int, why: Report, policy: Policy) -> State:
+def report(record: Record, number: int, why: Report, policy: Policy) -> Record:
     """Round ``number`` has to end. The first report is charged to the budget; a failure beyond it closes the run."""
-    now = state.round
-    if state.closed or number != now.number:
-        return state
+    now = record.round
+    if record.closed or number != now.number:
+        return record
     ended = replace(now, reports=(*now.reports, why), broken=now.broken or why.reason in _BROKEN)
     if now.reports:
-        return replace(state, round=ended)
-    budget, counted = charge(state.budget, why.reason, max(why.step, state.budget.step))
+        return replace(record, round=ended)
+    budget, counted = charge(record.budget, why.reason, max(why.step, record.budget.step))
     pause = pause_seconds(budget.failures, policy.backoff_seconds) if counted else 0.0
-    state = replace(state, budget=budget, round=replace(ended, pause_seconds=pause))
+    record = replace(record, budget=budget, round=replace(ended, pause_seconds=pause))
     if counted and budget.failures > policy.max_restarts:
-        return close(state, EXIT_FAILED, f"{budget.failures} failures without progress, the last is {why}")
-    return state
+        return close(record, EXIT_FAILED, f"{budget.failures} failures without progress, the last is {why}")
+    return record
 
 
-def tear(state: State, number: int) -> State:
+def mark_broken(record: Record, number: int) -> Record:
     """A rank of round ``number``, which was ending in good order, is gone: the others need not be waited for."""
-    return replace(state, round=replace(state.round, broken=True)) if number == state.round.number else state
+    return replace(record, round=replace(record.round, broken=True)) if number == record.round.number else record
 
 
-def finish(state: State, number: int, node_id: str) -> State:
+def finish(record: Record, number: int, node_id: str) -> Record:
     """All ranks of a node are complete; when all nodes are, the run is."""
-    if state.closed or number != state.round.number:
-        return state
-    done = (*_without(state.round.done, [node_id]), node_id)
-    state = replace(state, round=replace(state.round, done=done))
-    needed = {node.id for node, share in zip(state.round.nodes, state.round.shares, strict=True) if share}
-    return close(state, EXIT_COMPLETE, "") if needed <= set(done) else state
+    if record.closed or number != record.round.number:
+        return record
+    done = (*_without(record.round.done, [node_id]), node_id)
+    record = replace(record, round=replace(record.round, done=done))
+    needed = {node.id for node, share in zip(record.round.nodes, record.round.shares, strict=True) if share}
+    return close(record, EXIT_COMPLETE, "") if needed <= set(done) else record
 
 
-def close(state: State, code: int, message: str) -> State:
+def close(record: Record, code: int, message: str) -> Record:
     """End the run for everybody. A user error overrides another end, and a message one without."""
-    if state.closed and not (code == EXIT_USER_ERROR and (state.closed.code != code or not state.closed.message)):
-        return state
-    return replace(state, closed=Closed(code, message))
+    if record.closed and not (code == EXIT_USER_ERROR and (record.closed.code != code or not record.closed.message)):
+        return record
+    return replace(record, closed=Closed(code, message))
 
 
-def form(state: State, policy: Policy, *, settled: bool) -> State:
+def form(record: Record, policy: Policy, *, settled: bool) -> Record:
     """The next round, once it can be. ``settled``: no newcomer has appeared for the time that first-comers are waited for."""
-    if state.closed or state.round.active:
-        return state
-    nodes = in_order(state)[: policy.max_nodes]
-    survivors = {n.id for n in state.round.nodes} & {n.id for n in nodes}
+    if record.closed or record.round.active:
+        return record
+    nodes = in_order(record)[: policy.max_nodes]
+    survivors = {n.id for n in record.round.nodes} & {n.id for n in nodes}
     if len(nodes) < policy.min_nodes or not (survivors or settled or len(nodes) == policy.max_nodes):
-        return state
+        return record
     world_size = world_of(nodes, policy)
     if not world_size:
-        return state
+        return record
     chosen = {n.id for n in nodes}
     return replace(
-        state,
-        waiting=tuple(n for n in state.waiting if n.id not in chosen),
-        round=Round(state.round.number + 1, nodes, shares(nodes, world_size), tuple(n.id for n in nodes)),
+        record,
+        waiting=tuple(n for n in record.waiting if n.id not in chosen),
+        round=Round(record.round.number + 1, nodes, shares(nodes, world_size), tuple(n.id for n in nodes)),
     )
 
 
-def grow(state: State, policy: Policy) -> bool:
+def grow(record: Record, policy: Policy) -> bool:
     """Whether those who wait would make the running round's world larger."""
-    if state.closed or not state.waiting or state.round.reports:
+    if record.closed or not record.waiting or record.round.reports:
         return False
-    there = (node for node in state.round.nodes if node.id in state.round.active)
-    return world_of((*there, *state.waiting)[: policy.max_nodes], policy) > state.round.world_size
+    there = (node for node in record.round.nodes if node.id in record.round.active)
+    return world_of((*there, *record.waiting)[: policy.max_nodes], policy) > record.round.world_size
 
 
-def missing(state: State, node_id: str, policy: Policy) -> str:
+def missing(record: Record, node_id: str, policy: Policy) -> str:
     """What the next round of a node that waits has to wait for."""
-    if state.closed:
+    if record.closed:
         return "a run that is over has not been left by all its agents"
-    if state.round.active and not state.round.reports:
-        return f"round {state.round.number} runs without this host"
-    if busy := [node.host for node in state.round.nodes if node.id in state.round.active and node.id != node_id]:
+    if record.round.active and not record.round.reports:
+        return f"round {record.round.number} runs without this host"
+    if busy := [node.host for node in record.round.nodes if node.id in record.round.active and node.id != node_id]:
         return f"{', '.join(busy)} have not made ready"
-    nodes = in_order(state)[: policy.max_nodes]
+    nodes = in_order(record)[: policy.max_nodes]
     if len(nodes) < policy.min_nodes:
         return f"{len(nodes)} of at least {policy.min_nodes} nodes are here"
     if not world_of(nodes, policy):
@@ -258,10 +259,10 @@ def missing(state: State, node_id: str, policy: Policy) -> str:
     return f"{len(nodes)} nodes are here; others have a moment to join them"
 
 
-def in_order(state: State) -> tuple[Node, ...]:
+def in_order(record: Record) -> tuple[Node, ...]:
     """Who waits, in the order of the previous round, newcomers last: rank 0 stays where it is while its host does."""
-    place = {node.id: i for i, node in enumerate(state.round.nodes)}
-    return tuple(sorted(state.waiting, key=lambda node: (place.get(node.id, len(place)), node.id)))
+    place = {node.id: i for i, node in enumerate(record.round.nodes)}
+    return tuple(sorted(record.waiting, key=lambda node: (place.get(node.id, len(place)), node.id)))
 
 
 def world_of(nodes: Collection[Node], policy: Policy) -> int:
@@ -304,8 +305,8 @@ def pause_seconds(failures: int, base_seconds: float) -> float:
     return min(base_seconds * 2 ** (failures - 1), _LONGEST_PAUSE_SECONDS) if failures else 0.0
 
 
-def judge(codes: Collection[int]) -> Literal["complete", "stopped", "user_error", "failed", "mixed"]:
-    """What the exit codes of a host's ranks, those that have ended, say together."""
+def classify_exit_codes(codes: Collection[int]) -> Verdict:
+    """What the exit codes of a host's ranks, those that have ended, mean together."""
     if EXIT_USER_ERROR in codes:
         return "user_error"
     if any(code not in (EXIT_COMPLETE, EXIT_STOPPED) for code in codes):

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from launcher.elastic.membership import Round
-from launcher.elastic.traces import ask_flight_record, flight_environment, process_state, read_stacks
+from launcher.elastic.traces import ask_flight_record, flight_environment, process_state, read_traces
 from personmae.errors import EXIT_COMPLETE, EXIT_STOPPED, EXIT_USER_ERROR
 from personmae.monitor import heartbeat
 from personmae.monitor.heartbeat import PATIENCE_SECONDS, Beat, Phase
@@ -28,7 +28,7 @@ _PR_SET_PDEATHSIG = 1
 _printing = threading.Lock()
 
 
-def say(text: str, prefix: str = "elastic") -> None:
+def log(text: str, prefix: str = "elastic") -> None:
     """Print lines of the agent's own, or of a rank. A full disk below the log must not end a run, nor spoil its exit code."""
     left = "".join(f"[{prefix}] {line}\n" for line in text.splitlines()).encode(errors="backslashreplace")
     with _printing, contextlib.suppress(OSError, ValueError):
@@ -38,7 +38,7 @@ def say(text: str, prefix: str = "elastic") -> None:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long a rank may say nothing new, by what it said last."""
+    """How long a rank may be silent, by the phase of its last heartbeat."""
 
     start_seconds: float = PATIENCE_SECONDS["start"]
     compile_seconds: float = PATIENCE_SECONDS["compile"]
@@ -79,7 +79,7 @@ def rank_environment(now: Round, node_id: str, *, run_id: str, beats: Path, inte
 class RankProcess:
     """One rank: a process group of its own, whose output is prefixed with its number and whose last lines are kept."""
 
-    def __init__(self, command: Sequence[str], environ: dict[str, str], *, beats: Path, log: Path | None) -> None:
+    def __init__(self, command: Sequence[str], environ: dict[str, str], *, beats: Path, log_file: Path | None) -> None:
         self.rank, self.local_rank = int(environ["RANK"]), int(environ["LOCAL_RANK"])
         self.started = time.monotonic()
         self.ended_at = 0.0  # of time.time
@@ -95,35 +95,35 @@ class RankProcess:
             start_new_session=True,
             preexec_fn=partial(_die_with, os.getpid()),
         )
-        self._reader = threading.Thread(target=self._read, args=(log,), daemon=True, name=f"rank-{self.rank}")
+        self._reader = threading.Thread(target=self._read, args=(log_file,), daemon=True, name=f"rank-{self.rank}")
         self._reader.start()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def _read(self, log: Path | None) -> None:
+    def _read(self, log_file: Path | None) -> None:
         assert self._process.stdout
         with self._process.stdout as pipe:
             while raw := pipe.readline(_LINE_BYTES):
                 line = raw.decode(errors="replace").rstrip("\n")
                 self._tail.append(line)
-                say(line or " ", str(self.rank))
-                log = self._write(log, raw) if log else None
+                log(line or " ", str(self.rank))
+                log_file = self._write(log_file, raw) if log_file else None
         self.ended_at = self.ended_at or time.time()
 
-    def _write(self, log: Path, raw: bytes) -> Path | None:
+    def _write(self, log_file: Path, raw: bytes) -> Path | None:
         """Append to the rank's file; None when that cannot be written, since a rank must not wait for a reader that is gone."""
         try:
-            with log.open("ab") as file:
+            with log_file.open("ab") as file:
                 file.write(raw)
         except OSError as error:
-            say(f"{log} is not written any further: {error.strerror}")
+            log(f"{log_file} is not written any further: {error.strerror}")
             return None
-        return log
+        return log_file
 
     def code(self) -> int | None:
-        """The exit code as a shell would tell it; None while the rank runs.
+        """The exit code as a shell gives it; None while the rank runs.
 
         Ranks agree to stop as soon as one is asked. Another that is asked while its interpreter is already ending, and has
         given up its handlers, dies of the signal although all is saved: that is a stop too, unless it had not even begun.
@@ -166,7 +166,7 @@ class RankProcess:
         return "\n".join(list(self._tail)[-num_lines:])[-4000:]
 
     def error_line(self) -> str:
-        """The line that says what the user has to mend, if this rank has said it."""
+        """The line that names what the user has to fix, if this rank has printed it."""
         self._reader.join(timeout=1)
         return next((line for line in reversed(self._tail) if line.startswith("error:")), "")
 
@@ -174,17 +174,17 @@ class RankProcess:
         return heartbeat.read_beat(self._beats, self.local_rank)
 
     def silent(self) -> tuple[Phase, float]:
-        """What the rank said last and how many seconds ago."""
+        """The phase of the rank's last heartbeat and how many seconds ago it came."""
         beat = self.beat()
         return (beat.phase, time.monotonic() - beat.time) if beat else ("start", time.monotonic() - self.started)
 
     def traces(self) -> str:
         """What it was doing, for the log."""
         phase, seconds = self.silent()
-        where = read_stacks(self.pid, heartbeat.stacks_file(self._beats, self.local_rank))
+        where = read_traces(self.pid, heartbeat.stacks_file(self._beats, self.local_rank))
         record = ask_flight_record(self._environ)
-        told = f"stacks of rank {self.rank}, {seconds:.1f} s after its last word, in phase {phase}, {where}"
-        return f"{told}\nflight record of rank {self.rank}: {record}" if record else told
+        lines = f"traces of rank {self.rank}, {seconds:.1f} s after its last heartbeat, in phase {phase}, {where}"
+        return f"{lines}\nflight record of rank {self.rank}: {record}" if record else lines
 
 
 class Ranks:
@@ -198,9 +198,9 @@ class Ranks:
         try:
             for environ in environs:
                 number = int(environ["TORCHELASTIC_RESTART_COUNT"]) + 1
-                log = log_dir / f"round-{number}-rank-{environ['RANK']}.log" if log_dir else None
+                log_file = log_dir / f"round-{number}-rank-{environ['RANK']}.log" if log_dir else None
                 recording = flight_environment(beats, log_dir, number) if log_dir else {}
-                self.all.append(RankProcess(command, environ | recording, beats=beats, log=log))
+                self.all.append(RankProcess(command, environ | recording, beats=beats, log_file=log_file))
         except BaseException:
             self.kill()  # one could not be started: the others have nobody yet who watches them
             raise
@@ -227,11 +227,11 @@ class Ranks:
             rank.kill()
 
     def step(self) -> int:
-        """The highest step that a rank has told."""
+        """The highest step that a heartbeat of a rank has had."""
         return max((beat.step for rank in self.all if (beat := rank.beat())), default=0)
 
     def under_way(self) -> bool:
-        """Whether all that tell anything have begun to train; ranks without heartbeats count as such."""
+        """Whether all ranks with heartbeats have begun to train; ranks without any count as such."""
         beats = [rank.beat() for rank in self.all]
         return not any(beats) or all(beat and beat.phase not in ("start", "compile") for beat in beats)
 
@@ -258,7 +258,7 @@ class Ranks:
         return min(failed, key=lambda rank: rank.ended_at)
 
     def user_error(self) -> str:
-        """The one line of a user error, from whichever rank has said it."""
+        """The one line of a user error, from whichever rank has printed it."""
         lines = [rank.error_line() for rank in self.all if rank.code() == EXIT_USER_ERROR]
         return next((line for line in lines if line), "")
 

@@ -1,7 +1,7 @@
 """The rendezvous store and an agent's link to it: the one place of the launcher that needs torch, for its TCPStore.
 
 Only text goes through it. torch's own rendezvous unpickles what it reads there and compares the hosts' wall clocks; here the
-record is JSON, and every agent judges the others' signs of life by its own clock.
+record is JSON, and every agent dates the others' signs of life by its own clock.
 """
 
 import os
@@ -15,12 +15,12 @@ from datetime import timedelta
 from typing import Any
 
 from launcher.elastic import membership
-from launcher.elastic.membership import Policy, State
+from launcher.elastic.membership import Policy, Record
 from personmae.errors import UserError
 
 INTERVAL_SECONDS = 0.5  # between two looks at the store
 _CALL_SECONDS = 10.0  # a call that takes longer means that the store is gone
-Change = Callable[[State], State]
+Change = Callable[[Record], Record]
 
 
 def serve(port: int, stopped: threading.Event) -> None:
@@ -36,7 +36,7 @@ def serve(port: int, stopped: threading.Event) -> None:
 def _tcp_store() -> Any:
     """torch's TCPStore; the import takes a second or two."""
     before = os.environ.get("TORCH_CPP_LOG_LEVEL")
-    os.environ["TORCH_CPP_LOG_LEVEL"] = before or "ERROR"  # a broken connection is told in one line, by the agent
+    os.environ["TORCH_CPP_LOG_LEVEL"] = before or "ERROR"  # the agent logs a broken connection, in one line
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     if before is None:
@@ -48,7 +48,7 @@ def _tcp_store() -> Any:
 class StoreView:
     """What an agent knows: the record, and when it last saw a sign of life of each node."""
 
-    state: State = field(default_factory=State)
+    record: Record = field(default_factory=Record)
     heard: dict[str, float] = field(default_factory=dict)  # of time.monotonic
 
 
@@ -143,11 +143,11 @@ class Link:
 
     def _connect(self) -> Any:
         with socket.create_connection(self._address, timeout=2):
-            pass  # torch would say at length that nobody is there
+            pass  # torch would print at length that nobody is there
         timeout = timedelta(seconds=_CALL_SECONDS)
         store = _tcp_store()(*self._address, is_master=False, wait_for_workers=False, timeout=timeout)
-        store.compare_set(self._key, "", membership.to_json(self.view.state))
-        self.view = StoreView(self.view.state, dict.fromkeys(self.view.heard, time.monotonic()))  # nobody could be heard
+        store.compare_set(self._key, "", membership.to_json(self.view.record))
+        self.view = StoreView(self.view.record, dict.fromkeys(self.view.heard, time.monotonic()))  # nobody could be heard
         self._counts.clear()
         self.connected = True
         return store
@@ -158,21 +158,21 @@ class Link:
 
     def _exchange(self, store: Any, generation: int) -> None:
         now = time.monotonic()
-        if now - self._contact > self._keep_alive / 2:  # we were away or asleep: judge nobody by that
-            self.view = StoreView(self.view.state, dict.fromkeys(self.view.heard, now))
+        if now - self._contact > self._keep_alive / 2:  # we were away or asleep: that makes nobody silent
+            self.view = StoreView(self.view.record, dict.fromkeys(self.view.heard, now))
         store.add(f"{self._prefix}/beat/{self._node_id}", 1)
         while True:
             text = store.get(self._key).decode()
-            told, known = membership.from_json(text), self.view.state
-            state = told if told.version >= known.version else known
-            heard = self._listen(store, state)
+            found, known = membership.from_json(text), self.view.record
+            record = found if found.version >= known.version else known
+            heard = self._listen(store, record)
             queued = len(self._queue)
-            changed = state
+            changed = record
             for change in list(self._queue)[:queued]:
                 changed = change(changed)
             changed = self._watch(changed, heard)
-            if changed != told:
-                changed = replace(changed, version=state.version + 1)
+            if changed != found:
+                changed = replace(changed, version=record.version + 1)
                 wanted = membership.to_json(changed)
                 if generation != self._generation:
                     return  # this call was given up for stuck; another thread does its work
@@ -186,29 +186,29 @@ class Link:
             self.view = StoreView(changed, heard)
             return
 
-    def _listen(self, store: Any, state: State) -> dict[str, float]:
+    def _listen(self, store: Any, record: Record) -> dict[str, float]:
         """When each node of the record was last heard: when its count last moved, by our clock."""
         now, heard = time.monotonic(), {}
-        for node_id in {*state.round.active, *(n.id for n in state.waiting)} - {self._node_id}:
+        for node_id in {*record.round.active, *(n.id for n in record.waiting)} - {self._node_id}:
             count = store.add(f"{self._prefix}/beat/{node_id}", 0)
             moved = self._counts.get(node_id) != count
             heard[node_id] = now if moved else self.view.heard.get(node_id, now)
             self._counts[node_id] = count
         return heard
 
-    def _watch(self, state: State, heard: dict[str, float]) -> State:
-        """What any agent may do: bury the silent, form the next round."""
+    def _watch(self, record: Record, heard: dict[str, float]) -> Record:
+        """What any agent may do: expire the silent, form the next round."""
         now = time.monotonic()
         silent = {node_id for node_id, at in heard.items() if now - at > self._keep_alive}
         if silent:
-            state = membership.bury(state, silent, self._policy)
-        waiting = frozenset(n.id for n in state.waiting)
+            record = membership.expire(record, silent, self._policy)
+        waiting = frozenset(n.id for n in record.waiting)
         if waiting != self._waiting_since[0]:
             self._waiting_since = (waiting, now)
         settled = now - self._waiting_since[1] >= self._settle
         if self._node_id in waiting:
-            state = membership.form(state, self._policy, settled=settled)
-        return state
+            record = membership.form(record, self._policy, settled=settled)
+        return record
 
     def settled(self) -> bool:
         """Whether those who wait have been the same for as long as first-comers are waited for."""

@@ -1,4 +1,4 @@
-"""What a hung rank was doing: the stacks of its threads and, on GPUs, the last collectives that NCCL has recorded."""
+"""What a hung rank was doing: where each of its threads is and, on GPUs, the last collectives that NCCL has recorded."""
 
 import contextlib
 import errno
@@ -14,24 +14,24 @@ _PY_SPY_SECONDS = 30.0
 _ANSWER_SECONDS = 3.0
 
 
-def read_stacks(pid: int, file: Path) -> str:
+def read_traces(pid: int, file: Path) -> str:
     """Where each thread of a rank is: from py-spy where it is installed and allowed, else from the rank's own fault handler.
 
     ``file`` is where that handler writes, see personmae/monitor/heartbeat.py.
     """
     state = process_state(pid)
-    if stacks := _ask_py_spy(pid):
-        return f"state {state}, by py-spy\n{stacks}"
+    if traces := _ask_py_spy(pid):
+        return f"state {state}, by py-spy\n{traces}"
     if not file.exists():
-        return f"state {state}; no stacks: the rank has no heartbeat, and py-spy is not installed or not allowed to look"
+        return f"state {state}; no traces: the rank has no heartbeat, and py-spy is not installed or not allowed to look"
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGUSR1)
     _wait_for_whole(file)
-    return f"state {state}\n{file.read_text(encoding='utf-8', errors='replace') or 'no stacks: the rank does not answer'}"
+    return f"state {state}\n{file.read_text(encoding='utf-8', errors='replace') or 'no traces: the rank does not answer'}"
 
 
 def process_state(pid: int) -> str:
-    """As the kernel tells it: ``S (sleeping)``, ``T (stopped)``, ..."""
+    """As the kernel has it: ``S (sleeping)``, ``T (stopped)``, ..."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("State:"):

@@ -1,5 +1,7 @@
 """One row of the contract in docs/operations.md after the other: real agents and stores, ranks that are a few lines each."""
 
+import ast
+import inspect
 import os
 import re
 import signal
@@ -14,10 +16,11 @@ import pytest
 import warm
 from agents import Start
 
+from launcher.elastic import agent as agent_module
 from launcher.elastic import membership
 from launcher.elastic.__main__ import build_parser
-from launcher.elastic.agent import Agent
-from launcher.elastic.membership import Node, State
+from launcher.elastic.agent import EXIT, TRANSITIONS, Agent, State
+from launcher.elastic.membership import Node, Record
 from launcher.elastic.options import read_options, read_policy
 from launcher.elastic.ranks import Limits
 from launcher.elastic.store import StoreView
@@ -166,7 +169,7 @@ def test_a_hang_is_found_by_its_phase_and_restarted(start: Start) -> None:
     agent = start(script, "--step-seconds", "99", "--checkpoint-seconds", "1")
     assert agent.code() == 0
     assert "in phase checkpoint" in agent.output()
-    assert re.search(r"stacks of rank 0, .* state S", agent.output())
+    assert re.search(r"traces of rank 0, .* state S", agent.output())
     assert "round 1 ended: hang: rank 0" in agent.output()
     assert len(re.findall(r"\[0\] begun", agent.output())) == 2
 
@@ -213,7 +216,7 @@ def test_a_report_that_got_lost_with_its_store_is_made_again(tmp_path: Path, mon
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     args = build_parser().parse_args(["run", "--", "sh", "-c", "exit 1"])
     agent = Agent(read_options(args), policy := read_policy(args), Limits())
-    alone = membership.join(State(), Node(agent.id, "here", "127.0.0.1", 1, 1))
+    alone = membership.join(Record(), Node(agent.id, "here", "127.0.0.1", 1, 1))
     running = membership.form(alone, policy, settled=True)
     agent.link.view = StoreView(running)  # its link is not started: what is posted stays in the queue
     for _ in range(2):
@@ -224,6 +227,40 @@ def test_a_report_that_got_lost_with_its_store_is_made_again(tmp_path: Path, mon
         (change,) = agent.link._queue
         assert [report.reason for report in change(running).round.reports] == ["worker_error"]
         agent.link._queue.clear()  # it has arrived, and is gone with the store
+
+
+def calls_of(method: str, seen: set[str]) -> list[ast.Call]:
+    """Every call in a method of ``Agent`` and in the methods of its own that it calls."""
+    seen.add(method)
+    tree = ast.parse(inspect.getsource(agent_module))
+    (found,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == method]
+    calls = [n for n in ast.walk(found) if isinstance(n, ast.Call)]
+    names = [n.func.attr for n in calls if isinstance(n.func, ast.Attribute) and ast.unparse(n.func.value) == "self"]
+    more = [name for name in names if name in vars(Agent) and name not in {"_go", "_leave"}]
+    return calls + [call for name in more if name not in seen for call in calls_of(name, seen)]
+
+
+@pytest.mark.parametrize("state", State)
+def test_the_table_of_transitions_has_what_the_code_does_and_nothing_else(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    args = build_parser().parse_args(["run", "--", "sh"])
+    handler = Agent(read_options(args), read_policy(args), Limits())._handlers[state].__name__
+    texts = [ast.unparse(call) for call in calls_of(handler, set())]
+    reached = {State[name] for text in texts for name in re.findall(r"^self\._go\(State\.(\w+)\)$", text)}
+    assert reached == TRANSITIONS[state].keys() - {EXIT}
+    assert any(text.startswith("self._leave(") for text in texts) == (EXIT in TRANSITIONS[state])
+
+
+def test_a_transition_that_the_table_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    args = build_parser().parse_args(["run", "--", "sh"])
+    agent = Agent(read_options(args), read_policy(args), Limits())
+    with pytest.raises(AssertionError, match=r"WAITING.*PAUSING.*is not in TRANSITIONS"):
+        agent._go(State.PAUSING)
+    agent._go(State.LEAVING)  # from everywhere
+    assert agent.state is State.LEAVING
 
 
 def test_health_and_metrics_outlive_the_ranks(start: Start, tmp_path: Path) -> None:
@@ -255,12 +292,12 @@ def test_an_agent_that_is_stuck_or_without_its_store_is_sick(tmp_path: Path, mon
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     args = build_parser().parse_args(["run", "--store-seconds", "60", "--", "sh"])
     agent = Agent(read_options(args), read_policy(args), Limits())
-    assert agent.health().sick == ""
+    assert agent.probes().sick == ""
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 100)
-    assert agent.health().sick == "the store has been silent for 100 s"
+    assert agent.probes().sick == "the store has been silent for 100 s"
     monkeypatch.setattr(time, "monotonic", lambda: now + 200)
-    assert agent.health().sick == "the agent has been stuck for 200 s"
+    assert agent.probes().sick == "the agent has been stuck for 200 s"
 
 
 def ask(port: int, path: str) -> tuple[int, str]:

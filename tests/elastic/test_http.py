@@ -16,8 +16,8 @@ from agents import Start
 from calls import num_calls
 from prometheus_client import generate_latest
 
-from launcher.elastic.http import Health, Metrics, serve
-from launcher.elastic.membership import Node, Round, State
+from launcher.elastic.http import Metrics, Probes, serve
+from launcher.elastic.membership import Node, Record, Round
 from launcher.elastic.ranks import Ranks
 from personmae.data.counters import StreamCounters
 from personmae.errors import UserError
@@ -60,7 +60,7 @@ class Host:
         self.ranks = Ranks([], [], beats, None)
         self.number = 0
         node = Node("a", "host-a", "127.0.0.1", 1234, 2)
-        self.state = State(round=replace(Round(), number=1, nodes=(node,), shares=(2,), active=("a",)))
+        self.record = Record(round=replace(Round(), number=1, nodes=(node,), shares=(2,), active=("a",)))
 
     def start(
         self, first: int, last: int, phase: str, *, ranks: tuple[int, ...] = (0, 1), known: int = 0, script: str = SCRIPT
@@ -90,7 +90,7 @@ class Host:
         return [Told(self.log_dir / f"round-{self.number + 1}-rank-{rank.rank}.log") for rank in self.ranks.all]
 
     def show(self, *, running: bool) -> None:
-        self.metrics.show(self.state, self.ranks, 0.0, running=running)
+        self.metrics.update(self.record, self.ranks, 0.0, running=running)
 
     def values(self) -> dict[str, float]:
         return {
@@ -213,13 +213,13 @@ def ask(port: int, host: str = "127.0.0.1") -> str:
 def test_the_endpoint_is_reached_by_both_protocols_and_its_port_is_nobody_elses() -> None:
     if not socket.has_dualstack_ipv6():
         pytest.skip("this machine has no IPv6")
-    server = serve(0, Metrics(1, 1), Health, host="all")
+    server = serve(0, Metrics(1, 1), Probes, host="all")
     try:
         port = server.server_address[1]
         assert "personmae_nodes_max 1.0" in ask(port)
         assert "personmae_nodes_max 1.0" in ask(port, "[::1]")
         with pytest.raises(UserError, match=f"--port {port} is taken"):
-            serve(port, Metrics(1, 1), Health, host="all")
+            serve(port, Metrics(1, 1), Probes, host="all")
     finally:
         server.shutdown()
         server.server_close()
@@ -230,7 +230,7 @@ def test_the_endpoint_is_reached_by_both_protocols_and_its_port_is_nobody_elses(
 
 
 def test_the_endpoint_is_for_its_own_host_unless_all_interfaces_are_asked_for() -> None:
-    server = serve(0, Metrics(1, 1), Health)
+    server = serve(0, Metrics(1, 1), Probes)
     try:
         port = server.server_address[1]
         assert "personmae_nodes_max 1.0" in ask(port)
@@ -245,7 +245,7 @@ def test_gpus_are_not_asked_where_that_is_switched_off(monkeypatch: pytest.Monke
     asked: list[object] = []
     monkeypatch.setattr("launcher.elastic.http.gpu_collectors", lambda say: asked.append(say) or [])
     for gpu in (False, True):
-        server = serve(0, Metrics(1, 1), Health, gpu=gpu)
+        server = serve(0, Metrics(1, 1), Probes, gpu=gpu)
         server.shutdown()
         server.server_close()
         assert len(asked) == gpu

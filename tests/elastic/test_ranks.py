@@ -14,7 +14,7 @@ import pytest
 from agents import ROOT, Start
 
 from launcher.elastic.ranks import Ranks, reserve_port
-from launcher.elastic.traces import ask_flight_record, flight_environment, process_state, read_stacks
+from launcher.elastic.traces import ask_flight_record, flight_environment, process_state, read_traces
 from personmae.monitor import heartbeat
 
 pytestmark = pytest.mark.integration
@@ -89,23 +89,23 @@ def test_the_stacks_of_a_stuck_rank_are_read(by: str, tmp_path: Path, monkeypatc
     with subprocess.Popen([sys.executable, "-c", STUCK], env=environ, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"
-        told = read_stacks(process.pid, heartbeat.stacks_file(tmp_path, 0))
-        alone = read_stacks(process.pid, tmp_path / "none")
+        traces = read_traces(process.pid, heartbeat.stacks_file(tmp_path, 0))
+        alone = read_traces(process.pid, tmp_path / "none")
         process.send_signal(signal.SIGSTOP)
         while process_state(process.pid) != "T (stopped)":
             time.sleep(0.01)
-        stopped = read_stacks(process.pid, tmp_path / "none")
+        stopped = read_traces(process.pid, tmp_path / "none")
         process.kill()
-    if by == "py-spy" and ", by py-spy" not in told:
+    if by == "py-spy" and ", by py-spy" not in traces:
         pytest.skip("py-spy is not installed, or may not look at other processes here")
-    assert ("by py-spy" in told) == (by == "py-spy")
-    assert told.startswith(("state S", "state R"))
-    assert "stuck_here" in told
+    assert ("by py-spy" in traces) == (by == "py-spy")
+    assert traces.startswith(("state S", "state R"))
+    assert "stuck_here" in traces
     assert stopped.startswith("state T (stopped)")
     if by == "py-spy":
         assert "stuck_here" in stopped  # it needs no answer from the rank
     else:
-        assert "no stacks: the rank has no heartbeat" in alone
+        assert "no traces: the rank has no heartbeat" in alone
 
 
 RECORDER = """

@@ -10,7 +10,7 @@ import pytest
 from agents import ROOT
 
 from launcher.elastic import membership
-from launcher.elastic.membership import Node, Policy, Report, State
+from launcher.elastic.membership import Node, Policy, Record, Report
 from launcher.elastic.store import Link
 
 POLICY = Policy(1, 2)
@@ -43,36 +43,36 @@ def node(name: str) -> Node:
     return Node(name, name, "127.0.0.1", 1, 1)
 
 
-def wait_for(what: Callable[[State], bool], link: Link) -> State:
+def wait_for(what: Callable[[Record], bool], link: Link) -> Record:
     deadline = time.monotonic() + 20
-    while not what(link.view.state):
-        assert time.monotonic() < deadline, link.view.state
+    while not what(link.view.record):
+        assert time.monotonic() < deadline, link.view.record
         time.sleep(0.02)
-    return link.view.state
+    return link.view.record
 
 
 def test_a_record_that_a_slower_agent_restored_gives_way_to_the_later_one(server: Any, connect: Callable[[str], Link]) -> None:
     a, b = connect("a"), connect("b")
     for link, name in ((a, "a"), (b, "b")):
-        link.post(lambda state, name=name: membership.join(state, node(name)))
-    wait_for(lambda state: state.round.number == 1, a)
-    wait_for(lambda state: state.round.number == 1, b)
+        link.post(lambda record, name=name: membership.join(record, node(name)))
+    wait_for(lambda record: record.round.number == 1, a)
+    wait_for(lambda record: record.round.number == 1, b)
     older = server.get("personmae/run/record")
-    a.post(lambda state: membership.report(state, 1, Report("worker_error", "a"), POLICY))
-    later = wait_for(lambda state: bool(state.round.reports), a)
-    wait_for(lambda state: bool(state.round.reports), b)
+    a.post(lambda record: membership.report(record, 1, Report("worker_error", "a"), POLICY))
+    later = wait_for(lambda record: bool(record.round.reports), a)
+    wait_for(lambda record: bool(record.round.reports), b)
     server.set("personmae/run/record", older)  # as an agent does that finds an empty store and has not seen the report
-    wait_for(lambda state: state.version > later.version, a)
+    wait_for(lambda record: record.version > later.version, a)
     for link in (a, b):
-        assert wait_for(lambda state: state.version > later.version, link).round.reports == later.round.reports
+        assert wait_for(lambda record: record.version > later.version, link).round.reports == later.round.reports
 
 
 def test_many_agents_change_the_record_at_once_and_nothing_is_lost(connect: Callable[[str], Link]) -> None:
     links = [connect(str(i)) for i in range(8)]
     for name in range(40):
-        links[name % 8].post(lambda state, name=name: membership.join(state, node(str(name))))
+        links[name % 8].post(lambda record, name=name: membership.join(record, node(str(name))))
     for link in links:
-        wait_for(lambda state: len({n.id for n in (*state.waiting, *state.round.nodes)}) == 40, link)
+        wait_for(lambda record: len({n.id for n in (*record.waiting, *record.round.nodes)}) == 40, link)
 
 
 def test_only_the_store_needs_torch() -> None:

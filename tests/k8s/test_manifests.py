@@ -20,7 +20,7 @@ from choices import OVERLAYS, ROOT, choose
 from launcher.cluster import kustomization, render, request
 from launcher.elastic.__main__ import build_parser, read_options, read_policy
 from launcher.elastic.agent import _KILL_SECONDS
-from launcher.elastic.http import Health, Metrics, serve
+from launcher.elastic.http import Metrics, Probes, serve
 from personmae import config
 from personmae.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
@@ -191,7 +191,7 @@ def test_the_store_of_the_pod_is_one_that_the_launcher_takes() -> None:
 
 def test_probes_ask_what_the_agent_answers() -> None:
     _, container = trainer(overlay("pretrain"))
-    server = serve(0, Metrics(1, 1), lambda: Health(sick="a rank hangs", ready=False))
+    server = serve(0, Metrics(1, 1), lambda: Probes(sick="a rank hangs", ready=False))
     try:
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
             url = f"http://127.0.0.1:{server.server_address[1]}{container[probe]['httpGet']['path']}"
