@@ -37,9 +37,9 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     for add in VERBS:
         add(verbs)
-    from launcher.cluster.cli import add_verbs
+    from launcher.cluster.cli import add_commands
 
-    add_verbs(verbs)
+    add_commands(verbs)
     for add_of in (about.add_keys, about.add_help, about.add_completion):
         add_of(verbs, parser)
     about.describe(parser)

@@ -1,4 +1,4 @@
-"""What the verbs of ``cli.py`` do, once one is chosen."""
+"""What the commands of ``cli.py`` do."""
 
 import argparse
 import json
@@ -16,10 +16,10 @@ from launcher.cluster.deployed import INSTANCE
 from launcher.cluster.kubectl import Kubectl
 from launcher.cluster.kustomization import Object
 from launcher.cluster.render import Rendered
-from launcher.cluster.request import Choice, check_name, check_namespace, environment_of, require_role
+from launcher.cluster.request import Request, check_name, check_namespace, environment_of, require_role
 from personmae import config
 from personmae.errors import EXIT_FAILED, UserError
-from personmae.system import files
+from personmae.system import files, storage
 
 EXIT_TIMEOUT = 3  # of --wait
 WATCH_SECONDS = 10
@@ -28,11 +28,11 @@ _ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 _MISSES = 6  # of --wait: requests in a row without an answer
 
 
-def choice_of(args: argparse.Namespace) -> Choice:
-    """The choice that the command line makes."""
+def request_of(args: argparse.Namespace) -> Request:
+    """What the command line asks for."""
     names = ("config", "overrides", "overlay", "nodes", "gpus", "cpu", "memory", "image", "name", "namespace", "role", "env")
-    chosen = Choice(**{name: getattr(args, name) for name in names}, components=args.components or ())
-    return replace(chosen, overrides=[*args.overrides, *args.set])
+    request = Request(**{name: getattr(args, name) for name in names}, components=args.components or ())
+    return replace(request, overrides=[*args.overrides, *args.set])
 
 
 def _warn(runs: list[Rendered]) -> None:
@@ -42,7 +42,7 @@ def _warn(runs: list[Rendered]) -> None:
 
 def render_run(args: argparse.Namespace) -> None:
     """``personmae render``."""
-    runs, everything = _runs(choice_of(args))
+    runs, everything = _runs(request_of(args))
     _warn(runs)
     if args.write and len(runs) > 1:
         raise UserError("--write is for one run; a suite's objects are printed: leave it out")
@@ -55,12 +55,12 @@ def render_run(args: argparse.Namespace) -> None:
         print(render.to_yaml(everything), end="")
 
 
-def _runs(choice: Choice) -> tuple[list[Rendered], list[Object]]:
+def _runs(request: Request) -> tuple[list[Rendered], list[Object]]:
     """The run of a configuration, or a suite's dispatcher and runs; and what is to be created for them now."""
-    if not suite.is_suite(choice.config):
-        rendered = render.render(choice)
+    if not suite.is_suite(request.config):
+        rendered = render.render(request)
         return [rendered], rendered.objects
-    dispatcher, runs = suite.render_suite(choice)
+    dispatcher, runs = suite.render_suite(request)
     return [dispatcher, *runs], suite.first_objects(dispatcher, runs)
 
 
@@ -71,15 +71,15 @@ def submit_run(args: argparse.Namespace) -> None:
             raise UserError(f"--local is for a suite, a file with 'stages'; {args.config} has none: give it to its own verb")
         suite.run_local(args.config, [*args.overrides, *args.set])
         return
-    choice = choice_of(args)
-    require_role(choice)
-    runs, everything = _runs(choice)
+    request = request_of(args)
+    require_role(request)
+    runs, everything = _runs(request)
     _warn(runs)
     images = {image["newName"] for rendered in runs for image in rendered.kustomization["images"]}
     if any(name.startswith("registry.example.com/") for name in images):
         raise UserError("an image is required: build the Dockerfile, push it and give --image NAME@sha256:...")
     if not args.no_bucket_check:
-        with _store_of_pods(environment_of(choice)):
+        with _endpoint_of_pods(environment_of(request)):
             check_places(runs)
     name = runs[0].run
     if args.dry_run == "client":
@@ -103,23 +103,25 @@ def submit_run(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _store_of_pods(given: dict[str, str]) -> Iterator[None]:
-    """For a while the address of the store that ``--env`` gives to the pods; without one, this machine's."""
+def _endpoint_of_pods(given: dict[str, str]) -> Iterator[None]:
+    """For a while the S3 endpoint that ``--env`` gives to the pods; without one, this machine's."""
     before = dict(os.environ)
-    told = {name: value for name, value in given.items() if name in (*_ENDPOINTS, "AWS_DEFAULT_REGION")}
-    if any(name in told for name in _ENDPOINTS):
+    found = {name: value for name, value in given.items() if name in (*_ENDPOINTS, "AWS_DEFAULT_REGION")}
+    if any(name in found for name in _ENDPOINTS):
         for name in _ENDPOINTS:
             os.environ.pop(name, None)
-    os.environ.update(told)
+    os.environ.update(found)
+    storage.renew_credentials()  # a client keeps its endpoint
     try:
         yield
     finally:
         os.environ.clear()
         os.environ.update(before)
+        storage.renew_credentials()
 
 
 def check_places(runs: list[Rendered]) -> None:
-    """Raise a ``UserError`` unless the data and the buckets that runs name are there; of others than ``s3://`` only tell."""
+    """Raise a ``UserError`` unless the data and the buckets that runs name are there; others than ``s3://`` are a warning."""
     own = {getattr(rendered.settings, "checkpoint").upload_to for rendered in runs if hasattr(rendered.settings, "checkpoint")}  # noqa: B009
     checks: dict[str, Callable[[str], None]] = {}
     for rendered in runs:
@@ -136,28 +138,29 @@ def check_places(runs: list[Rendered]) -> None:
                 checks[settings.init] = bucket.require_something
     for place, require in checks.items():
         if place.startswith("s3://"):
-            _look(place, require)
+            _check_place(place, require)
         else:
-            print(f"warning: whether {place} is there is not looked at: only s3:// is", file=sys.stderr)
+            print(f"warning: whether {place} is there is not checked: only s3:// is", file=sys.stderr)
 
 
-def _look(place: str, require: Callable[[str], None]) -> None:
+def _check_place(place: str, require: Callable[[str], None]) -> None:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         require(place)
     except UserError:
         raise
-    except (BotoCoreError, ClientError, ValueError) as error:  # ValueError: S3_ENDPOINT_URL is not one
-        told = f"looking at {place} failed: {error}; mend it, or give --no-bucket-check where only the pods reach it"
-        raise UserError(told) from error
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(
+            f"looking at {place} failed: {error}; fix it, or give --no-bucket-check where only the pods reach it"
+        ) from error
 
 
 def next_commands(run: str, args: argparse.Namespace) -> str:
     """What to do next, to be copied."""
     where = f" -n {args.namespace}" + (f" --context {args.context}" if args.context else "")
-    verbs = ("status", "logs -f", "suspend", "delete")
-    return "\n".join([f"{run} is submitted; next:", *(f"  personmae {verb} {run}{where}" for verb in verbs)])
+    commands = ("status", "logs -f", "suspend", "delete")
+    return "\n".join([f"{run} is submitted; next:", *(f"  personmae {command} {run}{where}" for command in commands)])
 
 
 def _wait(kubectl: Kubectl, run: str, seconds: float) -> int:
@@ -191,7 +194,7 @@ def show_status(args: argparse.Namespace) -> None:
 
 
 def _kubectl(args: argparse.Namespace) -> Kubectl:
-    """For the verbs that name a run: a name that kubectl would take for an option or a list does not reach it."""
+    """For the commands that name a run: a name that kubectl would take for an option or a list does not reach it."""
     check_name(args.run_name)
     check_namespace(args.namespace)
     return Kubectl(args.namespace, args.context)
@@ -254,8 +257,8 @@ def delete_run(args: argparse.Namespace) -> None:
         return
     stages = deployed.stages(kubectl, args.run_name)
     if stages and not deployed.is_over(found):
-        deployed.set_suspended(kubectl, args.run_name, True)  # or its dispatcher would find its stages gone, and say so
+        deployed.set_suspended(kubectl, args.run_name, True)  # or its dispatcher would find its stages gone, and write that
     for run in [*stages, args.run_name]:
         deployed.delete(kubectl, run)
-    store = found["metadata"].get("annotations", {}).get("personmae/store")
-    print(f"{args.run_name} is deleted" + (f"; its checkpoints stay at {store}" if store else ""))
+    upload_to = deployed.upload_to(found)
+    print(f"{args.run_name} is deleted" + (f"; its checkpoints stay at {upload_to}" if upload_to else ""))

@@ -29,14 +29,19 @@ _LEFT_BEHIND = (  # what a run may consist of, in the order of deletion
 )
 _APPLY_SECONDS = 60  # admission by webhooks takes its time
 _PASSING = "exceeded quota|serviceaccount|service account|being terminated"  # words of a refusal that may pass
-_WAITING = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}  # of which none mends itself
+_WAITING = {
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "CreateContainerConfigError",
+}  # for good
 
 
 def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> None:
     """Find what the cluster would refuse, while nothing has been created.
 
     Raises:
-        UserError: permission, the namespace, a secret or a kind is missing, or the name or the store is taken.
+        UserError: permission, the namespace, a secret or a kind is missing, or the name or the checkpoints' place is taken.
     """
     if not kubectl.may("create", "jobs.batch"):
         raise UserError(
@@ -52,14 +57,14 @@ def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> N
     for item in objects:
         if item["kind"] in _WORKLOADS and (there := kubectl.get(_WORKLOADS[item["kind"]], item["metadata"]["name"])):
             raise _exists(item["metadata"]["labels"][INSTANCE], there)
-    stores = {store for item in objects if (store := _store(item))}
+    places = {place for item in objects if (place := upload_to(item))}
     for job in kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae"):
-        other, store = job["metadata"]["labels"].get(INSTANCE), _store(job)
+        other, place = job["metadata"]["labels"].get(INSTANCE), upload_to(job)
         if other in runs:  # of a suite's later stages: the dispatcher would take it for its own
             raise _exists(other, job)
-        if store in stores and not finished(job):
+        if place in places and not finished(job):
             raise UserError(
-                f"{store} belongs to the run {other}, which is at work; delete that first or give another checkpoint.upload_to"
+                f"{place} belongs to the run {other}, which is at work; delete that first or give another checkpoint.upload_to"
             )
     apply(kubectl, [item for item in objects if item["kind"] not in _REFERRING], dry_run=True)
 
@@ -72,7 +77,8 @@ def _exists(run: str, workload: Object) -> UserError:
     )
 
 
-def _store(item: Object) -> str | None:
+def upload_to(item: Object) -> str | None:
+    """Where a run uploads its checkpoints; the annotation has the key's first name, which runs in clusters bear."""
     return item["metadata"].get("annotations", {}).get("personmae/store")
 
 
@@ -129,18 +135,19 @@ def _group(item: Object) -> str:
 def refusals(kubectl: Kubectl, runs: Sequence[str], since: str) -> tuple[list[str], list[str]]:
     """What keeps the pods of runs from existing for good, and what may pass: lines that quote the cluster.
 
-    Events outlive what they tell of by an hour, so those before ``since`` are of an earlier run of the same name.
+    Events are kept for an hour, so those before ``since`` are of an earlier run of the same name.
     """
     final, passing = [], []
     for event in kubectl.items("events"):
         name = event["involvedObject"].get("name", "")
         if event["type"] != "Warning" or _time(event) < since or not any(_is_of(run, name) for run in runs):
             continue
-        told = " ".join(event.get("message", "").split())
-        if event["reason"] == "FailedCreate" and re.search("forbidden|invalid", told) and not re.search(_PASSING, told):
-            final.append(told)
+        message = " ".join(event.get("message", "").split())
+        refused = re.search("forbidden|invalid", message) and not re.search(_PASSING, message)
+        if event["reason"] == "FailedCreate" and refused:
+            final.append(message)
         else:
-            passing.append(f"{event['reason']}: {told}")
+            passing.append(f"{event['reason']}: {message}")
     for pod in kubectl.items("pods", "-l", f"{INSTANCE} in ({','.join(runs)})"):
         status = pod.get("status", {})
         for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
@@ -166,7 +173,7 @@ def watch(kubectl: Kubectl, runs: Sequence[str], since: str, seconds: float, pau
     """Look for refusals for a while; a Job whose pods are refused is accepted all the same. Returns what may pass.
 
     Raises:
-        UserError: something that does not mend itself; the runs have been deleted.
+        UserError: something that does not go away by itself; the runs have been deleted.
     """
     deadline = time.monotonic() + seconds
     while True:

@@ -62,11 +62,11 @@ class ApiJobs:
             with error:
                 if error.code == missing:
                     return None
-                told = error.read(500).decode(errors="replace")
-            if error.code == 403 and "exceeded quota" in told:
-                raise OSError(f"{method} {url}: {told}") from None  # there will be room
+                answer = error.read(500).decode(errors="replace")
+            if error.code == 403 and "exceeded quota" in answer:
+                raise OSError(f"{method} {url}: {answer}") from None  # there will be room
             if error.code < 500 and error.code not in (408, 429):
-                raise UserError(f"{method} {url} was refused ({error.code}): {told}") from None
+                raise UserError(f"{method} {url} was refused ({error.code}): {answer}") from None
             raise
 
 
@@ -83,7 +83,7 @@ def run(plan: dict[str, Any], jobs: Jobs, pause_seconds: float = PAUSE_SECONDS) 
     Raises:
         UserError: a stage has failed; the table says which, and has the others.
     """
-    told = ""
+    printed = ""
     while True:
         try:
             states = turn(plan["stages"], jobs)
@@ -93,9 +93,9 @@ def run(plan: dict[str, Any], jobs: Jobs, pause_seconds: float = PAUSE_SECONDS) 
             )
             time.sleep(pause_seconds)
             continue
-        if (line := ", ".join(f"{name} {state}" for name, state in states.items())) != told:
+        if (line := ", ".join(f"{name} {state}" for name, state in states.items())) != printed:
             print(f"dispatcher: {line}", flush=True)
-            told = line
+            printed = line
         if all(state == "Complete" or state.startswith("Failed") for state in states.values()):
             break
         time.sleep(pause_seconds)

@@ -31,7 +31,7 @@ class Kubectl:
         """
         done = self._call(*args, text=text, seconds=seconds)
         if done.returncode:
-            raise UserError(_told(done.stderr, args, self.namespace))
+            raise UserError(_error_of(done.stderr, args, self.namespace))
         return done.stdout
 
     def _call(self, *args: str, text: str | None = None, seconds: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -44,7 +44,7 @@ class Kubectl:
         """What the cluster knows; where a part of its API is down, kubectl names the rest and fails all the same."""
         done = self._call("api-resources", "--namespaced", "-o", "name")
         if not done.stdout.strip():
-            raise UserError(_told(done.stderr, ("api-resources",), self.namespace))
+            raise UserError(_error_of(done.stderr, ("api-resources",), self.namespace))
         return set(done.stdout.split())
 
     def get(self, *args: str) -> Any:
@@ -59,22 +59,22 @@ class Kubectl:
         """Whether the user may do this in the namespace."""
         done = self._call("auth", "can-i", verb, resource)
         if done.stdout.strip() not in ("yes", "no"):
-            raise UserError(_told(done.stderr, ("auth",), self.namespace))
+            raise UserError(_error_of(done.stderr, ("auth",), self.namespace))
         return done.stdout.strip() == "yes"
 
 
-def _told(stderr: str, args: Sequence[str], namespace: str) -> str:
+def _error_of(stderr: str, args: Sequence[str], namespace: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip() and not re.match(r"Warning:|[EWI]\d{4} ", line)]
     first = next((line for line in lines if line.startswith(("Error", "error"))), lines[0] if lines else "it said nothing")
     first = re.sub(r"^[Ee]rror( from server)?( \(\w+\))?: ", "", first)
     hint = "see 'kubectl config get-contexts', or give --context and --namespace"
-    told = "\n".join(lines).lower()
-    if "forbidden" in told:
+    text = "\n".join(lines).lower()
+    if "forbidden" in text:
         hint = f"ask for the role personmae-submitter in namespace {namespace} (k8s/overlays/namespace)"
-    elif "namespaces" in told and "not found" in told:
+    elif "namespaces" in text and "not found" in text:
         hint = "create it: kubectl apply -k k8s/overlays/namespace; or give another --namespace"
-    elif "no matches for kind" in told or "doesn't have a resource type" in told:
+    elif "no matches for kind" in text or "doesn't have a resource type" in text:
         hint = "its controller is not installed: choose another overlay or leave the component out"
-    elif any(words in told for words in _AWAY) and "webhook" not in told:
+    elif any(words in text for words in _AWAY) and "webhook" not in text:
         hint = "the cluster must be up and reachable from here; see 'kubectl config get-contexts', or give --context"
     return f"kubectl {args[0]} failed: {first}; {hint}"

@@ -1,6 +1,6 @@
-"""From a configuration and a choice of nodes, GPUs and components to Kubernetes objects, without asking a cluster.
+"""From a request (a configuration, nodes, GPUs and components) to Kubernetes objects, without asking a cluster.
 
-The choice becomes a kustomization (an overlay of ``k8s/`` with some fields set), so ``kubectl kustomize`` of what
+The request becomes a kustomization (an overlay of ``k8s/`` with some fields set), so ``kubectl kustomize`` of what
 ``--write`` leaves behind gives the same objects.
 """
 
@@ -14,7 +14,7 @@ import yaml
 from launcher.cluster import kustomization
 from launcher.cluster.kustomization import Object
 from launcher.cluster.request import (
-    Choice,
+    Request,
     batch_of,
     check_namespace,
     components_of,
@@ -60,26 +60,26 @@ class Rendered:
         return next(o for o in self.objects if o["kind"] in ("Job", "JobSet", "TrainJob"))
 
 
-def render(choice: Choice) -> Rendered:
-    """Check the choice and build its objects.
+def render(request: Request) -> Rendered:
+    """Check the request and build its objects.
 
     Raises:
         UserError: the configuration, a name, a size or a combination cannot work; nothing has been created.
     """
-    overlay = overlay_of(choice)
+    overlay = overlay_of(request)
     spec = kustomization.read(overlay)
-    spec["components"] = [*spec.get("components", []), *components_of(choice, spec)]
+    spec["components"] = [*spec.get("components", []), *components_of(request, spec)]
     before = kustomization.build(overlay, spec)
     variables = _variables(before)
-    settings = settings_of(choice, variables)
+    settings = settings_of(request, variables)
     kind, job = _job(before)
-    nodes, gpus, warnings = sizes_of(choice, settings, variables, kind, job)
-    check_namespace(choice.namespace)
-    run = name_of(choice, settings, spec["components"], nodes, gpus)
+    nodes, gpus, warnings = sizes_of(request, settings, variables, kind, job)
+    check_namespace(request.namespace)
+    run = name_of(request, settings, spec["components"], nodes, gpus)
     literals = {"NODES": f"{nodes[0]}:{nodes[1]}", "RANKS": str(max(1, gpus)), "BATCH": str(batch_of(settings))}
     literals["GPU_METRICS"] = "on" if settings.metrics.gpu else "off"
-    literals |= downstream_variables(choice, settings, run) | environment_of(choice)
-    spec |= {"namespace": choice.namespace, "namePrefix": f"{run}-"}
+    literals |= downstream_variables(settings) | environment_of(request)
+    spec |= {"namespace": request.namespace, "namePrefix": f"{run}-"}
     for labels in spec["labels"]:
         labels["pairs"] = {"app.kubernetes.io/instance": run}
     spec["configMapGenerator"] = [
@@ -91,16 +91,16 @@ def render(choice: Choice) -> Rendered:
         },
         {"name": "run", "behavior": "merge", "literals": [f"{k}={v}" for k, v in literals.items()]},
     ]
-    spec["images"] = [image_of(choice, spec["images"][0])]
+    spec["images"] = [image_of(request, spec["images"][0])]
     if "digest" not in spec["images"][0]:
         warnings.append("the image has no digest, so it may change between pods: give --image NAME@sha256:...")
     spec["patches"] = [
         *_inlined(overlay, spec),
-        *_size_patches(choice, before, nodes, gpus, run, settings.checkpoint.upload_to),
+        *_size_patches(request, before, nodes, gpus, run, settings.checkpoint.upload_to),
     ]
     objects = kustomization.build(overlay, spec)
     objects.sort(key=lambda o: _ORDER.index(o["kind"]) if o["kind"] in _ORDER else len(_ORDER))
-    return Rendered(run, choice.namespace, settings, objects, {"overlay": overlay, **spec}, warnings)
+    return Rendered(run, request.namespace, settings, objects, {"overlay": overlay, **spec}, warnings)
 
 
 def to_yaml(objects: list[Object]) -> str:
@@ -109,7 +109,7 @@ def to_yaml(objects: list[Object]) -> str:
 
 
 def write(rendered: Rendered, directory: Path) -> None:
-    """Leave the kustomization of a rendered choice in a directory.
+    """Leave the kustomization of a rendered request in a directory.
 
     Raises:
         UserError: there is another one already.
@@ -158,7 +158,7 @@ def _inlined(overlay: Path, spec: Object) -> list[Object]:
 
 
 def _size_patches(
-    choice: Choice, objects: list[Object], nodes: tuple[int, int], gpus: int, run: str, store: str
+    request: Request, objects: list[Object], nodes: tuple[int, int], gpus: int, run: str, upload_to: str
 ) -> list[Object]:
     kind, job = _job(objects)
     at, pod = _WORKLOADS[kind], job["template"]["spec"]
@@ -174,29 +174,29 @@ def _size_patches(
         operations.append(_add(f"{resources}/limits/nvidia.com~1gpu", str(gpus)))
     elif "nvidia.com/gpu" in pod["containers"][0]["resources"]["limits"]:
         operations.append({"op": "remove", "path": f"{resources}/limits/nvidia.com~1gpu"})
-    if choice.memory:
-        operations += [_add(f"{resources}/{which}/memory", choice.memory) for which in ("requests", "limits")]
-    if choice.cpu:
-        operations.append(_add(f"{resources}/requests/cpu", choice.cpu))
+    if request.memory:
+        operations += [_add(f"{resources}/{which}/memory", request.memory) for which in ("requests", "limits")]
+    if request.cpu:
+        operations.append(_add(f"{resources}/requests/cpu", request.cpu))
     patches = [({"kind": kind}, operations)]
     owner = "TrainJob" if kind == "TrainingRuntime" else kind
-    at, store = "/metadata/annotations", store.rstrip("/")
-    marked = [_add(at, {"personmae/store": store})] if owner == "TrainJob" else [_add(f"{at}/personmae~1store", store)]
+    at, place = "/metadata/annotations", upload_to.rstrip("/")
+    marked = [_add(at, {"personmae/store": place})] if owner == "TrainJob" else [_add(f"{at}/personmae~1store", place)]
     patches.append(({"kind": owner}, marked))
     if kind == "TrainingRuntime":
         patches.append(({"kind": "TrainJob"}, [_add("/spec/trainer/numNodes", nodes[1])]))
     patches.append(({"kind": "PodDisruptionBudget"}, [_add("/spec/minAvailable", nodes[0])]))
     built = [{"target": target, "patch": yaml.dump(todo, Dumper=_Dumper, sort_keys=False)} for target, todo in patches]
-    if choice.role:
-        built.append({"target": {"kind": "ServiceAccount", "name": "trainer"}, "patch": role_patch(choice)})
+    if request.role:
+        built.append({"target": {"kind": "ServiceAccount", "name": "trainer"}, "patch": role_patch(request)})
     return built
 
 
-def role_patch(choice: Choice) -> str:
+def role_patch(request: Request) -> str:
     """The patch that gives a service account its role in the cloud."""
     cloud = {"irsa": "eks.amazonaws.com~1role-arn", "gke-workload-identity": "iam.gke.io~1gcp-service-account"}
-    key = next(key for name, key in cloud.items() if name in choice.components)
-    return yaml.dump([_add(f"/metadata/annotations/{key}", choice.role)], Dumper=_Dumper, sort_keys=False)
+    key = next(key for name, key in cloud.items() if name in request.components)
+    return yaml.dump([_add(f"/metadata/annotations/{key}", request.role)], Dumper=_Dumper, sort_keys=False)
 
 
 def _add(path: str, value: Any) -> Object:

@@ -1,4 +1,4 @@
-"""What the command line chooses, checked against the configuration, ``k8s/`` and Kubernetes' own limits."""
+"""What the command line asks for, checked against the configuration, ``k8s/`` and Kubernetes' own limits."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ _OWN = (
     "GRACE_SECONDS",
     "GPU_METRICS",
     "DOWNSTREAM",
-    "PICTURES",
+    "BENCHMARK",
     "ENCODER",
     "RESULT",
     "RUN",
@@ -49,7 +49,7 @@ _ROLES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Request:
     """What the command line says; None leaves a size to the overlay."""
 
     config: Path
@@ -80,7 +80,7 @@ def components() -> list[str]:
 
 
 def batch_of(settings: Any) -> int:
-    """What the number of ranks must divide: the global batch, or the identities in one."""
+    """What the number of ranks must divide: the global batch, or the people in one."""
     return settings.train.global_batch_size if isinstance(settings, config.Pretrain) else settings.batch.num_ids
 
 
@@ -120,22 +120,22 @@ def guess_overlay(path: Path) -> str:
     )
 
 
-def overlay_of(choice: Choice) -> Path:
+def overlay_of(request: Request) -> Path:
     if not K8S.is_dir():
         raise UserError(f"the folder k8s of the checkout is required and {K8S} does not exist; install with 'pip install -e .'")
-    name = choice.overlay or guess_overlay(choice.config)
+    name = request.overlay or guess_overlay(request.config)
     if name not in overlays():
         raise UserError(f"--overlay must be one of {', '.join(overlays())}; got {name}")
     return K8S / "overlays" / name
 
 
-def components_of(choice: Choice, spec: Object) -> list[str]:
+def components_of(request: Request, spec: Object) -> list[str]:
     known, present = components(), {Path(path).name for path in spec.get("components", [])}
     overlay = spec["namePrefix"].removesuffix("-")
-    for name in choice.components:
+    for name in request.components:
         if name not in known:
             raise UserError(f"--with takes {', '.join(known)}; got {name}")
-    chosen = present | set(choice.components)
+    chosen = present | set(request.components)
     for pair in _EXCLUDE:
         if pair <= chosen:
             raise UserError(f"--with takes one of {' and '.join(sorted(pair))}, not both")
@@ -143,8 +143,8 @@ def components_of(choice: Choice, spec: Object) -> list[str]:
         raise UserError(f"the component {sorted(bad)[0]} is for Jobs; leave it out or use the overlay pretrain")
     if bad := chosen & _NOT_HERE.get(overlay, set()):
         raise UserError(f"the component {sorted(bad)[0]} does not go with the overlay {overlay}; leave it out or use pretrain")
-    _check_role(choice.role, chosen)
-    return [f"../../components/{name}" for name in dict.fromkeys(choice.components) if name not in present]
+    _check_role(request.role, chosen)
+    return [f"../../components/{name}" for name in dict.fromkeys(request.components) if name not in present]
 
 
 def _check_role(role: str | None, chosen: set[str]) -> None:
@@ -158,20 +158,20 @@ def _check_role(role: str | None, chosen: set[str]) -> None:
         raise UserError(f"--role for {clouds[0]} must look like {example}; got '{role}'")
 
 
-def require_role(choice: Choice) -> None:
+def require_role(request: Request) -> None:
     """Raise a ``UserError`` where the role is left to a component, which has an example's; for what is to run."""
-    clouds = sorted(set(choice.components) & _ROLES.keys())
-    if clouds and choice.role is None:
+    clouds = sorted(set(request.components) & _ROLES.keys())
+    if clouds and request.role is None:
         raise UserError(f"--role is required with --with {clouds[0]}; give --role {_ROLES[clouds[0]][1]}")
 
 
-def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
+def settings_of(request: Request, variables: dict[str, str]) -> Any:
     program = variables.get("DOWNSTREAM", variables["PROGRAM"])
     kind = getattr(config, program.capitalize(), None)
     if kind is None:
         raise UserError(f"this version has no program '{program}' yet; choose another overlay")
-    # A path is the pod's, with its home and its variables. A store is known here too, and is looked into.
-    settings = config.load(kind, choice.config, choice.overrides, locations.expand_location)
+    # A path is the pod's, with its home and its variables. A bucket is known here too, and its files are looked for.
+    settings = config.load(kind, request.config, request.overrides, locations.expand_location)
     places = {"checkpoint.upload_to": settings.checkpoint.upload_to}
     if isinstance(settings, config.Pretrain):
         places["data.shards"] = settings.data.shards
@@ -186,7 +186,7 @@ def settings_of(choice: Choice, variables: dict[str, str]) -> Any:
             raise UserError(f"pods lose their disks, so {key} must be on {schemes}; got {place}: give {key}=s3://BUCKET/PREFIX")
         if scheme not in _STORES:
             raise UserError(f"{key} must begin with one of {', '.join(f'{name}://' for name in _STORES)}; got {place}")
-    bucket.check_pictures(str(places.get("root", "")))
+    bucket.check_benchmark(str(places.get("root", "")))
     return settings
 
 
@@ -202,7 +202,7 @@ def in_pod(settings: Any, variables: dict[str, str], pod: Object) -> Any:
             update={"cache_dir": "/scratch/shards", "cache_limit_gb": settings.data.cache_limit_gb or 0.8 * _scratch_gib(pod)}
         )
     else:
-        changed |= {"root": "/scratch/pictures", "init": settings.init if settings.init == "random" else "/scratch/encoder"}
+        changed |= {"root": "/scratch/benchmark", "init": settings.init if settings.init == "random" else "/scratch/encoder"}
     return settings.model_copy(update=changed)
 
 
@@ -216,17 +216,17 @@ def _scratch_gib(pod: Object) -> int:
 
 
 def sizes_of(
-    choice: Choice, settings: Any, variables: dict[str, str], kind: str, job: Object
+    request: Request, settings: Any, variables: dict[str, str], kind: str, job: Object
 ) -> tuple[tuple[int, int], int, list[str]]:
     fewest, _, most = variables["NODES"].partition(":")
-    nodes = choice.nodes or (int(fewest), int(most))
+    nodes = request.nodes or (int(fewest), int(most))
     limits = job["template"]["spec"]["containers"][0]["resources"]["limits"]
-    gpus = choice.gpus if choice.gpus is not None else int(limits.get("nvidia.com/gpu", 0))
+    gpus = request.gpus if request.gpus is not None else int(limits.get("nvidia.com/gpu", 0))
     if gpus < 0:
         raise UserError(f"--gpus must be 0, for one rank on the CPU, or the GPUs of each node; got {gpus}")
     if not 1 <= nodes[0] <= nodes[1]:
         raise UserError(f"--nodes must be MIN:MAX with 1 <= MIN <= MAX; got {nodes[0]}:{nodes[1]}")
-    for name, text, pattern, example in (("cpu", choice.cpu, _CPU, "8 or 500m"), ("memory", choice.memory, _MEMORY, "64Gi")):
+    for name, text, pattern, example in (("cpu", request.cpu, _CPU, "8 or 500m"), ("memory", request.memory, _MEMORY, "64Gi")):
         if text is not None and not re.fullmatch(pattern, text):
             raise UserError(f"--{name} must be a quantity of Kubernetes above 0, e.g. {example}; got '{text}'")
     if "DOWNSTREAM" in variables and nodes != (1, 1):
@@ -239,37 +239,38 @@ def sizes_of(
         key = "train.global_batch_size" if isinstance(settings, config.Pretrain) else "batch.num_ids"
         counts = [g for g in range(1, 17) if batch % (nodes[1] * g) == 0]
         raise UserError(
-            f"the number of ranks must divide {key}={batch}; --nodes {nodes[1]} times --gpus {gpus} is {nodes[1] * ranks}: "
-            f"with so many GPUs give --nodes {_listed(good)}, with so many nodes --gpus {_listed(counts)}"
+            f"the number of ranks must divide {key}={batch}; --nodes {nodes[1]} times --gpus {gpus} is {nodes[1] * ranks}. "
+            f"{_advice(f'--gpus {gpus}', '--nodes', good)} {_advice(f'--nodes {nodes[1]}', '--gpus', counts)}"
         )
     idle = [n for n in range(nodes[0], nodes[1]) if n not in good]
-    told = [f"with {_listed(idle)} of {nodes[1]} nodes some GPUs idle: {batch} is not divided by all of them"] if idle else []
-    return nodes, gpus, told
+    if not idle:
+        return nodes, gpus, []
+    return nodes, gpus, [f"with {_listed(idle)} of {nodes[1]} nodes some GPUs idle: {batch} is not divided by all of them"]
 
 
-def name_of(choice: Choice, settings: Any, parts: list[str], nodes: tuple[int, int], gpus: int) -> str:
-    if choice.name is None:
-        told = json.dumps([config.config_hash(settings), choice.overlay, parts, nodes, gpus, choice.image, *choice.env])
-        stem = re.sub(r"[^a-z0-9]+", "-", choice.config.stem.lower()).strip("-")
+def name_of(request: Request, settings: Any, parts: list[str], nodes: tuple[int, int], gpus: int) -> str:
+    if request.name is None:
+        text = json.dumps([config.config_hash(settings), request.overlay, parts, nodes, gpus, request.image, *request.env])
+        stem = re.sub(r"[^a-z0-9]+", "-", request.config.stem.lower()).strip("-")
         stem = stem if stem[:1].isalpha() else f"run-{stem}"  # a Service begins with a letter
-        return f"{stem[: MOST_NAME - 7].rstrip('-')}-{hashlib.sha256(told.encode()).hexdigest()[:6]}"
-    check_name(choice.name)
-    return choice.name
+        return f"{stem[: MOST_NAME - 7].rstrip('-')}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+    check_name(request.name)
+    return request.name
 
 
-def downstream_variables(choice: Choice, settings: Any, run: str) -> dict[str, str]:
+def downstream_variables(settings: Any) -> dict[str, str]:
     if isinstance(settings, config.Pretrain):
         return {}
     return {
-        "PICTURES": settings.root,
+        "BENCHMARK": settings.root,
         "ENCODER": settings.init,
         "RESULT": f"{settings.checkpoint.upload_to.rstrip('/')}/result.json",
     }
 
 
-def environment_of(choice: Choice) -> dict[str, str]:
+def environment_of(request: Request) -> dict[str, str]:
     pairs = {}
-    for text in choice.env:
+    for text in request.env:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             raise UserError(f"--env takes NAME=VALUE, got {text}")
@@ -281,15 +282,21 @@ def environment_of(choice: Choice) -> dict[str, str]:
     return pairs
 
 
-def image_of(choice: Choice, given: dict[str, str]) -> dict[str, str]:
-    if not choice.image:
+def image_of(request: Request, given: dict[str, str]) -> dict[str, str]:
+    if not request.image:
         return given
-    match = re.fullmatch(r"(?P<name>[^@\s]+?)(?::(?P<tag>[\w][\w.-]*))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?", choice.image)
+    match = re.fullmatch(r"(?P<name>[^@\s]+?)(?::(?P<tag>[\w][\w.-]*))?(?:@(?P<digest>sha256:[0-9a-f]{64}))?", request.image)
     if not match:
-        raise UserError(f"--image must be NAME[:TAG]@sha256:64 hexadecimal digits, got {choice.image}")
+        raise UserError(f"--image must be NAME[:TAG]@sha256:64 hexadecimal digits, got {request.image}")
     parts = {"newName": match["name"], "newTag": match["tag"], "digest": match["digest"]}
     return {"name": "personmae"} | {key: value for key, value in parts.items() if value}
 
 
+def _advice(given: str, option: str, numbers: list[int]) -> str:
+    """A sentence with the numbers that go with what is given."""
+    return f"With {given} use {option} {_listed(numbers)}." if numbers else f"No {option} works with {given}."
+
+
 def _listed(numbers: list[int]) -> str:
-    return " or ".join(map(str, numbers)) if numbers else "(none)"
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from launcher.cluster import bucket
-from launcher.cluster.deployed import INSTANCE, find, finished, refusals, stages, states, trainer
+from launcher.cluster.deployed import INSTANCE, find, finished, refusals, stages, states, trainer, upload_to
 from launcher.cluster.kubectl import Kubectl
 from launcher.cluster.kustomization import Object
 from personmae.errors import UserError
@@ -30,7 +30,6 @@ def read(kubectl: Kubectl, run: str) -> dict[str, Any]:
     for name, value in (item for pod in pods if _is_ready(pod) for item in _metrics(kubectl, pod["metadata"]["name"]).items()):
         metrics[name] = max(value, metrics.get(name, value))
     step = metrics.get("personmae_last_step")  # it comes with a run's first step
-    store = workload["metadata"].get("annotations", {}).get("personmae/store")
     return {
         "run": run,
         "state": finished(workload) or _state(workload, pods),
@@ -42,7 +41,7 @@ def read(kubectl: Kubectl, run: str) -> dict[str, Any]:
         if metrics
         else None,
         "progress": progress or ({"step": int(step)} if step is not None else None),
-        "checkpoint_age_seconds": _checkpoint_age(metrics, store),
+        "checkpoint_age_seconds": _checkpoint_age(metrics, upload_to(workload)),
         "stages": states(kubectl, stages(kubectl, run)),
         "warnings": [*final, *passing],
     }
@@ -140,12 +139,12 @@ def _progress(kubectl: Kubectl, run: str, container: str) -> dict[str, Any] | No
     return last | {"step": int(last["step"]), "total": int(last["total"])}
 
 
-def _checkpoint_age(metrics: dict[str, float], store: str | None) -> float | None:
+def _checkpoint_age(metrics: dict[str, float], place: str | None) -> float | None:
     if stamp := metrics.get("personmae_last_checkpoint_timestamp_seconds"):
         return time.time() - stamp
-    if not store or not store.startswith("s3://"):
+    if not place or not place.startswith("s3://"):
         return None
     try:
-        return bucket.age_seconds(f"{store}/LATEST")
-    except Exception:  # this machine need not reach the bucket; then the age is not told
+        return bucket.age_seconds(f"{place}/LATEST")
+    except Exception:  # this machine need not reach the bucket; then the age is left out
         return None

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from launcher.cluster import kustomization, render
 from launcher.cluster.kustomization import Object
 from launcher.cluster.render import Rendered
-from launcher.cluster.request import Choice, check_name, guess_overlay, image_of, overlay_of
+from launcher.cluster.request import Request, check_name, guess_overlay, image_of, overlay_of
 from personmae import config
 from personmae.config import Place
 from personmae.errors import EXIT_COMPLETE, UserError
@@ -120,23 +120,23 @@ def steps_of(suite: Suite, folder: Path) -> list[PlannedStage]:
     return list(steps.values())
 
 
-def render_suite(choice: Choice) -> tuple[Rendered, list[Rendered]]:
+def render_suite(request: Request) -> tuple[Rendered, list[Rendered]]:
     """The dispatcher, and the runs of all stages in order; the dispatcher's plan holds the Jobs that it will create."""
-    suite = config.load(Suite, choice.config, choice.overrides)
+    suite = config.load(Suite, request.config, request.overrides)
     for flag in ("nodes", "gpus", "overlay"):
-        if getattr(choice, flag) is not None:
-            raise UserError(f"--{flag} is for one run; each stage of a suite says its own: set it in {choice.config}")
-    if choice.name is not None:
-        suite = suite.model_copy(update={"name": choice.name})
+        if getattr(request, flag) is not None:
+            raise UserError(f"--{flag} is for one run; each stage of a suite says its own: set it in {request.config}")
+    if request.name is not None:
+        suite = suite.model_copy(update={"name": request.name})
     if "://" not in suite.results:
         raise UserError(f"pods lose their disks, so results must be s3://BUCKET/PREFIX in a cluster; got {suite.results}")
     check_name(suite.name)
     runs, plan = [], []
-    for step in steps_of(suite, choice.config.parent):
+    for step in steps_of(suite, request.config.parent):
         stage = step.stage
         rendered = render.render(
             replace(
-                choice,
+                request,
                 config=step.config,
                 overrides=step.overrides,
                 overlay=stage.overlay,
@@ -155,29 +155,29 @@ def render_suite(choice: Choice) -> tuple[Rendered, list[Rendered]]:
         entry |= {"object": rendered.workload} if stage.after else {}
         entry |= {"result": step.result} if step.program != "pretrain" else {}
         plan.append(entry)
-    return _dispatcher(choice, suite, plan), runs
+    return _dispatcher(request, suite, plan), runs
 
 
-def _dispatcher(choice: Choice, suite: Suite, plan: list[dict[str, Any]]) -> Rendered:
-    overlay = overlay_of(replace(choice, overlay="pretrain")).parent / "suite"
+def _dispatcher(request: Request, suite: Suite, plan: list[dict[str, Any]]) -> Rendered:
+    overlay = overlay_of(replace(request, overlay="pretrain")).parent / "suite"
     spec = kustomization.read(overlay)
     for labels in spec["labels"]:
         labels["pairs"] = {"app.kubernetes.io/instance": suite.name}
-    kept = [name for name in choice.components if name in ("s3-secret", "irsa", "gke-workload-identity", "network-policy")]
+    kept = [name for name in request.components if name in ("s3-secret", "irsa", "gke-workload-identity", "network-policy")]
     text = json.dumps({"suite": suite.name, "results": suite.results, "stages": plan})
     spec |= {
-        "namespace": choice.namespace,
+        "namespace": request.namespace,
         "namePrefix": f"{suite.name}-",
         "components": [f"../../components/{name}" for name in kept],
         "configMapGenerator": [
             {"name": "config", "literals": [f"plan.json={text}"]},
-            {"name": "run", "behavior": "merge", "literals": list(choice.env)},
+            {"name": "run", "behavior": "merge", "literals": list(request.env)},
         ],
-        "images": [image_of(choice, spec["images"][0])],
-        "patches": [{"target": {"kind": "ServiceAccount"}, "patch": render.role_patch(choice)}] if choice.role else [],
+        "images": [image_of(request, spec["images"][0])],
+        "patches": [{"target": {"kind": "ServiceAccount"}, "patch": render.role_patch(request)}] if request.role else [],
     }
     objects = kustomization.build(overlay, spec)
-    return Rendered(suite.name, choice.namespace, suite, objects, {"overlay": overlay, **spec})
+    return Rendered(suite.name, request.namespace, suite, objects, {"overlay": overlay, **spec})
 
 
 def first_objects(dispatcher: Rendered, runs: list[Rendered]) -> list[Object]:
@@ -196,7 +196,7 @@ def run_local(path: Path, overrides: Sequence[str] = ()) -> None:
     """Run the stages one after the other, each as its own process, and write the table.
 
     Raises:
-        UserError: the suite is wrong, or writes to an object store.
+        UserError: the suite is wrong, or writes to a bucket.
         SystemExit: a stage has failed; with its exit code.
     """
     steps = load(path, overrides)

@@ -165,6 +165,19 @@ def is_denied(error: UserError) -> bool:
     return response.get("Error", {}).get("Code") in ("AccessDenied", "Forbidden", "403")
 
 
+def is_final(error: UserError) -> bool:
+    """Whether a store will answer the same however often it is asked: names and credentials that are wrong or missing.
+
+    False for what ``passing_reason`` names, and for answers that are not known here.
+    """
+    from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
+
+    cause = error.__cause__
+    if isinstance(cause, ClientError):
+        return cause.response.get("Error", {}).get("Code", "") in _HINTS and passing_reason(cause) is None
+    return cause is None or isinstance(cause, NoCredentialsError | PartialCredentialsError | ParamValidationError)
+
+
 def list_sizes(root: str) -> dict[str, int] | None:
     """Size in bytes of each file directly below ``root``; None where the store cannot list.
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from choices import by_name
 from recorder import Recorder
+from sample_requests import by_name
 
 from launcher.cluster import commands
 

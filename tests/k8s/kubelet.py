@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from choices import ROOT
+from sample_requests import ROOT
 
 Object = dict[str, Any]
 _BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 10.0, 300.0  # of a container that is restarted in its pod

@@ -15,15 +15,16 @@ from launcher.cluster import bucket
 from launcher.program import main
 from personmae import pretrain
 from personmae.errors import leave
+from personmae.system import storage
 
-_s3 = bucket.client()
+_s3 = storage.s3_client()
 _bucket, _prefix = bucket.split(os.environ["RECORD"])
 _train, _to_device = pretrain.train, pretrain.to_device
 
 
 def train(state: Any, *args: Any) -> None:
     """The loop, every batch of which is recorded when it is taken."""
-    assert state.plan.grad_accum_steps == 1, "an object holds a step"
+    assert state.plan.grad_accum_steps == 1, "a file holds a step"
     number, world = int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1, state.world
 
     def to_device(batch: Any, *where: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from choices import DIGEST, PRETRAIN, ROOT
+from sample_requests import DIGEST, PRETRAIN, ROOT
 
 from launcher.cluster import cli, deployed
 

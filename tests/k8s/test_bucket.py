@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import warm
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from launcher.cluster import bucket as buckets
 from personmae.errors import UserError
+from personmae.keys.renamed import print_new_name
+from personmae.system import storage
 
 
 @pytest.fixture
@@ -44,25 +46,25 @@ def below(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def fetch(pictures: str, encoder: str, into: Path) -> int:
-    return buckets.main(["fetch", f"--pictures={pictures}", f"--encoder={encoder}", f"--into={into}"])
+def fetch(benchmark: str, encoder: str, into: Path) -> int:
+    return buckets.main(["fetch", f"--benchmark={benchmark}", f"--encoder={encoder}", f"--into={into}"])
 
 
 def test_a_benchmark_and_the_newest_checkpoint_are_fetched(bucket: Any, tmp_path: Path) -> None:
     assert fetch("s3://bucket/market.tar", "s3://bucket/run", tmp_path) == 0
-    assert below(tmp_path / "pictures") == {"Market/query/a.jpg": b"jpg", "Market/bounding_box_train/b.jpg": b"jpg"}
+    assert below(tmp_path / "benchmark") == {"Market/query/a.jpg": b"jpg", "Market/bounding_box_train/b.jpg": b"jpg"}
     assert below(tmp_path / "encoder") == {
         "LATEST": b"step-00000020",
         "step-00000020/state.json": b"new",
         "step-00000020/student.safetensors": b"weights",
     }
     assert fetch("s3://bucket/market", "random", tmp_path) == 0  # single files; it takes the place of the other
-    assert below(tmp_path / "pictures") == {"query/a.jpg": b"jpg", "query/empty.txt": b""}
+    assert below(tmp_path / "benchmark") == {"query/a.jpg": b"jpg", "query/empty.txt": b""}
 
 
 def test_the_slash_at_the_end_of_a_place_is_nothing(bucket: Any, tmp_path: Path) -> None:
     assert fetch("s3://bucket/market/", "s3://bucket/run/", tmp_path) == 0
-    assert "query/a.jpg" in below(tmp_path / "pictures")
+    assert "query/a.jpg" in below(tmp_path / "benchmark")
     assert "step-00000020/state.json" in below(tmp_path / "encoder")
 
 
@@ -73,17 +75,53 @@ def test_a_store_that_does_not_answer_is_not_a_user_error(s3_server: Any, tmp_pa
         fetch("s3://bucket/market.tar", "random", tmp_path)
 
 
+def test_a_manifest_of_before_still_fetches_where_its_configuration_looks(
+    bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_new_name.cache_clear()
+    assert buckets.main(["fetch", "--pictures=s3://bucket/market", "--encoder=random", f"--into={tmp_path}"]) == 0
+    assert below(tmp_path) == {"pictures/query/a.jpg": b"jpg", "pictures/query/empty.txt": b""}
+    assert capsys.readouterr().err == "note: --pictures is called --benchmark now\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "final"),
+    [
+        ("AccessDenied", True),
+        ("InvalidAccessKeyId", True),
+        ("404", True),
+        ("SlowDown", False),
+        ("InternalError", False),
+        ("ExpiredToken", False),  # a new pod gets new credentials
+        ("NeverHeardOf", False),
+    ],
+)
+def test_only_what_another_try_cannot_change_is_a_user_error(code: str, final: bool) -> None:
+    def refuse() -> None:
+        with buckets.explained("s3://bucket/x", "reading"):
+            raise ClientError({"Error": {"Code": code}}, "GetObject")
+
+    with pytest.raises(UserError if final else ClientError, match=code) as caught:
+        refuse()
+    assert isinstance(caught.value, UserError) == final
+
+
+def test_missing_credentials_are_a_user_error() -> None:
+    with pytest.raises(UserError, match="none were found"), buckets.explained("s3://bucket/x", "reading"):
+        raise NoCredentialsError
+
+
 def test_requests_have_no_checksums_that_compatible_servers_refuse(bucket: Any) -> None:
-    client, seen = buckets.client(), []
-    client.meta.events.register("before-send.s3", lambda request, **_: seen.append(dict(request.headers)))
-    client.put_object(Bucket="bucket", Key="x", Body=b"x")
-    client.get_object(Bucket="bucket", Key="x")["Body"].read()
+    seen: list[dict[str, str]] = []
+    storage.s3_client().meta.events.register("before-send.s3", lambda request, **_: seen.append(dict(request.headers)))
+    buckets.write("s3://bucket/x", b"x")
+    assert buckets.read("s3://bucket/x") == b"x"
     assert len(seen) == 2
     assert not [name for headers in seen for name in headers if "checksum" in name.lower() or "trailer" in name.lower()]
 
 
 @pytest.mark.parametrize(
-    ("pictures", "encoder", "told"),
+    ("benchmark", "encoder", "told"),
     [
         ("s3://bucket/nothing", "random", "nothing lies at s3://bucket/nothing/"),
         ("s3://bucket/nothing.tar", "random", "fetching s3://bucket/nothing.tar was refused (NoSuchKey)"),
@@ -95,9 +133,9 @@ def test_requests_have_no_checksums_that_compatible_servers_refuse(bucket: Any) 
     ],
 )
 def test_a_wrong_place_ends_the_pod_for_good(
-    pictures: str, encoder: str, told: str, bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    benchmark: str, encoder: str, told: str, bucket: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert fetch(pictures, encoder, tmp_path) == 78
+    assert fetch(benchmark, encoder, tmp_path) == 78
     assert told in capsys.readouterr().err
 
 
@@ -107,7 +145,7 @@ def test_a_tar_that_leaves_its_folder_is_refused(bucket: Any, tmp_path: Path) ->
         tar.addfile(tarfile.TarInfo("../../outside.jpg"), io.BytesIO())
     bucket.client.put_object(Bucket="bucket", Key="bad.tar", Body=packed.getvalue())
     with pytest.raises(UserError, match="must be an uncompressed tar"):
-        buckets.fetch_pictures("s3://bucket/bad.tar", tmp_path / "in" / "pictures")
+        buckets.fetch_benchmark("s3://bucket/bad.tar", tmp_path / "in" / "benchmark")
     assert not list(tmp_path.rglob("outside.jpg"))
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import schemas
 import yaml
-from choices import EXCLUSIVE, admissible, by_name, choose, largest_sets, small_sets
+from sample_requests import EXCLUSIVE, admissible, by_name, largest_sets, request_for, small_sets
 
 from launcher.cluster import kustomization, render, request
-from launcher.cluster.request import K8S, Choice
+from launcher.cluster.request import K8S, Request
 from personmae.errors import UserError
 
 SMALL, LARGEST = list(small_sets()), list(largest_sets())
@@ -34,7 +34,7 @@ def build(overlay: str, names: tuple[str, ...]) -> Objects:
     """An overlay with components, called run so that overlays which differ in their data alone give equal Jobs."""
     directory = K8S / "overlays" / overlay
     spec = kustomization.read(directory)
-    spec["components"] = [*spec.get("components", []), *request.components_of(Choice(Path(), components=names), spec)]
+    spec["components"] = [*spec.get("components", []), *request.components_of(Request(Path(), components=names), spec)]
     spec["namePrefix"] = "run-"
     for labels in spec["labels"]:
         labels["pairs"] = {"app.kubernetes.io/instance": "run"}
@@ -100,9 +100,9 @@ def test_every_other_combination_is_refused(overlay: str) -> None:
 
 
 @pytest.mark.parametrize("overlay", request.overlays())
-def test_a_rendered_choice_is_valid_with_each_pair_of_components_and_with_the_largest_sets(overlay: str) -> None:
+def test_a_rendered_request_is_valid_with_each_pair_of_components_and_with_the_largest_sets(overlay: str) -> None:
     for names in combinations(overlay):
-        chosen = choose(overlay, components=names, name="with", gpus=4, memory="96Gi", cpu="12")
+        chosen = request_for(overlay, components=names, name="with", gpus=4, memory="96Gi", cpu="12")
         for item in render.render(chosen).objects:
             check(json.dumps(item, sort_keys=True))
 
@@ -128,6 +128,6 @@ SAMPLE = random.Random(0).sample([(o, n) for o in request.overlays() for n in co
 def test_kustomize_builds_a_sample_of_the_combinations_as_we_do(
     overlay: str, names: tuple[str, ...], kustomize: Callable[[Path], Any], tmp_path: Path
 ) -> None:
-    rendered = render.render(choose(overlay, components=names))
+    rendered = render.render(request_for(overlay, components=names))
     render.write(rendered, tmp_path / "run")
     assert by_name(rendered.objects) == kustomize(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""The verbs for a run that is there: scale, suspend, resume, logs, delete, with the recording kubectl."""
+"""The commands for a run that is there: scale, suspend, resume, logs, delete, with the recording kubectl."""
 
 import json
 

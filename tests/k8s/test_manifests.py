@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import schemas
 import yaml
-from choices import OVERLAYS, ROOT, choose
+from sample_requests import OVERLAYS, ROOT, request_for
 
 from launcher.cluster import kustomization, render, request
 from launcher.elastic.__main__ import build_parser, read_options, read_policy
@@ -146,7 +146,7 @@ def test_what_is_written_goes_to_a_volume(name: str) -> None:
 
 @pytest.mark.parametrize("components", [[], ["spot"], ["spot-gke"]], ids=str)
 def test_the_grace_of_the_pod_covers_the_launcher_and_that_of_the_launcher_the_checkpoint(components: list[str]) -> None:
-    rendered = render.render(choose(components=components, name="run"))
+    rendered = render.render(request_for(components=components, name="run"))
     pod, _ = trainer(rendered.objects)
     grace, end = float(variables(rendered.objects)["GRACE_SECONDS"]), pod["terminationGracePeriodSeconds"]
     text = next(o["data"]["config.yaml"] for o in rendered.objects if o["metadata"]["name"] == "run-config")
@@ -232,14 +232,14 @@ GPU_NODES = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedul
 
 @pytest.mark.parametrize("components", [[], ["spot"], ["spot-gke"]])
 def test_pods_that_train_may_go_to_nodes_that_are_kept_for_gpus(components: list[str]) -> None:
-    assert GPU_NODES in trainer(render.render(choose(components=components)).objects)[0]["tolerations"]
+    assert GPU_NODES in trainer(render.render(request_for(components=components)).objects)[0]["tolerations"]
 
 
 def test_the_queue_covers_what_a_run_with_kueue_may_ask_for() -> None:
     queue = next(o for o in overlay("queues") if o["kind"] == "ClusterQueue")
     covered = {name for names in walk(queue, "coveredResources") for name in names}
     for fast in ("efa", "rdma"):
-        for wanted in walk(pods(render.render(choose(components=["kueue", fast])).objects), "limits"):
+        for wanted in walk(pods(render.render(request_for(components=["kueue", fast])).objects), "limits"):
             assert wanted.keys() <= covered
 
 
@@ -271,7 +271,7 @@ def test_the_configuration_of_an_overlay_is_one_that_its_program_takes(name: str
 
 
 def test_selectors_find_the_pods_of_their_run_alone() -> None:
-    objects = render.render(choose(components=["monitoring", "network-policy"], name="mine")).objects
+    objects = render.render(request_for(components=["monitoring", "network-policy"], name="mine")).objects
     templates = {
         o["metadata"]["name"]: next(walk(o, "template"))["metadata"]["labels"]
         for o in objects
@@ -302,7 +302,7 @@ def test_every_exception_of_checkov_says_why() -> None:
     here = [line for line in (K8S / "checkov.yaml").read_text().splitlines() if line.startswith("- CKV")]
     for line in here:
         assert len(line.partition("# ")[2]) > 20, line
-    largest = render.render(choose(components=["rdma", "s3-secret"], name="run")).objects
+    largest = render.render(request_for(components=["rdma", "s3-secret"], name="run")).objects
     found = [
         value
         for item in [*largest, *(item for name in OVERLAYS for item in overlay(name))]
@@ -327,7 +327,7 @@ def test_checkov_finds_nothing_but_the_exceptions_that_say_why(tmp_path: Path) -
     for fast in ("rdma", "efa"):  # with all components; of those that exclude each other, each once
         left_out = {"rdma", "spot", "irsa"} if fast == "efa" else {"efa", "spot-gke", "gke-workload-identity"}
         for name in ("pretrain", "finetune-market1501"):
-            chosen = choose(name, components=sorted({*request.components()} - left_out), name="run")
+            chosen = request_for(name, components=sorted({*request.components()} - left_out), name="run")
             (tmp_path / f"{name}-{fast}.yaml").write_text(render.to_yaml(render.render(chosen).objects))
     command = [
         checkov,
@@ -351,4 +351,4 @@ def test_checkov_finds_nothing_but_the_exceptions_that_say_why(tmp_path: Path) -
 def test_a_checkout_without_k8s_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(request, "K8S", tmp_path / "k8s")
     with pytest.raises(UserError, match="the folder k8s of the checkout is required"):
-        render.render(choose())
+        render.render(request_for())

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import warm
-from choices import PRETRAIN
 from recorder import CONFIG, IMAGE, Captured, Recorder, error, event, job, personmae
+from sample_requests import PRETRAIN
 
 from launcher.cluster import kubectl
 from personmae.errors import EXIT_USER_ERROR
@@ -84,7 +84,7 @@ def created(recorder: Recorder) -> list[str]:
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_a_wrong_choice_is_one_line_and_asks_nothing_of_the_cluster(
+def test_a_wrong_request_is_one_line_and_asks_nothing_of_the_cluster(
     arguments: list[str], line: str, recorder: Recorder
 ) -> None:
     assert line in told(*SUBMIT, *arguments)

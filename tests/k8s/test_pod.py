@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from apiserver import LocalCluster
-from choices import ROOT, choose
+from sample_requests import ROOT, request_for
 
 from launcher.cluster import bucket as buckets
 from launcher.cluster import deployed, render
@@ -50,7 +50,7 @@ def test_a_rendered_benchmark_fetches_trains_stops_resumes_elsewhere_and_leaves_
     places = [f"root=s3://{bucket}/market1501.tar", f"checkpoint.upload_to=s3://{bucket}/runs/market"]
     config = ROOT / "configs" / "quickstart_random.yaml"
     rendered = render.render(
-        choose("finetune-market1501", config=config, overrides=[*places, *TRAINING], components=["s3-secret"])
+        request_for("finetune-market1501", config=config, overrides=[*places, *TRAINING], components=["s3-secret"])
     )
     deployed.create(local, [rendered.run], [secret, *rendered.objects], rendered.workload)
     wait_for(lambda: any(key.endswith("manifest.json") for key in s3_server.keys(bucket)), local)

@@ -21,14 +21,15 @@ from typing import Any
 
 import pytest
 from apiserver import LocalCluster
-from choices import by_name, choose
 from kubelet import Object, free_port
+from sample_requests import by_name, request_for
 
 from launcher.cluster import bucket as buckets
 from launcher.cluster import deployed, render
 from launcher.cluster.kubectl import Kubectl
 from personmae.checkpoint import remote
 from personmae.data import order
+from personmae.system import storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 HERE = Path(__file__).parent
@@ -58,7 +59,7 @@ class Stage:
     patience_seconds: float
 
     def __post_init__(self) -> None:
-        self.client = buckets.client()
+        self.client = storage.s3_client()
 
     def write(self, url: str, content: bytes) -> None:
         bucket, key = buckets.split(url)
@@ -69,7 +70,7 @@ class Stage:
         return self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
 
     def keys(self, url: str) -> list[str]:
-        """All objects below a place."""
+        """All files below a place."""
         bucket, prefix = buckets.split(url)
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{prefix}/")
         return [item["Key"].removeprefix(f"{prefix}/") for page in pages for item in page.get("Contents", [])]
@@ -90,7 +91,7 @@ class Stage:
 
 
 @pytest.fixture
-def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_s3_client: Callable[[], None]) -> Iterator[dict[str, str]]:
     """moto as a process of its own, and what a client must know of it."""
     port = free_port()
     given = {"S3_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
@@ -100,7 +101,7 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, st
     with open(tmp_path / "s3.log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         for _ in range(300):
             with contextlib.suppress(Exception):
-                buckets.client().create_bucket(Bucket="bucket")
+                storage.s3_client().create_bucket(Bucket="bucket")
                 break
             time.sleep(0.1)
         yield given
@@ -108,7 +109,9 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, st
 
 
 @pytest.fixture(params=["stand-in", "cluster"])
-def stage(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_s3_client: Callable[[], None]
+) -> Iterator[Stage]:
     if request.param == "cluster":
         if missing := [name for name in GIVEN if not os.environ.get(name)]:
             pytest.skip(f"needs a cluster: set {', '.join(missing)}")
@@ -134,7 +137,7 @@ class Run:
         for path in shard_dir.iterdir():
             stage.write(f"{stage.store}/shards/{path.name}", path.read_bytes())
         rendered = render.render(
-            choose(
+            request_for(
                 "dev-cpu",
                 nodes=(1, most),
                 name=self.name,

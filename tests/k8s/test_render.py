@@ -1,4 +1,4 @@
-"""What ``personmae render`` prints is what kustomize makes of the same choice, and bad choices are refused in one line."""
+"""What ``personmae render`` prints is what kustomize makes of the same request, and bad requests are refused in one line."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from choices import DIGEST, EXCLUSIVE, OVERLAYS, PRETRAIN, ROOT, by_name, choose
+from sample_requests import DIGEST, EXCLUSIVE, OVERLAYS, PRETRAIN, ROOT, by_name, request_for
 
 from launcher.cluster import kustomization, render, request
 from personmae import config
@@ -31,11 +31,11 @@ def test_our_part_of_kustomize_builds_each_overlay_as_kustomize_does(overlay: st
 @pytest.mark.parametrize(
     ("overlay", "components"), SINGLE + DOWNSTREAM + OTHER + LARGEST, ids=lambda v: v if isinstance(v, str) else "+".join(v)
 )
-def test_a_rendered_choice_is_what_kustomize_makes_of_it(
+def test_a_rendered_request_is_what_kustomize_makes_of_it(
     overlay: str, components: list[str], kustomize: Kustomize, tmp_path: Path
 ) -> None:
     rendered = render.render(
-        choose(overlay, components=components, gpus=4, memory="96Gi", cpu="12", env=["S3_ENDPOINT_URL=https://s3"])
+        request_for(overlay, components=components, gpus=4, memory="96Gi", cpu="12", env=["S3_ENDPOINT_URL=https://s3"])
     )
     render.write(rendered, tmp_path / "run")
     assert by_name(rendered.objects) == kustomize(tmp_path / "run")
@@ -55,7 +55,7 @@ def test_paths_of_a_run_are_the_pods_and_stores_are_known_here(monkeypatch: pyte
     names = set()
     for home in ("/home/me", "/home/you"):
         monkeypatch.setenv("HOME", home)
-        rendered = render.render(choose(overrides=overrides))
+        rendered = render.render(request_for(overrides=overrides))
         assert (rendered.settings.run_dir, rendered.settings.data.cache_dir) == ("~/run", "$OF_PODS/x")
         assert home not in render.to_yaml(rendered.objects)
         names.add(rendered.run)
@@ -71,9 +71,9 @@ def test_paths_of_a_run_are_the_pods_and_stores_are_known_here(monkeypatch: pyte
     assert config.load(config.Pretrain, tmp_path / "pod.yaml").run_dir == "/home/you/p"
 
 
-def test_the_choice_arrives_in_the_objects() -> None:
+def test_the_request_arrives_in_the_objects() -> None:
     rendered = render.render(
-        choose(nodes=(2, 4), gpus=8, memory="96Gi", components=["irsa"], role="arn:aws:iam::1:role/r", name="mine")
+        request_for(nodes=(2, 4), gpus=8, memory="96Gi", components=["irsa"], role="arn:aws:iam::1:role/r", name="mine")
     )
     objects = by_name(rendered.objects)
     job = objects["Job", "mine-trainer"]["spec"]
@@ -91,7 +91,7 @@ def test_the_choice_arrives_in_the_objects() -> None:
 
 
 def test_the_rendered_configuration_is_read_back_with_the_places_that_a_pod_has(tmp_path: Path) -> None:
-    rendered = render.render(choose(components=["spot"], name="mine"))
+    rendered = render.render(request_for(components=["spot"], name="mine"))
     (tmp_path / "config.yaml").write_text(by_name(rendered.objects)["ConfigMap", "mine-config"]["data"]["config.yaml"])
     settings = config.load(config.Pretrain, tmp_path / "config.yaml")
     assert settings.run_dir == "/scratch/run"
@@ -105,14 +105,14 @@ def test_the_rendered_configuration_is_read_back_with_the_places_that_a_pod_has(
 
 def test_the_cache_is_as_large_as_the_volume_allows() -> None:
     for components, limit in (([], 80), (["nvme-cache"], 400)):
-        objects = by_name(render.render(choose(components=components, name="mine")).objects)
+        objects = by_name(render.render(request_for(components=components, name="mine")).objects)
         text = objects["ConfigMap", "mine-config"]["data"]["config.yaml"]
         assert yaml.safe_load(text)["data"]["cache_limit_gb"] == limit
 
 
-def test_the_name_tells_configuration_and_choice_apart_and_nothing_else() -> None:
-    choices: list[dict[str, Any]] = [{}, {}, {"gpus": 4}, {"overrides": [*PRETRAIN, "seed=1"]}]
-    names = [render.render(choose(**more)).run for more in choices]
+def test_the_name_tells_configuration_and_request_apart_and_nothing_else() -> None:
+    requests: list[dict[str, Any]] = [{}, {}, {"gpus": 4}, {"overrides": [*PRETRAIN, "seed=1"]}]
+    names = [render.render(request_for(**more)).run for more in requests]
     assert names[0] == names[1]
     assert len(set(names)) == 3
     assert names[0].startswith("pretrain-vit-base-")
@@ -122,21 +122,21 @@ def test_a_name_made_of_the_files_begins_with_a_letter(tmp_path: Path) -> None:
     for stem, start in (("2024_run", "run-2024-run-"), ("__", "run-"), ("Größe", "gr-e-")):
         path = tmp_path / f"{stem}.yaml"
         path.write_text(f"_base_: {ROOT}/configs/pretrain_vit_base.yaml\n")
-        name = render.render(choose(config=path)).run
+        name = render.render(request_for(config=path)).run
         request.check_name(name)
         assert name.startswith(start)
 
 
 def test_a_place_is_the_same_with_and_without_a_slash_at_its_end() -> None:
     overrides = ["root=s3://b/m.tar", "init=random", "checkpoint.upload_to=s3://b/run/"]
-    objects = by_name(render.render(choose("finetune-market1501", overrides=overrides, name="mine")).objects)
+    objects = by_name(render.render(request_for("finetune-market1501", overrides=overrides, name="mine")).objects)
     assert objects["ConfigMap", "mine-run"]["data"]["RESULT"] == "s3://b/run/result.json"
     assert objects["Job", "mine-trainer"]["metadata"]["annotations"]["personmae/store"] == "s3://b/run"
 
 
 @pytest.mark.parametrize("overlay", request.overlays())
 def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> None:
-    rendered = render.render(choose(overlay, name="x" * request.MOST_NAME))
+    rendered = render.render(request_for(overlay, name="x" * request.MOST_NAME))
     for item in rendered.objects:
         ending = {
             "Job": "-999-abcde",
@@ -156,8 +156,8 @@ def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> 
         ({"overlay": "jobset", "components": ["spot"]}, "the component spot is for Jobs"),
         ({"overlay": "trainjob", "nodes": (2, 4)}, "Kubeflow Trainer has no elasticity"),
         ({"overlay": "finetune-market1501", "nodes": (1, 2)}, "a benchmark runs on one node; got --nodes 1:2"),
-        ({"nodes": (1, 3), "gpus": 8}, r"--nodes 3 times --gpus 8 is 24: with so many GPUs give --nodes 1 or 2 or 4 or 8"),
-        ({"nodes": (1, 3), "gpus": 8}, r"with so many nodes --gpus \(none\)"),
+        ({"nodes": (1, 3), "gpus": 8}, r"--nodes 3 times --gpus 8 is 24\. With --gpus 8 use --nodes 1, 2, 4, 8, 16 or 32\."),
+        ({"nodes": (1, 3), "gpus": 8}, r"No --gpus works with --nodes 3\."),
         ({"name": "x" * 39}, r"at most 38 characters .*\(39 characters\)"),
         ({"name": "Run_1"}, "at most 38 characters of a-z, 0-9 and '-'"),
         ({"image": "personmae@sha256:12"}, "--image must be NAME"),
@@ -200,14 +200,16 @@ def test_the_longest_name_leaves_room_for_what_kubernetes_adds(overlay: str) -> 
     ],
     ids=lambda value: str(value)[:50],
 )
-def test_a_bad_choice_is_refused_in_one_line(more: dict[str, Any], told: str) -> None:
+def test_a_bad_request_is_refused_in_one_line(more: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told) as caught:
-        render.render(choose(**more))
+        render.render(request_for(**more))
     assert "\n" not in str(caught.value)
 
 
 def test_an_image_without_a_digest_is_warned_of() -> None:
-    assert "has no digest" in render.render(choose(image="registry.test:5000/personmae:1", gpus=8, nodes=(8, 8))).warnings[0]
+    assert (
+        "has no digest" in render.render(request_for(image="registry.test:5000/personmae:1", gpus=8, nodes=(8, 8))).warnings[0]
+    )
 
 
 def test_a_configuration_finds_its_overlay(tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ def test_rendering_loads_neither_torch_nor_boto3_and_needs_no_kubectl(tmp_path: 
 
 
 def test_an_existing_kustomization_is_not_written_over(tmp_path: Path) -> None:
-    rendered = render.render(choose())
+    rendered = render.render(request_for())
     render.write(rendered, tmp_path)
     with pytest.raises(UserError, match="needs a folder without"):
         render.write(rendered, tmp_path)

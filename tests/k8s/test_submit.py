@@ -1,4 +1,4 @@
-"""The verbs that talk to a cluster: what is asked of kubectl, what is made of its answers, and that nothing is left behind.
+"""The commands that talk to a cluster: what is asked of kubectl, what is made of its answers, and that nothing is left behind.
 
 The kubectl here is a recorder, so this shows arguments, order and errors. Where PERSONMAE_E2E_KUBECONFIG names a cluster,
 ``test_a_real_cluster_takes_every_object`` asks that one.
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from choices import PRETRAIN, ROOT
 from recorder import CONFIG, IMAGE, Captured, Recorder, ended, error, event, job, job_of, personmae, submitted
+from sample_requests import PRETRAIN, ROOT
 
 from launcher.cluster import commands, deployed, kubectl
 from personmae.errors import UserError
@@ -258,12 +258,12 @@ def test_a_train_job_is_neither_tried_nor_created_before_its_runtime(recorder: R
     assert created[-2:] == ["TrainingRuntime", "TrainJob"]
 
 
-def test_a_store_that_is_not_looked_at_is_told(recorder: Recorder, capsys: Captured) -> None:
+def test_a_bucket_that_is_not_checked_is_a_warning(recorder: Recorder, capsys: Captured) -> None:
     places = ["data.shards=gs://bucket/shards", "checkpoint.upload_to=azure://bucket/run"]
     assert personmae("submit", CONFIG, *places, IMAGE, "--name", "run", "--dry-run", "client") == 0
     told = capsys.readouterr().err
-    assert "warning: whether gs://bucket/shards is there is not looked at" in told
-    assert "warning: whether azure://bucket/run is there is not looked at" in told
+    assert "warning: whether gs://bucket/shards is there is not checked" in told
+    assert "warning: whether azure://bucket/run is there is not checked" in told
 
 
 def test_places_are_looked_at_where_the_pods_will_look(
@@ -385,7 +385,7 @@ def test_a_real_cluster_takes_every_object(tmp_path: Path) -> None:
 
 
 def test_errors_of_kubectl_become_one_line() -> None:
-    told = kubectl._told("Warning: something\nError from server (Forbidden): jobs is forbidden\nmore\n", ("apply",), "team")
+    told = kubectl._error_of("Warning: something\nError from server (Forbidden): jobs is forbidden\nmore\n", ("apply",), "team")
     assert "\n" not in told
     assert told.startswith("kubectl apply failed: jobs is forbidden; ask for the role")
     assert isinstance(UserError(told), ValueError)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import warm
 import yaml
-from choices import DIGEST, ROOT, by_name
+from sample_requests import DIGEST, ROOT, by_name
 
 from launcher.cluster import bucket, dispatcher, render, suite
-from launcher.cluster.request import Choice
+from launcher.cluster.request import Request
 from personmae import config
 from personmae.errors import UserError
 
@@ -45,19 +45,19 @@ FILE = {"name": "s", "results": "s3://results/s", "places": {"market": "s3://b/m
 
 
 @pytest.fixture
-def choice(tmp_path: Path) -> Choice:
+def suite_request(tmp_path: Path) -> Request:
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(FILE))
-    return Choice(tmp_path / "suite.yaml", image=f"registry.test/personmae@{DIGEST}")
+    return Request(tmp_path / "suite.yaml", image=f"registry.test/personmae@{DIGEST}")
 
 
-def test_paths_of_a_suites_stages_are_the_pods(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_of_a_suites_stages_are_the_pods(suite_request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OF_PODS", raising=False)
     monkeypatch.setenv("BUCKET", "results")
     stages = [{**STAGES[0], "set": ["data.shards=s3://b/l", "data.cache_dir={cache}", "run_dir=~/x"]}, *STAGES[1:]]
     places = FILE["places"] | {"cache": "$OF_PODS/x"}
     told = FILE | {"results": "s3://$BUCKET/a$$b", "places": places, "stages": stages}
-    choice.config.write_text(yaml.safe_dump(told))
-    dispatching, runs = suite.render_suite(choice)
+    suite_request.config.write_text(yaml.safe_dump(told))
+    dispatching, runs = suite.render_suite(suite_request)
     assert runs[0].settings.data.cache_dir == "$OF_PODS/x"
     assert [run.settings.checkpoint.upload_to for run in runs] == [f"s3://results/a$$b/runs/{s['name']}" for s in stages]
     assert json.loads(suite.plan_of(dispatching))["results"] == "s3://results/a$$b"
@@ -82,8 +82,8 @@ class Cluster:
 
 
 @pytest.fixture
-def plan(choice: Choice) -> dict[str, Any]:
-    return json.loads(suite.plan_of(suite.render_suite(choice)[0]))
+def plan(suite_request: Request) -> dict[str, Any]:
+    return json.loads(suite.plan_of(suite.render_suite(suite_request)[0]))
 
 
 @pytest.fixture
@@ -166,15 +166,15 @@ def test_a_failed_stage_fails_those_after_it_and_the_table_has_the_others(
     assert list(cluster.jobs) == ["s-pre-trainer"]
 
 
-def test_the_dispatcher_is_what_kustomize_makes_of_it(choice: Choice, tmp_path: Path, kustomize: Any) -> None:
-    picked = replace(choice, components=("irsa", "monitoring", "network-policy"), role="arn:aws:iam::1:role/r")
+def test_the_dispatcher_is_what_kustomize_makes_of_it(suite_request: Request, tmp_path: Path, kustomize: Any) -> None:
+    picked = replace(suite_request, components=("irsa", "monitoring", "network-policy"), role="arn:aws:iam::1:role/r")
     first, _ = suite.render_suite(picked)
     render.write(first, tmp_path / "written")
     assert by_name(first.objects) == kustomize(tmp_path / "written")
 
 
-def test_the_first_objects_of_a_suite_are_all_but_the_later_jobs(choice: Choice) -> None:
-    first, runs = suite.render_suite(choice)
+def test_the_first_objects_of_a_suite_are_all_but_the_later_jobs(suite_request: Request) -> None:
+    first, runs = suite.render_suite(suite_request)
     created = by_name(suite.first_objects(first, runs))
     assert {name for kind, name in created if kind == "Job"} == {"s-trainer", "s-pre-trainer"}
     plan = json.loads(suite.plan_of(first))
@@ -207,7 +207,7 @@ def test_the_first_objects_of_a_suite_are_all_but_the_later_jobs(choice: Choice)
 def test_a_wrong_suite_is_one_line(change: dict[str, Any], told: str, tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(FILE | change))
     with pytest.raises(UserError, match=told) as caught:
-        suite.render_suite(Choice(tmp_path / "suite.yaml"))
+        suite.render_suite(Request(tmp_path / "suite.yaml"))
     assert "\n" not in str(caught.value)
 
 
@@ -221,9 +221,9 @@ def test_a_wrong_suite_is_one_line(change: dict[str, Any], told: str, tmp_path: 
     ],
     ids=str,
 )
-def test_what_a_suite_would_not_heed_is_refused(choice: Choice, more: dict[str, Any], told: str) -> None:
+def test_what_a_suite_would_not_heed_is_refused(suite_request: Request, more: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        suite.render_suite(replace(choice, **more))
+        suite.render_suite(replace(suite_request, **more))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_what_a_suite_would_not_heed_is_refused(choice: Choice, more: dict[str, 
 def test_a_wrong_stage_is_one_line(change: dict[str, Any], told: str, tmp_path: Path) -> None:
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(FILE | {"stages": [STAGES[0] | change]}))
     with pytest.raises(UserError, match=told):
-        suite.render_suite(Choice(tmp_path / "suite.yaml"))
+        suite.render_suite(Request(tmp_path / "suite.yaml"))
 
 
 def test_the_suite_of_the_paper_has_every_table(tmp_path: Path) -> None:

@@ -90,8 +90,8 @@ def test_a_whole_bucket_may_hold_the_data_of_a_pod(s3_server, tmp_path):
     for key in ("index.json", "query/a.jpg"):
         s3_server.client.put_object(Bucket=bucket, Key=key, Body=b"x")
     buckets.require_shards(f"s3://{bucket}")
-    buckets.fetch_images(f"s3://{bucket}", tmp_path / "images")
-    assert (tmp_path / "images" / "query" / "a.jpg").read_bytes() == b"x"
+    buckets.fetch_benchmark(f"s3://{bucket}", tmp_path / "benchmark")
+    assert (tmp_path / "benchmark" / "query" / "a.jpg").read_bytes() == b"x"
 
 
 def test_what_begins_alike_is_not_what_was_asked_for(s3_server):

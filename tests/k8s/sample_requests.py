@@ -1,11 +1,11 @@
-"""Choices that render, all sets of components that one may have, and objects by name."""
+"""Requests that render, all sets of components that one may have, and objects by name."""
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from launcher.cluster.request import Choice, components
+from launcher.cluster.request import Request, components
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = sorted(path.parent.name for path in ROOT.glob("k8s/overlays/*/kustomization.yaml"))
@@ -16,13 +16,13 @@ EVERYWHERE = {"s3-secret", "irsa", "gke-workload-identity", "monitoring", "grafa
 FINETUNE = ["root=s3://bucket/market1501.tar", "init=s3://bucket/run", "checkpoint.upload_to=s3://bucket/finetune"]
 
 
-def choose(overlay: str = "pretrain", **more: Any) -> Choice:
-    """A choice that renders: the ViT-B recipe, or the benchmark that the overlay is for."""
+def request_for(overlay: str = "pretrain", **more: Any) -> Request:
+    """A request that renders: the ViT-B recipe, or the benchmark that the overlay is for."""
     downstream = overlay.startswith(("finetune", "usl", "uda"))
     name = overlay.replace("-", "_") if downstream else "quickstart" if overlay == "dev-cpu" else "pretrain_vit_base"
     name = name.replace("_", "_to_", 2).replace("_to_", "_", 1) if overlay.startswith("uda") else name
     given: dict[str, Any] = {"overrides": FINETUNE if downstream else PRETRAIN, "image": f"registry.test/personmae:1@{DIGEST}"}
-    return Choice(**({"config": ROOT / "configs" / f"{name}.yaml", "overlay": overlay} | given | more))
+    return Request(**({"config": ROOT / "configs" / f"{name}.yaml", "overlay": overlay} | given | more))
 
 
 def largest_sets() -> Iterator[tuple[str, ...]]:
