@@ -28,7 +28,7 @@ _PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z")
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and fetch; returns the exit code."""
     parser = Parser(prog="python -m launcher.cluster.bucket", description="Fetch what a benchmark needs into a pod.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     fetch = commands.add_parser("fetch", help="copy a benchmark and an encoder from a bucket")
     benchmark = fetch.add_mutually_exclusive_group(required=True)
     benchmark.add_argument("--benchmark", metavar="URL", help="s3://bucket/x.tar, or a prefix with single files")
