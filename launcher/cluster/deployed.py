@@ -268,7 +268,7 @@ def is_over(workload: Object) -> str | None:
 
 def _require_alive(run: str, workload: Object) -> None:
     if over := is_over(workload):
-        raise UserError(f"{run} is over ({over}); submit it anew: it goes on from its checkpoint.upload_to")
+        raise UserError(f"{run} is over ({over}); submit it again: it goes on from its checkpoint.upload_to")
 
 
 def scale(kubectl: Kubectl, run: str, nodes: int) -> None:
@@ -280,7 +280,7 @@ def scale(kubectl: Kubectl, run: str, nodes: int) -> None:
     resource, found = find(kubectl, run)
     if resource != "jobs.batch":
         raise UserError(
-            f"only a Job changes its size while it runs; {run} is a {found['kind']}: submit it anew, it goes on where it was"
+            f"only a Job changes its size while it runs; {run} is a {found['kind']}: submit it again, it goes on where it was"
         )
     _require_alive(run, found)
     variables = (kubectl.get("configmap", f"{run}-run") or {}).get("data", {})
@@ -291,7 +291,7 @@ def scale(kubectl: Kubectl, run: str, nodes: int) -> None:
     good = [n for n in range(fewest, most + 1) if batch % (n * ranks) == 0]
     if not fewest <= nodes <= most:
         raise UserError(
-            f"--nodes must be from {fewest} to {most}, as {run} was submitted; got {nodes}: for more, submit it anew"
+            f"--nodes must be from {fewest} to {most}, as {run} was submitted; got {nodes}: for more, submit it again"
         )
     if nodes not in good:
         raise UserError(

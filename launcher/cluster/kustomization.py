@@ -28,7 +28,7 @@ _FIELDS = {
     "namePrefix",
     "labels",
     "images",
-    "configurations",  # they tell kustomize what is known here: where a JobSet and a TrainingRuntime name others
+    "configurations",  # for kustomize, what is known here: where a JobSet and a TrainingRuntime name others
 }
 _CLUSTER_WIDE = {
     "Namespace",

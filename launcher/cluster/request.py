@@ -115,9 +115,7 @@ def guess_overlay(path: Path) -> str:
         return name if name in same_kind else same_kind[0]  # a data set of one's own: they differ in places alone
     if "stages" in keys:
         raise config.OtherProgram(str(path), "suite")
-    raise UserError(
-        f"{path} does not tell its program by 'data' or 'benchmark'; give --overlay, one of {', '.join(overlays())}"
-    )
+    raise UserError(f"{path} names no program by a key 'data' or 'benchmark'; give --overlay, one of {', '.join(overlays())}")
 
 
 def overlay_of(request: Request) -> Path:

@@ -145,7 +145,7 @@ def from_json(text: str) -> Record:
 
 
 def join(record: Record, node: Node, last: int | None = None) -> Record:
-    """A node is ready for the next round. A record that a finished run has left, with nobody in it, is begun anew.
+    """A node is ready for the next round. A record that a finished run has left, with nobody in it, is begun again.
 
     ``last`` is the round that the node has run last: asked from before the present one, it comes too late to count.
     """

@@ -73,7 +73,7 @@ def test_a_run_that_is_over_is_neither_scaled_nor_suspended(recorder: Recorder, 
     recorder.answer("get jobs.batch run-trainer", json.dumps(job(status=ended("Complete"))))
     for arguments in (("scale", "run", "--nodes", "2"), ("suspend", "run"), ("resume", "run")):
         assert personmae(*arguments) == 78
-        assert "run is over (Complete); submit it anew" in error(capsys)
+        assert "run is over (Complete); submit it again" in error(capsys)
     assert ["patch"] not in [call[:1] for call in recorder.calls()]
 
 

@@ -99,7 +99,7 @@ def test_a_wrong_request_is_one_line_and_asks_nothing_of_the_cluster(
         (b"a: [", "must be YAML"),
         (b"\xff\xfe", "must be a text file in UTF-8"),
         (b"_base_: ../here/config.yaml\n", "_base_ must not lead back to the same file"),
-        (b"run_dir: x\n", "does not tell its program by 'data' or 'benchmark'"),
+        (b"run_dir: x\n", "names no program by a key 'data' or 'benchmark'"),
         (b"name: s\nresults: s3://b/s\nstages:\n- {name: a, config: gone.yaml}\n", "a configuration file is required"),
         (b"name: s\nresults: s3://b/s\nstages:\n- {name: a, config: x.yaml, after: pre}\n", "stage a is after pre"),
         (b"name: s\nresults: s3://b/s\nstages:\n- {name: a, confg: x.yaml}\n", "'stages.0.config' is required"),

@@ -222,7 +222,7 @@ def test_a_configuration_finds_its_overlay(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("benchmark: our_own\n")
     assert request.guess_overlay(tmp_path / "own.yaml") == "finetune-market1501"
     (tmp_path / "odd.yaml").write_text("run_dir: x\n")
-    with pytest.raises(UserError, match="does not tell its program"):
+    with pytest.raises(UserError, match="names no program by a key"):
         request.guess_overlay(tmp_path / "odd.yaml")
     with pytest.raises(UserError, match="does not exist"):
         request.guess_overlay(tmp_path / "missing.yaml")
