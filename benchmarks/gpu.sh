@@ -5,7 +5,7 @@
 #
 # --wheels    a folder of wheels; those whose module cannot be imported here are unpacked beside the results
 # --out       where records (JSON) and logs go, and records.tar.gz with all of them; default benchmarks/results/gpu
-# --only      some of: tests regions pipeline peers grid curve attention engines checkpointing scaling, or one of their parts,
+# --only      some of: tests regions pipeline peers grid curve attention engines checkpointing, or one of their parts,
 #             e.g. grid-small
 # --minutes   it has ended by then, default 9; the most important comes first, and what was left out is named at the end, to be
 #             given to a second call: all of it takes two or three, the more the less is compiled already
@@ -19,7 +19,7 @@
 # every part    numpy nvidia-ml-py prometheus-client jaxtyping wadler-lindig rich markdown-it-py mdurl pygments safetensors
 #               opencv-python-headless simplejpeg xxhash pyyaml pydantic pydantic-core annotated-types typing-inspection
 #               typing-extensions; with torch itself come filelock fsspec jinja2 networkx setuptools sympy triton
-# shards        (of tests, pipeline, peers, curve, scaling) lmdb mosaicml-streaming, and what the latter imports: brotli catalogue cramjam
+# shards        (of tests, pipeline, peers, curve) lmdb mosaicml-streaming, and what the latter imports: brotli catalogue cramjam
 #               python-snappy zstd matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six pillow
 #               torchvision tqdm requests certifi charset-normalizer idna urllib3 transformers tokenizers huggingface-hub hf-xet
 #               regex packaging
@@ -30,7 +30,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD WHEELS='' OUT=benchmarks/results/gpu REHEARSE='' MINUTES=9
-ONLY=tests,regions,pipeline,peers,grid,curve,attention,engines,checkpointing,scaling
+ONLY=tests,regions,pipeline,peers,grid,curve,attention,engines,checkpointing
 while [ $# -gt 0 ]; do
   case $1 in
     --wheels) WHEELS=$(cd "$2" && pwd); shift 2 ;;
@@ -124,7 +124,6 @@ if [ -z "$REHEARSE" ]; then
   part engines-eager 75 $STEP --sizes base --batches 256 --engines "plain,native,deepspeed 1,fsdp" --steps 8 --rounds 2 --out "$OUT/engines-eager.json"
   part engines-compiled 75 $STEP --sizes base --batches 256 --engines native,fsdp --compile on --steps 8 --rounds 2 --out "$OUT/engines-compiled.json"
   part checkpointing 75 $STEP --sizes base --batches 512 --checkpointing none,selective,full --compile on --steps 8 --rounds 2 --out "$OUT/checkpointing.json"
-  part scaling 150 $PYTHON benchmarks/scaling.py measure --out "$OUT/scaling_points_cuda.json"
 else
   part tests 120 $PYTHON -m pytest -q -m gpu -p no:cacheprovider $GPU_TESTS
   part regions 60 $PYTHON benchmarks/regions.py --out "$OUT/regions.json"
@@ -135,7 +134,6 @@ else
   part attention 60 $PYTHON benchmarks/attention.py --batch-size 4 --sizes small --repeats 2 --out "$OUT/attention.json"
   part engines 100 $STEP --sizes micro --batches 8 --img-size 128x64 --engines "plain,native,deepspeed 1,fsdp" --steps 2 --rounds 1 --out "$OUT/engines.json"
   part checkpointing 60 $STEP --sizes micro --batches 8 --img-size 128x64 --checkpointing none,full --steps 2 --rounds 1 --out "$OUT/checkpointing.json"
-  part scaling 200 $PYTHON benchmarks/scaling.py measure --rounds 1 --out "$OUT/scaling_points.json"
 fi
 archive
 [ -z "$LEFT" ] || echo "left out for lack of time: $0 --only ${LEFT#,}"

@@ -1,212 +1,133 @@
-"""Scaling, planned: a model of a run on 1 to 512 GPUs and 1 to 1,000 M images, fitted to measured points of this machine.
+"""What more GPUs are worth: a calculator. It is arithmetic, and nothing in it was measured on a GPU.
 
-    python benchmarks/scaling.py measure          # four minutes on 2 idle cores; on a GPU machine with one GPU
-    python benchmarks/scaling.py predict
+    python benchmarks/scaling.py                              # the paper's configurations on H100s, eight in a node
+    python benchmarks/scaling.py --gpu "NVIDIA A100-SXM4-80GB" --network-gbits 200 --reached 0.5 --plot scaling.png
 
-``measure`` writes ``benchmarks/results/scaling_points.json`` (``scaling_points_cuda.json`` on a GPU). ``predict`` fits the
-constants to the points that are not held out, tells the error on those that are, and predicts; it writes ``scaling.json`` there
-and ``docs/scaling.png``. No prediction for GPUs is measured: which constant was, and where, stands above the tables.
+The operations and bytes of a step are counted (personmae/flops.py, personmae/bench/counts.py). They are divided by what data
+sheets promise, and the bytes of the gradients by the bandwidth between GPUs. docs/scaling.md has the equations.
 """
 
 import argparse
-import json
-from dataclasses import asdict, fields, replace
+import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
-from scaling_model import FREE, HOUR, Machine, Plan, Point, fit, predict, run_seconds, step_times
-from scaling_points import describe, measure
 
-from personmae import flops
-from personmae.batch_plan import admissible_world_sizes
-from personmae.errors import UserError
-from personmae.monitor import environment
+from personmae import config, flops
+from personmae.batch_plan import BatchPlan, plan_batch
+from personmae.bench.counts import Stage, Work, count_params, count_stages
+from personmae.errors import UserError, run_program
+from personmae.model.inputs import RegionSpec
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-POINTS = {"cpu": RESULTS / "scaling_points.json", "cuda": RESULTS / "scaling_points_cuda.json"}
+CONFIGS = tuple(ROOT / "configs" / f"pretrain_vit_{size}.yaml" for size in ("small", "base"))  # the paper's
 WORLD_SIZES = tuple(2**n for n in range(10))
-MILLIONS = (1, 4.2, 50, 1000)
-SIZES = ("small", "base", "large")
-GPU = "NVIDIA H100 80GB HBM3"
-
-# Where a fit starts; all that it does not determine on a CPU is not used there.
-CORE = Machine(
-    seconds_per_kernel=1e-5,
-    flops_per_second=1e11,
-    bytes_per_second=1e10,
-    update_bytes_per_second=1e10,
-    asynchronous=False,
-    contention=1.0,
-    node_latency=1e-4,
-    node_bandwidth=1e9,
-    images_per_core=5e3,
-    copy_bandwidth=1e10,
-)
-# Of what a GPU can do at most, what a step's kernels reach of it: both assumed.
-REACHED = {"flops_per_second": 0.6, "bytes_per_second": 0.75, "update_bytes_per_second": 0.75}
-# One GPU of eight in a host, unmeasured, as far as there are no points of one.
-ASSUMED = {
-    "seconds_per_kernel": (5e-6, "assumed: a kernel started by Python each 5 µs; CUDA graphs and compiling start fewer"),
-    "flops_per_second": (
-        REACHED["flops_per_second"] * (flops.peak_flops(GPU, "bf16") or 0),
-        f"assumed: {REACHED['flops_per_second']:.0%} of the data sheet's peak of an {GPU}",
-    ),
-    **{
-        name: (REACHED[name] * 3.35e12, f"assumed: {REACHED[name]:.0%} of the data sheet's 3.35 TB/s")
-        for name in ("bytes_per_second", "update_bytes_per_second")
-    },
-    "contention": (1.0, "assumed: GPUs share no memory"),
-    "node_latency": (5e-6, "assumed"),
-    "node_bandwidth": (400e9, "assumed: NVLink, 450 GB/s each way on the data sheet"),
-    "images_per_core": (5e3, "assumed"),
-    "copy_bandwidth": (20e9, "assumed: PCIe to pinned memory"),
-    "network_latency": (20e-6, "assumed"),
-    "network_bandwidth": (50e9, "assumed: 400 Gb/s for a host"),
-    "devices_per_node": (8, "assumed"),
-    "cores_per_device": (16.0, "assumed"),
-    "store_bandwidth": (2.5e9, "assumed: 20 Gb/s for a host"),
-    "cache_bytes": (4e12, "assumed: a disk of 4 TB in a host"),
-    "mtbf_hours": (10_000.0, "assumed"),
-    "restart_seconds": (300.0, "assumed"),
+LUPERSON_IMAGES = 4_180_243
+ONCE = ("optimizer", "average")  # stages of a step that come once, after all micro-batches
+GRADIENT_BYTES = 4  # of a parameter: ranks add fp32 gradients
+# Bytes a second from the makers' data sheets: of the memory, and of NVLink in one direction. Operations are in flops.py.
+DATA_SHEETS: Final = {
+    "NVIDIA A100-SXM4-80GB": (2.039e12, 300e9),
+    "NVIDIA H100 80GB HBM3": (3.35e12, 450e9),
+    "NVIDIA H200": (4.8e12, 450e9),
 }
-Sources = dict[str, str]
-Row = dict[str, Any]
 
 
-def read_points(path: Path) -> tuple[dict[str, Any], list[Point]]:
-    """The record of a measurement, and its points.
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Operations and bytes a second of a GPU, and of what joins GPUs and nodes."""
 
-    Raises:
-        UserError: there is none.
-    """
-    if not path.exists():
-        raise UserError(f"measured points are required; {path} is missing: python benchmarks/scaling.py measure")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return record, [Point.read(point) for point in record["points"]]
-
-
-def errors_of(points: list[Point], machine: Machine, precision: str, *, held_out: bool) -> list[Row]:
-    """What the model says of each point that was not fitted, or that was, and its error as a share of the measured time."""
-    held = [(point, predict(point, machine, precision)) for point in points if point.held_out == held_out]
-    return [
-        {"point": describe(p), "kind": p.kind, "measured": p.seconds, "predicted": s, "error": s / p.seconds - 1}
-        for p, s in held
-    ]
+    matrix_rate: float
+    memory_bandwidth: float
+    link_bandwidth: float  # of a GPU to the others of its node, one way
+    network_bandwidth: float  # of a node to the others, one way
+    gpus_per_node: int = 8
 
 
-def measured_ceilings() -> dict[str, tuple[float, str]]:
-    """What a GPU did at most by the last of the results that says so, and which GPU; nothing where none says so."""
-    found: dict[str, tuple[float, str]] = {}
-    for path in sorted(RESULTS.rglob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and record.get("ceilings") and record.get("hardware", {}).get("gpus"):
-            ceilings, which = record["ceilings"], f"{record['hardware']['gpus'][0]} ({path.name})"
-            rates = dict.fromkeys(("bytes_per_second", "update_bytes_per_second"), ceilings["bandwidth"])
-            found = {
-                name: (rate, which) for name, rate in {"flops_per_second": ceilings["matrix_rate"]["bf16"], **rates}.items()
-            }
-    return found
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A step on so many GPUs, in seconds; the all-reduce is hidden by the computation at best, or comes after it."""
+
+    gpus: int
+    nodes: int
+    global_batch_size: int
+    compute: float
+    all_reduce: float
+
+    @property
+    def best_rate(self) -> float:
+        """Images a second where the all-reduce goes on beside the computation."""
+        return self.global_batch_size / max(self.compute, self.all_reduce)
+
+    @property
+    def plain_rate(self) -> float:
+        """Images a second where it comes after the computation."""
+        return self.global_batch_size / (self.compute + self.all_reduce)
 
 
-def gpu_machine(core: Machine, where: str, changed: dict[str, float]) -> tuple[Machine, Sources]:
-    """The machine of the predictions, and where each of its constants comes from; ``changed`` are the user's own.
-
-    Ceilings that ``personmae bench step`` has measured on a GPU replace those of the data sheet, points of a GPU both. Decoding
-    is done by cores, so theirs counts where no GPU host was measured.
-    """
-    values, sources = ({name: of[i] for name, of in ASSUMED.items()} for i in range(2))
-    machine = Machine(**values, asynchronous=True)
-    machine, sources["images_per_core"] = replace(machine, images_per_core=core.images_per_core), f"measured on {where}"
-    for name, (most, which) in measured_ceilings().items():
-        machine = replace(machine, **{name: REACHED[name] * most})
-        sources[name] = f"assumed: {REACHED[name]:.0%} of {most:.3g}, measured on {which}"
-    if POINTS["cuda"].exists():
-        record, points = read_points(POINTS["cuda"])
-        machine = fit(points, machine, record["settings"]["precision"])
-        for name in {name for point in points for name in FREE[point.kind]}:
-            sources[name] = f"measured on {record['hardware']['gpus'][0]}"
-    wrong = [name for name in changed if name not in values]
-    if wrong:
-        raise UserError(f"--set takes {', '.join(values)}; got {wrong[0]}")
-    return replace(machine, **changed), sources | dict.fromkeys(changed, "given")
+def compute_seconds(stages: dict[str, Stage], batch: BatchPlan, machine: Machine) -> float:
+    """What a GPU computes in a step: each stage at whichever ceiling it meets."""
+    times = {
+        name: stage.seconds(batch.micro_batch_size, machine.matrix_rate, machine.memory_bandwidth)
+        for name, stage in stages.items()
+    }
+    return sum(seconds * (1 if name in ONCE else batch.grad_accum_steps) for name, seconds in times.items())
 
 
-def predicted(plan: Plan, machine: Machine, price: float) -> list[Row]:
-    """A row for each number of GPUs: a step, and a run over each number of images, with its price."""
-    rows: list[Row] = []
-    for world_size in WORLD_SIZES:
-        try:
-            step = step_times(plan, world_size, machine)
-        except UserError:  # told below the table: these GPUs cannot take equal parts
-            continue
-        rate = plan.global_batch_size / step.total
-        runs = {}
-        for millions in MILLIONS:
-            hours = run_seconds(replace(plan, num_images=millions * 1e6), world_size, machine) / HOUR
-            runs[f"{millions:g} M"] = {"hours": hours, "price": hours * world_size * price}
-        ideal = rows[0]["images_per_second"] * world_size / rows[0]["gpus"] if rows else rate
-        times = asdict(step) | {"total": step.total, "bound": step.bound}
-        rows.append({"gpus": world_size, "images_per_second": rate, "of_linear": rate / ideal, "step": times, "runs": runs})
+def all_reduce_seconds(num_bytes: float, gpus: int, machine: Machine) -> float:
+    """A ring in each node, 2 (g - 1) / g of the bytes over a link, and one among nodes over the network; no latencies."""
+    inside, nodes = min(gpus, machine.gpus_per_node), math.ceil(gpus / machine.gpus_per_node)
+    within = 2 * (inside - 1) / inside * num_bytes / machine.link_bandwidth
+    return within + 2 * (nodes - 1) / nodes * num_bytes / machine.network_bandwidth
+
+
+def count_rows(work: Work, machine: Machine, global_batch_size: int, max_micro_batch_size: int) -> list[Row]:
+    """A row for each number of GPUs that can take equal parts of the global batch."""
+    stages, gradients = count_stages(work), GRADIENT_BYTES * count_params(work)[0]
+    rows = []
+    for gpus in WORLD_SIZES:
+        if global_batch_size % gpus == 0:
+            batch = plan_batch(global_batch_size, gpus, max_micro_batch_size)
+            compute = compute_seconds(stages, batch, machine)
+            reduce = all_reduce_seconds(gradients, gpus, machine)
+            rows.append(Row(gpus, math.ceil(gpus / machine.gpus_per_node), global_batch_size, compute, reduce))
     return rows
 
 
-def _show_errors(console: Console, errors: list[Row]) -> dict[str, float]:
-    table = Table("held out", "measured ms", "predicted ms", "error", title="points that were not fitted")
-    for row in errors:
-        times = (f"{1000 * row[name]:.4g}" for name in ("measured", "predicted"))
-        table.add_row(row["point"], *times, f"{row['error']:+.1%}")
-    console.print(table)
-    kinds = {row["kind"]: [abs(other["error"]) for other in errors if other["kind"] == row["kind"]] for row in errors}
-    means = {kind: sum(values) / len(values) for kind, values in kinds.items()}
-    console.print(
-        "mean error: " + ", ".join(f"{kind} {mean:.1%} (worst {max(kinds[kind]):.1%})" for kind, mean in means.items())
-    )
-    return means
-
-
-def _show_constants(console: Console, core: Machine, gpu: Machine, sources: Sources, where: str) -> None:
-    table = Table("constant", f"fitted on {where}", "for GPUs", "which is", title="constants")
-    fitted = {name for names in FREE.values() for name in names}
-    for field in fields(Machine):
-        if field.name in sources:
-            here = f"{getattr(core, field.name):.4g}" if field.name in fitted else ""
-            table.add_row(field.name, here, f"{getattr(gpu, field.name):.4g}", sources[field.name])
-    console.print(table)
-
-
-def _show_rows(console: Console, plan: Plan, rows: list[Row], price: float) -> None:
-    title = (
-        f"{plan.size}, {plan.global_batch_size} images a step, {plan.epochs:g} epochs: predicted, not measured; "
-        f"hours, and price at {price:g} a GPU hour"
-    )
-    table = Table(
-        "GPUs", "images a GPU", "images/s", "of linear", "bound by", *(f"{m:g} M images" for m in MILLIONS), title=title
-    )
+def print_rows(title: str, rows: list[Row], images: float) -> None:
+    """A table; ``images`` is how many the whole run sees."""
+    columns = ("GPUs", "nodes", "images a GPU", "compute ms", "all-reduce ms", "images/s at best", "efficiency")
+    table = Table(*columns, "images/s, not hidden", "efficiency", "hours, from - to", title=title)
     for row in rows:
-        runs = (f"{run['hours']:,.1f} h  {run['price']:,.0f}" for run in row["runs"].values())
-        each = f"{plan.global_batch_size // row['gpus']}"
+        best, plain = (rate / (rows[0].best_rate * row.gpus / rows[0].gpus) for rate in (row.best_rate, row.plain_rate))
         table.add_row(
-            str(row["gpus"]), each, f"{row['images_per_second']:,.0f}", f"{row['of_linear']:.0%}", row["step"]["bound"], *runs
+            *(str(row.gpus), str(row.nodes), str(row.global_batch_size // row.gpus)),
+            *(f"{1000 * row.compute:,.1f}", f"{1000 * row.all_reduce:,.1f}"),
+            *(f"{row.best_rate:,.0f}", f"{best:.0%}", f"{row.plain_rate:,.0f}", f"{plain:.0%}"),
+            f"{images / row.best_rate / 3600:,.1f} - {images / row.plain_rate / 3600:,.1f}",
         )
-    console.print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
 
 
 def draw(tables: dict[str, list[Row]], path: Path) -> None:
-    """Images per second over GPUs for each encoder, beside a line that is straight."""
+    """Images a second over GPUs: a band from the all-reduce not hidden to hidden, beside a straight line."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for size, rows in tables.items():
-        gpus, rates = [row["gpus"] for row in rows], [row["images_per_second"] for row in rows]
-        (line,) = axes.plot(gpus, rates, "o-", markersize=4, label=f"ViT {size}")
-        axes.plot(gpus, [rates[0] * n / gpus[0] for n in gpus], ":", color=line.get_color(), linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s, predicted", xticks=WORLD_SIZES)
+    for name, rows in tables.items():
+        gpus = [row.gpus for row in rows]
+        (line,) = axes.plot(gpus, [row.best_rate for row in rows], "o-", markersize=4, label=name)
+        axes.fill_between(gpus, [r.plain_rate for r in rows], [r.best_rate for r in rows], color=line.get_color(), alpha=0.2)
+        axes.plot(gpus, [rows[0].best_rate * n for n in gpus], ":", color=line.get_color(), linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="images/s, calculated, not measured", xticks=WORLD_SIZES)
     axes.set_xticklabels([str(n) for n in WORLD_SIZES])
     axes.minorticks_off()
     axes.legend(title="dotted: linear", frameon=False)
@@ -214,87 +135,44 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def run_predict(args: argparse.Namespace) -> None:
-    """Fit, tell the error, predict, and write both."""
-    record, points = read_points(POINTS["cpu"])
-    precision, cpu = record["settings"]["precision"], f"a core of {record['hardware']['cpu']}"
-    core = fit(points, CORE, precision)
-    gpu, sources = gpu_machine(core, cpu, dict(args.set))
-    console = Console()
-    console = console if console.is_terminal else Console(width=max(console.width, 160))
-    fitted_errors = [abs(row["error"]) for row in errors_of(points, core, precision, held_out=False)]
-    console.print(f"{len(fitted_errors)} points are fitted, with a mean error of {sum(fitted_errors) / len(fitted_errors):.1%}")
-    errors = errors_of(points, core, precision, held_out=True)
-    means = {"cpu": _show_errors(console, errors)}
-    if POINTS["cuda"].exists():
-        other, cuda_points = read_points(POINTS["cuda"])
-        used = fit(cuda_points, gpu, other["settings"]["precision"])
-        cuda_errors = errors_of(cuda_points, used, other["settings"]["precision"], held_out=True)
-        means["cuda"] = _show_errors(console, cuda_errors)
-        errors += cuda_errors
-    _show_constants(console, core, gpu, sources, cpu)
-    plan = Plan("", 0, args.global_batch, args.micro_batch, args.epochs, image_bytes=record["image_bytes"])
-    tables = {size: predicted(replace(plan, size=size), gpu, args.price_per_gpu_hour) for size in SIZES}
-    for size, rows in tables.items():
-        _show_rows(console, replace(plan, size=size), rows, args.price_per_gpu_hour)
-    taken = ", ".join(str(n) for n in admissible_world_sizes(args.global_batch, WORLD_SIZES[-1]))
-    console.print(
-        f"a global batch of {args.global_batch} can be shared by {taken} GPUs and no other number up to {WORLD_SIZES[-1]}"
-    )
-    found = {
-        "commit": environment.git_commit(),
-        "points": {"commit": record["commit"], "hardware": record["hardware"], "image_bytes": record["image_bytes"]},
-        "fitted": asdict(core),
-        "gpu": {name: {"value": getattr(gpu, name), "source": source} for name, source in sources.items()},
-        "mean_error_of_fitted": sum(fitted_errors) / len(fitted_errors),
-        "held_out": errors,
-        "mean_error": means,
-        "price_per_gpu_hour": args.price_per_gpu_hour,
-        "plan": asdict(plan) | {"size": list(SIZES), "num_images": [m * 1e6 for m in MILLIONS]},
-        "predicted": tables,
-    }
-    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    draw(tables, args.image)
+def machine_of(name: str, network_gbits: float, gpus_per_node: int, reached: float) -> Machine:
+    """A GPU of ``DATA_SHEETS`` that reaches a share of its operations and of its memory's bandwidth."""
+    if not 0 < reached <= 1 or network_gbits <= 0 or gpus_per_node < 1:
+        raise UserError("--reached must be above 0 and at most 1, --network-gbits above 0 and --gpus-per-node at least 1")
+    peak, (memory, link) = flops.peak_flops(name, "bf16"), DATA_SHEETS[name]
+    assert peak, f"flops.py has no peak of {name}"
+    return Machine(reached * peak, reached * memory, link, network_gbits * 1e9 / 8, gpus_per_node)
 
 
-def run_measure(args: argparse.Namespace) -> None:
-    """Measure and write the points."""
-    record = measure(args.rounds)
-    out = args.out or POINTS[record["settings"]["device"]]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+def run(args: argparse.Namespace) -> None:
+    """Print a table for each configuration, and draw them."""
+    machine = machine_of(args.gpu, args.network_gbits, args.gpus_per_node, args.reached)
+    tables = {}
+    for path in args.configs:
+        settings = config.load(config.Pretrain, path)
+        spec, batch = RegionSpec(**settings.region_arguments()), args.global_batch or settings.train.global_batch_size
+        work = Work(settings.model.size, spec, decoder_depth=settings.decoders.depth)
+        tables[path.stem] = rows = count_rows(work, machine, batch, settings.train.max_micro_batch_size)
+        title = f"{path.stem}, {batch} images a step, {args.gpu}: arithmetic, nothing was measured on a GPU"
+        print_rows(title, rows, (settings.train.epochs or 1) * args.images)
+    if args.plot:
+        draw(tables, args.plot)
 
 
-def _setting(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    return name, float(value)
-
-
-def main() -> None:
-    """Two verbs."""
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-    measuring = verbs.add_parser("measure", help="time the points on this machine")
-    measuring.add_argument("--rounds", type=int, default=3, help="turns of each point, of which the median counts")
-    measuring.add_argument("--out", type=Path, help="default: scaling_points.json beside the other results")
-    measuring.set_defaults(run=run_measure)
-    predicting = verbs.add_parser("predict", help="fit, tell the error on held-out points, predict")
-    predicting.add_argument("--price-per-gpu-hour", type=float, default=2.5, help="an assumption (default 2.5)")
-    predicting.add_argument("--global-batch", type=int, default=2048, help="images a step over all GPUs (default 2048)")
-    predicting.add_argument("--micro-batch", type=int, default=256, help="most images of a GPU at once (default 256)")
-    predicting.add_argument("--epochs", type=float, default=100, help="passes over the images (default 100, the paper's)")
-    predicting.add_argument(
-        "--set", type=_setting, action="append", default=[], metavar="NAME=VALUE", help="a constant of the GPUs"
-    )
-    predicting.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
-    predicting.add_argument("--image", type=Path, default=ROOT / "docs" / "scaling.png")
-    predicting.set_defaults(run=run_predict)
-    args = parser.parse_args()
-    try:
-        args.run(args)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    add = parser.add_argument
+    add("configs", nargs="*", type=Path, default=CONFIGS, help="of pre-training (default: the paper's two)")
+    add("--gpu", choices=DATA_SHEETS, default="NVIDIA H100 80GB HBM3", help="whose data sheet (default %(default)s)")
+    add("--gpus-per-node", type=int, default=8, help="GPUs that NVLink joins (default 8)")
+    add("--network-gbits", type=float, default=400, help="Gbit/s of a node to the others, an assumption (default 400)")
+    add("--reached", type=float, default=1.0, help="share of the GPU's ceilings that a step reaches, an assumption (default 1)")
+    add("--global-batch", type=int, help="images a step over all GPUs (default: the configuration's)")
+    add("--images", type=float, default=LUPERSON_IMAGES, help="images of the data set, for the hours (default LUPerson's)")
+    add("--plot", type=Path, help="draw the tables to this file")
+    args = parser.parse_args(argv)
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -105,8 +105,7 @@ def count_stages(work: Work) -> dict[str, Stage]:
     teacher, _ = _encoder(num_patches, dim, depth, work)
     pixel = _decoder(work, work.pixel_dim, patch_dim)
     feature = _decoder(work, work.feature_dim, dim)
-    of_encoder = _encoder_params(dim, depth, patch_dim)
-    params = of_encoder + sum(_decoder_params(dim, *widths, work.decoder_depth) for widths in _decoder_widths(work))
+    params, of_encoder = count_params(work)
     target = Stage(0, 2 * _FP32 * num_patches * dim)  # the teacher's last norm: the stream in, the target out
     return dict(
         zip(
@@ -125,6 +124,14 @@ def count_stages(work: Work) -> dict[str, Stage]:
             strict=True,
         )
     )
+
+
+def count_params(work: Work) -> tuple[int, int]:
+    """Parameters that are trained, and those of them that the teacher averages."""
+    encoder = SIZES[work.size]
+    of_encoder = _encoder_params(encoder["embed_dim"], encoder["depth"], work.patch_dim)
+    widths = _decoder_widths(work)
+    return of_encoder + sum(_decoder_params(encoder["embed_dim"], *each, work.decoder_depth) for each in widths), of_encoder
 
 
 @dataclass(frozen=True, slots=True)
