@@ -171,7 +171,7 @@ def test_members_of_a_tar_that_lie_side_by_side_are_one_request(s3_server, image
         ("s3://crops/nothing", "s3://crops/nothing holds none"),
         ("s3://crops/a #1/note.txt", "note.txt is a file of another kind"),
         ("s3://crops/lup", "an LMDB is read on a disk only. Copy s3://crops/lup/data.mdb to a directory first"),
-        ("s3://crops/x.tgz", "decompress s3://crops/x.tgz first"),
+        ("s3://crops/x.tgz", "Decompress s3://crops/x.tgz first"),
         ("gs://crops/a", "in a store that cannot be listed"),
         ("s3://", "a location like s3://bucket/prefix is required"),
     ],

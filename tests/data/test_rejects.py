@@ -35,7 +35,7 @@ def test_too_many_rejects_end_with_code_1_and_a_summary_by_kind(source, tmp_path
     assert line.startswith("error: at most 0.05 of the images may be left out (--max-rejects). 3 of 53 are (5.7%): ")
     assert "2 ends too early (first: cut1.jpg: it ends early: Premature end of JPEG file); 1 no image that can be" in line
     assert f"All are listed in {tmp_path}/out.partial/rejects.jsonl" in line
-    assert "take the rest with --max-rejects 0.06, which ends at once" in line
+    assert "Take the rest with --max-rejects 0.06, which ends at once" in line
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial" / "index.json").exists()
     assert [reject["key"] for reject in rejects.read(f"{tmp_path}/out.partial")] == ["cut1.jpg", "cut2.jpg", "text.jpg"]

@@ -148,8 +148,8 @@ def test_compressed_shards_and_shards_without_a_jpeg_column_are_refused(own_shar
     index = json.loads((own_shards / "index.json").read_text())
     way_on = f"import them with 'personmae shards write {own_shards} OUT'"
     for change, expected in (
-        ({"compression": "zstd"}, f"these have the compression zstd: {way_on}"),
-        ({"column_names": ["image", "key", "height", "width"]}, "these have the columns image ("),
+        ({"compression": "zstd"}, f"These have the compression zstd: {way_on}"),
+        ({"column_names": ["image", "key", "height", "width"]}, "These have the columns image ("),
         ({"column_encodings": ["uint16", "pil", "str", "uint16"]}, way_on),
         ({"format": "json"}, "shards of the format 'mds' are required"),
     ):

@@ -67,7 +67,7 @@ def test_a_column_of_pixels_is_read_too(jpegs, tmp_path):
 
 def test_an_import_of_compressed_shards_is_resumed_and_trained_from(jpegs, tmp_path, capsys):
     source = foreign(tmp_path / "set", jpegs, compression="zstd")
-    with pytest.raises(UserError, match=f"these have the compression zstd:7?.*personmae shards write {source} OUT"):
+    with pytest.raises(UserError, match=f"These have the compression zstd:7?.*personmae shards write {source} OUT"):
         ShardSet(str(source), tmp_path)
 
     def stop(done: int, total: int) -> None:

@@ -78,7 +78,7 @@ def itself(root: Path) -> Path:
         ("market1501", msmt17, ["market1501 is expected in", "bounding_box_train/", "has none of them"]),
         ("csv", own, ["query.csv is missing", "path, pid and perhaps camid"]),
         ("csv", itself, ["bert/1_c1.jpg is in query and in gallery", "Remove it from the gallery"]),
-        ("msmt71", own, ["there is no benchmark 'msmt71'", "the nearest is 'msmt17'"]),
+        ("msmt71", own, ["there is no benchmark 'msmt71'", "The nearest is 'msmt17'"]),
     ],
     ids=["V2 for V1", "no list", "another layout", "no tables", "a query in the gallery", "a wrong name"],
 )

@@ -17,7 +17,7 @@ PRETRAIN = ("pretrain", "configs/quickstart.yaml")
     ("arguments", "expected"),
     [
         (["loss.feature_wieght=1"], ["unknown key 'loss.feature_wieght'", "the command line", "'loss.feature_weight'"]),
-        (["train.total_steps=many"], ["'train.total_steps' in the command line", "integer", "got 'many'"]),
+        (["train.total_steps=many"], ["'train.total_steps' in the command line", "integer", "Got 'many'"]),
         (["model.img_size=[100,64]"], ["img_size=(100, 64) must be multiples of patch_size=16"]),
         (["train.global_batch_size"], ["an override must look like section.key=value"]),
         (["data.shards=runs/no/such/place"], ["runs/no/such/place does not exist"]),

@@ -168,7 +168,7 @@ def test_the_loss_of_a_worker_stops_the_import_and_the_same_call_goes_on(many, u
             killed[0].kill()
 
     killed: list = []
-    with pytest.raises(Stopped, match=r"a worker process was killed.*run the same command again"):
+    with pytest.raises(Stopped, match=r"a worker process was killed.*Run the same command again"):
         importer.write(many, str(tmp_path / "out"), shard_bytes=SHARD_BYTES, num_processes=2, progress=kill_a_worker)
     assert killed
     assert importer.write(many, str(tmp_path / "out"), shard_bytes=SHARD_BYTES, num_processes=2) == 300

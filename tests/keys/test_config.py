@@ -151,7 +151,7 @@ def test_a_wrong_type_names_key_origin_and_value(path):
     message = refused(path)
     assert message.startswith(f"'train.total_steps' in {path}: ")
     assert "integer" in message
-    assert message.endswith("got 'many'")
+    assert message.endswith("Got 'many'")
     assert "'optim.lr' in the command line: " in refused(path, "train.total_steps=3", "optim.lr=fast")
 
 

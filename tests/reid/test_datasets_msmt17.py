@@ -114,9 +114,9 @@ def test_a_missing_folder_of_images_is_named(tmp_path, folder):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("0000/0000_000_01_0303morning_0008_0.jpg", "got ' 0000/0000_000_01_0303morning_0008_0.jpg'"),
+        ("0000/0000_000_01_0303morning_0008_0.jpg", "Got ' 0000/0000_000_01_0303morning_0008_0.jpg'"),
         ("0000/0000_000_one_0303morning_0008_0.jpg 0", "must look like '0000/0000_000_01_0303morning_0008_0.jpg 0'"),
-        ("0000/0000_000_01_0303morning_0008_0.jpg zero", "got '0000/0000_000_01_0303morning_0008_0.jpg zero'"),
+        ("0000/0000_000_01_0303morning_0008_0.jpg zero", "Got '0000/0000_000_01_0303morning_0008_0.jpg zero'"),
         ("../0000/0000_000_01_0303morning_0008_0.jpg 0", "line 2"),
         (LISTS["query"][0], "names 0000/0000_000_01_0303morning_0015_0.jpg a second time"),
     ],
