@@ -152,7 +152,7 @@ def test_however_the_command_is_ended_its_workers_end_and_the_same_command_goes_
         if code == 75:
             assert len(lines) == 1, errors
             assert lines[0].startswith("stopped: ")
-            assert "run the same command again" in lines[0]
+            assert "run the same command again" in lines[0].lower()
         await_true(lambda command=command: group_is_gone(command.pid))
         assert not out.exists()
     last = personmae("shards", "write", many, out, "--shard-mb", str(SHARD_MB), "--processes", "2")
