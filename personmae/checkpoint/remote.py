@@ -6,10 +6,7 @@ With each go the records of its run (``RECORDS``) as they are then, so that a ru
 """
 
 import contextlib
-import itertools
-import random
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +17,13 @@ from personmae.checkpoint.commit import PASSED_OVER
 from personmae.checkpoint.host_copy import Fingerprint
 from personmae.checkpoint.portable import LATEST, MANIFEST, Fault
 from personmae.errors import Unavailable, UserError
-from personmae.system import files, storage
+from personmae.system import files, retry, storage
+from personmae.system.retry import Patience, passing_reason
 
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 30.0
 RETRY_SECONDS = 120.0  # for which a run that starts waits for a store that is away
 RECORDS = ("metrics.jsonl", "clusters.jsonl", "run.json", "config.yaml")  # of a run directory; no manifest lists them
 _NUM_FETCHES = 2  # of a file whose hash is wrong: the connection may have spoiled it
-_jitter = random.Random()
 _told = set[Path]()  # records that could not be copied
 _Result = TypeVar("_Result")
 
@@ -205,7 +202,7 @@ def _fetch_file(root: str, path: Path, expected: Fingerprint) -> None:
             try:
                 patiently(
                     lambda: _fetch_rest(file, root, path.name, expected),
-                    lambda error, delay: passing_reason(error) != "hash" and wait(error, delay),
+                    lambda error: passing_reason(error) != "hash" and wait(error),
                 )
             except UserError as error:
                 if _says_missing(error.__cause__):
@@ -232,38 +229,24 @@ def _says_missing(error: BaseException | None) -> bool:
 # --- trying again ---
 
 
-def patiently(call: Callable[[], _Result], wait: Callable[[Exception, float], bool] | None = None) -> _Result:
-    """The result of ``call``, tried again while its errors may pass and ``wait(error, seconds)`` has waited."""
-    wait = wait or waiting(RETRY_SECONDS)
-    for tries in itertools.count():
-        try:
-            return call()
-        except Exception as error:  # each store's client has errors of its own; none is kept back
-            reason = passing_reason(error)
-            if reason == "expired":
-                storage.renew_credentials()
-            # with jitter, so that many hosts do not come back at once
-            delay = min(FIRST_DELAY_SECONDS * 2**tries, MAX_DELAY_SECONDS) * _jitter.uniform(0.5, 1.0)
-            if not reason or not wait(error, delay):
-                raise
-    raise AssertionError("the count has no end")
+def patiently(call: Callable[[], _Result], wait: Callable[[Exception], bool] | None = None) -> _Result:
+    """The result of ``call``, tried again while its errors may pass and ``wait`` has waited, else for ``RETRY_SECONDS``."""
+    return retry.retry(call, waiting(RETRY_SECONDS) if wait is None else wait)
 
 
-def waiting(seconds: float) -> Callable[[Exception, float], bool]:
-    """Waits for at most so long in all, and says so once."""
-    deadline, told = time.monotonic() + seconds, False
+def waiting(seconds: float) -> Patience:
+    """Waits for so long in all, and says so once."""
 
-    def wait(error: Exception, delay: float) -> bool:
-        nonlocal told
-        if time.monotonic() + delay > deadline:
-            return False
-        if not told:
+    def log(error: Exception, tries: int, delay: float) -> None:
+        if tries == 0:
             print(f"checkpoint: {error}; trying again for {seconds:.0f} s", flush=True)
-        told = True
-        time.sleep(delay)
-        return True
 
-    return wait
+    return Patience(delays, seconds=seconds, log=log)
+
+
+def delays() -> Iterator[float]:
+    """Between two tries."""
+    return retry.growing(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS)
 
 
 def reaching(call: Callable[[], _Result]) -> _Result:
@@ -278,12 +261,3 @@ def reaching(call: Callable[[], _Result]) -> _Result:
         if passing_reason(error) is None:
             raise
         raise Unavailable(f"{error}; this may pass: run this again") from error
-
-
-def passing_reason(error: BaseException | None) -> str | None:
-    """Why trying again may help, from an error or one that it was raised from."""
-    while error:
-        if reason := storage.passing_reason(error):
-            return reason
-        error = error.__cause__ or error.__context__
-    return None

@@ -23,6 +23,7 @@ from personmae import dist
 from personmae.checkpoint import commit, portable, remote
 from personmae.checkpoint.host_copy import Snapshot
 from personmae.checkpoint.portable import Checkpoint
+from personmae.system.retry import Patience, retry
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOGETHER = timedelta(minutes=30)  # for which the ranks that have written wait for the others
@@ -282,23 +283,21 @@ class Writer:
 
     def _upload(self, step: int, path: Path) -> None:
         where, sent = f"{self._upload_to}/{portable.name_of(step)}", set[str]()
-        deadline, told = time.monotonic() + self._retry_seconds, False
 
         def attempt() -> None:
             with self.counters.time("upload"):
                 remote.send(self._upload_to or "", path, step, sent, anew=step in self._own)
 
-        def wait(error: Exception, delay: float) -> bool:
-            nonlocal told
-            if not told:
-                print(f"checkpoint {where} is not uploaded yet: {error}; trying again", flush=True)
-            told = True
+        def pause(delay: float) -> bool:
             with self._changed:
-                self._changed.wait_for(lambda: self._superseded(step), timeout=delay)
-                return not self._superseded(step) and time.monotonic() < deadline
+                return not self._changed.wait_for(lambda: self._superseded(step), timeout=delay)
+
+        def log(error: Exception, tries: int, delay: float) -> None:
+            if tries == 0:
+                print(f"checkpoint {where} is not uploaded yet: {error}; trying again", flush=True)
 
         try:
-            remote.patiently(attempt, wait)
+            retry(attempt, Patience(remote.delays, seconds=self._retry_seconds, pause=pause, log=log))
         except Exception as error:  # whatever it is, the run goes on: the checkpoint is whole in the run directory
             print(f"checkpoint {where} is not uploaded: {error}; {path} is kept here", flush=True)
             return

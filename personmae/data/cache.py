@@ -11,10 +11,8 @@ import copy
 import enum
 import errno
 import fcntl
-import itertools
 import math
 import os
-import random
 import shutil
 import sys
 import threading
@@ -30,7 +28,8 @@ from personmae.data import mds
 from personmae.data.counters import StreamCounters
 from personmae.data.mds import MappedShard, Shard
 from personmae.errors import UserError
-from personmae.system import storage
+from personmae.system import retry, storage
+from personmae.system.retry import Patience, WrongHash
 
 MAX_BAD_FETCHES = 3  # in a row, of one shard, with a wrong hash or expired credentials
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0
@@ -314,41 +313,55 @@ class ShardCache:
             raise
 
     def _fill(self, part: BinaryIO, shard: Shard) -> None:
-        """Read until the content has the hash of the index. Continue where a broken connection stopped."""
-        attempts = _Attempts(f"{self.root}/{shard.name}", self._retry_seconds, self._counters)
-        while True:
-            before, start = part.tell(), time.monotonic()
-            try:
-                if part.tell() < shard.num_bytes:
-                    storage.fetch_into(part, self.root, shard.name, self._check_open)
-                if part.tell() == shard.num_bytes and mds.agrees(Path(part.name), shard):
-                    self._counters.requests.labels("get", "ok").inc()
-                    return
-                reason, error = "hash", None
-            except Exception as raised:
-                self._check_open()
-                reason, error = storage.passing_reason(raised), raised
-            finally:
-                self._counters.request_seconds.observe(time.monotonic() - start)
-                self._counters.bytes.labels("remote").inc(max(0, part.tell() - before))
-            self._counters.requests.labels("get", reason or "refused").inc()
-            if reason == "hash":
-                self._counters.corrupt.inc()
-            delay = attempts.next_delay(reason, error, progress=part.tell() > before)
-            if reason == "hash":
+        """Read until the content is that of the index; go on where a broken connection stopped."""
+        attempts = _Attempts(f"{self.root}/{shard.name}", self._retry_seconds, self._counters, self._pause)
+        read_before = part.tell()
+
+        def wait(error: Exception) -> bool:
+            nonlocal read_before
+            again = attempts.wait(error, progress=part.tell() > read_before)
+            if isinstance(error, WrongHash):
                 part.seek(0)
                 part.truncate(shard.num_bytes)
-            if reason == "expired":
-                storage.renew_credentials()
-            self._pause(delay)
+            read_before = part.tell()
+            return again
+
+        with storage.explained(attempts.location, "reading shard"):
+            retry.retry(lambda: self._try_to_fill(part, shard), wait)
+
+    def _try_to_fill(self, part: BinaryIO, shard: Shard) -> None:
+        """Read what is missing of the unfinished file, and check the whole; all of it is counted.
+
+        Raises:
+            WrongHash: it is not what the index says.
+            Cancelled: the cache was closed meanwhile.
+        """
+        before, start = part.tell(), time.monotonic()
+        try:
+            if before < shard.num_bytes:
+                storage.fetch_into(part, self.root, shard.name, self._check_open)
+            if part.tell() != shard.num_bytes or not mds.agrees(Path(part.name), shard):
+                raise WrongHash
+        except Exception as error:
+            if self._closed.is_set():
+                raise Cancelled from None
+            self._counters.requests.labels("get", retry.passing_reason(error) or "refused").inc()
+            if isinstance(error, WrongHash):
+                self._counters.corrupt.inc()
+            raise
+        finally:
+            self._counters.request_seconds.observe(time.monotonic() - start)
+            self._counters.bytes.labels("remote").inc(max(0, part.tell() - before))
+        self._counters.requests.labels("get", "ok").inc()
 
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise Cancelled
 
-    def _pause(self, seconds: float) -> None:
+    def _pause(self, seconds: float) -> bool:
         if self._closed.wait(seconds):
             raise Cancelled
+        return True
 
     def _disk_full(self, part: BinaryIO, shard: Shard) -> UserError:
         return UserError(
@@ -372,65 +385,68 @@ def persist(call: Callable[[], T], location: str, retry_seconds: float, counters
     Raises:
         UserError: it cannot be had.
     """
+    return retry.retry(call, _Attempts(location, retry_seconds, counters).wait, _reason_of_request)
+
+
+def _reason_of_request(error: Exception) -> str | None:
     from botocore.exceptions import EndpointConnectionError
 
-    attempts = _Attempts(location, retry_seconds, counters)
-    while True:
-        try:
-            return call()
-        except UserError as error:
-            reason = storage.passing_reason(error)
-            nobody_there = isinstance(error.__cause__, EndpointConnectionError) and _OF_AN_AGENT not in os.environ
-            if nobody_there or reason not in ("throttled", "server_error", *_BROKEN):
-                raise
-            time.sleep(attempts.next_delay(reason, error, progress=False))
+    nobody_there = isinstance(error.__cause__, EndpointConnectionError) and _OF_AN_AGENT not in os.environ
+    if nobody_there or not isinstance(error, UserError):
+        return None
+    reason = retry.passing_reason(error)
+    return reason if reason not in _BAD else None
 
 
-_BROKEN = ("timeout", "truncated", "connection")  # on the way
+_BAD = ("hash", "expired")  # what comes back is wrong; waiting for long does not mend it
 
 
 class _Attempts:
     """When to try a read again, and when to give up."""
 
-    def __init__(self, location: str, retry_seconds: float, counters: StreamCounters):
-        self._location, self._retry_seconds, self._counters = location, retry_seconds, counters
-        self._tries, self._since, self._bad = itertools.count(), time.monotonic(), 0
+    def __init__(
+        self,
+        location: str,
+        retry_seconds: float,
+        counters: StreamCounters,
+        pause: Callable[[float], bool] | None = None,
+    ):
+        self.location, self._retry_seconds, self._counters, self._bad = location, retry_seconds, counters, 0
 
-    def next_delay(self, reason: str | None, error: Exception | None, *, progress: bool) -> float:
-        """Seconds to wait before the next try, growing and with jitter, so that many readers do not come back at once.
+        def delays() -> Iterator[float]:
+            return retry.growing(FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, jitter=(0.5, 1.5))
+
+        self._patience = Patience(delays, seconds=retry_seconds, pause=pause, log=self._log)
+
+    def wait(self, error: Exception, *, progress: bool = False) -> bool:
+        """Wait before the next try; where bytes have come since the last one (``progress``), no longer than at first.
 
         Raises:
-            UserError: trying again cannot help, or has been tried for long enough. The shard and the cause are named.
+            UserError: it has been tried for long enough; the shard and the cause are named.
         """
-        if error and not reason:
-            with storage.explained(self._location, "reading shard"):
-                raise error
-        self._bad = self._bad + 1 if reason in ("hash", "expired") else 0
-        if progress and reason not in ("hash", "expired"):
-            self._tries, self._since = itertools.count(), time.monotonic()
-        if self._bad >= MAX_BAD_FETCHES or (not self._bad and time.monotonic() - self._since > self._retry_seconds):
+        reason = retry.passing_reason(error) or ""
+        self._bad = self._bad + 1 if reason in _BAD else 0
+        if progress and not self._bad:
+            self._patience.restart()
+        if self._bad >= MAX_BAD_FETCHES or (not self._bad and self._patience.is_over):
             raise self._give_up(reason, error) from error
-        assert reason
         self._counters.retries.labels(reason).inc()
-        tries = next(self._tries)
-        delay = min(FIRST_DELAY_SECONDS * 2**tries, MAX_DELAY_SECONDS) * random.uniform(0.5, 1.5)
-        if tries & (tries - 1) == 0:  # the first, second, third, fifth, ninth: a long outage is not a flood of lines
-            print(
-                f"shard {self._location}: {error or 'wrong hash'} ({reason}); again in {delay:.1f} s",
-                file=sys.stderr,
-                flush=True,
-            )
-        return delay
+        return self._patience.wait(error)
 
-    def _give_up(self, reason: str | None, error: Exception | None) -> UserError:
+    def _log(self, error: Exception, tries: int, delay: float) -> None:
+        if tries & (tries - 1) == 0:  # the first, second, third, fifth, ninth: a long outage is not a flood of lines
+            told = f"shard {self.location}: {error} ({retry.passing_reason(error)}); again in {delay:.1f} s"
+            print(told, file=sys.stderr, flush=True)
+
+    def _give_up(self, reason: str, error: Exception) -> UserError:
         if reason == "hash":
             return UserError(
-                f"shard {self._location} does not have the size and hash its index gives, fetched {self._bad} times in a row; "
+                f"shard {self.location} does not have the size and hash its index gives, fetched {self._bad} times in a row; "
                 "write it again"
             )
         if reason == "expired":
-            return UserError(f"shard {self._location} cannot be read: the credentials have expired ({error}); get new ones")
+            return UserError(f"shard {self.location} cannot be read: the credentials have expired ({error}); get new ones")
         return UserError(
-            f"shard {self._location} cannot be read: {error}; tried again for {self._retry_seconds:.0f} s "
+            f"shard {self.location} cannot be read: {error}; tried again for {self._retry_seconds:.0f} s "
             "(data.retry_seconds) without a byte: check the address and the network"
         )

@@ -7,7 +7,6 @@ Names are text in every locale: bytes that are not UTF-8 are kept as Python's ``
 import io
 import os
 import re
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,9 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, final
 
 from personmae.errors import UserError
-from personmae.system import storage
+from personmae.system import retry, storage
 
-LOST = (FileNotFoundError, PermissionError, IsADirectoryError)  # of one file, and for good
 _AHEAD = 1 << 20  # bytes that are fetched at once while an object is read piece by piece
 _MOST_AHEAD = 8  # times as much, for what is read in order
 _PAUSES = (0.1, 1.0, 5.0)
@@ -56,7 +54,7 @@ class Files(ABC):
         """The bytes of a file, or ``num_bytes`` of them from ``offset`` on.
 
         Raises:
-            OSError: they cannot be read. One of ``LOST`` if this file is not to be had.
+            OSError: they cannot be read; one of ``retry.LOST`` if this file is not to be had.
         """
 
     @abstractmethod
@@ -103,16 +101,9 @@ def patiently(call: Callable[[], _Result]) -> _Result:
     """The result of ``call``. A disk or a network that fails is asked again for six seconds.
 
     Raises:
-        OSError: it still fails, or one of ``LOST``.
+        OSError: it goes on failing, or one of ``retry.LOST``.
     """
-    for pause in _PAUSES:
-        try:
-            return call()
-        except LOST:
-            raise
-        except OSError:
-            time.sleep(pause)
-    return call()
+    return retry.retry(call, retry.Patience(lambda: iter(_PAUSES)), retry.disk_reason)
 
 
 # --- a directory ---
@@ -236,7 +227,7 @@ class BucketFiles(Files):
             response: dict[str, Any] = getattr(error, "response", {})
             if response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
                 raise FileNotFoundError("it is no longer in the bucket") from error
-            reason = storage.passing_reason(error)
+            reason = retry.passing_reason(error)
             if reason == "expired":
                 storage.renew_credentials()
             if reason:

@@ -18,13 +18,14 @@ import numpy as np
 
 from personmae import dist, images
 from personmae.data.containers import ImageEntry
-from personmae.data.files import LOST, patiently
+from personmae.data.files import patiently
 from personmae.data.mds import INDEX
 from personmae.data.shard_set import ShardSet
 from personmae.data.sources import Source
 from personmae.errors import UserError
 from personmae.images import BadImage
 from personmae.system import mosaic
+from personmae.system.retry import LOST
 
 COLUMNS = {"jpeg": "bytes", "key": "str", "height": "uint16", "width": "uint16"}
 HASHES = ["xxh64"]

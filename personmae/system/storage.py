@@ -2,14 +2,13 @@
 
 S3 goes through boto3 and its credential chain (environment, profile, web identity, instance role), never unsigned.
 ``S3_ENDPOINT_URL`` or ``AWS_ENDPOINT_URL`` names an S3-compatible server. Other schemes use mosaicml-streaming's clients.
-Nothing here tries again: who reads decides that, by ``passing_reason``.
+Nothing here tries again: who reads decides that, by ``retry``.
 """
 
 import functools
 import os
 import re
 import shutil
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -25,24 +24,6 @@ _BLOCK = 1 << 20
 _MOST_DELETED = 1000  # by one request, S3's own bound
 _making_client = threading.Lock()  # it takes a tenth of a second and ten megabytes: threads must not make one each
 
-# Answers of a server that another try may change, and what to call them in counts.
-_PASSING_CODES = {
-    "SlowDown": "throttled",
-    "Throttling": "throttled",
-    "ThrottlingException": "throttled",
-    "RequestLimitExceeded": "throttled",
-    "TooManyRequests": "throttled",
-    "503": "throttled",
-    "ServiceUnavailable": "throttled",
-    "InternalError": "server_error",
-    "500": "server_error",
-    "502": "server_error",
-    "504": "server_error",
-    "RequestTimeout": "timeout",
-    "ExpiredToken": "expired",
-    "ExpiredTokenException": "expired",
-    "RequestExpired": "expired",
-}
 # Answers of servers that delete one object at a time, or that want another checksum of a list than ours.
 _ONE_BY_ONE = {"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "InvalidRequest", "MalformedXML", "501", "405", "400"}
 _HINTS = {
@@ -215,31 +196,6 @@ def list_folders(root: str) -> list[str] | None:
         pages = s3_client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
         found = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", [])]
     return [folder.removeprefix(prefix).rstrip("/") for folder in found]
-
-
-def passing_reason(error: BaseException) -> str | None:
-    """Why reading may succeed when it is tried again, in a word; None where trying again cannot help."""
-    from botocore import exceptions as boto
-    from urllib3 import exceptions as http
-
-    if isinstance(error, UserError) and error.__cause__:  # it was explained already
-        error = error.__cause__
-    match error:
-        case boto.ClientError():
-            code = error.response.get("Error", {}).get("Code", "")
-            status = str(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", ""))
-            return _PASSING_CODES.get(code) or _PASSING_CODES.get(status)
-        case boto.ReadTimeoutError() | boto.ConnectTimeoutError() | http.ReadTimeoutError() | TimeoutError():
-            return "timeout"
-        case boto.IncompleteReadError() | http.IncompleteRead():
-            return "truncated"
-        case boto.FlexibleChecksumError():
-            return "hash"
-        case boto.CredentialRetrievalError() | boto.TokenRetrievalError():
-            return "expired"
-        case boto.ConnectionError() | boto.HTTPClientError() | http.HTTPError() | ConnectionError() | socket.gaierror():
-            return "connection"
-    return None
 
 
 def fetch_into(file: BinaryIO, root: str, name: str, check: Callable[[], None]) -> None:
