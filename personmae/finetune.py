@@ -3,9 +3,7 @@
 ``personmae finetune CONFIG [a.b=c ...]`` and ``deepspeed launcher/finetune.py --config CONFIG [a.b=c ...]`` both end here.
 """
 
-import contextlib
-import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,44 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from personmae import batch_plan, config, dist, optim, precision
-from personmae.checkpoint import portable, resume_point, run_lock, start_anew
-from personmae.checkpoint.writer import Schedule, Writer, finish
+from personmae import config, dist, downstream, optim
+from personmae.checkpoint import portable
+from personmae.checkpoint.writer import Writer
 from personmae.config import RANDOM
-from personmae.downstream import (
-    augmented,
-    evaluate,
-    identity,
-    is_complete,
-    keep_precision,
-    record_run,
-    require_same,
-    tell_complete,
-    tell_end,
-)
-from personmae.engine.base import Engine, PortableState
+from personmae.downstream import augmented
+from personmae.engine.base import Engine
 from personmae.engine.native import NativeEngine
-from personmae.errors import Stopped, UserError
+from personmae.errors import UserError
 from personmae.guard import Guard
 from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
 from personmae.monitor import run_log
 from personmae.monitor.heartbeat import Phase
 from personmae.monitor.rank_metrics import RankMetrics
 from personmae.precision import Precision
-from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids, train_labels
-from personmae.reid.features import timed
-from personmae.reid.heads import (
-    Classifier,
-    ReIDModel,
-    build_head,
-    describe_start,
-    layer_id,
-    settings_from,
-    trained_size,
-)
+from personmae.reid.datasets import Benchmark, pids_and_camids, train_labels
+from personmae.reid.heads import Classifier, ReIDModel, build_head, layer_id, settings_from, trained_size
 from personmae.reid.losses import reid_loss
 from personmae.reid.sampler import pk_batches
-from personmae.reid.transforms import ImageSet, load_ahead
+from personmae.reid.transforms import load_ahead
 from personmae.system import compile_cache
 
 
@@ -66,17 +45,13 @@ class FinetuneState:
     model_settings: dict[str, Any]  # architecture and preprocessing, which travel with the weights
     engine: Engine
     order: np.ndarray  # (total_steps, P * K): the images of every global batch
-    identity: dict[str, Any]  # what must agree before the run is resumed
+    resume_key: dict[str, Any]  # what must agree before the run is resumed
     precision: Precision
     step: int = 0
 
     @property
     def total_steps(self) -> int:
         return len(self.order)
-
-    def is_due(self, step: int) -> bool:
-        """Whether a step is one that is logged."""
-        return step % self.settings.train.log_every == 0 or step == self.total_steps
 
 
 def run(settings: config.Finetune) -> None:
@@ -87,82 +62,34 @@ def run(settings: config.Finetune) -> None:
         Stopped: a signal asked for it; the state is saved.
         Diverged: gradients are no longer finite.
     """
-    began, world = time.monotonic(), dist.read_world()
-    metrics = RankMetrics("finetune", **settings.metrics.rank_metrics_arguments())
-    batch_plan.require_equal_parts(
-        settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
-    )
-    benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
-    if start_anew.may_be_complete(settings.run_dir, settings.checkpoint.resume) and is_complete(settings, benchmark):
-        if world.is_first:
-            tell_complete(settings)
-        metrics.complete()
-        metrics.close()
-        return
-    stop = dist.StopSignal()
-    dist.start(world)
-    order = np.concatenate(plan_batches(settings, benchmark))
+    parts = downstream.Parts("finetune", lambda *_: None, build_state, load, log_setup, train)
+    downstream.run(settings, parts)
 
-    chosen = precision.choose(settings.train.precision, str(world.device), share=dist.from_first_rank)
+
+def build_state(settings: config.Finetune, world: dist.World, benchmark: Benchmark, chosen: Precision) -> FinetuneState:
+    """The state of step 0."""
+    order = np.concatenate(plan_batches(settings, benchmark))
     torch.manual_seed(settings.seed)
     module, model_settings = build(settings, int(train_labels(benchmark.train).max()) + 1, chosen)
     module.to(world.device).train()
+    known = downstream.resume_key(settings, benchmark, chosen.name)
     engine = build_engine(settings, module)
-    known = identity(settings, benchmark, chosen.name)
-    state = FinetuneState(settings, world, benchmark, module, model_settings, engine, order, known, chosen)
-    held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
-    try:
-        with metrics.restoring():
-            found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
-        if world.is_first:
-            announce(state)
-        log = run_log.RunLog(
-            settings.run_dir,
-            is_first=world.is_first,
-            title="finetune",
-            total_steps=state.total_steps,
-            first_step=state.step,
-            numbers=metrics.run,
-        )
-        with contextlib.closing(log):
-            train(state, found, log, metrics, stop)
-            state.engine.close()
-            evaluate(state, log, metrics, stop)
-        metrics.complete(settings.run_dir, settings.checkpoint.upload_to)
-        if world.is_first:
-            tell_end(settings, "finetune", time.monotonic() - began)
-    finally:
-        dist.stop()
-        if held:
-            held.close()
-        metrics.close(lambda: stop.requested)
+    return FinetuneState(settings, world, benchmark, module, model_settings, engine, order, known, chosen)
 
 
 def train(state: FinetuneState, found: Path | None, log: run_log.RunLog, metrics: RankMetrics, stop: dist.StopSignal) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
     labels = torch.from_numpy(train_labels(state.benchmark.train))
-    pool = ThreadPoolExecutor(dist.threads_per_rank(world))
-    paths = [sample.path for sample in state.benchmark.train]
-    with timed(log.log, f"opening {len(paths):,} images"):
-        images = ImageSet(paths, settings.model.img_size, pool=pool)
-    writer = open_writer(settings, found) if world.is_first else None
-    if writer:
-        metrics.read_writer(writer.counters.registry)
-    if metrics.run:
-        metrics.run.plan(
-            first_step=state.step,
-            total_steps=total_steps,
-            world_size=world.world_size,
-            checkpoint_steps=settings.checkpoint.every_steps,
-        )
-    schedule = Schedule(**settings.checkpoint.schedule_arguments())
     guard = Guard(world.device, max_skipped_steps=settings.train.max_skipped_steps)
-    ours, due, shown = dist.share(state.order.shape[1]), False, True  # the first step is shown at once
+    ours, silent = dist.share(state.order.shape[1]), True  # the first step is shown at once
     share_drop_path(state.module, state.order.shape[1], ours)
     left = state.order[state.step :]
     working: Phase = "compile" if settings.train.compile else "step"  # what the next step is
-    try:
+    with (
+        downstream.open_images(state, log) as images,
+        closing(downstream.build_saver(state, found, save, guard, metrics, stop)) as saver,
+    ):
         for chosen, decoded in zip(left, load_ahead(images, left[:, ours]), strict=True):
             metrics.beat(working, state.step)
             metrics.enter("inputs")
@@ -172,36 +99,21 @@ def train(state: FinetuneState, found: Path | None, log: run_log.RunLog, metrics
             metrics.enter("optimizer")
             lr_scale = lr_scale_at(settings, state.step, total_steps)
             _, skipped = engine.step(lr_scale)
-            guard.note(losses["loss"], skipped)
+            guard.add(losses["loss"], skipped)
             state.step, working = state.step + 1, "step"
 
             metrics.count(state.step, len(chosen))
             log.advance(state.step)
-            if shown or state.is_due(state.step):
+            in_turn = state.step % settings.train.log_every == 0 or state.step == total_steps
+            if silent or in_turn:
                 stacked = dist.mean(torch.stack([value.float() for value in losses.values()]))
                 values = dict(zip(losses, stacked.tolist(), strict=True)) | {"lr": lr_scale * settings.optim.lr}
-                record = log.record if state.is_due(state.step) else log.display
-                record(state.step, values, images_per_step=len(chosen))
-            by_clock = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
-            stopping, by_clock, shown = dist.any_ranks(stop.requested, by_clock, log.is_due())
-            due |= by_clock or schedule.by_step(state.step)
-            counted = (due or state.is_due(state.step)) and guard.last_counted(state.step, settings.run_dir)
-            if stopping or state.step == total_steps or (due and counted):
-                metrics.beat("checkpoint", state.step)
-                save(state, writer)
-                due = False
-            if stopping and state.step < total_steps:
-                stop.settle()
-                finish(writer)
-                raise Stopped(
-                    f"at step {state.step} of {total_steps}, state saved in {settings.run_dir}; run this again to go on"
-                )
+                (log.record if in_turn else log.display)(state.step, values, images_per_step=len(chosen))
+            if in_turn:
+                guard.last_counted(state.step, settings.run_dir)  # ends a run whose gradients stay infinite
+            silent = saver.at(state.step, silent=log.is_due())
             metrics.enter("data_wait")
-        finish(writer)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if writer:
-            writer.close()  # last: it may raise
+        saver.end(state.step)
 
 
 class SupervisedReID(nn.Module):
@@ -300,31 +212,14 @@ def lr_scale_at(settings: config.Finetune, step: int, total_steps: int) -> float
     )
 
 
-def open_writer(settings: config.Finetune, resumed: Path | None) -> Writer:
-    """What saves the run's states beside the loop."""
-    return Writer(settings.run_dir, resumed=resumed, **settings.checkpoint.writer_arguments())
-
-
 def save(state: FinetuneState, writer: Writer | None) -> None:
     """Have a checkpoint written; here stands everything that a resumed run needs. Called by all ranks together."""
     dist.average_buffers(state.module)  # running statistics of what each rank has seen
     saved = state.engine.portable_state()
     if not writer or saved is None:
         return
-    head = state.module.get_submodule("model.head")
-    record = {
-        "total_steps": state.total_steps,
-        "num_updates": saved.num_updates,
-        "num_classes": num_classes(head),
-        "init": state.settings.init,
-        "head": state.settings.head.model_dump(),
-        "model": state.model_settings,
-        "benchmark": state.benchmark.name,
-        "root": str(Path(state.benchmark.root).resolve()),
-        "identity": state.identity,
-        **state.precision.record(),
-        "versions": portable.versions(),
-    }
+    classes = num_classes(state.module.get_submodule("model.head"))
+    record = downstream.record_of(state, saved.num_updates, num_classes=classes, head=state.settings.head.model_dump())
     writer.save(portable.Checkpoint(state.step, {"model": saved.params, **saved.moments}, record))
 
 
@@ -333,32 +228,11 @@ def num_classes(head: nn.Module) -> int:
     return next(p.shape[0] for name, p in head.named_parameters() if name.endswith("classifier.weight"))
 
 
-def resume(state: FinetuneState) -> Path | None:
-    """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
-    found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
-    if not found:
-        return None
-    saved = found.read()
-    keep_precision(state, saved.state.get("identity", {}))
-    require_same(found.path, state.settings, state.identity, saved.state.get("identity", {}))
-    tensors = dict(saved.tensors)
-    state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
-    state.step = saved.step
-    found.tell(state.step, state.total_steps)
-    return found.path
+def load(state: FinetuneState, saved: portable.Checkpoint) -> None:
+    """Take over a checkpoint's tensors."""
+    downstream.load_engine(state.engine, saved)
 
 
-def announce(state: FinetuneState) -> None:
+def log_setup(state: FinetuneState) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
-    settings, total_steps = state.settings, state.total_steps
-    record_run(state)
-    print(f"finetune: {state.precision}")
-    if settings.init != RANDOM and not state.step:
-        print(f"finetune: {describe_start(state.module.model, settings.init, settings.model.img_size)}")
-    millions = sum(p.numel() for p in state.module.parameters()) / 1e6
-    going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"
-    print(
-        f"finetune: {settings.model.size} with {settings.head.kind} head ({millions:.1f} M parameters) from {settings.init}, "
-        f"{going}, peak lr {settings.optim.lr:.3g}, run {settings.run_dir}",
-        flush=True,
-    )
+    downstream.log_setup(state, "finetune", f" with {state.settings.head.kind} head")

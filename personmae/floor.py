@@ -90,7 +90,7 @@ class FloorEstimate:
         self._num_images = self._steps * global_batch_size
         self._moments: Moments | None = None
 
-    def note(self, batch: Batch) -> None:
+    def add(self, batch: Batch) -> None:
         """Look at a micro-batch of the next step."""
         if not self._steps:
             return

@@ -13,7 +13,7 @@ class Guard:
     """Counts the steps that an engine has skipped, and compares each interval's loss with those before it.
 
     ``spike_factor`` is what the mean loss of an interval may at most be of the running mean before it; None watches nothing.
-    ``usual`` is that mean where a run goes on.
+    ``loss_ema`` is that mean where a run goes on.
     """
 
     def __init__(
@@ -22,28 +22,28 @@ class Guard:
         *,
         max_skipped_steps: int,
         spike_factor: float | None = None,
-        usual: float | None = None,
+        loss_ema: float | None = None,
     ):
         self._max_skipped_steps, self._spike_factor = max_skipped_steps, spike_factor
-        self.in_row = torch.zeros((), device=device)
+        self.consecutive = torch.zeros((), device=device)
         self.num_skipped = torch.zeros((), device=device)
         self._bad_here = torch.zeros((), dtype=torch.bool, device=device)  # this rank's own loss at the last step
         self._sum, self._count = (
             torch.zeros((), device=device),
             torch.zeros((), device=device),
         )  # of steps that were not skipped
-        self.usual = usual
+        self.loss_ema = loss_ema
 
-    def note(self, loss: Tensor, skipped: Tensor) -> None:
+    def add(self, loss: Tensor, skipped: Tensor) -> None:
         """Take in a step; nothing waits for the device."""
-        self.in_row = (self.in_row + skipped) * skipped
+        self.consecutive = (self.consecutive + skipped) * skipped
         self.num_skipped = self.num_skipped + skipped
         self._bad_here = ~loss.isfinite()
         self._sum, self._count = self._sum + loss.nan_to_num(0, 0, 0) * (1 - skipped), self._count + 1 - skipped
 
     def exhausted(self) -> bool:
         """Whether too many steps in a row were skipped; waits for the device. All ranks get the same answer."""
-        return bool(self.in_row >= self._max_skipped_steps)
+        return bool(self.consecutive >= self._max_skipped_steps)
 
     def last_counted(self, step: int, run_dir: str) -> bool:
         """Whether the last step changed the parameters: a state is saved only then. Waits for the device.
@@ -53,10 +53,10 @@ class Guard:
         """
         if self.exhausted():
             raise Diverged(
-                f"the gradient was not finite in {int(self.in_row)} steps in a row, up to step {step}: {self.blame()}; "
+                f"the gradient was not finite in {int(self.consecutive)} steps in a row, up to step {step}: {self.blame()}; "
                 f"{run_dir} keeps an earlier state"
             )
-        return not self.in_row
+        return not self.consecutive
 
     def spiked(self) -> bool:
         """Whether the loss since the last call is far above what it was before. Called by all ranks together."""
@@ -67,9 +67,9 @@ class Guard:
         if not count:
             return False
         recent = total / count
-        if self.usual is not None and recent > self._spike_factor * self.usual:
+        if self.loss_ema is not None and recent > self._spike_factor * self.loss_ema:
             return True
-        self.usual = recent if self.usual is None else _SMOOTHING * self.usual + (1 - _SMOOTHING) * recent
+        self.loss_ema = recent if self.loss_ema is None else _SMOOTHING * self.loss_ema + (1 - _SMOOTHING) * recent
         return False
 
     def blame(self) -> str:

@@ -35,13 +35,13 @@ class PretrainState:
     precision: Precision
     step: int = 0  # updates done
     cursor: int = 0  # global batches of the sample order that are behind; more than ``step`` after a rollback
-    usual_loss: float | None = None  # what the guard against jumps compares with
+    loss_ema: float | None = None  # the running mean that the guard against jumps compares with
     prober: Prober | None = None  # what frozen features find, where that is asked for
     floor: Floor | None = None  # what the pixel loss is compared with; on the first rank
 
 
 class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
-    """The loss has jumped; ``good_step`` is the last one at which it was as usual."""
+    """The loss has jumped; ``good_step`` is the last one at which it had not."""
 
     def __init__(self, good_step: int):
         self.good_step = good_step
@@ -68,10 +68,10 @@ def to_checkpoint(state: PretrainState, *, spread: bool = False) -> portable.Che
         "total_steps": state.total_steps,
         "images_seen": state.step * settings.train.global_batch_size,
         "cursor": state.cursor,
-        "usual_loss": state.usual_loss,
+        "usual_loss": state.loss_ema,
         "floor": state.floor and state.floor._asdict(),
         "num_updates": engine_state.num_updates,
-        "identity": identity(settings, state.shards, state.precision),
+        portable.RESUME_KEY: resume_key(settings, state.shards, state.precision),
         **state.precision.record(),
         "model": model_record(settings.model),
         "config_hash": config.config_hash(settings),
@@ -86,9 +86,9 @@ def resume(state: PretrainState) -> Path | None:
     if not found:
         return None
     saved = found.read()
-    theirs = config.Pretrain.resume_key_before() | saved.state.get("identity", {})
+    theirs = config.Pretrain.resume_key_before() | saved.state.get(portable.RESUME_KEY, {})
     keep_precision(state, theirs.get("train.precision"))
-    ours = identity(state.settings, state.shards, state.precision)
+    ours = resume_key(state.settings, state.shards, state.precision)
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
         told = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
         raise UserError(
@@ -104,7 +104,7 @@ def resume(state: PretrainState) -> Path | None:
             portable.load_strictly(state.teacher.centre, centre, found.path)
     state.step = saved.step
     state.cursor = saved.state.get("cursor", saved.step)
-    state.usual_loss = saved.state.get("usual_loss")
+    state.loss_ema = saved.state.get("usual_loss")
     state.floor = Floor(**saved.state["floor"]) if saved.state.get("floor") else None
     found.tell(state.step, state.total_steps)
     return found.path
@@ -118,7 +118,7 @@ def keep_precision(state: PretrainState, saved: str | None) -> None:
             module.compute_dtype = state.precision.dtype
 
 
-def identity(settings: config.Pretrain, shards: ShardSet, precision: Precision) -> dict[str, Any]:
+def resume_key(settings: config.Pretrain, shards: ShardSet, precision: Precision) -> dict[str, Any]:
     """What must agree before a run is resumed: settings, what ``auto`` came to, and the data set with its shards."""
     data = {"data.num_samples": len(shards), "data.index": shards.digest}
     return settings.resume_key() | {"train.precision": precision.name} | data
@@ -136,10 +136,10 @@ def last_step_counted(guard: Guard, state: PretrainState) -> bool:
             with contextlib.closing(Writer(where, keep_last=1)) as writer:
                 writer.save(dumped)
         raise Diverged(
-            f"the gradient was not finite in {int(guard.in_row)} steps in a row, up to step {state.step}, which read batch "
-            f"{state.cursor - 1} of the order: {blame}; {where} has the state, the run's own checkpoints are from before"
+            f"the gradient was not finite in {int(guard.consecutive)} steps in a row, up to step {state.step}, which read "
+            f"batch {state.cursor - 1} of the order: {blame}; {where} has the state, the run's own checkpoints are from before"
         )
-    return not guard.in_row
+    return not guard.consecutive
 
 
 def roll_back(state: PretrainState, spike: Spiked, attempt: int) -> Path:
@@ -163,11 +163,11 @@ def roll_back(state: PretrainState, spike: Spiked, attempt: int) -> Path:
         _give_up(run_dir, upload_to, [step for step in kept if step > spike.good_step], at)
 
     dist.on_first_rank(give_up)  # whatever fails there, the others must not wait for it
-    usual = state.usual_loss
+    loss_ema = state.loss_ema
     found = resume(state)
     if not found:
         raise Diverged(f"{told}, and no checkpoint of {run_dir} from before can be read")
-    state.usual_loss = usual
+    state.loss_ema = loss_ema
     state.cursor = max(cursor, state.cursor)
     if state.world.is_first:
         print(f"{told}: back to step {state.step}, and on without the {cursor - state.step} batches since", flush=True)
@@ -220,6 +220,11 @@ def count_steps(settings: config.Pretrain, num_samples: int) -> int:
     if not settings.train.epochs:
         raise UserError("train.epochs or train.total_steps is required; both are empty")
     return max(1, round(settings.train.epochs * (num_samples // settings.train.global_batch_size)))
+
+
+def peak_lr(settings: config.Pretrain) -> float:
+    """The linear rule of MAE, unless ``optim.lr`` is given."""
+    return settings.optim.lr or settings.optim.base_lr * settings.train.global_batch_size / 256
 
 
 def build_teacher(settings: config.Pretrain, model: PersonMAE, plan: batch_plan.BatchPlan, spec: RegionSpec) -> Teacher | None:

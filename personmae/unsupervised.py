@@ -4,10 +4,8 @@ From a pre-trained encoder this is unsupervised learning (USL); from one fine-tu
 domain adaptation (UDA), which uses no source image. True identities are read for the log alone.
 """
 
-import contextlib
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personmae import batch_plan, config, dist, optim, precision
-from personmae.checkpoint import portable, resume_point, run_lock, start_anew
-from personmae.checkpoint.writer import Schedule, Writer, finish
+from personmae import config, dist, downstream, optim
+from personmae.checkpoint import portable
+from personmae.checkpoint.writer import Writer
 from personmae.clustering import build_memory, find_clusters, memory_targets, require_cameras, trim_clusters
 from personmae.config import RANDOM
-from personmae.downstream import (
-    augmented,
-    evaluate,
-    identity,
-    is_complete,
-    keep_precision,
-    record_run,
-    require_same,
-    tell_complete,
-    tell_end,
-    whitening_of,
-)
-from personmae.engine.base import Engine, PortableState
+from personmae.downstream import augmented, whitening_of
+from personmae.engine.base import Engine
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped
 from personmae.guard import Guard
@@ -42,9 +29,8 @@ from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
 from personmae.monitor import run_log
 from personmae.monitor.rank_metrics import RankMetrics
 from personmae.precision import Precision
-from personmae.reid.datasets import Benchmark, load_benchmark, pids_and_camids
-from personmae.reid.features import timed
-from personmae.reid.heads import Neck, ReIDModel, describe_start, encoder_weights, settings_from, trained_size
+from personmae.reid.datasets import Benchmark, pids_and_camids
+from personmae.reid.heads import Neck, ReIDModel, encoder_weights, settings_from, trained_size
 from personmae.reid.memory import ClusterMemory
 from personmae.reid.sampler import cluster_batches
 from personmae.reid.transforms import ImageSet, load_ahead
@@ -60,7 +46,7 @@ class UnsupervisedState:
     module: "ClusterContrast"
     model_settings: dict[str, Any]  # architecture and preprocessing, which travel with the weights
     engine: Engine
-    identity: dict[str, Any]  # what must agree before the run is resumed
+    resume_key: dict[str, Any]  # what must agree before the run is resumed
     precision: Precision
     step: int = 0
     labels: np.ndarray | None = None
@@ -78,55 +64,18 @@ def run(settings: config.Unsupervised) -> None:
         Stopped: a signal asked for it; the state is saved.
         Diverged: gradients are no longer finite.
     """
-    began, world = time.monotonic(), dist.read_world()
-    metrics = RankMetrics("unsupervised", **settings.metrics.rank_metrics_arguments())
-    batch_plan.require_equal_parts(
-        settings.batch.num_ids * settings.batch.num_instances, settings.train.bn_group_size, world.world_size
-    )
-    benchmark = load_benchmark(settings.benchmark, settings.root, train_on_val=settings.train_on_val)
-    require_cameras(settings, benchmark)
-    if start_anew.may_be_complete(settings.run_dir, settings.checkpoint.resume) and is_complete(settings, benchmark):
-        if world.is_first:
-            tell_complete(settings)
-        metrics.complete()
-        metrics.close()
-        return
-    stop = dist.StopSignal()
-    dist.start(world)
+    parts = downstream.Parts("unsupervised", require_cameras, build_state, load, log_setup, train)
+    downstream.run(settings, parts)
 
-    chosen = precision.choose(settings.train.precision, str(world.device), share=dist.from_first_rank)
+
+def build_state(settings: config.Unsupervised, world: dist.World, benchmark: Benchmark, chosen: Precision) -> UnsupervisedState:
+    """The state of step 0."""
     torch.manual_seed(settings.seed)
     module, model_settings = build(settings, chosen)
     module.to(world.device).train()
+    known = downstream.resume_key(settings, benchmark, chosen.name)
     engine = build_engine(settings, module)
-    known = identity(settings, benchmark, chosen.name)
-    state = UnsupervisedState(settings, world, benchmark, module, model_settings, engine, known, chosen)
-    held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
-    try:
-        with metrics.restoring():
-            found = resume(state) if start_anew.goes_on(settings.run_dir, **settings.checkpoint.start_arguments()) else None
-        if world.is_first:
-            announce(state)
-        log = run_log.RunLog(
-            settings.run_dir,
-            is_first=world.is_first,
-            title="unsupervised",
-            total_steps=state.total_steps,
-            first_step=state.step,
-            numbers=metrics.run,
-        )
-        with contextlib.closing(log):
-            train(state, found, log, metrics, stop)
-            state.engine.close()
-            evaluate(state, log, metrics, stop)
-        metrics.complete(settings.run_dir, settings.checkpoint.upload_to)
-        if world.is_first:
-            tell_end(settings, "unsupervised", time.monotonic() - began)
-    finally:
-        dist.stop()
-        if held:
-            held.close()
-        metrics.close(lambda: stop.requested)
+    return UnsupervisedState(settings, world, benchmark, module, model_settings, engine, known, chosen)
 
 
 def train(
@@ -134,34 +83,28 @@ def train(
 ) -> None:
     """The loop: from the state that was ``found``, or from the start, to the last step."""
     settings, world, engine, total_steps = state.settings, state.world, state.engine, state.total_steps
-    pool = ThreadPoolExecutor(dist.threads_per_rank(world))
-    paths = [sample.path for sample in state.benchmark.train]
-    with timed(log.log, f"opening {len(paths):,} images"):
-        images = ImageSet(paths, settings.model.img_size, pool=pool)
-    if world.is_first:
-        trim_clusters(Path(settings.run_dir), state.step)
-    writer = Writer(settings.run_dir, resumed=found, **settings.checkpoint.writer_arguments()) if world.is_first else None
-    if writer:
-        metrics.read_writer(writer.counters.registry)
-    if metrics.run:
-        metrics.run.plan(
-            first_step=state.step,
-            total_steps=total_steps,
-            world_size=world.world_size,
-            checkpoint_steps=settings.checkpoint.every_steps,
-        )
-    schedule = Schedule(**settings.checkpoint.schedule_arguments())
     guard = Guard(world.device, max_skipped_steps=settings.train.max_skipped_steps)
     size = settings.batch.num_ids * settings.batch.num_instances
-    ours, saved, due, shown = dist.share(size), state.step, False, True  # the first step is shown at once
+    ours, silent = dist.share(size), True  # the first step is shown at once
     share_drop_path(state.module, size, ours)
+    if world.is_first:
+        trim_clusters(Path(settings.run_dir), state.step)
+    with (
+        downstream.open_images(state, log) as images,
+        closing(downstream.build_saver(state, found, save, guard, metrics, stop)) as saver,
+    ):
 
-    def clustering_stopped() -> bool:
-        metrics.beat("evaluate", state.step)
-        return stop.requested
+        def stopped() -> bool:
+            metrics.beat("evaluate", state.step)
+            return stop.requested
 
-    try:
-        for decoded, labels in batches(state, images, ours, log, clustering_stopped):
+        def cluster(epoch: int) -> None:
+            try:
+                find_clusters(state, images, epoch, log, stopped)
+            except Stopped as early:
+                saver.stop(state.step, during=str(early))
+
+        for decoded, labels in batches(state, images, ours, cluster):
             metrics.beat("step", state.step)
             metrics.enter("inputs")
             batch = {"images": augmented(state, decoded, size, ours), "labels": labels[ours]}
@@ -170,41 +113,22 @@ def train(
             metrics.enter("optimizer")
             lr_scale = lr_scale_at(settings, state.step)
             _, skipped = engine.step(lr_scale)
-            guard.note(outputs["loss"], skipped)
+            guard.add(outputs["loss"], skipped)
             # By the global batch in its order, so that the memory is the same for any number of ranks.
             state.module.memory.update(dist.gather_rows(outputs["features"], size), labels, skipped)
             state.step += 1
 
             metrics.count(state.step, size)
             log.advance(state.step)
-            logged = state.step % settings.train.log_every == 0 or state.step == total_steps
-            if shown or logged:
+            in_turn = state.step % settings.train.log_every == 0 or state.step == total_steps
+            if silent or in_turn:
                 values = {"loss": dist.mean(outputs["loss"]).item(), "lr": lr_scale * settings.optim.lr}
-                (log.record if logged else log.display)(state.step, values, images_per_step=size)
-            by_clock = writer is not None and not writer.busy and schedule.by_time(writer.seconds_since_save)
-            stopping, by_clock, shown = dist.any_ranks(stop.requested, by_clock, log.is_due())
-            due |= by_clock or schedule.by_step(state.step)
-            counted = (due or logged) and guard.last_counted(state.step, settings.run_dir)
-            if state.step == total_steps or (due and counted):
-                metrics.beat("checkpoint", state.step)
-                save(state, writer)
-                saved, due = state.step, False
-            if stopping and state.step < total_steps:
-                raise Stopped("in training")
+                (log.record if in_turn else log.display)(state.step, values, images_per_step=size)
+            if in_turn:
+                guard.last_counted(state.step, settings.run_dir)  # ends a run whose gradients stay infinite
+            silent = saver.at(state.step, silent=log.is_due())
             metrics.enter("data_wait")
-        finish(writer)
-    except Stopped as early:  # here or in a clustering
-        stop.settle()
-        metrics.beat("checkpoint", state.step)
-        if state.step > saved:
-            save(state, writer)
-        finish(writer)
-        kept = f"state saved in {settings.run_dir}" if state.step else "nothing to save yet"
-        raise Stopped(f"{early}, at step {state.step} of {total_steps}, {kept}; run this again to go on") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-        if writer:
-            writer.close()  # last: it may raise
+        saver.end(state.step)
 
 
 class ClusterContrast(nn.Module):
@@ -227,18 +151,18 @@ class ClusterContrast(nn.Module):
 
 
 def batches(
-    state: UnsupervisedState, images: ImageSet, ours: slice, log: run_log.RunLog, stopped: Callable[[], bool]
+    state: UnsupervisedState, images: ImageSet, ours: slice, cluster: Callable[[int], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """``ours`` of the images, and the memory's centroids of all (P * K,), of every global batch that is left.
 
-    Each epoch begins with a clustering.
+    Each epoch begins with a clustering, by ``cluster``.
     """
     settings, camids = state.settings, pids_and_camids(state.benchmark.train)[1]
     per_epoch = settings.train.iters_per_epoch
     while state.step < state.total_steps:
         epoch, done = divmod(state.step, per_epoch)
         if done == 0 or state.labels is None:
-            find_clusters(state, images, epoch, log, stopped)
+            cluster(epoch)
         assert state.labels is not None
         planned = cluster_batches(
             state.labels,
@@ -333,55 +257,23 @@ def save(state: UnsupervisedState, writer: Writer | None) -> None:
         return
     assert state.labels is not None
     clusters = {"labels": torch.from_numpy(state.labels), "centroids": state.module.memory.centroids}
-    record = {
-        "total_steps": state.total_steps,
-        "num_updates": saved.num_updates,
-        "num_classes": 0,
-        "init": state.settings.init,
-        "head": {"kind": "neck", **head_options(state.settings)},
-        "whiten": whitening_of(state.settings),
-        "model": state.model_settings,
-        "benchmark": state.benchmark.name,
-        "root": str(Path(state.benchmark.root).resolve()),
-        "identity": state.identity,
-        **state.precision.record(),
-        "versions": portable.versions(),
-    }
+    of_head = {"head": {"kind": "neck", **head_options(state.settings)}, "whiten": whitening_of(state.settings)}
+    record = downstream.record_of(state, saved.num_updates, num_classes=0, **of_head)
     tensors = {"model": saved.params, **saved.moments, "clusters": clusters}
     writer.save(portable.Checkpoint(state.step, tensors, record))
 
 
-def resume(state: UnsupervisedState) -> Path | None:
-    """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
-    found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
-    if not found:
-        return None
-    saved = found.read()
-    keep_precision(state, saved.state.get("identity", {}))
-    require_same(found.path, state.settings, state.identity, saved.state.get("identity", {}))
-    tensors = dict(saved.tensors)
-    clusters = tensors.pop("clusters")
-    state.engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
-    state.step, state.labels = saved.step, clusters["labels"].numpy()
+def load(state: UnsupervisedState, saved: portable.Checkpoint) -> None:
+    """Take over a checkpoint's tensors, and with them the clusters of its epoch."""
+    downstream.load_engine(state.engine, saved, without=("clusters",))
+    clusters = saved.tensors["clusters"]
+    state.labels = clusters["labels"].numpy()
     camids = pids_and_camids(state.benchmark.train)[1]
     centroids = clusters["centroids"].to(state.world.device)
     state.module.memory = build_memory(centroids, state.labels, camids, state.settings.memory)
-    found.tell(state.step, state.total_steps)
-    return found.path
 
 
-def announce(state: UnsupervisedState) -> None:
+def log_setup(state: UnsupervisedState) -> None:
     """Record the run's set-up and print the sizes that follow from it."""
-    settings, total_steps = state.settings, state.total_steps
-    record_run(state)
-    print(f"unsupervised: {state.precision}")
-    warn_of_same_data(settings, state.benchmark)
-    if settings.init != RANDOM and not state.step:
-        print(f"unsupervised: {describe_start(state.module.model, settings.init, settings.model.img_size)}")
-    millions = sum(p.numel() for p in state.module.parameters()) / 1e6
-    going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"
-    print(
-        f"unsupervised: {settings.model.size} ({millions:.1f} M parameters) from {settings.init}, {going}, "
-        f"peak lr {settings.optim.lr:.3g}, run {settings.run_dir}",
-        flush=True,
-    )
+    downstream.log_setup(state, "unsupervised")
+    warn_of_same_data(state.settings, state.benchmark)

@@ -72,7 +72,7 @@ def measured(batches: Sequence[Sequence[Tensor]], **options: int) -> list[Floor 
     estimate, said = FloorEstimate(None, **options), []
     for step in batches:
         for micro in step:
-            estimate.note({"patches_b": micro})
+            estimate.add({"patches_b": micro})
         said.append(estimate.step())
     return said
 
@@ -93,14 +93,14 @@ def test_the_first_512_images_are_looked_at_in_whole_steps_whatever_the_micro_ba
 def test_a_target_that_a_batch_brings_along_is_taken() -> None:
     images = patches(20)
     estimate = FloorEstimate(None, steps_left=1, global_batch_size=20)
-    estimate.note({"pixel_target": pixel_target(images)})
+    estimate.add({"pixel_target": pixel_target(images)})
     assert estimate.step() == measured([[images]], steps_left=1, global_batch_size=20)[0]
 
 
 def test_what_is_known_is_not_measured_again() -> None:
     known = Floor(0.9, 0.8, 512)
     estimate = FloorEstimate(known, steps_left=9, global_batch_size=20)
-    estimate.note({})  # it is not looked into
+    estimate.add({})  # it is not looked into
     assert estimate.step() is None
     assert str(known) == (
         "floor of the pixel loss: 0.900 from a patch's position alone, 0.800 with the image's mean hue (512 images)"

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from personmae import batch_plan, config, dist, precision, pretrain
+from personmae import batch_plan, config, dist, precision, pretrain, pretrain_log
 from personmae.bench.ceilings import require_native
 from personmae.checkpoint import portable
 from personmae.data.shard_set import ShardSet
@@ -90,10 +90,10 @@ class Ours:
         grad_norm, skipped = self.engine.step(pretrain.lr_scale_at(settings, state.step, TOTAL_STEPS))
         with self.engine.full_params(self.engine.module.get_submodule("encoder")) as params:
             self.teacher.update(params, pretrain.momentum_at(settings, state.step, TOTAL_STEPS), skipped)
-        self.guard.note(losses["loss"], skipped)
+        self.guard.add(losses["loss"], skipped)
         state.step += 1
         if state.step % settings.train.log_every == 0:
-            pretrain.mean_over_ranks(losses | {"grad_norm": grad_norm})
+            pretrain_log.mean_over_ranks(losses | {"grad_norm": grad_norm})
 
     def ways(self, reader: BatchReader) -> dict[str, Way]:
         num_ahead = self.state.settings.data.prefetch_batches + 3

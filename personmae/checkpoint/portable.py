@@ -25,6 +25,7 @@ from personmae.model.positions import x_first
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
 FORMAT = 2  # in the state of a checkpoint; what has none is of before positions were x first (``positions.py``)
+RESUME_KEY = "identity"  # what must agree to resume: its name in state.json and result.json, kept for the runs there are
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # what optimizers keep: a run can go on without, weights do not need it
 _FOLDER = re.compile(r"(?:\.old-)?step-(\d{8,})")
 _LOST = (errno.EISDIR, getattr(errno, "EUCLEAN", errno.EISDIR))  # a file that will not come back
@@ -233,7 +234,7 @@ def _of_today(tensors: Tensors, state: dict[str, Any]) -> Tensors:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors: ``step``, ``total_steps``, ``identity``, ``model`` and more."""
+    """What a checkpoint holds besides tensors: ``step``, ``total_steps``, ``model``, the resume key and more."""
     return json.loads(_content(path / STATE))
 
 

@@ -205,7 +205,7 @@ def read_record(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def require_same(where: str | Path, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise a UserError that names the differences, unless the run at ``where`` has the resume key ``ours``."""
+    """Raise a UserError that names what differs unless what lies at ``where`` is of the run with the resume key ``ours``."""
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     if not differing:
         return

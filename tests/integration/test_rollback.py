@@ -10,9 +10,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from closeness import largest
+from on_disk import write_checkpoint
 
 from personmae import config, dist, pretrain, pretrain_state
-from personmae.checkpoint import commit, portable, remote
+from personmae.checkpoint import portable, remote
 from personmae.errors import Diverged, UserError
 from personmae.model.inputs import prepare_batch
 from personmae.pretrain_state import PretrainState, Spiked, roll_back
@@ -162,10 +163,10 @@ def test_a_store_that_fails_at_a_rollback_ends_all_ranks_alike(shard_dir, tmp_pa
     monkeypatch.setattr(dist, "on_first_rank", on_first_rank)
     run_dir = tmp_path / "run"
     for step in (8, 12, 14):
-        commit.write(run_dir, portable.Checkpoint(step, {}, {}), keep_last=9)
+        write_checkpoint(run_dir, portable.Checkpoint(step, {}, {}), keep_last=9)
     settings = settings_for(shard_dir, run_dir)
     settings = settings.model_copy(update={"checkpoint": config.Checkpoint(upload_to="s3://nowhere/run")})
-    run = SimpleNamespace(settings=settings, step=16, cursor=16, usual_loss=1.0, world=SimpleNamespace(is_first=True))
+    run = SimpleNamespace(settings=settings, step=16, cursor=16, loss_ema=1.0, world=SimpleNamespace(is_first=True))
     with pytest.raises(UserError, match="refused"):
         roll_back(cast("PretrainState", run), Spiked(12), 0)
     assert [str(error) for error in shared] == ["refused (AccessDenied)"]
@@ -180,7 +181,7 @@ def test_one_that_cannot_be_given_up_keeps_no_other_and_ends_the_run(tmp_path, m
         given_up.append(step)
 
     for step in (14, 15, 20, 21):
-        commit.write(tmp_path, portable.Checkpoint(step, {}, {}), keep_last=9)
+        write_checkpoint(tmp_path, portable.Checkpoint(step, {}, {}), keep_last=9)
     (portable.folder(tmp_path) / "passed-over").write_text("in the way of what is moved")
     monkeypatch.setattr(remote, "delete", delete)
     monkeypatch.setattr(remote, "set_aside", lambda _, step: given_up.append(step))
