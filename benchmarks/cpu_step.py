@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from commands import AS
 
 from personmae import dist
-from personmae.bench.ceilings import DTYPES, require_native
+from personmae.bench.ceilings import require_native
 from personmae.model import regions, vit
 from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.monitor import environment
+from personmae.precision import dtype_of
 
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu_step.json"
 ROUNDS, REPEATS, WARM_UP = 3, 12, 3
@@ -45,7 +46,7 @@ def parts() -> dict[str, Callable[[], object]]:
     keys, native = torch.arange(128), torch.tensor([[150, 70]] * 128)
     draws = draw_batch(keys, native, SPEC)
     batch = cut_batch(canvas, native, draws, SPEC) | {"target": torch.randn(128, 32, 128)}
-    kinds = {name: DTYPES[name] for name in require_native(["fp32", "bf16"], torch.device("cpu"))}
+    kinds = {name: dtype_of(name) for name in require_native(["fp32", "bf16"], torch.device("cpu"))}
     models = {dtype: PersonMAE(size="micro", compute_dtype=kind) for dtype, kind in kinds.items()}
     teachers = {dtype: Teacher(model.encoder, SPEC.grid, kinds[dtype]) for dtype, model in models.items()}
 

@@ -50,9 +50,7 @@ class Precision:
     @property
     def dtype(self) -> Any:
         """The ``torch.dtype``."""
-        import torch
-
-        return torch.bfloat16 if self.name == "bf16" else torch.float32
+        return dtype_of(self.name)
 
     def resumed(self, saved: str | None) -> "Precision":
         """Of a run that goes on from a checkpoint computed in ``saved``: ``auto`` keeps that, on every machine."""
@@ -74,6 +72,13 @@ class Precision:
             slow = f". Slow here: {why}, and a bf16 product is many times slower. train.precision=fp32 is faster"
             return f"precision {self.name} (as set{slow if self.is_slow else ''})"
         return f"precision {self.name} (auto: {why})"
+
+
+def dtype_of(name: str) -> Any:
+    """The ``torch.dtype`` of a precision."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
 
 
 def choose(wanted: str, device: str, *, share: Callable[[Precision], Precision] = lambda own: own) -> Precision:

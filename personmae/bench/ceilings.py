@@ -14,10 +14,9 @@ import torch
 
 from personmae import dist
 from personmae.errors import UserError
-from personmae.precision import AUTO, choose
+from personmae.precision import AUTO, choose, dtype_of
 
 Product = tuple[int, int, int]  # (M, K, N): of a matrix (M, K) and one (K, N)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Square ones, and those of the first layer of an MLP on many tokens: ViT-S, ViT-B and ViT-L; on a CPU also the micro encoder.
 _ON_CPU: tuple[Product, ...] = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 128, 512), (4096, 384, 1536), (2048, 768, 3072))
 _ON_CUDA: tuple[Product, ...] = (
@@ -76,7 +75,7 @@ def measure_ceilings(device: torch.device, precisions: Sequence[str]) -> Ceiling
     """Both ceilings of a device, within ten seconds on two cores. Each number is the best of many short blocks of calls."""
     shapes = _ON_CUDA if device.type == "cuda" else _ON_CPU
     products = {
-        precision: {" x ".join(map(str, shape)): _product_rate(shape, DTYPES[precision], device) for shape in shapes}
+        precision: {" x ".join(map(str, shape)): _product_rate(shape, dtype_of(precision), device) for shape in shapes}
         for precision in precisions
     }
     return Ceilings({precision: max(rates.values()) for precision, rates in products.items()}, _bandwidth(device), products)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from personmae import dist, optim
-from personmae.bench.ceilings import DTYPES
 from personmae.bench.counts import spec_at
 from personmae.data.shard_set import ShardSet
 from personmae.data.stream import BatchReader, CanvasBatch, to_device
@@ -29,6 +28,7 @@ from personmae.model.inputs import RegionSpec
 from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.model.vit import ActivationCheckpointing
+from personmae.precision import dtype_of
 from personmae.system import compile_cache
 
 PLAIN = "plain"  # a loop written out, which no engine can be faster than
@@ -86,7 +86,7 @@ class Loop:
         self._bytes_before = memory_bytes("VmRSS")
         self._cell, self._device, self._threads = cell, world.device, dist.threads_per_rank(world)
         torch.manual_seed(0)
-        dtype = DTYPES[cell.precision]
+        dtype = dtype_of(cell.precision)
         self._model = PersonMAE(size=cell.size, compute_dtype=dtype).to(world.device)
         self._model.encoder.activation_checkpointing = cell.checkpointing
         self._teacher = Teacher(self._model.encoder, cell.spec.grid, dtype).to(world.device)

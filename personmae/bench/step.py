@@ -22,7 +22,7 @@ from rich.table import Table
 
 from personmae import dist
 from personmae import flops as operations
-from personmae.bench.ceilings import DTYPES, Ceilings, measure_alone, require_native
+from personmae.bench.ceilings import Ceilings, measure_alone, require_native
 from personmae.bench.counts import Work
 from personmae.bench.loop import (
     ENGINES,
@@ -44,7 +44,7 @@ from personmae.errors import UserError
 from personmae.model.compiled import CropBackend, require_kernel
 from personmae.model.vit import SIZES, ActivationCheckpointing
 from personmae.monitor import environment, progress
-from personmae.precision import AUTO
+from personmae.precision import AUTO, NAMES
 from personmae.system import files
 
 T = TypeVar("T")
@@ -77,7 +77,7 @@ class StepBench:
             ("sizes", self.sizes, tuple(SIZES)),
             ("engines", self.engines, ENGINES),
             ("compile", self.compile, get_args(Compiled)),
-            ("precision", self.precisions, (AUTO, *DTYPES)),
+            ("precision", self.precisions, (AUTO, *NAMES)),
             ("checkpointing", self.checkpointing, get_args(ActivationCheckpointing)),
             ("crop-backends", self.crop_backends, get_args(CropBackend)),
         ):

@@ -14,21 +14,11 @@ from typing import Any
 
 from personmae.checkpoint import portable
 from personmae.checkpoint.host_copy import Fingerprint, Snapshot, write_blocks
-from personmae.checkpoint.portable import LATEST, MANIFEST, STATE, Checkpoint
+from personmae.checkpoint.portable import LATEST, MANIFEST, STATE
 from personmae.errors import RankError
 from personmae.system.files import to_json
 
 PASSED_OVER = "passed-over"
-
-
-def write(run_dir: str | Path, state: Checkpoint, *, keep_last: int) -> Path:
-    """Write, commit by renaming, point ``LATEST`` at it, and delete all but the ``keep_last`` newest up to this step."""
-    snapshot = Snapshot()
-    snapshot.take(state.tensors)
-    final = commit(run_dir, state.step, snapshot, state.state)
-    steps = [step for step in portable.local_steps(run_dir) if step <= state.step]
-    raise_first(delete(run_dir, surplus(steps, steps, keep_last=keep_last)))
-    return final
 
 
 def commit(

@@ -132,8 +132,6 @@ class Writer:
         barrier: Callable[[], object] = lambda: None,
     ):
         self.counters = CheckpointCounters()
-        self.committed: int | None = None  # the last step that is safe in the run directory
-        self.uploaded: int | None = None  # and in the store
         self._run_dir, self._upload_to = Path(run_dir), upload_to.rstrip("/") if upload_to else None
         self._keep_last, self._keep_every = keep_last, keep_every
         self._retry_seconds, self._close_seconds = retry_seconds, close_seconds
@@ -222,7 +220,6 @@ class Writer:
             self._error = error
 
     def _note_commit(self, step: int, path: Path) -> None:
-        self.committed = step
         self._own.add(step)
         self.counters.bytes.inc(sum(file.stat().st_size for file in path.iterdir()))
         self.counters.last_time.set_to_current_time()
@@ -301,7 +298,6 @@ class Writer:
         except Exception as error:  # whatever it is, the run goes on: the checkpoint is whole in the run directory
             print(f"checkpoint {where} is not uploaded: {error}; {path} is kept here", flush=True)
             return
-        self.uploaded = step
         if step in self._own:
             self._prune_store()
 
@@ -344,10 +340,3 @@ class Writer:
         if self._uploading.is_alive() or self._queue:
             kept = f"{portable.folder(self._run_dir)} keeps what is not"
             print(f"checkpoint: not all is uploaded to {self._upload_to} after {seconds:g} s; {kept}", flush=True)
-
-
-def finish(writer: Writer | None) -> None:
-    """Wait on all ranks until the first has everything written and uploaded: a launcher ends it when another one ends."""
-    if writer:
-        writer.close()
-    dist.barrier()

@@ -81,10 +81,6 @@ class Engine(ABC):
     def close(self) -> None:
         """Let go of what the engine holds beyond memory."""
 
-    def any(self, flag: bool) -> bool:
-        """True on all ranks when it is True on one."""
-        return dist.any_rank(flag)
-
 
 Shapes = dict[str, torch.Size]
 

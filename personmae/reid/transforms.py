@@ -90,10 +90,6 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.paths)
 
-    @property
-    def cached(self) -> bool:
-        return self._cache is not None
-
     def load(self, indices: Sequence[int] | Int[np.ndarray, " B"]) -> UInt8[Tensor, "B 3 H W"]:
         """The images with these indices, in this order.
 

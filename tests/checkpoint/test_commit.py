@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from on_disk import write_checkpoint
 
 from personmae.checkpoint import commit, portable
 from personmae.checkpoint.portable import Checkpoint
 
 
 def write(run: Path, *steps: int) -> list[Path]:
-    return [commit.write(run, Checkpoint(step, {"student": {"w": torch.ones(3)}}, {}), keep_last=9) for step in steps]
+    return [write_checkpoint(run, Checkpoint(step, {"student": {"w": torch.ones(3)}}, {}), keep_last=9) for step in steps]
 
 
 def names(run: Path) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from on_disk import write_checkpoint
 from safetensors.torch import load_file
 from torch import nn
 
@@ -27,7 +28,7 @@ def make(step: int) -> Checkpoint:
 
 
 def write(run: Path, *steps: int, keep_last: int = 2) -> list[Path]:
-    return [commit.write(run, make(step), keep_last=keep_last) for step in steps]
+    return [write_checkpoint(run, make(step), keep_last=keep_last) for step in steps]
 
 
 def names(run: Path) -> list[str]:
@@ -42,7 +43,7 @@ def spoil(path: Path) -> None:
 
 def test_what_is_read_is_what_was_written_bit_by_bit(tmp_path):
     written = make(12)
-    path = commit.write(tmp_path, written, keep_last=2)
+    path = write_checkpoint(tmp_path, written, keep_last=2)
     assert path == tmp_path / "checkpoints" / "step-00000012"
     read = portable.read(path)
     assert read.step == 12
@@ -63,7 +64,7 @@ def test_nothing_in_it_is_a_pickle(tmp_path):
 def test_tensors_that_share_memory_or_are_strided_are_written_whole(tmp_path):
     base = torch.arange(12.0).reshape(3, 4)
     tied = {"a": base.T, "b": base[:, ::2], "c": base.clone().requires_grad_()}
-    read = portable.read(commit.write(tmp_path, Checkpoint(1, {"student": tied}, {}), keep_last=1))
+    read = portable.read(write_checkpoint(tmp_path, Checkpoint(1, {"student": tied}, {}), keep_last=1))
     for name, tensor in tied.items():
         assert torch.equal(read.tensors["student"][name], tensor)
 
@@ -143,7 +144,7 @@ def test_an_error_while_writing_leaves_the_earlier_checkpoint_and_nothing_else(t
 def test_a_step_written_again_replaces_the_earlier_one(tmp_path):
     write(tmp_path, 5)
     other = Checkpoint(5, {"student": {"x": torch.ones(1)}}, {})
-    path = commit.write(tmp_path, other, keep_last=2)
+    path = write_checkpoint(tmp_path, other, keep_last=2)
     assert portable.newest(tmp_path) == path
     assert list(portable.read(path).tensors["student"]) == ["x"]
 
@@ -153,7 +154,7 @@ def test_a_run_that_fell_back_does_not_delete_what_it_writes(tmp_path, keep_last
     paths = write(tmp_path, 1, 2, 3, keep_last=3)
     for path in paths[1:]:
         spoil(path / "student.safetensors")  # the run goes on from step 1 and saves before it reaches step 2 again
-    written = commit.write(tmp_path, Checkpoint(1, make(1).tensors, {"again": True}), keep_last=keep_last)
+    written = write_checkpoint(tmp_path, Checkpoint(1, make(1).tensors, {"again": True}), keep_last=keep_last)
     assert written.exists()
     assert portable.newest(tmp_path) == written
 
@@ -196,7 +197,7 @@ def test_an_encoder_of_an_unfinished_run_must_be_asked_for_by_its_checkpoint(tmp
 
 def test_the_encoder_of_a_run_that_is_not_finished_is_refused_unless_the_checkpoint_is_named(tmp_path):
     half = make(4)
-    path = commit.write(tmp_path, Checkpoint(4, half.tensors, half.state | {"total_steps": 9}), keep_last=1)
+    path = write_checkpoint(tmp_path, Checkpoint(4, half.tensors, half.state | {"total_steps": 9}), keep_last=1)
     with pytest.raises(UserError, match=r"must be a finished run and is at step 4 of 9; .*name the checkpoint itself"):
         portable.read_encoder(tmp_path)
     assert portable.read_encoder(path)[1] == {"size": "micro"}
@@ -351,7 +352,7 @@ def test_tensors_are_mapped_from_the_file_and_take_no_memory_before_they_are_rea
 
     megabytes = 64
     large = {"student": {"w": torch.ones(megabytes << 18)}}
-    path = commit.write(tmp_path, Checkpoint(1, large, {}), keep_last=1)
+    path = write_checkpoint(tmp_path, Checkpoint(1, large, {}), keep_last=1)
     before = anonymous_kib()
     read = portable.read(path)
     assert read.tensors["student"]["w"].sum() == megabytes << 18

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from boto3.session import Session
+from on_disk import write_checkpoint
 
 from personmae import dist
-from personmae.checkpoint import commit, portable, remote, resume_point
+from personmae.checkpoint import portable, remote, resume_point
 from personmae.checkpoint.portable import Checkpoint
 from personmae.checkpoint.resume_point import Found
 from personmae.errors import RankError, RankUnavailable, Unavailable, UserError
@@ -59,7 +60,7 @@ def keys(client: Any, store: str) -> set[str]:
 
 def write(run: Path, step: int, *, value: float | None = None) -> Path:
     tensors = {"student": {"w": torch.full((4,), float(step if value is None else value))}, "teacher": {"w": torch.ones(2)}}
-    return commit.write(run, Checkpoint(step, tensors, {}), keep_last=9)
+    return write_checkpoint(run, Checkpoint(step, tensors, {}), keep_last=9)
 
 
 def write_both(run: Path, store: str, *steps: int) -> list[Path]:

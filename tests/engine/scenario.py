@@ -202,7 +202,7 @@ class Run:
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
         first = flat.clone()
         tdist.broadcast(first, src=0)
-        return not self.engine.any(not torch.equal(first, flat))
+        return not dist.any_rank(not torch.equal(first, flat))
 
 
 def flatten(parts: dict[str, Tensors], num_updates: int) -> Tensors:

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import Results, launch, task_of
+from on_disk import write_checkpoint
 from safetensors.torch import load_file
 from scenario import KINDS, MIDDLE, Tensors, build_model, build_optimizer, read_flat
 
-from personmae.checkpoint import commit, portable
+from personmae.checkpoint import portable
 from personmae.engine.base import PortableState, own_part, owners
 from personmae.engine.native import NativeEngine
 
@@ -97,5 +98,5 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_the_commit_before(
     moments = {kind: saved.tensors[kind] for kind in ("exp_avg", "exp_avg_sq")}
     engine_of_one.load_portable(PortableState(saved.tensors["params"], moments, saved.state["num_updates"]))
     assert all(torch.equal(tensor, saved.tensors["params"][name]) for name, tensor in model.state_dict().items())
-    commit.write(tmp_path / "run", saved, keep_last=1)  # what the kill has left is in nobody's way
+    write_checkpoint(tmp_path / "run", saved, keep_last=1)  # what the kill has left is in nobody's way
     assert [path.name for path in portable.folder(tmp_path / "run").iterdir() if path.name.startswith(".")] == []

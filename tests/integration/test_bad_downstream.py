@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from on_disk import write_checkpoint
 from people import FEW_CLUSTERS, draw_few_people
 from programs import ROOT, environment, launch, one_line_error, personmae
 
-from personmae.checkpoint import commit, portable
+from personmae.checkpoint import portable
 
 pytestmark = pytest.mark.integration
 TINY = ["batch.num_ids=4", "train.epochs=1", "train.precision=fp32"]
@@ -50,7 +51,7 @@ def test_a_fine_tuning_that_has_not_reached_its_end_is_no_start_for_adaptation(m
     assert path is not None
     saved = portable.read(path)
     saved.state["total_steps"] = 99
-    written = commit.write(tmp_path / "early", saved, keep_last=1)
+    written = write_checkpoint(tmp_path / "early", saved, keep_last=1)
     line = one_line_error(personmae("unsupervised", *learning(market, tmp_path / "early", tmp_path / "run")))
     assert f"must be a finished run and is at step {saved.step} of 99" in line
     assert f"or name the checkpoint itself: {written}" in line

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from on_disk import write_checkpoint
 from people import FEW_CLUSTERS, draw_few_people
 
 from personmae.__main__ import main
-from personmae.checkpoint import commit, portable
+from personmae.checkpoint import portable
 
 pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parents[2]
@@ -109,7 +110,7 @@ def early(run_dir: Path, tmp_path: Path) -> Path:
     assert newest is not None
     saved = portable.read(newest)
     saved.state["total_steps"] = 99
-    return commit.write(tmp_path / "early", saved, keep_last=1).parents[1]
+    return write_checkpoint(tmp_path / "early", saved, keep_last=1).parents[1]
 
 
 def test_an_unfinished_run_is_evaluated_only_where_that_is_asked_for(market, early, tmp_path, capsys):

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from on_disk import write_checkpoint
 from people import FEW_CLUSTERS, draw_few_people
 
 from personmae.__main__ import main
-from personmae.checkpoint import commit, portable
+from personmae.checkpoint import portable
 
 pytestmark = pytest.mark.integration
 NO_BF16 = {"ONEDNN_MAX_CPU_ISA": "AVX2"}  # read by us at each start, by oneDNN once a process
@@ -53,7 +54,7 @@ def cut_short(run_dir: Path, *, drop: tuple[str, ...] = ()) -> None:
         saved = portable.read(before)
         shutil.rmtree(before)
         state = {name: value for name, value in saved.state.items() if name not in drop}
-        commit.write(run_dir, portable.Checkpoint(saved.step, saved.tensors, state), keep_last=1)
+        write_checkpoint(run_dir, portable.Checkpoint(saved.step, saved.tensors, state), keep_last=1)
 
 
 @pytest.mark.parametrize("drop", [(), OLD_KEYS], ids=["of now", "of before"])

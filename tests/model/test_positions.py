@@ -9,11 +9,12 @@ import pytest
 import torch
 from closeness import assert_close
 from older import MICRO, make_old, positions_of_before, y_first
+from on_disk import write_checkpoint
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from personmae import evaluate
-from personmae.checkpoint import commit, portable
+from personmae.checkpoint import portable
 from personmae.checkpoint.portable import Checkpoint
 from personmae.errors import UserError
 from personmae.model.personmae import PersonMAE
@@ -138,7 +139,7 @@ def test_a_fine_tuned_model_of_before_ranks_as_it_did(head: dict[str, Any], tmp_
 def written_before(run_dir: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
     """A checkpoint as they were written."""
     saved = Checkpoint(1, tensors, {"total_steps": 1, "model": MICRO} | state)
-    return make_old(commit.write(run_dir, saved, keep_last=1))
+    return make_old(write_checkpoint(run_dir, saved, keep_last=1))
 
 
 def test_centroids_of_clusters_go_with_the_features(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_centroids_of_clusters_go_with_the_features(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_today_is_read_as_it_is_and_one_of_tomorrow_is_refused(tmp_path: Path) -> None:
     model = PersonMAE(size="micro")
-    path = commit.write(tmp_path, Checkpoint(1, {"student": dict(model.state_dict())}, {"model": MICRO}), keep_last=1)
+    path = write_checkpoint(tmp_path, Checkpoint(1, {"student": dict(model.state_dict())}, {"model": MICRO}), keep_last=1)
     for name, tensor in portable.read_kind(path, "student").items():
         assert torch.equal(tensor, model.state_dict()[name])
     assert (path / portable.STATE).read_text().count('"format": 2') == 1

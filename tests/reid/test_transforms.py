@@ -1,5 +1,6 @@
 """Reading and augmenting images; every batched operation against a loop."""
 
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -135,13 +136,18 @@ def test_reading_ahead_tells_of_a_bad_file_in_its_own_batch(paths, pool, tmp_pat
         next(ahead)
 
 
-def test_a_cached_set_gives_the_images_of_an_uncached_one(paths, pool):
+def test_a_cached_set_gives_the_images_of_an_uncached_one_and_reads_none_again(paths, pool):
     cached = ImageSet(paths, SIZE, pool=pool)
     direct = ImageSet(paths, SIZE, pool=pool, cache_bytes=5 * 3 * 32 * 16 - 1)
-    assert (cached.cached, direct.cached) == (True, False)
     assert len(cached) == len(direct) == 5
     indices = np.array([4, 0, 4])
-    assert torch.equal(cached.load(indices), direct.load(indices))
+    wanted = direct.load(indices)
+    assert torch.equal(cached.load(indices), wanted)
+    for path in paths:
+        os.remove(path)
+    assert torch.equal(cached.load(indices), wanted)
+    with pytest.raises(RankError, match=r"cannot read .*\.png"):
+        direct.load(indices)
 
 
 def test_loaded_images_are_not_the_cache_itself(paths, pool):
