@@ -135,7 +135,7 @@ class StopSignal:
     def _request(self, number: int, _: object) -> None:
         if not self.requested:
             again = "Ctrl-C again ends at once" if number == signal.SIGINT else "SIGKILL ends at once"
-            signals.tell(f"stopping after this step; {again}")
+            signals.log(f"stopping after this step; {again}")
         self.requested = True
         if number == signal.SIGINT:  # a second Ctrl-C ends at once; checkpoints are whole or absent
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -272,7 +272,7 @@ def resume(state: StateT, load: Callable[[StateT, portable.Checkpoint], None]) -
     require_same(found.path, state.settings, state.resume_key, saved.state.get(portable.RESUME_KEY, {}))
     load(state, saved)
     state.step = saved.step
-    found.tell(state.step, state.total_steps)
+    found.log_new_moments(state.step, state.total_steps)
     return found.path
 
 

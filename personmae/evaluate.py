@@ -67,7 +67,7 @@ def run(
     """Print a row of the table, two of a probe; with ``out`` also write ``result.json`` and ``rank_lists.json`` there.
 
     ``where`` is a run or a checkpoint, "random", or the name of a baseline. A run whose training has not reached its end is
-    taken only with ``unfinished``, or where its checkpoint is named itself; that is told, and the record has how far it had
+    taken only with ``unfinished``, or where its checkpoint is named itself; that is logged, and the record has how far it had
     come. The benchmark needs no training images but for a probe.
 
     Raises:
@@ -91,9 +91,9 @@ def run(
         print(retrieval.table_row(row))
     if out:
         retrieval.write_record(out, record)
-        seconds, told = time.monotonic() - began, f"the result is in {out / 'result.json'}"
+        seconds, where_it_is = time.monotonic() - began, f"the result is in {out / 'result.json'}"
         following = f"personmae report {shlex.quote(str(out.resolve().parent))}"
-        progress.log_to_stderr(progress.ending("evaluate", seconds, told, following))
+        progress.log_to_stderr(progress.ending("evaluate", seconds, where_it_is, following))
 
 
 def _require_fitting(where: str, options: Options) -> None:
@@ -178,9 +178,9 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
     progress.log(f"evaluating {path}" + (f", whose run is not finished: it is at {reached}" if reached else ""))
     name, record = Path(where).name, portable.read_state(path)
     if "head" in record:
-        for option, told in _PRETRAINED_ONLY.items():
+        for option, refusal in _PRETRAINED_ONLY.items():
             if getattr(options, option):
-                raise UserError(f"{told}; {path} is fine-tuned and has a head of its own: leave it out")
+                raise UserError(f"{refusal}; {path} is fine-tuned and has a head of its own: leave it out")
         if record.get("whiten") and not options.per_camera:
             source["whiten"] = record["whiten"]  # as the run was evaluated at its own end
         model = load_model(portable.read(path, moments=False), path)
@@ -204,8 +204,8 @@ def _draw(options: Options) -> Subject:
     if any(side % encoder.patch_size for side in img_size):
         raise UserError(f"--img-size must be multiples of {encoder.patch_size} pixels; got {img_size[0]}x{img_size[1]}")
     settings = {"img_size": img_size, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    told = f"random {size}, seed {seed}"
-    return _frozen(RANDOM, told, encoder, settings, options, {"random": {"size": size, "img_size": img_size, "seed": seed}})
+    start = f"random {size}, seed {seed}"
+    return _frozen(RANDOM, start, encoder, settings, options, {"random": {"size": size, "img_size": img_size, "seed": seed}})
 
 
 def _frozen(

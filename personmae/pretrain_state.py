@@ -90,9 +90,9 @@ def resume(state: PretrainState) -> Path | None:
     keep_precision(state, theirs.get("train.precision"))
     ours = resume_key(state.settings, state.shards, state.precision)
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
-        told = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
+        changed = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
         raise UserError(
-            f"{found.path} belongs to a run with other settings: {told}; use the same, another run_dir, or "
+            f"{found.path} belongs to a run with other settings: {changed}; use the same, another run_dir, or "
             "checkpoint.resume=none"
         )
     tensors = dict(saved.tensors)
@@ -106,7 +106,7 @@ def resume(state: PretrainState) -> Path | None:
     state.cursor = saved.state.get("cursor", saved.step)
     state.loss_ema = saved.state.get("usual_loss")
     state.floor = Floor(**saved.state["floor"]) if saved.state.get("floor") else None
-    found.tell(state.step, state.total_steps)
+    found.log_new_moments(state.step, state.total_steps)
     return found.path
 
 
@@ -150,15 +150,15 @@ def roll_back(state: PretrainState, spike: Spiked, attempt: int) -> Path:
     """
     run_dir, upload_to = state.settings.run_dir, state.settings.checkpoint.upload_to
     at, cursor, most = state.step, state.cursor, state.settings.train.max_rollbacks
-    told = f"the loss has jumped by step {at}, above {state.settings.train.spike_factor:g} times what it was before"
+    jumped = f"the loss has jumped by step {at}, above {state.settings.train.spike_factor:g} times what it was before"
     if attempt >= most:
-        raise Diverged(f"{told}, after {most} rollbacks; lower optim.base_lr, or look at the data")
+        raise Diverged(f"{jumped}, after {most} rollbacks; lower optim.base_lr, or look at the data")
 
     def give_up() -> None:
         kept = {*portable.local_steps(run_dir), *_steps_in(upload_to)}
         if not any(step <= spike.good_step for step in kept):
             raise Diverged(
-                f"{told}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often"
+                f"{jumped}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often"
             )
         _give_up(run_dir, upload_to, [step for step in kept if step > spike.good_step], at)
 
@@ -166,11 +166,11 @@ def roll_back(state: PretrainState, spike: Spiked, attempt: int) -> Path:
     loss_ema = state.loss_ema
     found = resume(state)
     if not found:
-        raise Diverged(f"{told}, and no checkpoint of {run_dir} from before can be read")
+        raise Diverged(f"{jumped}, and no checkpoint of {run_dir} from before can be read")
     state.loss_ema = loss_ema
     state.cursor = max(cursor, state.cursor)
     if state.world.is_first:
-        print(f"{told}: back to step {state.step}, and on without the {cursor - state.step} batches since", flush=True)
+        print(f"{jumped}: back to step {state.step}, and on without the {cursor - state.step} batches since", flush=True)
     return found
 
 

@@ -1,4 +1,4 @@
-"""How a checkpoint is written, committed and deleted; what a checkpoint is, and how it is read, is in checkpoint.py.
+"""How a checkpoint is written, committed and deleted; what a checkpoint is, and how it is read, is in portable.py.
 
 Only a run's own checkpoints are deleted. One that was passed over, because it is damaged or could not be read, or that
 was there when a run was started anew, is moved to ``RUN/checkpoints/passed-over``: somebody may be able to mend it.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from personmae.checkpoint import portable
-from personmae.checkpoint.host_copy import Fingerprint, Snapshot, write_blocks
+from personmae.checkpoint.host_copy import Fingerprint, HostCopy, write_blocks
 from personmae.checkpoint.portable import LATEST, MANIFEST, STATE
 from personmae.errors import RankError
 from personmae.system.files import to_json
@@ -24,7 +24,7 @@ PASSED_OVER = "passed-over"
 def commit(
     run_dir: str | Path,
     step: int,
-    snapshot: Snapshot,
+    host_copy: HostCopy,
     state: dict[str, Any],
     *,
     rank: int = 0,
@@ -47,7 +47,7 @@ def commit(
     try:
         failure = _begin(partial) if rank == 0 else None
         barrier()
-        failure = failure or _write_part(partial, snapshot, rank, world_size)
+        failure = failure or _write_part(partial, host_copy, rank, world_size)
         barrier()
         if failure:
             raise failure
@@ -162,8 +162,8 @@ def free_place(root: Path, name: str) -> Path:
     return next(path for free in names if not os.path.lexists(path := root / PASSED_OVER / free))
 
 
-def tell_moved(places: Collection[str]) -> None:
-    """Say where the things are that were set aside."""
+def log_moved(places: Collection[str]) -> None:
+    """Log where the things are that were set aside."""
     if places:
         print(
             f"checkpoint: kept, though this run does not go on from them: {', '.join(places)}; delete them when nobody wants "
@@ -181,12 +181,12 @@ def _begin(partial: Path) -> OSError | None:
     return None
 
 
-def _write_part(partial: Path, snapshot: Snapshot, rank: int, world_size: int) -> OSError | RankError | None:
+def _write_part(partial: Path, host_copy: HostCopy, rank: int, world_size: int) -> OSError | RankError | None:
     """Write one rank's files; of several ranks, each leaves a list of its own."""
     part = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
     try:
         files = {}
-        for kind, file in snapshot.files.items():
+        for kind, file in host_copy.files.items():
             path = partial / f"{kind}{part}.safetensors"
             files[path.name] = file.write(path)
         _write_synced(_list_of(partial, rank), json.dumps(files))

@@ -75,8 +75,8 @@ class HostFile:
             yield data[start : start + _BLOCK]
 
 
-class Snapshot:
-    """Host copies of a state by kind, in memory that is kept for the next one."""
+class HostCopy:
+    """A state in host memory, by kind; the memory is kept for the next copy."""
 
     def __init__(self) -> None:
         self.files: dict[str, HostFile] = {}

@@ -3,7 +3,7 @@
 ``RUN/checkpoints/step-00012000/`` holds one .safetensors file per kind of tensor (or one part of it per rank, as in
 ``student-00001-of-00004.safetensors``), ``state.json``, and ``manifest.json`` with the size and hash of every file, written
 last; the whole folder is written under another name and renamed, then ``LATEST`` points at it. Any engine at any world size
-resumes it. Writing is in commit.py, saving beside the step loop in keeper.py, the object store in archive.py.
+resumes it. Writing is in commit.py, saving beside the step loop in writer.py, the object store in remote.py.
 """
 
 import errno
@@ -117,15 +117,15 @@ def newest(run_dir: str | Path) -> Path | None:
         fault = find_fault(path)
         if not fault or fault.spares_weights:
             return path
-        tell_passed_over(path, fault)
+        log_passed_over(path, fault)
         passed.append((path, fault))
     if passed:
         raise none_usable(run_dir, passed, "take another run, or bring an undamaged copy back")
     return None
 
 
-def tell_passed_over(where: str | Path, fault: Fault | str) -> None:
-    """Say in a line that a checkpoint is not used, and why."""
+def log_passed_over(where: str | Path, fault: Fault | str) -> None:
+    """Log in a line that a checkpoint is not used, and why."""
     print(f"checkpoint {where} is passed over: {fault}", flush=True)
 
 
@@ -334,8 +334,10 @@ def load_strictly(module: nn.Module, tensors: Tensors, where: str | Path) -> Non
     shapes = [name for name in own if name in tensors and tensors[name].shape != own[name].shape]
     if missing or unknown or shapes:
         parts = {"missing": missing, "not known": unknown, "of another shape": shapes}
-        told = "; ".join(f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in parts.items() if n)
-        raise UserError(f"the weights of {where} must fit the model, but: {told}; use the configuration they were trained with")
+        wrong = "; ".join(f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in parts.items() if n)
+        raise UserError(
+            f"the weights of {where} must fit the model, but: {wrong}; use the configuration they were trained with"
+        )
     module.load_state_dict(tensors)
 
 

@@ -24,11 +24,11 @@ FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 30.0
 RETRY_SECONDS = 120.0  # for which a run that starts waits for a store that is away
 RECORDS = ("metrics.jsonl", "clusters.jsonl", "run.json", "config.yaml")  # of a run directory; no manifest lists them
 _NUM_FETCHES = 2  # of a file whose hash is wrong: the connection may have spoiled it
-_told = set[Path]()  # records that could not be copied
+_logged = set[Path]()  # records that could not be copied
 _Result = TypeVar("_Result")
 
 
-class Damaged(Exception):  # noqa: N818 - told as a fault, never shown
+class Damaged(Exception):  # noqa: N818 - logged as a fault, never shown
     """What the store holds is not a whole checkpoint; the fault says why."""
 
     def __init__(self, fault: Fault | str):
@@ -84,7 +84,7 @@ def send(location: str, path: Path, step: int, sent: set[str], *, anew: bool = F
 def _send_records(root: str, run_dir: Path) -> None:
     """Copy the records that a run directory has; of a file that is being written, the whole lines.
 
-    What cannot be read or is refused is told and left out: it must keep no checkpoint from its store.
+    What cannot be read or is refused is logged and left out: it must keep no checkpoint from its store.
     """
     for name in RECORDS:
         with _best_effort(run_dir / name):
@@ -100,7 +100,7 @@ def _whole(content: bytes) -> bytes:
 def bring_records(location: str, step: int, run_dir: Path) -> None:
     """Write the records that lie with a checkpoint of a store where a run directory has none, or fewer lines.
 
-    One that cannot be brought is told: the run goes on without it.
+    One that cannot be brought is logged: the run goes on without it.
 
     Raises:
         UserError: the store cannot be reached at present.
@@ -117,15 +117,15 @@ def bring_records(location: str, step: int, run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _best_effort(path: Path) -> Iterator[None]:
-    """Say once that a record is not copied, and why; where the store is away, what is copied with it must be tried again."""
+    """Log once that a record is not copied, and why; where the store is away, what is copied with it must be tried again."""
     try:
         yield
     except (OSError, UserError) as error:
         if isinstance(error, UserError) and passing_reason(error):
             raise
-        if path not in _told:
+        if path not in _logged:
             print(f"checkpoint: {path} is not copied with it: {error}", flush=True)
-        _told.add(path)
+        _logged.add(path)
 
 
 def delete(location: str, step: int) -> None:
@@ -235,7 +235,7 @@ def patiently(call: Callable[[], _Result], wait: Callable[[Exception], bool] | N
 
 
 def waiting(seconds: float) -> Patience:
-    """Waits for so long in all, and says so once."""
+    """Waits for so long in all, and logs it once."""
 
     def log(error: Exception, tries: int, delay: float) -> None:
         if tries == 0:

@@ -32,8 +32,8 @@ class Found:
         """What is in it."""
         return portable.read(self.path, moments=self.moments)
 
-    def tell(self, step: int, total_steps: int) -> None:
-        """Say on the first rank that a run which is not complete goes on with new moments."""
+    def log_new_moments(self, step: int, total_steps: int) -> None:
+        """Log on the first rank that a run which is not complete goes on with new moments."""
         if not self.moments and step < total_steps and dist.is_first():
             print(f"checkpoint {self.path}: its moments cannot be used, the optimizer goes on with new ones", flush=True)
 
@@ -79,14 +79,14 @@ def newest_for_all(run_dir: str | Path, upload_to: str | None = None, *, rebuild
                 dist.on_first_rank(lambda: search and search.set_aside_to(offer[0].path))
             return Found(path, offer[0].moments)
         if isinstance(trouble, Damaged):
-            portable.tell_passed_over(offer[0].path, f"on this host, {trouble}")
+            portable.log_passed_over(offer[0].path, f"on this host, {trouble}")
         if search:
             search.refuse(offer[0])
     return None
 
 
 class _Search:
-    """A run's checkpoints on this host, newest first, of equal ones the local; what is passed over is told and remembered."""
+    """A run's checkpoints on this host, newest first, of equal ones the local; what is passed over is logged and remembered."""
 
     def __init__(self, run_dir: str | Path, upload_to: str | None, rebuild_moments: bool):
         self._run_dir, self._upload_to, self._rebuild = run_dir, upload_to, rebuild_moments
@@ -141,7 +141,7 @@ class _Search:
                 moved += [commit.move_aside(where)] if os.path.lexists(where) and where != path else []
             elif step < taken and (upload_to := self._upload_to):
                 moved.append(remote.reaching(lambda upload_to=upload_to, step=step: remote.set_aside(upload_to, step)))
-        commit.tell_moved([str(place) for place in moved if place])
+        commit.log_moved([str(place) for place in moved if place])
 
     def _share(self, upload_to: str, path: Path) -> bool:
         """Upload a checkpoint that may never have got to the store; returns whether it is there now."""
@@ -218,7 +218,7 @@ class _Search:
         return None if portable.unfinished(path) else Found(path, moments=False)
 
     def _pass_over(self, where: str | Path, fault: Fault) -> None:
-        portable.tell_passed_over(where, fault)
+        portable.log_passed_over(where, fault)
         self._passed.append((where, fault))
 
     def _name(self, step: int) -> str:
@@ -227,20 +227,20 @@ class _Search:
 
 def _offer(search: _Search | None) -> tuple[Found, str] | None:
     """The first rank's next checkpoint and its digest, on all ranks; its error is raised on all, to end alike."""
-    told: dict[str, str | bool] = {}
+    answer: dict[str, str | bool] = {}
     mine: Exception | None = None
     if search:
         try:
             if found := search.next():
                 path = commit.settle(found.path)  # now, while no rank reads it yet
-                told = {"path": str(path), "digest": portable.digest(path), "moments": found.moments}
+                answer = {"path": str(path), "digest": portable.digest(path), "moments": found.moments}
         except Exception as error:  # whatever it is: the other ranks wait for a word
             mine = error
-            told = {"error": str(error), "passing": is_passing(error) or not isinstance(error, UserError | OSError)}
-    told = json.loads(dist.from_first_rank(json.dumps(told)))
-    if "error" in told:
-        raise mine or (Unavailable if told["passing"] else UserError)(told["error"])
-    return (Found(Path(str(told["path"])), bool(told["moments"])), str(told["digest"])) if told else None
+            answer = {"error": str(error), "passing": is_passing(error) or not isinstance(error, UserError | OSError)}
+    answer = json.loads(dist.from_first_rank(json.dumps(answer)))
+    if "error" in answer:
+        raise mine or (Unavailable if answer["passing"] else UserError)(answer["error"])
+    return (Found(Path(str(answer["path"])), bool(answer["moments"])), str(answer["digest"])) if answer else None
 
 
 def _take(run_dir: str | Path, upload_to: str | None, offered: Found, digest: str) -> Path:

@@ -79,12 +79,12 @@ def _this_start() -> str | None:
 
 
 def _set_aside(run_dir: Path, upload_to: str | None) -> None:
-    """Move what there is of an old run, and say so once."""
+    """Move what there is of an old run, and log it once."""
     moved, failures = commit.set_aside(run_dir, portable.local_steps(run_dir))
     places = [*map(str, moved), *(_set_store_aside(upload_to) if upload_to else ())]
     if records := _set_records_aside(run_dir):
         places.append(str(records))
-    commit.tell_moved(places)
+    commit.log_moved(places)
     commit.raise_first(failures)
 
 

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from personmae import dist
 from personmae.checkpoint import commit, portable, remote
-from personmae.checkpoint.host_copy import Snapshot
+from personmae.checkpoint.host_copy import HostCopy
 from personmae.checkpoint.portable import Checkpoint
 from personmae.system.retry import Patience, retry
 
@@ -140,8 +140,8 @@ class Writer:
         resumed = commit.settle(resumed) if resumed and self._is_first else resumed
         self._resumed = (portable.step_of(resumed.name) or 0) if resumed else 0
         self._own: set[int] = set()  # steps that this writer has committed
-        self._told: set[str] = set()  # what could not be deleted or moved: it is named once
-        self._snapshot, self._saved_at = Snapshot(), time.monotonic()
+        self._logged: set[str] = set()  # what could not be deleted or moved: it is named once
+        self._host_copy, self._saved_at = HostCopy(), time.monotonic()
         self._writing: threading.Thread | None = None
         self._error: BaseException | None = None
         self._changed = threading.Condition()  # guards what follows
@@ -178,7 +178,7 @@ class Writer:
         self._finish_writing()
         self.counters.seconds.labels("wait").observe(self.seconds_since_save)
         with self.counters.time("snapshot"):
-            self._snapshot.take(state.tensors)
+            self._host_copy.take(state.tensors)
             record = copy.deepcopy(state.state)
         self._writing = threading.Thread(target=self._write, args=(state.step, record), name="checkpoint write")
         self._writing.start()
@@ -212,7 +212,7 @@ class Writer:
         try:
             with self.counters.time("persist"):
                 passed_over = not self._is_ours(step)
-                path = commit.commit(self._run_dir, step, self._snapshot, record, **self._parts, keep_earlier=passed_over)
+                path = commit.commit(self._run_dir, step, self._host_copy, record, **self._parts, keep_earlier=passed_over)
             if self._is_first:
                 self._note_commit(step, path)
                 self._prune()
@@ -237,20 +237,20 @@ class Writer:
         try:
             steps = portable.local_steps(self._run_dir)
         except OSError as error:
-            self._tell_left({str(self._run_dir): error})
+            self._log_left({str(self._run_dir): error})
             return
         moved, unmoved = commit.set_aside(self._run_dir, [step for step in steps if not self._is_ours(step)])
-        commit.tell_moved([str(path) for path in moved])
+        commit.log_moved([str(path) for path in moved])
         undeleted = commit.delete(self._run_dir, [step for step in self._surplus(steps) if step not in needed])
-        self._tell_left({str(path): error for path, error in (unmoved | undeleted).items()})
+        self._log_left({str(path): error for path, error in (unmoved | undeleted).items()})
 
-    def _tell_left(self, failures: Mapping[str, Exception]) -> None:
+    def _log_left(self, failures: Mapping[str, Exception]) -> None:
         """Count what could not be deleted or moved, and name each once; it is tried again after the next save."""
         self.counters.failures.labels("prune").inc(len(failures))
         for path, error in failures.items():
-            if path not in self._told:
+            if path not in self._logged:
                 print(f"checkpoint {path} is no longer needed and is left: {error}", flush=True)
-            self._told.add(path)
+            self._logged.add(path)
 
     def _surplus(self, steps: list[int]) -> list[int]:
         line = [step for step in steps if self._is_ours(step)]
@@ -309,7 +309,7 @@ class Writer:
         try:
             steps = remote.steps(upload_to)
         except Exception as error:  # each store's client has errors of its own; the next upload deletes
-            self._tell_left({upload_to: error})
+            self._log_left({upload_to: error})
             return
         failures: dict[str, Exception] = {}
         moved = []
@@ -321,8 +321,8 @@ class Writer:
                     remote.delete(upload_to, step)
             except Exception as error:
                 failures[f"{upload_to}/{portable.name_of(step)}"] = error
-        commit.tell_moved(moved)
-        self._tell_left(failures)
+        commit.log_moved(moved)
+        self._log_left(failures)
 
     def _finish_uploading(self, seconds: float) -> None:
         if not self._uploading or self._given_up:

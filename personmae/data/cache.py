@@ -435,8 +435,8 @@ class _Attempts:
 
     def _log(self, error: Exception, tries: int, delay: float) -> None:
         if tries & (tries - 1) == 0:  # the first, second, third, fifth, ninth: a long outage is not a flood of lines
-            told = f"shard {self.location}: {error} ({retry.passing_reason(error)}); again in {delay:.1f} s"
-            print(told, file=sys.stderr, flush=True)
+            line = f"shard {self.location}: {error} ({retry.passing_reason(error)}); again in {delay:.1f} s"
+            print(line, file=sys.stderr, flush=True)
 
     def _give_up(self, reason: str, error: Exception) -> UserError:
         if reason == "hash":

@@ -29,7 +29,7 @@ def answer_early() -> None:
         _beating.append(Heartbeat())
 
 
-def tell(text: str) -> None:
+def log(text: str) -> None:
     """Print a line from within a handler, once a host: unbuffered, since the buffer may be in use just now."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         try:
@@ -45,7 +45,7 @@ def _answer(number: int, frame: FrameType | None) -> None:
     elif is_running() and not _is_importing(frame):
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
     else:  # nothing is begun that would have to be ended, and code in C does not survive an exception while it is imported
-        tell("stopped: before anything was begun; run this again")
+        log("stopped: before anything was begun; run this again")
         os._exit(EXIT_STOPPED)
 
 

@@ -321,5 +321,5 @@ def _delete_objects(bucket: str, keys: list[str]) -> None:
         for key in keys:
             client.delete_object(Bucket=bucket, Key=key)
     elif errors:
-        told = {"Code": errors[0].get("Code", ""), "Message": f"{errors[0].get('Key')}: {errors[0].get('Message')}"}
-        raise ClientError({"Error": told}, "DeleteObjects")
+        first = {"Code": errors[0].get("Code", ""), "Message": f"{errors[0].get('Key')}: {errors[0].get('Message')}"}
+        raise ClientError({"Error": first}, "DeleteObjects")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from personmae.checkpoint.host_copy import HostFile, Snapshot, write_blocks
+from personmae.checkpoint.host_copy import HostCopy, HostFile, write_blocks
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -41,7 +41,7 @@ def test_the_library_reads_what_was_copied_and_finds_16_bit_floats_as_fp32(tmp_p
 
 
 def test_later_changes_of_the_originals_do_not_reach_the_copy(tmp_path):
-    weight, taken = torch.zeros(3), Snapshot()
+    weight, taken = torch.zeros(3), HostCopy()
     taken.take({"student": {"w": weight}})
     weight.add_(1)
     taken.files["student"].write(tmp_path / "a.safetensors")
@@ -49,7 +49,7 @@ def test_later_changes_of_the_originals_do_not_reach_the_copy(tmp_path):
 
 
 def test_memory_is_used_again_while_the_state_keeps_its_form():
-    taken = Snapshot()
+    taken = HostCopy()
     taken.take({"student": {"w": torch.zeros(3)}})
     first = taken.files["student"]
     taken.take({"student": {"w": torch.ones(3)}})
@@ -71,7 +71,7 @@ def test_a_full_disk_is_told_with_the_file():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_state_on_a_gpu_is_copied_through_pinned_memory(tmp_path):
     source = {"w": torch.randn(1000, 100, device="cuda"), "half": torch.randn(10, device="cuda", dtype=torch.bfloat16)}
-    taken = Snapshot()
+    taken = HostCopy()
     taken.take({"student": source})
     taken.files["student"].write(tmp_path / "a.safetensors")
     read = load_file(tmp_path / "a.safetensors")

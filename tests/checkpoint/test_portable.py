@@ -225,9 +225,9 @@ def test_weights_that_fit_are_loaded():
 # --- parts of several ranks ---
 
 
-def part_of(state: Checkpoint, rank: int) -> host_copy.Snapshot:
+def part_of(state: Checkpoint, rank: int) -> host_copy.HostCopy:
     """Every second tensor."""
-    taken = host_copy.Snapshot()
+    taken = host_copy.HostCopy()
     taken.take({kind: dict(list(tensors.items())[rank::2]) for kind, tensors in state.tensors.items()})
     return taken
 
@@ -251,9 +251,9 @@ def test_parts_of_several_ranks_are_joined(tmp_path):
 
 
 def test_a_rank_may_have_no_tensor_of_a_kind(tmp_path):
-    none = host_copy.Snapshot()
+    none = host_copy.HostCopy()
     none.take({kind: {} for kind in make(5).tensors})
-    partial, whole = portable.folder(tmp_path) / ".partial-step-00000005", host_copy.Snapshot()
+    partial, whole = portable.folder(tmp_path) / ".partial-step-00000005", host_copy.HostCopy()
     whole.take(make(5).tensors)
     barriers = iter([lambda: commit._write_part(partial, none, 1, 2), lambda: None])
     path = commit.commit(tmp_path, 5, whole, {}, world_size=2, barrier=lambda: next(barriers)())
@@ -271,7 +271,7 @@ def test_a_part_that_is_missing_is_a_fault_even_where_the_manifest_does_not_know
 
 
 def test_without_the_part_of_a_rank_nothing_is_committed(tmp_path):
-    taken = host_copy.Snapshot()
+    taken = host_copy.HostCopy()
     taken.take(make(5).tensors)
     with pytest.raises(RankError, match=r"needs the parts of all 2 ranks; 1 are in .*: see the other ranks' errors"):
         commit.commit(tmp_path, 5, taken, {}, world_size=2)
