@@ -67,7 +67,7 @@ StateT = TypeVar("StateT", bound=DownstreamState)
 
 @dataclass(frozen=True, slots=True)
 class Parts(Generic[SettingsT, StateT]):
-    """What each program does in its own way; ``run`` does the rest.
+    """What each program does in its own way. ``run`` does the rest.
 
     ``check`` raises a UserError where settings and benchmark do not go together. ``build`` makes the state of step 0, ``load``
     takes over a checkpoint's tensors, and ``train`` is the loop.
@@ -82,11 +82,11 @@ class Parts(Generic[SettingsT, StateT]):
 
 
 def run(settings: SettingsT, parts: Parts[SettingsT, StateT]) -> None:
-    """Train all epochs, resuming what the run directory holds, then evaluate; writes ``result.json``.
+    """Train all epochs, resuming what the run directory holds, then evaluate. Writes ``result.json``.
 
     Raises:
-        UserError: the configuration, the weights or the benchmark cannot be used; found before the first step.
-        Stopped: a signal asked for it; the state is saved.
+        UserError: the configuration, the weights or the benchmark cannot be used. Found before the first step.
+        Stopped: a signal asked for it. The state is saved.
         Diverged: gradients are no longer finite.
     """
     began, world = time.monotonic(), dist.read_world()
@@ -170,7 +170,7 @@ def build_saver(
     metrics: RankMetrics,
     stop: dist.StopSignal,
 ) -> Saver:
-    """What saves the run's state, on the first rank; Prometheus is told of it, and of the steps to come."""
+    """What saves the run's state, on the first rank. Prometheus learns of it, and of the steps to come."""
     settings = state.settings
     writer = None
     if state.world.is_first:
@@ -246,7 +246,7 @@ def is_complete(settings: Settings, benchmark: Benchmark) -> bool:
 
 
 def record_of(state: DownstreamState, num_updates: int, *, num_classes: int, **of_head: Any) -> dict[str, Any]:
-    """What a checkpoint says of its run, besides tensors; ``of_head`` is what a program says of its head."""
+    """What a checkpoint says of its run, besides tensors. ``of_head`` is what a program says of its head."""
     return {
         "total_steps": state.total_steps,
         "num_updates": num_updates,
@@ -277,7 +277,7 @@ def resume(state: StateT, load: Callable[[StateT, portable.Checkpoint], None]) -
 
 
 def load_engine(engine: Engine, saved: portable.Checkpoint, *, without: tuple[str, ...] = ()) -> None:
-    """Take over model and moments of a checkpoint; kinds ``without`` which are a program's own."""
+    """Take over model and moments of a checkpoint, ``without`` the kinds that are a program's own."""
     tensors = {kind: of_kind for kind, of_kind in saved.tensors.items() if kind not in without}
     engine.load_portable(PortableState(tensors.pop("model"), tensors, saved.state["num_updates"]))
 
@@ -298,7 +298,7 @@ def open_log(state: DownstreamState, program: str, metrics: RankMetrics) -> run_
 
 
 def log_setup(state: DownstreamState, program: str, with_head: str = "") -> None:
-    """Record the run's set-up and print the sizes that follow from it; ``with_head`` says what the head is."""
+    """Record the run's set-up and print the sizes that follow from it. ``with_head`` says what the head is."""
     settings, module = state.settings, state.engine.module
     record_run(state)
     print(f"{program}: {state.precision}")

@@ -98,7 +98,7 @@ def flops_per_image(settings: config.Pretrain) -> float:
 
 
 class StepLog:
-    """Logs steps: every ``log_every``-th and each with a probe is recorded, others are shown where people have seen nothing."""
+    """Logs steps: every ``log_every``-th and each with a probe is recorded. Others are shown now and then."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class StepLog:
         self._first_step, self._num_bad = state.step, 0
 
     def after(self, losses: dict[str, Tensor], grad_norm: Tensor, lr: float, *, silent: bool, at_checkpoint: bool) -> bool:
-        """Log the step that is done; returns whether it is a ``log_every``-th or the last. Called by all ranks together.
+        """Log the step that is done. Returns whether it is a ``log_every``-th or the last. Called by all ranks together.
 
         Args:
             losses: of the step, on the device.

@@ -37,10 +37,10 @@ class Saver:
         self._saved, self._due = first_step, False
 
     def at(self, step: int, *, silent: bool) -> bool:
-        """Save the state after ``step`` steps where that is due; returns whether ``silent`` is true on any rank.
+        """Save the state after ``step`` steps where that is due. Returns whether ``silent`` is true on any rank.
 
         Raises:
-            Stopped: a signal asked for it, and there are steps left; the state is saved.
+            Stopped: a signal asked for it, and there are steps left. The state is saved.
             Diverged: as ``counts`` does.
             OSError: the state before this one could not be written.
         """
@@ -53,7 +53,7 @@ class Saver:
         return silent
 
     def stop(self, step: int, during: str = "") -> NoReturn:
-        """End the run after ``step`` steps; ``during`` says what was under way, where that was no step.
+        """End the run after ``step`` steps. ``during`` says what was under way, where that was no step.
 
         Raises:
             Stopped: always.
@@ -79,12 +79,12 @@ class Saver:
         self._finish(step)
 
     def close(self) -> None:
-        """Wait for what is being written; see ``Writer.close``."""
+        """Wait for what is being written, as ``Writer.close`` does."""
         if self.writer:
             self.writer.close()
 
     def _is_time(self) -> bool:
-        """Whether the time has come by the first rank's clock; a save that would wait for the one before is put off."""
+        """Whether the time has come by the first rank's clock. A save that would wait for the one before is put off."""
         if self.writer is None or self.writer.busy or not dist.is_first():
             return False
         return self._schedule.by_time(self.writer.seconds_since_save)

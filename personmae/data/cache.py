@@ -313,7 +313,7 @@ class ShardCache:
             raise
 
     def _fill(self, part: BinaryIO, shard: Shard) -> None:
-        """Read until the content is that of the index; go on where a broken connection stopped."""
+        """Read until the content has the hash of the index. Continue where a broken connection stopped."""
         attempts = _Attempts(f"{self.root}/{shard.name}", self._retry_seconds, self._counters, self._pause)
         read_before = part.tell()
 
@@ -330,7 +330,7 @@ class ShardCache:
             retry.retry(lambda: self._try_to_fill(part, shard), wait)
 
     def _try_to_fill(self, part: BinaryIO, shard: Shard) -> None:
-        """Read what is missing of the unfinished file, and check the whole; all of it is counted.
+        """Read what is missing of the unfinished file, and check the whole. All of it is counted.
 
         Raises:
             WrongHash: it is not what the index says.
@@ -398,7 +398,7 @@ def _reason_of_request(error: Exception) -> str | None:
     return reason if reason not in _BAD else None
 
 
-_BAD = ("hash", "expired")  # what comes back is wrong; waiting for long does not mend it
+_BAD = ("hash", "expired")  # what comes back is wrong, and waiting does not help
 
 
 class _Attempts:
@@ -419,10 +419,10 @@ class _Attempts:
         self._patience = Patience(delays, seconds=retry_seconds, pause=pause, log=self._log)
 
     def wait(self, error: Exception, *, progress: bool = False) -> bool:
-        """Wait before the next try; where bytes have come since the last one (``progress``), no longer than at first.
+        """Wait before the next try. Where bytes have come since the last one (``progress``), delays begin anew.
 
         Raises:
-            UserError: it has been tried for long enough; the shard and the cause are named.
+            UserError: it has been tried for long enough. The shard and the cause are named.
         """
         reason = retry.passing_reason(error) or ""
         self._bad = self._bad + 1 if reason in _BAD else 0

@@ -62,7 +62,7 @@ class Container(ABC):
         """The bytes of an image file.
 
         Raises:
-            OSError: it cannot be read; one of ``retry.LOST`` if this one is not to be had.
+            OSError: it cannot be read. One of ``retry.LOST`` if this one is not to be had.
         """
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ class Files(ABC):
         """The bytes of a file, or ``num_bytes`` of them from ``offset`` on.
 
         Raises:
-            OSError: they cannot be read; one of ``retry.LOST`` if this file is not to be had.
+            OSError: they cannot be read. One of ``retry.LOST`` if this file is not to be had.
         """
 
     @abstractmethod
@@ -101,7 +101,7 @@ def patiently(call: Callable[[], _Result]) -> _Result:
     """The result of ``call``. A disk or a network that fails is asked again for six seconds.
 
     Raises:
-        OSError: it goes on failing, or one of ``retry.LOST``.
+        OSError: it still fails, or one of ``retry.LOST``.
     """
     return retry.retry(call, retry.Patience(lambda: iter(_PAUSES)), retry.disk_reason)
 

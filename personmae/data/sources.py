@@ -173,7 +173,7 @@ class Source:
         """The bytes of an image file.
 
         Raises:
-            OSError: this one cannot be read; one of ``retry.LOST`` if it is not to be had.
+            OSError: this one cannot be read. One of ``retry.LOST`` if it is not to be had.
         """
         if not image.container:
             return self._files.read(name_of(image.key))

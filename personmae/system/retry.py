@@ -39,7 +39,7 @@ _PASSING_CODES = {
 
 
 class WrongHash(Exception):  # noqa: N818 - what was found
-    """What has arrived is not what its index says; the connection may have spoiled it."""
+    """What has arrived is not what its index says. The connection may have spoiled it."""
 
     def __init__(self) -> None:
         super().__init__("wrong hash")
@@ -60,7 +60,7 @@ def retry(
     while True:
         try:
             return call()
-        except Exception as error:  # each store's client has errors of its own; none is kept back
+        except Exception as error:  # each store's client has errors of its own, and none is kept back
             reason = (reason_of or passing_reason)(error)
             if reason == "expired":
                 storage.renew_credentials()
@@ -96,7 +96,7 @@ class Patience:
         return self._left() <= 0
 
     def wait(self, error: Exception) -> bool:
-        """Wait for the next delay, also where the time is up; returns whether to try again."""
+        """Wait for the next delay, also where the time is up. Returns whether to try again."""
         if (delay := next(self._delays, None)) is None:
             return False
         delay = min(delay, max(0.0, self._left()))
@@ -105,7 +105,7 @@ class Patience:
         return self._pause(delay)
 
     def __call__(self, error: Exception) -> bool:
-        """Wait before the next try; returns whether there is to be one."""
+        """Wait before the next try. Returns whether there is to be one."""
         return not self.is_over and self.wait(error)
 
     def _left(self) -> float:
@@ -119,7 +119,7 @@ def growing(first: float, most: float, jitter: tuple[float, float] = (0.5, 1.0))
 
 
 def passing_reason(error: BaseException | None) -> str | None:
-    """Why a store may answer when it is asked again, in a word; by an error or one that it was raised from, else None."""
+    """Why a store may answer when it is asked again, in a word: by an error or one that it was raised from. Else None."""
     while error:
         if reason := _reason(error):
             return reason
