@@ -30,7 +30,7 @@ def plan_batch(global_batch_size: int, world_size: int, max_micro_batch_size: in
     """The largest micro-batch that divides each rank's part evenly.
 
     Raises:
-        UserError: the ranks cannot take equal parts; the world sizes that can are listed.
+        UserError: the ranks cannot take equal parts. The world sizes that can are listed.
     """
     if global_batch_size % world_size:
         sizes = [n for n in range(1, 2 * world_size + 1) if global_batch_size % n == 0]

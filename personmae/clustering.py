@@ -32,7 +32,7 @@ class Module(downstream.Trained, Protocol):
 
 
 class ClusteredState(downstream.DownstreamState, Protocol):
-    """What is known of a run; ``labels`` (N,) are the clusters of the training images, -1 for an outlier."""
+    """What is known of a run. ``labels`` (N,) are the clusters of the training images, -1 for an outlier."""
 
     labels: np.ndarray | None
 
@@ -49,7 +49,7 @@ def find_clusters(
 
     Raises:
         UserError: there are fewer clusters than a batch needs.
-        Stopped: ``stopped`` was true on a rank; the state is as it was.
+        Stopped: ``stopped`` was true on a rank. The state is as it was.
         Diverged: a feature is not finite.
     """
     settings, device = state.settings, state.world.device
@@ -80,7 +80,7 @@ def find_clusters(
 
 
 def as_compared(features: Tensor, camids: np.ndarray, settings: config.Cluster) -> Tensor:
-    """Features (N, F) of length one as the clustering compares them; ``per_camera`` says what of cameras is taken out."""
+    """Features (N, F) of length one as the clustering compares them. ``per_camera`` says what of cameras is taken out."""
     whitening = {"dim": settings.whiten_dim, "shrinkage": settings.whiten_shrinkage}
     return per_camera(features, camids, settings.per_camera, **whitening)
 

@@ -40,7 +40,7 @@ class World:
 def read_world() -> World:
     """Ranks from the environment of ``deepspeed``, ``torchrun`` or nothing at all."""
     environ = os.environ
-    # The deepspeed launcher exports LOCAL_SIZE only; mosaicml-streaming reads LOCAL_WORLD_SIZE and takes 1 without it.
+    # The deepspeed launcher exports LOCAL_SIZE only. Where LOCAL_WORLD_SIZE is not set, mosaicml-streaming takes 1.
     environ.setdefault("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", "1"))
     local_rank = int(environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if use_cuda() else torch.device("cpu")
@@ -101,7 +101,7 @@ def start(world: World) -> None:
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     if world.world_size > 1:
         tdist.init_process_group(backend, timeout=_TIMEOUT)
-    else:  # a group of one needs no address and no port; DeepSpeed wants a group even so
+    else:  # a group of one needs no address and no port. DeepSpeed wants a group even so
         store = tdist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         tdist.init_process_group(backend, store=store, rank=0, world_size=1)
 
@@ -121,7 +121,7 @@ def stop() -> None:
 
 
 class StopSignal:
-    """A flag that SIGTERM and SIGINT set; it is read at step boundaries only. The first one is answered on the spot."""
+    """A flag that SIGTERM and SIGINT set. It is read at step boundaries only. The first one is answered on the spot."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -137,7 +137,7 @@ class StopSignal:
             again = "Ctrl-C again ends at once" if number == signal.SIGINT else "SIGKILL ends at once"
             signals.log(f"stopping after this step; {again}")
         self.requested = True
-        if number == signal.SIGINT:  # a second Ctrl-C ends at once; checkpoints are whole or absent
+        if number == signal.SIGINT:  # a second Ctrl-C ends at once. Checkpoints are whole or absent
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -170,7 +170,7 @@ def is_first() -> bool:
 
 
 def from_first_rank(value: T) -> T:
-    """Rank 0's value, on all ranks; one that can be pickled."""
+    """Rank 0's value, on all ranks. It must be one that can be pickled."""
     if not tdist.is_initialized():
         return value
     box = [value]
@@ -179,7 +179,7 @@ def from_first_rank(value: T) -> T:
 
 
 def broadcast(values: torch.Tensor) -> torch.Tensor:
-    """Rank 0's values, in place, on all ranks; the others give a tensor of that shape and type."""
+    """Rank 0's values, in place, on all ranks. The others give a tensor of that shape and type."""
     if tdist.is_initialized():
         tdist.broadcast(values, src=0)
     return values
@@ -233,7 +233,7 @@ def largest_share(count: int) -> int:
 
 
 def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """The rows of all ranks in order, on all of them, where each has its ``share`` of ``count`` rows; without a gradient."""
+    """The rows of all ranks in order, on all of them, where each has its ``share`` of ``count`` rows. Without a gradient."""
     rows = rows.detach()
     if not tdist.is_initialized() or tdist.get_world_size() == 1:
         return rows
@@ -247,7 +247,7 @@ def gather_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def gather_with_grad(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all ranks in order, as many from each; a rank's gradient is the sum of what all ranks have for its rows.
+    """The rows of all ranks in order, as many from each. A rank's gradient is the sum of what all ranks have for its rows.
 
     A loss that each rank computes alike from the gathered rows thus has, after the mean over ranks, the gradient that one rank
     with all the rows would have.
@@ -258,7 +258,7 @@ def gather_with_grad(rows: torch.Tensor) -> torch.Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows. Torch's own (torch.distributed.nn) is deprecated; what follows it needs a backend's reduce-scatter."""
+    """All ranks' rows. Torch's own (torch.distributed.nn) is deprecated. What follows it needs a backend's reduce-scatter."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -274,7 +274,7 @@ class _Gather(torch.autograd.Function):
 
 
 def average_buffers(module: torch.nn.Module) -> None:
-    """Set floating-point buffers, which are running statistics, to their mean over ranks; called by all of them."""
+    """Set floating-point buffers, which are running statistics, to their mean over ranks. Called by all of them."""
     if tdist.is_initialized() and tdist.get_world_size() > 1:
         for buffer in module.buffers():
             if buffer.is_floating_point():

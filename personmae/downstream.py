@@ -147,7 +147,7 @@ def open_images(state: DownstreamState, log: run_log.RunLog) -> Iterator[ImageSe
 
 
 def augmented(state: DownstreamState, images: Tensor, batch_size: int, ours: slice) -> Tensor:
-    """This rank's images of a global batch, augmented on its device; drop path is seeded too, so a resumed run repeats it."""
+    """This rank's images of a global batch, augmented on its device. Drop path is seeded too, so a resumed run repeats it."""
     settings = state.settings
     torch.manual_seed(settings.seed + 1000003 * state.step)
     drawn = draw_augmentation(
@@ -216,13 +216,13 @@ def resume_key(
 def require_same(where: str | Path, settings: Settings, ours: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise a UserError unless what lies at ``where`` is of the run with the resume key ``ours``, that of ``settings``.
 
-    Options that the ``saved`` key does not know came later; their defaults compute what was computed before them.
+    Options that the ``saved`` key does not know came later. Their defaults compute what was computed before them.
     """
     retrieval.require_same(where, ours, config.completed_resume_key(type(settings), saved))
 
 
 def keep_precision(state: DownstreamState, saved: dict[str, Any]) -> None:
-    """Go on in the precision of the ``saved`` resume key, unless one is given by hand; the module reads it at each call."""
+    """Go on in the precision of the ``saved`` resume key, unless one is given by hand. The module reads it at each call."""
     state.precision = state.precision.resumed(saved.get("train.precision"))
     state.module.compute_dtype = state.precision.dtype
     state.resume_key["train.precision"] = state.precision.name
@@ -263,7 +263,7 @@ def record_of(state: DownstreamState, num_updates: int, *, num_classes: int, **o
 
 
 def resume(state: StateT, load: Callable[[StateT, portable.Checkpoint], None]) -> Path | None:
-    """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
+    """Take over the newest valid checkpoint of the run, if there is one. Returns where it lies."""
     found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
     if not found:
         return None
@@ -347,14 +347,14 @@ def next_command(settings: Settings) -> str:
 
 
 def whitening_of(settings: Settings) -> dict[str, Any] | None:
-    """How the features of query and gallery are whitened per camera before they are compared; None where they are not."""
+    """How the features of query and gallery are whitened per camera before they are compared. None where they are not."""
     if not isinstance(settings, config.Unsupervised) or not settings.feature.whiten_retrieval:
         return None
     return {"dim": settings.cluster.whiten_dim, "shrinkage": settings.cluster.whiten_shrinkage}
 
 
 def evaluate(state: DownstreamState, log: run_log.RunLog, metrics: RankMetrics, stop: dist.StopSignal) -> None:
-    """Measure the last epoch, the only one that is measured, and write the record into the run; by all ranks together."""
+    """Measure the last epoch, the only one that is measured, and write the record into the run. By all ranks together."""
     settings, kept = state.settings, state.model_settings
 
     def stopped() -> bool:

@@ -1,4 +1,4 @@
-"""``personmae pretrain CONFIG --dry-run RANKS``: the data is opened and the plan of the run printed; nothing is trained."""
+"""``personmae pretrain CONFIG --dry-run RANKS``: the data is opened and the plan of the run printed. Nothing is trained."""
 
 import tempfile
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ _FP32 = 4  # bytes
 
 
 def show(settings: config.Pretrain, world_size: int) -> None:
-    """Print what the run would come to on ``world_size`` ranks, and what its masks hide; nothing is written.
+    """Print what the run would come to on ``world_size`` ranks, and what its masks hide. Nothing is written.
 
     Raises:
         UserError: the data cannot be read, or the ranks cannot share the batch.

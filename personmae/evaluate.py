@@ -31,8 +31,8 @@ _PRETRAINED_ONLY = {"pool": "--pool is for pre-trained encoders", "probe": "--pr
 class Options:
     """How features are found and compared.
 
-    ``pool`` takes a pre-trained encoder as it is, its tokens pooled so ("rows" are means of rows of patches); what it finds
-    is a lower bound, not a ReID system. ``per_camera`` changes features before they are compared, without labels; baselines
+    ``pool`` takes a pre-trained encoder as it is, its tokens pooled so ("rows" are means of rows of patches). What it finds
+    is a lower bound, not a ReID system. ``per_camera`` changes features before they are compared, without labels. Baselines
     are standardised where it is None. ``probe`` has both readings of frozen rows instead. The last three are of random
     weights, which are drawn on the spot.
     """
@@ -64,15 +64,15 @@ class Subject:
 def run(
     where: str, benchmark_name: str, root: str, *, out: Path | None, options: Options | None = None, unfinished: bool = False
 ) -> None:
-    """Print a row of the table, two of a probe; with ``out`` also write ``result.json`` and ``rank_lists.json`` there.
+    """Print a row of the table, two of a probe. With ``out`` also write ``result.json`` and ``rank_lists.json`` there.
 
     ``where`` is a run or a checkpoint, "random", or the name of a baseline. A run whose training has not reached its end is
-    taken only with ``unfinished``, or where its checkpoint is named itself; that is logged, and the record has how far it had
+    taken only with ``unfinished``, or where its checkpoint is named itself. That is logged, and the record has how far it had
     come. The benchmark needs no training images but for a probe.
 
     Raises:
         UserError: the checkpoint or the benchmark cannot be read, or the options do not go together.
-        OSError: ``out`` cannot be written to; found before anything is computed.
+        OSError: ``out`` cannot be written to. Found before anything is computed.
     """
     began, options = time.monotonic(), options or Options()
     _require_fitting(where, options)

@@ -55,11 +55,11 @@ class FinetuneState:
 
 
 def run(settings: config.Finetune) -> None:
-    """Train all epochs, resuming what the run directory holds, then evaluate; writes ``result.json``.
+    """Train all epochs, resuming what the run directory holds, then evaluate. Writes ``result.json``.
 
     Raises:
-        UserError: the configuration, the weights or the benchmark cannot be used; found before the first step.
-        Stopped: a signal asked for it; the state is saved.
+        UserError: the configuration, the weights or the benchmark cannot be used. Found before the first step.
+        Stopped: a signal asked for it. The state is saved.
         Diverged: gradients are no longer finite.
     """
     parts = downstream.Parts("finetune", lambda *_: None, build_state, load, log_setup, train)
@@ -213,7 +213,7 @@ def lr_scale_at(settings: config.Finetune, step: int, total_steps: int) -> float
 
 
 def save(state: FinetuneState, writer: Writer | None) -> None:
-    """Have a checkpoint written; here stands everything that a resumed run needs. Called by all ranks together."""
+    """Have a checkpoint written. Here stands everything that a resumed run needs. Called by all ranks together."""
     dist.average_buffers(state.module)  # running statistics of what each rank has seen
     saved = state.engine.portable_state()
     if not writer or saved is None:

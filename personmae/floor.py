@@ -36,7 +36,7 @@ class Floor(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums over images; ``values`` are an image's mean hue and the hues of its L patches, one after the other."""
+    """Sums over images. ``values`` are an image's mean hue and the hues of its L patches, one after the other."""
 
     num_images: Tensor  # ()
     pixels: Tensor  # (L, P)
@@ -82,7 +82,7 @@ def floor_of(moments: Moments) -> Floor:
 
 
 class FloorEstimate:
-    """The floor from the first steps of a run, over all ranks alike; nothing is done where it is ``known`` already."""
+    """The floor from the first steps of a run, over all ranks alike. Nothing is done where it is ``known`` already."""
 
     def __init__(self, known: Floor | None, *, steps_left: int, global_batch_size: int):
         wanted = -(-NUM_IMAGES // global_batch_size)
@@ -100,7 +100,7 @@ class FloorEstimate:
         self._moments = new if old is None else Moments(*(a + b for a, b in zip(old, new, strict=True)))
 
     def step(self) -> Floor | None:
-        """A step is done, by all ranks; returns the floor at the one with which it is known."""
+        """A step is done, by all ranks. Returns the floor at the one with which it is known."""
         if not self._steps:
             return None
         self._steps -= 1
@@ -115,7 +115,7 @@ class FloorEstimate:
 
 
 def floor_warning(floor: Floor, records: Sequence[Mapping[str, float]]) -> str:
-    """What to say of a run whose pixel loss has not left the floor, by the last tenth of what it has logged; else nothing."""
+    """What to say of a run whose pixel loss has not left the floor, by the last tenth of what it has logged. Else nothing."""
     losses = [record["pixel_loss"] for record in records if "pixel_loss" in record]
     if not losses:
         return ""

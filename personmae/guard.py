@@ -12,7 +12,7 @@ _SMOOTHING = 0.9  # of the running mean of the loss, per interval
 class Guard:
     """Counts the steps that an engine has skipped, and compares each interval's loss with those before it.
 
-    ``spike_factor`` is what the mean loss of an interval may at most be of the running mean before it; None watches nothing.
+    ``spike_factor`` is what the mean loss of an interval may at most be of the running mean before it. None watches nothing.
     ``loss_ema`` is that mean where a run goes on.
     """
 
@@ -35,14 +35,14 @@ class Guard:
         self.loss_ema = loss_ema
 
     def add(self, loss: Tensor, skipped: Tensor) -> None:
-        """Take in a step; nothing waits for the device."""
+        """Take in a step. Nothing waits for the device."""
         self.consecutive = (self.consecutive + skipped) * skipped
         self.num_skipped = self.num_skipped + skipped
         self._bad_here = ~loss.isfinite()
         self._sum, self._count = self._sum + loss.nan_to_num(0, 0, 0) * (1 - skipped), self._count + 1 - skipped
 
     def exhausted(self) -> bool:
-        """Whether too many steps in a row were skipped; waits for the device. All ranks get the same answer."""
+        """Whether too many steps in a row were skipped. Waits for the device. All ranks get the same answer."""
         return bool(self.consecutive >= self._max_skipped_steps)
 
     def last_counted(self, step: int, run_dir: str) -> bool:

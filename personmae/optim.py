@@ -17,9 +17,9 @@ def param_groups(
     num_layers: int = 0,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: no decay on vectors and tokens; lr * layer_decay^(num_layers - layer_id) with a ``layer_id``.
+    """Groups for AdamW: no decay on vectors and tokens, and lr * layer_decay^(num_layers - layer_id) with a ``layer_id``.
 
-    Each group keeps its own peak as ``base_lr`` and ``base_weight_decay``; schedules multiply those.
+    Each group keeps its own peak as ``base_lr`` and ``base_weight_decay``. Schedules multiply those.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in named:
@@ -44,7 +44,7 @@ def sgd(groups: list[dict[str, Any]], momentum: float) -> torch.optim.SGD:
     optimizer = torch.optim.SGD(groups, momentum=momentum, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            # Torch makes it uninitialised at the first update and fills it there; where that one is skipped it stays so.
+            # Torch makes it uninitialised at the first update and fills it there. Where that one is skipped it stays so.
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 

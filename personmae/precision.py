@@ -15,7 +15,7 @@ NAMES: Final[tuple[Name, ...]] = ("bf16", "fp32")
 CPUINFO: Final = Path("/proc/cpuinfo")
 # "bf16" is ARM's. AVX-512 without avx512_bf16 emulates it at a fifth of fp32's speed or less.
 _CPU_FLAGS: Final = {"avx512_bf16", "amx_bf16", "bf16"}
-# What oneDNN may be told to stay below, and then has no bf16 products; it reads both names in either case.
+# What oneDNN may be told to stay below, and then has no bf16 products. It reads both names in either case.
 _ISA_NAMES: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 _ISA_WITHOUT: Final = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
 

@@ -55,8 +55,8 @@ def run(settings: config.Pretrain) -> None:
     """Train until ``total_steps`` are done, resuming what the run directory holds.
 
     Raises:
-        UserError: the configuration or the data cannot be trained on; found before the first step.
-        Stopped: a signal asked for it; the state is saved.
+        UserError: the configuration or the data cannot be trained on. Found before the first step.
+        Stopped: a signal asked for it. The state is saved.
         Diverged: gradients are no longer finite, or the loss has jumped too often.
     """
     began, world = time.monotonic(), dist.read_world()
@@ -191,7 +191,7 @@ def build(
 def build_saver(
     state: PretrainState, found: Path | None, schedule: Schedule, guard: Guard, metrics: RankMetrics, stop: dist.StopSignal
 ) -> Saver:
-    """What saves the run's state; ranks that share it write it together."""
+    """What saves the run's state. Ranks that share it write it together."""
     settings = state.settings
     team = join_ranks(settings.run_dir) if state.engine.is_sharded else {}
     writer = open_writer(settings, found, team) if state.world.is_first or team else None

@@ -18,7 +18,7 @@ from personmae.reid.datasets import describe, load_benchmark
 
 
 class Prober:
-    """Measures the encoder of an engine on a benchmark; every method is called by all ranks together."""
+    """Measures the encoder of an engine on a benchmark. Every method is called by all ranks together."""
 
     def __init__(self, settings: config.Pretrain, encoder: VisionTransformer, world: dist.World):
         """Raises a UserError where the benchmark cannot be read."""

@@ -34,14 +34,14 @@ class PretrainState:
     total_steps: int
     precision: Precision
     step: int = 0  # updates done
-    cursor: int = 0  # global batches of the sample order that are behind; more than ``step`` after a rollback
+    cursor: int = 0  # global batches of the sample order that are behind. More than ``step`` after a rollback
     loss_ema: float | None = None  # the running mean that the guard against jumps compares with
     prober: Prober | None = None  # what frozen features find, where that is asked for
-    floor: Floor | None = None  # what the pixel loss is compared with; on the first rank
+    floor: Floor | None = None  # what the pixel loss is compared with. On the first rank
 
 
 class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
-    """The loss has jumped; ``good_step`` is the last one at which it had not."""
+    """The loss has jumped. ``good_step`` is the last one at which it had not."""
 
     def __init__(self, good_step: int):
         self.good_step = good_step
@@ -55,7 +55,7 @@ def save(state: PretrainState, writer: Writer | None, *, spread: bool) -> None:
 
 
 def to_checkpoint(state: PretrainState, *, spread: bool = False) -> portable.Checkpoint | None:
-    """Everything that a resumed run needs, on the first rank, or each rank's share of it; called by all ranks together."""
+    """Everything that a resumed run needs, on the first rank, or each rank's share of it. Called by all ranks together."""
     settings, engine_state = state.settings, state.engine.portable_state(spread=spread)
     if engine_state is None:
         return None
@@ -81,7 +81,7 @@ def to_checkpoint(state: PretrainState, *, spread: bool = False) -> portable.Che
 
 
 def resume(state: PretrainState) -> Path | None:
-    """Take over the newest valid checkpoint of the run, if there is one; returns where it lies."""
+    """Take over the newest valid checkpoint of the run, if there is one. Returns where it lies."""
     found = resume_point.newest_for_all(state.settings.run_dir, **state.settings.checkpoint.resume_arguments())
     if not found:
         return None
@@ -111,7 +111,7 @@ def resume(state: PretrainState) -> Path | None:
 
 
 def keep_precision(state: PretrainState, saved: str | None) -> None:
-    """Go on in the precision of a checkpoint, unless one is given by hand; model and teacher read it at each call."""
+    """Go on in the precision of a checkpoint, unless one is given by hand. Model and teacher read it at each call."""
     state.precision = state.precision.resumed(saved)
     for module in (state.engine.module, state.teacher):
         if module is not None:
@@ -128,7 +128,7 @@ def last_step_counted(guard: Guard, state: PretrainState) -> bool:
     """Whether the last step changed the parameters: a state is saved only then. Waits for the device.
 
     Raises:
-        Diverged: too many steps in a row were skipped; the state is kept for a look.
+        Diverged: too many steps in a row were skipped. The state is kept for a look.
     """
     if guard.exhausted():
         blame, where = guard.blame(), Path(state.settings.run_dir) / "diverged"
@@ -179,10 +179,10 @@ def _steps_in(upload_to: str | None) -> list[int]:
 
 
 def _give_up(run_dir: str, upload_to: str | None, steps: list[int], at: int) -> None:
-    """Delete what a run has saved since its loss jumped, up to step ``at``; what lies beyond is not its own: moved aside.
+    """Delete what a run has saved since its loss jumped, up to step ``at``. What lies beyond is not its own: moved aside.
 
     Raises:
-        OSError, UserError, Unavailable: the first that cannot be, after all others; the run would go on from it.
+        OSError, UserError, Unavailable: the first that cannot be, after all others. The run would go on from it.
     """
     own, beyond = ([step for step in steps if (step <= at) is mine] for mine in (True, False))
     failures: list[Exception] = [*commit.delete(run_dir, own).values(), *commit.set_aside(run_dir, beyond)[1].values()]

@@ -1,6 +1,6 @@
 """ReID without labels: clusters of the images' features are their classes, found anew before every epoch (arXiv 2103.11568).
 
-From a pre-trained encoder this is unsupervised learning (USL); from one fine-tuned on another benchmark it is unsupervised
+From a pre-trained encoder this is unsupervised learning (USL). From one fine-tuned on another benchmark it is unsupervised
 domain adaptation (UDA), which uses no source image. True identities are read for the log alone.
 """
 
@@ -38,7 +38,7 @@ from personmae.reid.transforms import ImageSet, load_ahead
 
 @dataclass
 class UnsupervisedState:
-    """What a run is made of, and how far it has come; ``labels`` are the clusters of the epoch that ``step`` is in."""
+    """What a run is made of, and how far it has come. ``labels`` are the clusters of the epoch that ``step`` is in."""
 
     settings: config.Unsupervised
     world: dist.World
@@ -57,11 +57,11 @@ class UnsupervisedState:
 
 
 def run(settings: config.Unsupervised) -> None:
-    """Train all epochs, resuming what the run directory holds, then evaluate; writes ``result.json``.
+    """Train all epochs, resuming what the run directory holds, then evaluate. Writes ``result.json``.
 
     Raises:
         UserError: the configuration, the weights or the benchmark cannot be used, or there are too few clusters.
-        Stopped: a signal asked for it; the state is saved.
+        Stopped: a signal asked for it. The state is saved.
         Diverged: gradients are no longer finite.
     """
     parts = downstream.Parts("unsupervised", require_cameras, build_state, load, log_setup, train)
@@ -250,7 +250,7 @@ def lr_scale_at(settings: config.Unsupervised, step: int) -> float:
 
 
 def save(state: UnsupervisedState, writer: Writer | None) -> None:
-    """Have a checkpoint written; here stands everything that a resumed run needs. Called by all ranks together."""
+    """Have a checkpoint written. Here stands everything that a resumed run needs. Called by all ranks together."""
     dist.average_buffers(state.module)  # running statistics of what each rank has seen
     saved = state.engine.portable_state()
     if not writer or saved is None:

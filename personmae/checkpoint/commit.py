@@ -1,4 +1,4 @@
-"""How a checkpoint is written, committed and deleted; what a checkpoint is, and how it is read, is in portable.py.
+"""How a checkpoint is written, committed and deleted. What a checkpoint is, and how it is read, is in portable.py.
 
 Only a run's own checkpoints are deleted. One that was passed over, because it is damaged or could not be read, or that
 was there when a run was started anew, is moved to ``RUN/checkpoints/passed-over``: somebody may be able to mend it.
@@ -34,13 +34,13 @@ def commit(
 ) -> Path:
     """Write a checkpoint, commit it by renaming, and point ``LATEST`` at it.
 
-    With more than one rank each calls this with the part of every kind that is its own, over a shared directory; ``barrier``
+    With more than one rank each calls this with the part of every kind that is its own, over a shared directory. ``barrier``
     waits for all, and the first rank commits. A rank that cannot write does not keep the others waiting. A checkpoint of the
     same step that is there is replaced, with ``keep_earlier`` moved to ``PASSED_OVER``.
 
     Raises:
         OSError: this rank's part cannot be written.
-        RankError: another rank's part was not, or the first could not begin; nothing is committed.
+        RankError: another rank's part was not, or the first could not begin. Nothing is committed.
     """
     final = portable.folder(run_dir) / portable.name_of(step)
     partial = final.with_name(f".partial-{final.name}")
@@ -69,7 +69,7 @@ def commit(
 
 
 def put_in_place(partial: Path, final: Path, *, keep_earlier: bool) -> None:
-    """Rename a whole folder, over an earlier one if need be; at any instant ``newest`` finds one of the two.
+    """Rename a whole folder, over an earlier one if need be. At any instant ``newest`` finds one of the two.
 
     With ``keep_earlier`` that one was of no use to ``newest``, and is moved out of the way instead of deleted.
     """
@@ -87,7 +87,7 @@ def put_in_place(partial: Path, final: Path, *, keep_earlier: bool) -> None:
 
 
 def settle(path: Path) -> Path:
-    """Give a checkpoint whose replacement was cut short its name back; returns where it lies."""
+    """Give a checkpoint whose replacement was cut short its name back. Returns where it lies."""
     final = path.with_name(path.name.removeprefix(".old-"))
     if path != final:
         if os.path.lexists(final):
@@ -110,7 +110,7 @@ def surplus(steps: Iterable[int], line: Collection[int], *, keep_last: int, keep
 
 
 def delete(run_dir: str | Path, steps: Iterable[int]) -> dict[Path, OSError]:
-    """Delete checkpoints, and what killed processes have left of unfinished ones; returns what could not be, and why."""
+    """Delete checkpoints, and what killed processes have left of unfinished ones. Returns what could not be, and why."""
     root = portable.folder(run_dir)
     names = [name for step in steps for name in (portable.name_of(step), f".old-{portable.name_of(step)}")]
     failures = {}
@@ -137,7 +137,7 @@ def raise_first(failures: dict[Path, OSError]) -> None:
 
 
 def set_aside(run_dir: str | Path, steps: Iterable[int]) -> tuple[list[Path], dict[Path, OSError]]:
-    """Move checkpoints out of the way of a run; returns where they are now, and what could not be moved and why."""
+    """Move checkpoints out of the way of a run. Returns where they are now, and what could not be moved and why."""
     root, moved, failures = portable.folder(run_dir), [], {}
     for name in (name for step in steps for name in (portable.name_of(step), f".old-{portable.name_of(step)}")):
         try:
@@ -149,7 +149,7 @@ def set_aside(run_dir: str | Path, steps: Iterable[int]) -> tuple[list[Path], di
 
 
 def move_aside(path: Path) -> Path:
-    """Move a checkpoint's folder to ``PASSED_OVER`` beside it, under a name that is free; returns where it is now."""
+    """Move a checkpoint's folder to ``PASSED_OVER`` beside it, under a name that is free. Returns where it is now."""
     target = free_place(path.parent, path.name.removeprefix(".old-"))
     target.parent.mkdir(exist_ok=True)
     path.rename(target)
@@ -182,7 +182,7 @@ def _begin(partial: Path) -> OSError | None:
 
 
 def _write_part(partial: Path, host_copy: HostCopy, rank: int, world_size: int) -> OSError | RankError | None:
-    """Write one rank's files; of several ranks, each leaves a list of its own."""
+    """Write one rank's files. Of several ranks, each leaves a list of its own."""
     part = f"-{rank + 1:05d}-of-{world_size:05d}" if world_size > 1 else ""
     try:
         files = {}
@@ -198,7 +198,7 @@ def _write_part(partial: Path, host_copy: HostCopy, rank: int, world_size: int) 
 
 
 def _collect(partial: Path, world_size: int) -> dict[str, Fingerprint]:
-    """The lists of all ranks as one; they are deleted."""
+    """The lists of all ranks as one. They are deleted."""
     lists = [path for rank in range(world_size) if (path := _list_of(partial, rank)).is_file()]
     if len(lists) < world_size:
         raise RankError(

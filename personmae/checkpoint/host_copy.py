@@ -2,7 +2,7 @@
 
 The step loop waits for this copy alone. Host memory is pinned where the state lies on a GPU, and is used again by the next
 copy. The files are written here, not by the safetensors library, so that hashes are of what was in memory, files reach the disk
-itself, and a full disk is the operating system's error; the library reads them.
+itself, and a full disk is the operating system's error. The library reads them.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _NAMES = {
 
 
 class HostFile:
-    """One safetensors file in memory, made for tensors of certain names, shapes and types; 16-bit floats become fp32."""
+    """One safetensors file in memory, made for tensors of certain names, shapes and types. 16-bit floats become fp32."""
 
     def __init__(self, tensors: Tensors):
         self._key = _key(tensors)
@@ -54,7 +54,7 @@ class HostFile:
         return self._key == _key(tensors)
 
     def fill(self, tensors: Tensors) -> None:
-        """Copy the tensors; from a GPU the copy is only under way when this returns."""
+        """Copy the tensors. From a GPU the copy is only under way when this returns."""
         for name, (start, end) in self._places.items():
             tensor = tensors[name].detach()
             copied = self._data[start:end].view(_stored(tensor)).view(tensor.shape)
@@ -76,13 +76,13 @@ class HostFile:
 
 
 class HostCopy:
-    """A state in host memory, by kind; the memory is kept for the next copy."""
+    """A state in host memory, by kind. The memory is kept for the next copy."""
 
     def __init__(self) -> None:
         self.files: dict[str, HostFile] = {}
 
     def take(self, tensors: Mapping[str, Tensors]) -> None:
-        """Copy every kind; the originals may change as soon as this returns."""
+        """Copy every kind. The originals may change as soon as this returns."""
         self.files = {kind: self._file(kind, of_kind) for kind, of_kind in tensors.items()}
         for kind, file in self.files.items():
             file.fill(tensors[kind])

@@ -2,7 +2,7 @@
 
 ``RUN/checkpoints/step-00012000/`` holds one .safetensors file per kind of tensor (or one part of it per rank, as in
 ``student-00001-of-00004.safetensors``), ``state.json``, and ``manifest.json`` with the size and hash of every file, written
-last; the whole folder is written under another name and renamed, then ``LATEST`` points at it. Any engine at any world size
+last. The whole folder is written under another name and renamed, then ``LATEST`` points at it. Any engine at any world size
 resumes it. Writing is in commit.py, saving beside the step loop in writer.py, the object store in remote.py.
 """
 
@@ -24,7 +24,7 @@ from personmae.errors import Unavailable, UserError, is_passing
 from personmae.model.positions import x_first
 
 MANIFEST, STATE, LATEST = "manifest.json", "state.json", "LATEST"
-FORMAT = 2  # in the state of a checkpoint; what has none is of before positions were x first (``positions.py``)
+FORMAT = 2  # in the state of a checkpoint. What has none is of before positions were x first (``positions.py``)
 RESUME_KEY = "identity"  # what must agree to resume: its name in state.json and result.json, kept for the runs there are
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # what optimizers keep: a run can go on without, weights do not need it
 _FOLDER = re.compile(r"(?:\.old-)?step-(\d{8,})")
@@ -47,7 +47,7 @@ class Fault:
 
     what: str
     passing: bool = False  # reading failed, and may succeed another time
-    absent: bool = False  # something is not there; what is there was not found wrong
+    absent: bool = False  # something is not there. What is there was not found wrong
     only_moments: bool = False  # weights and state are whole
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ def name_of(step: int) -> str:
 
 
 def step_of(name: str) -> int | None:
-    """The step that a folder's name gives; None where it is not a checkpoint's."""
+    """The step that a folder's name gives. None where it is not a checkpoint's."""
     match = _FOLDER.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -79,16 +79,16 @@ def step_of(name: str) -> int | None:
 
 
 def local_steps(run_dir: str | Path) -> list[int]:
-    """Steps of the folders below a run directory, whole or not, also of those that were being replaced; ascending.
+    """Steps of the folders below a run directory, whole or not, also of those that were being replaced. Ascending.
 
     Raises:
-        OSError: the folder is there and cannot be listed; that is not the same as empty.
+        OSError: the folder is there and cannot be listed. That is not the same as empty.
     """
     return sorted({step for name in _names(run_dir) if (step := step_of(name)) is not None})
 
 
 def folders(run_dir: str | Path) -> list[Path]:
-    """Folders that may be whole checkpoints, newest first; of two with a step, the replaced one comes second.
+    """Folders that may be whole checkpoints, newest first. Of two with a step, the replaced one comes second.
 
     Raises:
         OSError: as ``local_steps``.
@@ -98,7 +98,7 @@ def folders(run_dir: str | Path) -> list[Path]:
 
 
 def _names(run_dir: str | Path) -> list[str]:
-    """What lies among a run's checkpoints; not by ``glob``, which takes a folder that cannot be listed for an empty one."""
+    """What lies among a run's checkpoints. Not by ``glob``, which takes a folder that cannot be listed for an empty one."""
     try:
         return os.listdir(folder(run_dir))
     except (FileNotFoundError, NotADirectoryError):
@@ -106,7 +106,7 @@ def _names(run_dir: str | Path) -> list[str]:
 
 
 def newest(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run whose weights and state agree with their manifest; None where there is no checkpoint.
+    """The newest checkpoint of a run whose weights and state agree with their manifest. None where there is no checkpoint.
 
     Raises:
         UserError: there are some, and all are damaged.
@@ -130,7 +130,7 @@ def log_passed_over(where: str | Path, fault: Fault | str) -> None:
 
 
 def none_usable(where: str | Path, passed: Sequence[tuple[str | Path, Fault]], advice: str) -> UserError | Unavailable:
-    """The error where checkpoints are there and none can be used; it names each with its fault."""
+    """The error where checkpoints are there and none can be used. It names each with its fault."""
     named = "; ".join(f"{path}: {fault}" for path, fault in passed)
     message = f"{where} has {len(passed)} checkpoints that cannot be used, and none that can ({named})"
     if any(fault.passing for _, fault in passed):
@@ -139,7 +139,7 @@ def none_usable(where: str | Path, passed: Sequence[tuple[str | Path, Fault]], a
 
 
 def find_fault(path: Path) -> Fault | None:
-    """Why a folder is not a whole checkpoint, or None; a fault of its moments comes last.
+    """Why a folder is not a whole checkpoint, or None. A fault of its moments comes last.
 
     Raises:
         OSError: it may not be read, which is neither damage nor passes.
@@ -166,7 +166,7 @@ def is_moments(name: str) -> bool:
 
 
 def unreadable(name: str, error: OSError) -> Fault:
-    """What an error of the operating system says about a file; raised again where it is not the file's."""
+    """What an error of the operating system says about a file. Raised again where it is not the file's."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):  # it may be deleted while it is read
         return Fault(f"{name} is missing", absent=True)
     if not is_passing(error) and error.errno not in _LOST:
@@ -210,7 +210,7 @@ def find_file_fault(path: Path, expected: Fingerprint) -> Fault | None:
 
 
 def read(path: Path, *, moments: bool = True) -> Checkpoint:
-    """Read a checkpoint that ``newest`` or ``locate`` returned; tensors are on the CPU.
+    """Read a checkpoint that ``newest`` or ``locate`` returned. Tensors are on the CPU.
 
     They are mapped from the files, so that they take memory only as they are read, and once for all ranks of a host.
     """
@@ -239,7 +239,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _content(path: Path) -> bytes:
-    """A whole file; unlike Python's, an error while it is read names it."""
+    """A whole file. Unlike Python's, an error while it is read names it."""
     try:
         return path.read_bytes()
     except OSError as error:
@@ -247,7 +247,7 @@ def _content(path: Path) -> bytes:
 
 
 def read_kind(path: Path, kind: str) -> Tensors:
-    """All tensors of one kind; empty where the checkpoint has none."""
+    """All tensors of one kind. Empty where the checkpoint has none."""
     files = [file for file in sorted(path.glob("*.safetensors")) if _kind_of(file) == kind]
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     return _of_today(tensors, read_state(path)) if tensors else {}
@@ -290,14 +290,14 @@ def digest(path: Path) -> str:
 
 
 def unfinished(path: Path) -> str | None:
-    """How far the run of a checkpoint had come then, as "step 3 of 4"; None where that is its end, or is not known."""
+    """How far the run of a checkpoint had come then, as "step 3 of 4". None where that is its end, or is not known."""
     state = read_state(path)
     total = state.get("total_steps")
     return f"step {state['step']} of {total}" if total and state["step"] < total else None
 
 
 def require_finished(where: str | Path, path: Path, otherwise: str = "") -> None:
-    """Raise a UserError where ``where`` is a run whose training has not reached its end; a checkpoint may be named itself.
+    """Raise a UserError where ``where`` is a run whose training has not reached its end. A checkpoint may be named itself.
 
     ``path`` is the checkpoint that ``locate`` found there, ``otherwise`` another way out to name.
     """
@@ -326,7 +326,7 @@ def load_strictly(module: nn.Module, tensors: Tensors, where: str | Path) -> Non
     """Load weights whose names and shapes must all agree.
 
     Raises:
-        UserError: some do not; the first few are named.
+        UserError: some do not. The first few are named.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in tensors]

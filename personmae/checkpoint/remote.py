@@ -22,14 +22,14 @@ from personmae.system.retry import Patience, passing_reason
 
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 1.0, 30.0
 RETRY_SECONDS = 120.0  # for which a run that starts waits for a store that is away
-RECORDS = ("metrics.jsonl", "clusters.jsonl", "run.json", "config.yaml")  # of a run directory; no manifest lists them
+RECORDS = ("metrics.jsonl", "clusters.jsonl", "run.json", "config.yaml")  # of a run directory. No manifest lists them
 _NUM_FETCHES = 2  # of a file whose hash is wrong: the connection may have spoiled it
 _logged = set[Path]()  # records that could not be copied
 _Result = TypeVar("_Result")
 
 
 class Damaged(Exception):  # noqa: N818 - logged as a fault, never shown
-    """What the store holds is not a whole checkpoint; the fault says why."""
+    """What the store holds is not a whole checkpoint. The fault says why."""
 
     def __init__(self, fault: Fault | str):
         super().__init__(str(fault))
@@ -40,7 +40,7 @@ class Damaged(Exception):  # noqa: N818 - logged as a fault, never shown
 
 
 def steps(location: str) -> list[int]:
-    """Steps of the folders in a store, whole or not, ascending; of a store that cannot list, the one of ``LATEST``.
+    """Steps of the folders in a store, whole or not, ascending. Of a store that cannot list, the one of ``LATEST``.
 
     Raises:
         UserError: the store cannot be read, or its ``LATEST`` names no checkpoint.
@@ -59,9 +59,9 @@ def steps(location: str) -> list[int]:
 
 
 def send(location: str, path: Path, step: int, sent: set[str], *, anew: bool = False) -> None:
-    """Copy a local checkpoint to a store: files, manifest, ``LATEST``; ``sent`` remembers files for another try.
+    """Copy a local checkpoint to a store: files, manifest, ``LATEST``. ``sent`` remembers files for another try.
 
-    Another checkpoint of that step is moved to ``PASSED_OVER`` first; with ``anew`` also one with the same manifest, which a
+    Another checkpoint of that step is moved to ``PASSED_OVER`` first. With ``anew`` also one with the same manifest, which a
     run that saves the step once more has passed over. Moments that were deleted here are left out.
 
     Raises:
@@ -82,7 +82,7 @@ def send(location: str, path: Path, step: int, sent: set[str], *, anew: bool = F
 
 
 def _send_records(root: str, run_dir: Path) -> None:
-    """Copy the records that a run directory has; of a file that is being written, the whole lines.
+    """Copy the records that a run directory has. Of a file that is being written, the whole lines.
 
     What cannot be read or is refused is logged and left out: it must keep no checkpoint from its store.
     """
@@ -117,7 +117,7 @@ def bring_records(location: str, step: int, run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def _best_effort(path: Path) -> Iterator[None]:
-    """Log once that a record is not copied, and why; where the store is away, what is copied with it must be tried again."""
+    """Log once that a record is not copied, and why. Where the store is away, what is copied with it must be tried again."""
     try:
         yield
     except (OSError, UserError) as error:
@@ -129,7 +129,7 @@ def _best_effort(path: Path) -> Iterator[None]:
 
 
 def delete(location: str, step: int) -> None:
-    """Delete a checkpoint of a store, first what makes it one; nothing happens where a store cannot list."""
+    """Delete a checkpoint of a store, first what makes it one. Nothing happens where a store cannot list."""
     root = f"{location}/{portable.name_of(step)}"
     if names := storage.list_sizes(root):
         storage.delete(root, [name for name in names if name == MANIFEST])
@@ -137,7 +137,7 @@ def delete(location: str, step: int) -> None:
 
 
 def set_aside(location: str, step: int) -> str | None:
-    """Move a checkpoint of a store out of the way of a run; returns where it is now.
+    """Move a checkpoint of a store out of the way of a run. Returns where it is now.
 
     What has no manifest was never a checkpoint, or is none any more: it is deleted, and None is returned.
 
@@ -162,10 +162,10 @@ def set_aside(location: str, step: int) -> str | None:
 
 
 def fetch(location: str, step: int, directory: Path, digest: str | None = None, *, moments: bool = True) -> Path:
-    """Copy a checkpoint of a store into a directory, each file checked, the whole renamed; returns its folder.
+    """Copy a checkpoint of a store into a directory, each file checked, the whole renamed. Returns its folder.
 
     Raises:
-        Damaged: the store's is not whole, or not the one that ``digest`` stands for; a fault of the moments comes last.
+        Damaged: the store's is not whole, or not the one that ``digest`` stands for. A fault of the moments comes last.
         UserError: the store cannot be read.
     """
     root, final = f"{location}/{portable.name_of(step)}", directory / portable.name_of(step)
@@ -191,7 +191,7 @@ def fetch(location: str, step: int, directory: Path, digest: str | None = None, 
 
 
 def _fetch_file(root: str, path: Path, expected: Fingerprint) -> None:
-    """Fetch a file, going on where a connection broke; a wrong hash is given a second chance.
+    """Fetch a file, going on where a connection broke. A wrong hash is given a second chance.
 
     Raises:
         Damaged: it is not there, or not what the manifest says.
@@ -250,7 +250,7 @@ def delays() -> Iterator[float]:
 
 
 def reaching(call: Callable[[], _Result]) -> _Result:
-    """The result of ``call``; where a store cannot be reached at present, that is not the user's error.
+    """The result of ``call``. Where a store cannot be reached at present, that is not the user's error.
 
     Raises:
         Unavailable: trying again later may help.

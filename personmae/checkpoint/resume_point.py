@@ -23,7 +23,7 @@ from personmae.errors import RankError, RankUnavailable, Unavailable, UserError,
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A checkpoint that a run goes on from; without ``moments`` those are not there, or cannot be used."""
+    """A checkpoint that a run goes on from. Without ``moments`` those are not there, or cannot be used."""
 
     path: Path
     moments: bool = True
@@ -41,7 +41,7 @@ class Found:
 def newest(run_dir: str | Path, upload_to: str | None = None, *, rebuild_moments: bool = False) -> Found | None:
     """The newest usable checkpoint of a run directory and its store, on this host: it is fetched if need be.
 
-    None where there is no checkpoint in either place. A complete run may lack its moments; with ``rebuild_moments`` one whose
+    None where there is no checkpoint in either place. A complete run may lack its moments. With ``rebuild_moments`` one whose
     moments alone are missing or damaged is taken where none is whole.
 
     Raises:
@@ -52,12 +52,12 @@ def newest(run_dir: str | Path, upload_to: str | None = None, *, rebuild_moments
 
 
 def newest_for_all(run_dir: str | Path, upload_to: str | None = None, *, rebuild_moments: bool = False) -> Found | None:
-    """``newest``, decided by the first rank; hosts that do not have it fetch it, and if one cannot, all take the next.
+    """``newest``, decided by the first rank. Hosts that do not have it fetch it, and if one cannot, all take the next.
 
     One rank of each host checks every hash. The first must hold the run's lock, for it may rename what a kill has left.
 
     Raises:
-        UserError, Unavailable: as ``newest``; or a host sees neither the run directory of the first nor a store.
+        UserError, Unavailable: as ``newest``. Or a host sees neither the run directory of the first nor a store.
     """
     search = _Search(run_dir, upload_to, rebuild_moments) if dist.is_first() else None
     while offer := _offer(search):
@@ -86,7 +86,7 @@ def newest_for_all(run_dir: str | Path, upload_to: str | None = None, *, rebuild
 
 
 class _Search:
-    """A run's checkpoints on this host, newest first, of equal ones the local; what is passed over is logged and remembered."""
+    """A run's checkpoints on this host, newest first, of equal ones the local. What is passed over is logged and remembered."""
 
     def __init__(self, run_dir: str | Path, upload_to: str | None, rebuild_moments: bool):
         self._run_dir, self._upload_to, self._rebuild = run_dir, upload_to, rebuild_moments
@@ -95,7 +95,7 @@ class _Search:
         self._shared = set[Path]()
 
     def next(self) -> Found | None:
-        """The next one that can be used; None where there is none of any kind.
+        """The next one that can be used. None where there is none of any kind.
 
         Raises:
             UserError, Unavailable: there are some, and none (more) can be used.
@@ -116,7 +116,7 @@ class _Search:
         raise portable.none_usable(self._run_dir, self._passed, advice)
 
     def refuse(self, found: Found) -> None:
-        """What another host can neither see nor fetch is offered once more, from the store; then it is passed over."""
+        """What another host can neither see nor fetch is offered once more, from the store. Then it is passed over."""
         if self._upload_to and found.path not in self._shared and self._share(self._upload_to, found.path):
             self._found = itertools.chain([found], self._found)
         else:
@@ -144,7 +144,7 @@ class _Search:
         commit.log_moved([str(place) for place in moved if place])
 
     def _share(self, upload_to: str, path: Path) -> bool:
-        """Upload a checkpoint that may never have got to the store; returns whether it is there now."""
+        """Upload a checkpoint that may never have got to the store. Returns whether it is there now."""
         try:
             remote.reaching(
                 lambda: remote.patiently(lambda: remote.send(upload_to, path, portable.step_of(path.name) or 0, set()))
@@ -155,7 +155,7 @@ class _Search:
         return True
 
     def _counts(self, where: str | Path, fault: Fault) -> bool:
-        """Whether something was a checkpoint once; in a store, an upload that was cut short has no manifest."""
+        """Whether something was a checkpoint once. In a store, an upload that was cut short has no manifest."""
         return isinstance(where, Path) or not fault.absent or fault.only_moments
 
     def _usable(self) -> Iterator[Found]:
@@ -213,7 +213,7 @@ class _Search:
         """One whose moments were deleted, where its run has come to the end: it needs them no more."""
         try:
             path = path or self._fetch(step, moments=False)
-        except Damaged:  # since it was looked at; it is passed over for its moments
+        except Damaged:  # since it was looked at. It is passed over for its moments
             return None
         return None if portable.unfinished(path) else Found(path, moments=False)
 
@@ -226,7 +226,7 @@ class _Search:
 
 
 def _offer(search: _Search | None) -> tuple[Found, str] | None:
-    """The first rank's next checkpoint and its digest, on all ranks; its error is raised on all, to end alike."""
+    """The first rank's next checkpoint and its digest, on all ranks. Its error is raised on all, to end alike."""
     answer: dict[str, str | bool] = {}
     mine: Exception | None = None
     if search:
@@ -244,7 +244,7 @@ def _offer(search: _Search | None) -> tuple[Found, str] | None:
 
 
 def _take(run_dir: str | Path, upload_to: str | None, offered: Found, digest: str) -> Path:
-    """The checkpoint that the first rank offers, on this host; ``RUN/fetched`` holds one that had to be fetched."""
+    """The checkpoint that the first rank offers, on this host. ``RUN/fetched`` holds one that had to be fetched."""
     if dist.is_first() or not (fault := _fault_here(offered.path, digest, offered.moments)):
         return offered.path
     if not upload_to and fault.passing:

@@ -1,4 +1,4 @@
-"""A run directory belongs to one process at a time; who comes second is told whom it belongs to, and what to do."""
+"""A run directory belongs to one process at a time. Who comes second is told whom it belongs to, and what to do."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ _WAIT_SECONDS = 30.0
 def lock(run_dir: str | Path) -> IO[str]:
     """Hold a run directory for this process until the returned file is closed or the process ends.
 
-    The lock is the operating system's (``flock``), so that it goes with the process; ``RUN/.lock`` says who has it.
+    The lock is the operating system's (``flock``), so that it goes with the process. ``RUN/.lock`` says who has it.
 
     Raises:
         UserError: another process is running there.

@@ -31,7 +31,7 @@ def may_be_complete(run_dir: str | Path, resume: Resume) -> bool:
 
 
 def goes_on(run_dir: str | Path, *, resume: Resume, upload_to: str | None) -> bool:
-    """Whether the run goes on from what is there; where it does not, that is set aside. Called by all ranks together.
+    """Whether the run goes on from what is there. Where it does not, that is set aside. Called by all ranks together.
 
     The first must hold the run's lock.
 
@@ -71,7 +71,7 @@ def _is_done(run_dir: Path) -> bool:
 
 
 def _this_start() -> str | None:
-    """What stays the same while an agent starts ranks again, and over its own restarts where it has a name; else None."""
+    """What stays the same while an agent starts ranks again, and over its own restarts where it has a name. Else None."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name and name != "none":  # torchrun's, where it was given none
         return name
@@ -89,14 +89,14 @@ def _set_aside(run_dir: Path, upload_to: str | None) -> None:
 
 
 def _set_store_aside(upload_to: str) -> list[str]:
-    """Move the checkpoints of a store; returns where they are now."""
+    """Move the checkpoints of a store. Returns where they are now."""
     steps = remote.reaching(lambda: remote.patiently(lambda: remote.steps(upload_to)))
     moved = [remote.reaching(lambda step=step: remote.patiently(lambda: remote.set_aside(upload_to, step))) for step in steps]
     return [place for place in moved if place]
 
 
 def _set_records_aside(run_dir: Path) -> Path | None:
-    """Move curves, records and results beside the checkpoints that were set aside; returns where they are now."""
+    """Move curves, records and results beside the checkpoints that were set aside. Returns where they are now."""
     found = [run_dir / name for name in OF_A_RUN if (run_dir / name).exists()]
     if not found:
         return None

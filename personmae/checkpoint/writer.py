@@ -1,6 +1,6 @@
 """Keeping a run's checkpoints beside its step loop: when to save, the threads that write and upload, what to delete.
 
-The loop waits for the copy to host memory alone. One thread writes and commits that copy; another uploads what is committed,
+The loop waits for the copy to host memory alone. One thread writes and commits that copy. Another uploads what is committed,
 from the disk, so a slow or absent store never holds up the next save.
 """
 
@@ -48,7 +48,7 @@ class Schedule:
 
 
 def join_ranks(run_dir: str | Path) -> dict[str, Any]:
-    """Arguments of ``Writer`` with which all ranks write each checkpoint together; called by all ranks together.
+    """Arguments of ``Writer`` with which all ranks write each checkpoint together. Called by all ranks together.
 
     Empty where there is one rank, or where a host does not see the first one's ``run_dir``: then the first must write alone.
     """
@@ -106,14 +106,14 @@ class CheckpointCounters:
 
 
 class Writer:
-    """Saves the states of a run without holding it up; only the first rank has one, unless all write their parts.
+    """Saves the states of a run without holding it up. Only the first rank has one, unless all write their parts.
 
     ``upload_to`` is an object store that gets a copy of every committed checkpoint, or None. ``resumed`` is the checkpoint from
     which the run goes on: it is never deleted before ``keep_last`` newer ones are committed. What lies beyond it, or all that
     is there where a run starts anew, was passed over: with the first commit it is moved to ``commit.PASSED_OVER``.
 
     With ``world_size`` above one, all ranks have a writer over a shared directory, and ``barrier`` waits for all of them on a
-    process group that nothing else uses, for it is called from a thread; see ``join_ranks``. Each rank then saves tensors of
+    process group that nothing else uses, for it is called from a thread. See ``join_ranks``. Each rank then saves tensors of
     its own and the same kinds as the others, be it without a tensor.
     """
 
@@ -167,12 +167,12 @@ class Writer:
         return time.monotonic() - self._saved_at
 
     def save(self, state: Checkpoint, *, wait: bool = False) -> float:
-        """Copy a state to host memory and have it written; with ``wait``, return once it is committed to the run directory.
+        """Copy a state to host memory and have it written. With ``wait``, return once it is committed to the run directory.
 
         Returns the seconds for which the caller was held up.
 
         Raises:
-            OSError: this state, with ``wait``, or the one before could not be written; nothing is saved from then on.
+            OSError: this state, with ``wait``, or the one before could not be written. Nothing is saved from then on.
         """
         self._saved_at = time.monotonic()
         self._finish_writing()
@@ -187,7 +187,7 @@ class Writer:
         return self.seconds_since_save
 
     def close(self) -> None:
-        """Wait until all is written, and for a bounded time until all is uploaded; after a Ctrl-C that ends at once, not that.
+        """Wait until all is written, and for a bounded time until all is uploaded. After a Ctrl-C that ends at once, not that.
 
         Raises:
             OSError: the last state could not be written.
@@ -245,7 +245,7 @@ class Writer:
         self._log_left({str(path): error for path, error in (unmoved | undeleted).items()})
 
     def _log_left(self, failures: Mapping[str, Exception]) -> None:
-        """Count what could not be deleted or moved, and name each once; it is tried again after the next save."""
+        """Count what could not be deleted or moved, and name each once. It is tried again after the next save."""
         self.counters.failures.labels("prune").inc(len(failures))
         for path, error in failures.items():
             if path not in self._logged:
@@ -308,7 +308,7 @@ class Writer:
         upload_to = self._upload_to or ""
         try:
             steps = remote.steps(upload_to)
-        except Exception as error:  # each store's client has errors of its own; the next upload deletes
+        except Exception as error:  # each store's client has errors of its own. The next upload deletes
             self._log_left({upload_to: error})
             return
         failures: dict[str, Exception] = {}

@@ -1,4 +1,4 @@
-"""The contract between a program and whatever trains its module; it knows no model.
+"""The contract between a program and whatever trains its module. It knows no model.
 
 Schedules, the teacher, the data cursor, checkpoint files and metrics live outside, once.
 """
@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 class Update(NamedTuple):
-    """What an update came to; scalars on the device, so that nothing waits for them."""
+    """What an update came to. Scalars on the device, so that nothing waits for them."""
 
     grad_norm: Tensor  # of the mean gradient over the global batch, before clipping
     skipped: Tensor  # 1 where that norm or a rank's loss is not finite and nothing was changed, else 0
@@ -39,17 +39,17 @@ class PortableState:
 class Engine(ABC):
     """Trains ``module``, whose ``forward(batch)`` returns a dict with a scalar "loss" that is a mean over the batch.
 
-    Parameters, accumulated gradients and moments are fp32; a module that wants bf16 enters autocast itself. The optimizer is
+    Parameters, accumulated gradients and moments are fp32. A module that wants bf16 enters autocast itself. The optimizer is
     a fused AdamW, with the native engine also a fused SGD. Every method is called by all ranks together.
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    is_sharded: bool = False  # whether no rank holds all of the state; then all ranks had better write it together
+    is_sharded: bool = False  # whether no rank holds all of the state. Then all ranks had better write it together
 
     @abstractmethod
     def forward_backward(self, batch: Batch, *, last_micro: bool) -> Batch:
-        """Losses of one micro-batch, detached and on the device; gradients accumulate as means over the global batch."""
+        """Losses of one micro-batch, detached and on the device. Gradients accumulate as means over the global batch."""
 
     @abstractmethod
     def step(self, lr_scale: float) -> Update:
@@ -57,14 +57,14 @@ class Engine(ABC):
 
     @abstractmethod
     def full_params(self, module: nn.Module) -> AbstractContextManager[list[Tensor]]:
-        """The whole fp32 parameters of ``module``, a part of the engine's, in their order; they are only to be read."""
+        """The whole fp32 parameters of ``module``, a part of the engine's, in their order. They are only to be read."""
 
     @abstractmethod
     def portable_state(self, *, spread: bool = False) -> PortableState | None:
-        """The state by parameter name on the first rank, to be copied before the next step; None on the others.
+        """The state by parameter name on the first rank, to be copied before the next step. None on the others.
 
         With ``spread`` each rank has the share that ``owners`` gives it instead, and at no time more than that and one tensor.
-        What a rank holds whole are the live tensors on their device; what had to be gathered is on the CPU.
+        What a rank holds whole are the live tensors on their device. What had to be gathered is on the CPU.
         """
 
     @abstractmethod
@@ -134,7 +134,7 @@ def guarded_update(optimizer: torch.optim.Optimizer, lr_scale: float, grad_norm:
     """Tell a fused optimizer how its next ``step()`` is to go: rates, clipping, and not at all where the norm is NaN or inf.
 
     A fused optimizer reads ``found_inf`` and ``grad_scale``, by which it divides gradients, on the device. Both are meant for
-    fp16's loss scaling; here they make the guard and the clipping free of a wait and of a pass over the gradients.
+    fp16's loss scaling. Here they make the guard and the clipping free of a wait and of a pass over the gradients.
     """
     assert optimizer.defaults.get("fused"), "only a fused optimizer reads found_inf"
     for group in optimizer.param_groups:
@@ -153,7 +153,7 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 def owners(shapes: Mapping[str, torch.Size], *, spread: bool) -> dict[str, int]:
     """The rank that gives each tensor to a portable state: the first, or with ``spread`` any, so that all give about as much.
 
-    The largest come first, each to the rank that has the least by then; all ranks find the same.
+    The largest come first, each to the rank that has the least by then. All ranks find the same.
     """
     loads = [0] * (tdist.get_world_size() if spread and tdist.is_initialized() else 1)
     found = {}

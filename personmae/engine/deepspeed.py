@@ -1,7 +1,7 @@
 """The DeepSpeed engine, ZeRO stages 0 to 3. Everything that leans on DeepSpeed's own names and defaults is in this file.
 
 Its dict is generated here from plain arguments, so there is one source for every number. Parameters, moments and gradients
-stay fp32 on DeepSpeed's side; the module enters bf16 autocast itself. Clipping and the guard against NaN are ours at every
+stay fp32 on DeepSpeed's side. The module enters bf16 autocast itself. Clipping and the guard against NaN are ours at every
 stage (``base.guarded_update``), so that one norm counts and, below stage 3, no step waits for the device.
 """
 
@@ -58,7 +58,7 @@ _PRIVATE[2] = _PRIVATE[1]
 def deepspeed_config(
     *, micro_batch_size: int, grad_accum_steps: int, zero_stage: int, num_parameters: int, extra: dict[str, Any]
 ) -> dict[str, Any]:
-    """The DeepSpeed dict; ``extra`` is merged last, section by section.
+    """The DeepSpeed dict. ``extra`` is merged last, section by section.
 
     What DeepSpeed defaults to is not always harmless: clipping would be at 1.0, and a bucket would take 2 GB.
 
@@ -93,7 +93,7 @@ def deepspeed_config(
 
 
 class DeepSpeedEngine(Engine):
-    """A module under ``deepspeed.initialize``; the process group must exist."""
+    """A module under ``deepspeed.initialize``. The process group must exist."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class DeepSpeedEngine(Engine):
         losses = self._engine(batch)
         self._engine.backward(guarded_loss(losses["loss"]))
         if not last_micro:
-            self._engine.step()  # counts the micro-batch; nothing is updated before the last one
+            self._engine.step()  # counts the micro-batch. Nothing is updated before the last one
         return {name: loss.detach() for name, loss in losses.items()}
 
     def step(self, lr_scale: float) -> Update:
@@ -213,7 +213,7 @@ class DeepSpeedEngine(Engine):
         return flat.detach() if kind is None else self.optimizer.state[flat][kind]
 
     def _gathered(self, kind: str | None, owners: dict[str, int]) -> dict[str, Tensor]:
-        """fp32 parameters, or moments of a ``kind``, on their owners' CPUs; a GPU holds one of them at a time."""
+        """fp32 parameters, or moments of a ``kind``, on their owners' CPUs. A GPU holds one of them at a time."""
         kept: dict[str, Tensor] = {}
         if self._stage == 3:
             utils = self._deepspeed.utils
@@ -231,7 +231,7 @@ class DeepSpeedEngine(Engine):
         return kept
 
     def _scatter(self, kind: str | None, values: dict[str, Tensor]) -> None:
-        """Put this rank's part of whole tensors where the optimizer keeps it; what is missing is zero there already."""
+        """Put this rank's part of whole tensors where the optimizer keeps it. What is missing is zero there already."""
         if self._stage == 3:
             utils = self._deepspeed.utils
             for name, parameter in self.module.named_parameters():
@@ -255,7 +255,7 @@ class DeepSpeedEngine(Engine):
                     local[start - first : end - first] = values[name].flatten()[start - offset : end - offset].to(local.device)
 
     def _gathered_for_writing(self, parameter: nn.Parameter) -> Any:
-        """A parameter sharded by stage 3, whole; what the first rank writes into it is kept."""
+        """A parameter sharded by stage 3, whole. What the first rank writes into it is kept."""
         return self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
@@ -265,7 +265,7 @@ def _overlap(local: Tensor, start: int, end: int, rank: int) -> tuple[int, int]:
 
 
 def _joined(local: Tensor, start: int, end: int, owner: int) -> Tensor | None:
-    """These elements of a flat tensor on the rank ``owner``, sent by those that hold them; None on all others."""
+    """These elements of a flat tensor on the rank ``owner``, sent by those that hold them. None on all others."""
     length = local.numel()
     whole = local.new_empty(end - start) if rank() == owner else None
     for holder in range(start // length, (end - 1) // length + 1):
@@ -300,7 +300,7 @@ def _import_deepspeed() -> Any:
         import deepspeed
         import deepspeed.ops
 
-        # On CPUs init_distributed would compile this op for half a minute and leave files in /dev/shm; gloo does without.
+        # On CPUs init_distributed would compile this op for half a minute and leave files in /dev/shm. Gloo does without.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed

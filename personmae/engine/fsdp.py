@@ -35,11 +35,11 @@ from personmae.engine.base import (
 )
 from personmae.errors import UserError
 
-_BLOCKS_PER_GROUP = 4  # hooks cost the host more than the memory of three more blocks is worth; docs/decisions.md
+_BLOCKS_PER_GROUP = 4  # hooks cost the host more than the memory of three more blocks is worth (docs/decisions.md)
 
 
 class FsdpEngine(Engine):
-    """A module under ``fully_shard``; the process group must exist, and the optimizer must not have a state yet.
+    """A module under ``fully_shard``. The process group must exist, and the optimizer must not have a state yet.
 
     Gradients are reduced to shards after every micro-batch: kept whole until the last one, they would fill what sharding saves.
     """
@@ -59,7 +59,7 @@ class FsdpEngine(Engine):
         self._shapes = full_shapes(module)
         names = {parameter: name for name, parameter in module.named_parameters()}
         for tensor in module.state_dict().values():
-            tdist.broadcast(tensor, src=0)  # as the other engines do; fully_shard takes each rank's own values
+            tdist.broadcast(tensor, src=0)  # as the other engines do, for fully_shard takes each rank's own values
         _shard(module, _build_mesh(shard_size))
         sharded = dict(module.named_parameters())
         for group in optimizer.param_groups:

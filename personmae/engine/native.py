@@ -29,7 +29,7 @@ _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _KNOWN else 
 
 
 class NativeEngine(Engine):
-    """fp32 parameters and moments; gradients are averaged over ranks while the last micro-batch's backward runs.
+    """fp32 parameters and moments. Gradients are averaged over ranks while the last micro-batch's backward runs.
 
     Where the module's work is replayed as CUDA graphs (``is_graphed``), gradients and losses get memory of their own: the next
     replay writes over the graphs'.

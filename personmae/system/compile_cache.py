@@ -17,7 +17,7 @@ _LITTLE_64 = b"\x7fELF\x02\x01"
 
 
 def mend() -> list[Path]:
-    """Remove damaged libraries from the caches of torch.compile, Triton and extensions; they are compiled again.
+    """Remove damaged libraries from the caches of torch.compile, Triton and extensions. They are compiled again.
 
     What another process is compiling is left alone. Returns what was removed, and says so.
     """

@@ -27,10 +27,10 @@ def _finite(value: Any) -> Any:
 def replace(path: Path, content: str | bytes) -> None:
     """Make ``content`` the file's, by a file beside it that takes its name: a kill or a full disk leaves the old one whole.
 
-    A link is followed; a device or a pipe, such as ``/dev/stdout``, is written to.
+    A link is followed. A device or a pipe, such as ``/dev/stdout``, is written to.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: it cannot be written. ``path`` is as it was.
     """
     path, content = path.resolve(), content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():
@@ -49,7 +49,7 @@ def replace(path: Path, content: str | bytes) -> None:
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Lines of a file; a last one that a kill cut off is left out, and a missing file has none."""
+    """Lines of a file. A last one that a kill cut off is left out, and a missing file has none."""
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1].splitlines()
 

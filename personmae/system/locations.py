@@ -20,7 +20,7 @@ def is_remote(text: str) -> bool:
 
 
 def expand(text: str) -> str:
-    """The text with the home directory and the environment's variables in it; other characters stay, a lone ``$`` too.
+    """The text with the home directory and the environment's variables in it. Other characters stay, a lone ``$`` too.
 
     Raises:
         UserError: a variable is not set or empty, or there is no such home.

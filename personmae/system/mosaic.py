@@ -16,7 +16,7 @@ _lock = threading.Lock()
 
 
 def load(name: str) -> Any:
-    """The module ``streaming.base.X``; a later ``import streaming`` finds the same module and imports the rest.
+    """The module ``streaming.base.X``. A later ``import streaming`` finds the same module and imports the rest.
 
     Raises:
         ModuleNotFoundError: mosaicml-streaming is not installed, or has no such module.
@@ -36,7 +36,7 @@ def load(name: str) -> Any:
 
 
 def _bare(package: str) -> ModuleType:
-    """A package that finds its modules and has nothing else; its own ``__init__`` is not run."""
+    """A package that finds its modules and has nothing else. Its own ``__init__`` is not run."""
     parent = package.rpartition(".")[0]
     where = sys.modules[parent].__path__ if parent else None
     spec = importlib.machinery.PathFinder.find_spec(package, where)

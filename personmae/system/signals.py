@@ -11,12 +11,12 @@ from types import FrameType
 from personmae.errors import EXIT_STOPPED, Terminated, is_running
 
 _IMPORTING = "<frozen importlib"
-_first: list[int] = []  # the process that asked for this; a child that was forked from it is none of the answer's business
+_first: list[int] = []  # the process that asked for this. A child that was forked from it is none of the answer's business
 _beating: list[object] = []  # the heartbeat of the first seconds, which is kept until the program's own
 
 
 def answer_early() -> None:
-    """Answer SIGTERM, and Ctrl-C unless it is ignored, from now on; an agent hears that this rank has started."""
+    """Answer SIGTERM, and Ctrl-C unless it is ignored, from now on. An agent hears that this rank has started."""
     if _first:
         return
     _first.append(os.getpid())

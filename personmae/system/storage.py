@@ -1,4 +1,4 @@
-"""Directories and object stores behind the same few functions; their failures become one-line user errors.
+"""Directories and object stores behind the same few functions. Their failures become one-line user errors.
 
 S3 goes through boto3 and its credential chain (environment, profile, web identity, instance role), never unsigned.
 ``S3_ENDPOINT_URL`` or ``AWS_ENDPOINT_URL`` names an S3-compatible server. Other schemes use mosaicml-streaming's clients.
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from personmae.errors import UserError
 from personmae.system import locations, mosaic
 
-READ_TIMEOUT_SECONDS = 15  # without a byte; a stalled connection is given up for another
+READ_TIMEOUT_SECONDS = 15  # without a byte. A stalled connection is given up for another
 _BLOCK = 1 << 20
 _MOST_DELETED = 1000  # by one request, S3's own bound
 _making_client = threading.Lock()  # it takes a tenth of a second and ten megabytes: threads must not make one each
@@ -46,7 +46,7 @@ def is_remote(root: str | Path) -> bool:
 
 
 def split_s3(url: str) -> tuple[str, str]:
-    """Bucket and prefix of ``s3://bucket/prefix``; the prefix ends with a slash unless it is empty.
+    """Bucket and prefix of ``s3://bucket/prefix``. The prefix ends with a slash unless it is empty.
 
     This is no URL: a key is taken as it is, whatever characters it has. Only slashes at its end do not count.
     """
@@ -59,7 +59,7 @@ def split_s3(url: str) -> tuple[str, str]:
 
 
 def is_s3(root: str) -> bool:
-    """Whether an object store is S3; the others are mosaicml-streaming's to reach, which reads their locations as URLs.
+    """Whether an object store is S3. The others are mosaicml-streaming's to reach, which reads their locations as URLs.
 
     Raises:
         UserError: it is another store's location with characters after which those clients would cut it off.
@@ -76,7 +76,7 @@ def is_s3(root: str) -> bool:
 
 @functools.cache
 def s3_client(max_attempts: int = 4) -> Any:
-    """One client for the process; short time-outs, so that a wrong address is an error within seconds."""
+    """One client for the process. Short time-outs, so that a wrong address is an error within seconds."""
     from boto3.session import Session
     from botocore.config import Config
 
@@ -86,7 +86,7 @@ def s3_client(max_attempts: int = 4) -> Any:
         read_timeout=READ_TIMEOUT_SECONDS,
         retries={"total_max_attempts": max_attempts, "mode": "standard"},
         max_pool_connections=64,
-        request_checksum_calculation="when_required",  # S3-compatible servers refuse others; readers have hashes
+        request_checksum_calculation="when_required",  # S3-compatible servers refuse others. Readers have hashes
         response_checksum_validation="when_required",
     )
     try:  # a session of its own: the default one would keep credentials that have expired
@@ -102,7 +102,7 @@ def shared_client(max_attempts: int = 4) -> Any:
 
 
 def s3_identity() -> str:
-    """Whose credentials are in use and where they come from, for a log; never the secret."""
+    """Whose credentials are in use and where they come from, for a log. Never the secret."""
     client = s3_client()
     credentials = client._request_signer._credentials  # no public way leads from a client to what it signs with
     if credentials is None:
@@ -160,7 +160,7 @@ def is_final(error: UserError) -> bool:
 
 
 def list_sizes(root: str) -> dict[str, int] | None:
-    """Size in bytes of each file directly below ``root``; None where the store cannot list.
+    """Size in bytes of each file directly below ``root``. None where the store cannot list.
 
     Raises:
         UserError: the directory or bucket does not exist or may not be read.
@@ -182,7 +182,7 @@ def list_sizes(root: str) -> dict[str, int] | None:
 
 
 def list_folders(root: str) -> list[str] | None:
-    """Names of the folders directly below an ``s3://`` location or a directory; None where the store cannot list.
+    """Names of the folders directly below an ``s3://`` location or a directory. None where the store cannot list.
 
     Raises:
         UserError: the bucket does not exist or may not be read.
@@ -201,7 +201,7 @@ def list_folders(root: str) -> list[str] | None:
 def fetch_into(file: BinaryIO, root: str, name: str, check: Callable[[], None]) -> None:
     """Append ``root/name`` of an object store to ``file``, from the byte at which ``file`` stands.
 
-    Whatever goes wrong is raised as the store's client raises it; what had arrived by then has been written. ``check`` is
+    Whatever goes wrong is raised as the store's client raises it. What had arrived by then has been written. ``check`` is
     called now and then, and ends the reading by raising.
     """
     if not is_s3(root):
@@ -233,7 +233,7 @@ def _fetch_with_streaming(file: Any, root: str, name: str) -> None:
 
 
 def read(root: str, name: str) -> bytes | None:
-    """The content of a small file directly below a location; None where there is no such file."""
+    """The content of a small file directly below a location. None where there is no such file."""
     if not is_remote(root):
         path = Path(root) / name
         return path.read_bytes() if path.is_file() else None
@@ -282,7 +282,7 @@ def write(root: str, name: str, content: bytes) -> None:
 
 
 def copy(root: str, name: str, to: str) -> None:
-    """Copy the file ``root/name`` of an ``s3://`` store to ``to/name`` of the same; the server moves the bytes."""
+    """Copy the file ``root/name`` of an ``s3://`` store to ``to/name`` of the same. The server moves the bytes."""
     bucket, prefix = split_s3(root)
     to_bucket, to_prefix = split_s3(to)
     with explained(f"{root}/{name}", "copying"):
@@ -305,7 +305,7 @@ def _delete_objects(bucket: str, keys: list[str]) -> None:
     """Remove objects by one request, or by one each at a server that knows no other.
 
     Raises:
-        ClientError: one or more could not be removed; the first is named.
+        ClientError: one or more could not be removed. The first is named.
     """
     from botocore.exceptions import ClientError
 
