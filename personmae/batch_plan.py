@@ -36,8 +36,8 @@ def plan_batch(global_batch_size: int, world_size: int, max_micro_batch_size: in
         sizes = [n for n in range(1, 2 * world_size + 1) if global_batch_size % n == 0]
         near = [n * world_size for n in {global_batch_size // world_size, global_batch_size // world_size + 1} if n]
         raise UserError(
-            f"train.global_batch_size={global_batch_size} must be a multiple of the world size {world_size}; "
-            f"start {' or '.join(map(str, sizes))} ranks, or set train.global_batch_size to "
+            f"train.global_batch_size={global_batch_size} must be a multiple of the world size {world_size}. "
+            f"Start {' or '.join(map(str, sizes))} ranks, or set train.global_batch_size to "
             f"{' or '.join(map(str, sorted(near)))}"
         )
     per_rank = global_batch_size // world_size
@@ -50,11 +50,11 @@ def require_equal_parts(batch_size: int, group_size: int, world_size: int) -> No
     group = min(group_size, batch_size)
     if batch_size % world_size or batch_size // world_size % group:
         sizes = [n for n in range(1, batch_size // group + 1) if batch_size % (n * group) == 0]
-        start = f"start {' or '.join(map(str, sizes))}, or " if sizes else ""
+        start = f"Start {' or '.join(map(str, sizes))}, or give" if sizes else "Give"
         near = [n for n in range(2, batch_size // world_size + 1) if batch_size % (n * world_size) == 0]
         best = sorted(near, key=lambda n: abs(n - group))[:2]
-        give = f"such as {' or '.join(map(str, sorted(best)))} " if best else ""
+        such = f"such as {' or '.join(map(str, sorted(best)))} " if best else ""
         raise UserError(
             f"a batch of {batch_size} images in groups of train.bn_group_size={group} must be shared evenly by {world_size} "
-            f"rank{'s' * (world_size > 1)}; {start}give another train.bn_group_size {give}(only equal ones compare)"
+            f"rank{'s' * (world_size > 1)}. {start} another train.bn_group_size {such}(only equal ones compare)"
         )

@@ -109,8 +109,8 @@ def require_cameras(settings: config.Unsupervised, benchmark: Benchmark) -> None
     wanted += [("memory.kind=camera", settings.memory.kind == "camera")]
     if num_cameras < 2 and (named := [option for option, is_wanted in wanted if is_wanted]):
         raise UserError(
-            f"{named[0]} needs training images of two cameras or more, and {benchmark.root} names {num_cameras}; "
-            "leave it out, or give the cameras"
+            f"{named[0]} needs training images of two cameras or more, and {benchmark.root} names {num_cameras}. "
+            "Leave it out, or give the cameras"
         )
 
 
@@ -153,14 +153,14 @@ def _record(state: ClusteredState, epoch: int, scores: ClusterQuality, log: run_
 def _warning(scores: ClusterQuality, settings: config.Unsupervised) -> str:
     """One line on clusters that follow cameras, with what to set."""
     if settings.cluster.per_camera != "whiten":
-        change = "set cluster.per_camera=whiten"
+        change = "Set cluster.per_camera=whiten"
     elif settings.feature.pool != "rows":
-        change = "set feature.pool=rows"
+        change = "Set feature.pool=rows"
     else:
-        change = "start from a better encoder"
+        change = "Start from a better encoder"
     return (
         f"warning: clusters follow cameras: {scores.one_camera_share:.0%} of them are of one camera, and their adjusted mutual "
-        f"information with cameras is {scores.ami_cameras:.2f}; {change}, unless people really are seen by one camera"
+        f"information with cameras is {scores.ami_cameras:.2f}. {change}, unless people really are seen by one camera"
     )
 
 
@@ -168,9 +168,9 @@ def _require_enough(labels: np.ndarray, epoch: int, settings: config.Unsupervise
     num_clusters, num_outliers = int(labels.max(initial=-1)) + 1, int((labels < 0).sum())
     if num_clusters >= settings.batch.num_ids:
         return
-    change = "raise" if 2 * num_outliers > len(labels) else "lower"  # few clusters of all are too large ones
+    change = "Raise" if 2 * num_outliers > len(labels) else "Lower"  # few clusters of all are too large ones
     raise UserError(
         f"batch.num_ids={settings.batch.num_ids} clusters a batch are required, and epoch {epoch} has "
-        f"{num_clusters} with {num_outliers} of {len(labels)} images in none; "
+        f"{num_clusters} with {num_outliers} of {len(labels)} images in none. "
         f"{change} cluster.eps={settings.cluster.eps:g}, lower batch.num_ids, or start from a better encoder"
     )

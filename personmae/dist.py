@@ -46,7 +46,7 @@ def read_world() -> World:
     device = torch.device("cuda", local_rank) if use_cuda() else torch.device("cpu")
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"each rank of a host needs a GPU of its own; rank {local_rank} of this host has none among "
+            f"each rank of a host needs a GPU of its own. Rank {local_rank} of this host has none among "
             f"{torch.cuda.device_count()}: start fewer ranks, or set DS_ACCELERATOR=cpu"
         )
     return World(
@@ -135,7 +135,7 @@ class StopSignal:
     def _request(self, number: int, _: object) -> None:
         if not self.requested:
             again = "Ctrl-C again ends at once" if number == signal.SIGINT else "SIGKILL ends at once"
-            signals.log(f"stopping after this step; {again}")
+            signals.log(f"stopping after this step. {again}")
         self.requested = True
         if number == signal.SIGINT:  # a second Ctrl-C ends at once. Checkpoints are whole or absent
             signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -384,7 +384,7 @@ def evaluate(state: DownstreamState, log: run_log.RunLog, metrics: RankMetrics, 
         )
     except Stopped as early:
         stop.settle()
-        raise Stopped(f"{early}, all {state.step} steps saved in {settings.run_dir}; run this again to go on") from None
+        raise Stopped(f"{early}, all {state.step} steps saved in {settings.run_dir}. Run this again to go on") from None
     if record is None:
         return
     record |= {"name": Path(settings.run_dir).name, "init": settings.init, "commit": environment.git_commit()}

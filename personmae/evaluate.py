@@ -101,14 +101,14 @@ def _require_fitting(where: str, options: Options) -> None:
     if where in retrieval.BASELINES:
         for name in ("pool", "probe"):
             if getattr(options, name):
-                raise UserError(f"{_PRETRAINED_ONLY[name]}; {where!r} has no tokens: leave it out")
+                raise UserError(f"{_PRETRAINED_ONLY[name]}. {where!r} has no tokens: leave it out")
     drawn = {"size": options.size, "img-size": options.img_size, "seed": options.seed}
     if where != RANDOM and (given := [f"--{name}" for name, value in drawn.items() if value is not None]):
-        raise UserError(f"{', '.join(given)} is for 'random' weights; {where} has its own: leave it out")
+        raise UserError(f"{', '.join(given)} is for 'random' weights. {where} has its own: leave it out")
     if options.probe and (options.pool or options.per_camera or options.rerank != "none"):
-        raise UserError("--probe says itself what is compared; leave out --pool, --per-camera and --rerank")
+        raise UserError("--probe says itself what is compared. Leave out --pool, --per-camera and --rerank")
     if where == RANDOM and not (options.probe or options.pool):
-        raise UserError("'random' weights have no head; give --probe, or --pool mean, to see what their tokens find")
+        raise UserError("'random' weights have no head. Give --probe, or --pool mean, to see what their tokens find")
 
 
 def _measure_baseline(name: str, benchmark: Benchmark, options: Options) -> dict[str, Any]:
@@ -180,14 +180,14 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
     if "head" in record:
         for option, refusal in _PRETRAINED_ONLY.items():
             if getattr(options, option):
-                raise UserError(f"{refusal}; {path} is fine-tuned and has a head of its own: leave it out")
+                raise UserError(f"{refusal}. {path} is fine-tuned and has a head of its own: leave it out")
         if record.get("whiten") and not options.per_camera:
             source["whiten"] = record["whiten"]  # as the run was evaluated at its own end
         model = load_model(portable.read(path, moments=False), path)
         return Subject(name, record["init"], model, None, record["model"], source)
     if not (options.pool or options.probe):
         raise UserError(
-            f"a fine-tuned checkpoint is required; {path} is pre-trained only: run 'personmae finetune' first, or see with "
+            f"a fine-tuned checkpoint is required. {path} is pre-trained only: run 'personmae finetune' first, or see with "
             "--probe, or --pool mean, what its features find without"
         )
     weights, settings = portable.read_encoder(path)
@@ -202,7 +202,7 @@ def _draw(options: Options) -> Subject:
     torch.manual_seed(seed)
     encoder = VisionTransformer(**SIZES[size])
     if any(side % encoder.patch_size for side in img_size):
-        raise UserError(f"--img-size must be multiples of {encoder.patch_size} pixels; got {img_size[0]}x{img_size[1]}")
+        raise UserError(f"--img-size must be multiples of {encoder.patch_size} pixels. Got {img_size[0]}x{img_size[1]}")
     settings = {"img_size": img_size, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     start = f"random {size}, seed {seed}"
     return _frozen(RANDOM, start, encoder, settings, options, {"random": {"size": size, "img_size": img_size, "seed": seed}})

@@ -150,7 +150,7 @@ def build(settings: config.Finetune, num_classes: int, chosen: Precision) -> tup
         path = portable.locate(settings.init)
         if "head" in portable.read_state(path):
             raise UserError(
-                f"a pre-training checkpoint is required; {path} is of a model with a head: give init the run that it came "
+                f"a pre-training checkpoint is required. {path} is of a model with a head: give init the run that it came "
                 "from, or go on from it without labels by 'personmae unsupervised'"
             )
         weights, record = portable.read_encoder(settings.init)

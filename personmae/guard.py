@@ -53,7 +53,7 @@ class Guard:
         """
         if self.exhausted():
             raise Diverged(
-                f"the gradient was not finite in {int(self.consecutive)} steps in a row, up to step {step}: {self.blame()}; "
+                f"the gradient was not finite in {int(self.consecutive)} steps in a row, up to step {step}: {self.blame()}. "
                 f"{run_dir} keeps an earlier state"
             )
         return not self.consecutive

@@ -271,7 +271,7 @@ def open_shards(settings: config.Pretrain, world: dist.World) -> ShardSet:
     """
     if "://" in settings.data.shards and not settings.data.cache_dir and world.local_world_size < world.world_size:
         raise UserError(
-            "data.cache_dir must name a disk of each host where several hosts read from an object store; it is empty, which "
+            "data.cache_dir must name a disk of each host where several hosts read from an object store. It is empty, which "
             "means run_dir, and hosts share that"
         )
     limit = settings.data.cache_limit_gb

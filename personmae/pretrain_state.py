@@ -92,7 +92,7 @@ def resume(state: PretrainState) -> Path | None:
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
         changed = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
         raise UserError(
-            f"{found.path} belongs to a run with other settings: {changed}; use the same, another run_dir, or "
+            f"{found.path} belongs to a run with other settings: {changed}. Use the same, another run_dir, or "
             "checkpoint.resume=none"
         )
     tensors = dict(saved.tensors)
@@ -137,7 +137,7 @@ def last_step_counted(guard: Guard, state: PretrainState) -> bool:
                 writer.save(dumped)
         raise Diverged(
             f"the gradient was not finite in {int(guard.consecutive)} steps in a row, up to step {state.step}, which read "
-            f"batch {state.cursor - 1} of the order: {blame}; {where} has the state, the run's own checkpoints are from before"
+            f"batch {state.cursor - 1} of the order: {blame}. {where} has the state, the run's own checkpoints are from before"
         )
     return not guard.consecutive
 
@@ -152,13 +152,13 @@ def roll_back(state: PretrainState, spike: Spiked, attempt: int) -> Path:
     at, cursor, most = state.step, state.cursor, state.settings.train.max_rollbacks
     jumped = f"the loss has jumped by step {at}, above {state.settings.train.spike_factor:g} times what it was before"
     if attempt >= most:
-        raise Diverged(f"{jumped}, after {most} rollbacks; lower optim.base_lr, or look at the data")
+        raise Diverged(f"{jumped}, after {most} rollbacks. Lower optim.base_lr, or look at the data")
 
     def give_up() -> None:
         kept = {*portable.local_steps(run_dir), *_steps_in(upload_to)}
         if not any(step <= spike.good_step for step in kept):
             raise Diverged(
-                f"{jumped}, and {run_dir} has no checkpoint from before; raise checkpoint.keep_last, or log more often"
+                f"{jumped}, and {run_dir} has no checkpoint from before. Raise checkpoint.keep_last, or log more often"
             )
         _give_up(run_dir, upload_to, [step for step in kept if step > spike.good_step], at)
 
@@ -218,7 +218,7 @@ def count_steps(settings: config.Pretrain, num_samples: int) -> int:
     if settings.train.total_steps:
         return settings.train.total_steps
     if not settings.train.epochs:
-        raise UserError("train.epochs or train.total_steps is required; both are empty")
+        raise UserError("train.epochs or train.total_steps is required. Both are empty")
     return max(1, round(settings.train.epochs * (num_samples // settings.train.global_batch_size)))
 
 
@@ -236,7 +236,7 @@ def build_teacher(settings: config.Pretrain, model: PersonMAE, plan: batch_plan.
     size, group = plan.micro_batch_size, settings.loss.identity_group
     if settings.loss.identity_weight and size % group:
         raise UserError(
-            f"loss.identity_group={group} must divide a rank's micro-batch, which is {size} ({plan}); give another, or another "
+            f"loss.identity_group={group} must divide a rank's micro-batch, which is {size} ({plan}). Give another, or another "
             "train.max_micro_batch_size"
         )
     if not model.needs_teacher:

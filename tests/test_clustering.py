@@ -123,22 +123,22 @@ def test_scores_are_said_and_written_and_those_that_are_not_known_left_out(tmp_p
 @pytest.mark.parametrize(
     ("sections", "change"),
     [
-        ({}, "set cluster.per_camera=whiten"),
-        ({"cluster": {"per_camera": "standardise"}}, "set cluster.per_camera=whiten"),
-        ({"cluster": {"per_camera": "whiten"}}, "set feature.pool=rows"),
-        ({"cluster": {"per_camera": "whiten"}, "feature": {"pool": "rows"}}, "start from a better encoder"),
+        ({}, "Set cluster.per_camera=whiten"),
+        ({"cluster": {"per_camera": "standardise"}}, "Set cluster.per_camera=whiten"),
+        ({"cluster": {"per_camera": "whiten"}}, "Set feature.pool=rows"),
+        ({"cluster": {"per_camera": "whiten"}, "feature": {"pool": "rows"}}, "Start from a better encoder"),
     ],
 )
 def test_a_warning_says_that_clusters_follow_cameras_and_what_to_set(tmp_path, sections, change):
     _, warning = told(tmp_path, FOLLOWING, **sections)
     assert warning.startswith("warning: clusters follow cameras: 80% of them are of one camera")
-    assert f"is 0.42; {change}" in warning
+    assert f"is 0.42. {change}" in warning
 
 
 def test_too_few_clusters_are_refused():
-    with pytest.raises(UserError, match=r"epoch 2 has 3 with 1 of 6 images in none; lower cluster\.eps"):
+    with pytest.raises(UserError, match=r"epoch 2 has 3 with 1 of 6 images in none. Lower cluster\.eps"):
         clustering._require_enough(np.array([0, 0, 1, 2, -1, 2]), 2, settings(batch={"num_ids": 4}))
-    with pytest.raises(UserError, match=r"has 0 with 6 of 6 images in none; raise cluster\.eps"):
+    with pytest.raises(UserError, match=r"has 0 with 6 of 6 images in none. Raise cluster\.eps"):
         clustering._require_enough(np.full(6, -1), 0, settings(batch={"num_ids": 1}))
     clustering._require_enough(np.array([0, 0, 1, 2, -1, 3]), 2, settings(batch={"num_ids": 4}))
 

@@ -43,7 +43,7 @@ def test_a_world_size_that_does_not_divide_lists_those_that_do_and_the_batches_t
         batch_plan.plan_batch(1000, 16, 64)
     message = str(caught.value)
     assert "train.global_batch_size=1000 must be a multiple of the world size 16" in message
-    assert "start 1 or 2 or 4 or 5 or 8 or 10 or 20 or 25 ranks" in message
+    assert "Start 1 or 2 or 4 or 5 or 8 or 10 or 20 or 25 ranks" in message
     assert "set train.global_batch_size to 992 or 1008" in message
 
 

@@ -166,7 +166,7 @@ def log_moved(places: Collection[str]) -> None:
     """Log where the things are that were set aside."""
     if places:
         print(
-            f"checkpoint: kept, though this run does not go on from them: {', '.join(places)}; delete them when nobody wants "
+            f"checkpoint: kept, though this run does not go on from them: {', '.join(places)}. Delete them when nobody wants "
             "them",
             flush=True,
         )
@@ -191,7 +191,7 @@ def _write_part(partial: Path, host_copy: HostCopy, rank: int, world_size: int) 
             files[path.name] = file.write(path)
         _write_synced(_list_of(partial, rank), json.dumps(files))
     except FileNotFoundError:
-        return RankError(f"{partial} is not there: see the first rank's error; all hosts must share the storage of run_dir")
+        return RankError(f"{partial} is not there: see the first rank's error. All hosts must share the storage of run_dir")
     except OSError as error:
         return error
     return None
@@ -202,7 +202,7 @@ def _collect(partial: Path, world_size: int) -> dict[str, Fingerprint]:
     lists = [path for rank in range(world_size) if (path := _list_of(partial, rank)).is_file()]
     if len(lists) < world_size:
         raise RankError(
-            f"a checkpoint needs the parts of all {world_size} ranks; {len(lists)} are in {partial}: see the other ranks' "
+            f"a checkpoint needs the parts of all {world_size} ranks. {len(lists)} are in {partial}: see the other ranks' "
             "errors, and let run_dir lie on storage that all hosts share"
         )
     files = {name: entry for path in lists for name, entry in json.loads(path.read_bytes()).items()}

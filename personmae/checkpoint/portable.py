@@ -134,7 +134,7 @@ def none_usable(where: str | Path, passed: Sequence[tuple[str | Path, Fault]], a
     named = "; ".join(f"{path}: {fault}" for path, fault in passed)
     message = f"{where} has {len(passed)} checkpoints that cannot be used, and none that can ({named})"
     if any(fault.passing for _, fault in passed):
-        return Unavailable(f"{message}: reading may succeed another time, so run this again; or {advice}")
+        return Unavailable(f"{message}: reading may succeed another time, so run this again, or {advice}")
     return UserError(f"{message}: {advice}")
 
 
@@ -229,7 +229,7 @@ def _of_today(tensors: Tensors, state: dict[str, Any]) -> Tensors:
         UserError: it was written by a later version.
     """
     if (written := state.get("format", 1)) > FORMAT:
-        raise UserError(f"checkpoints of format {FORMAT} or less can be read, this one has format {written}; update personmae")
+        raise UserError(f"checkpoints of format {FORMAT} or less can be read, this one has format {written}. Update personmae")
     return x_first(tensors, state["model"]) if written == 1 and "size" in state.get("model", {}) else tensors
 
 
@@ -276,11 +276,11 @@ def locate(where: str | Path) -> Path:
         if not fault or fault.spares_weights:
             return path
         if fault.passing:
-            raise Unavailable(f"checkpoint {path} cannot be used: {fault}; this may pass: run this again")
-        raise UserError(f"checkpoint {path} is damaged: {fault}; use another one of its run")
+            raise Unavailable(f"checkpoint {path} cannot be used: {fault}. This may pass: run this again")
+        raise UserError(f"checkpoint {path} is damaged: {fault}. Use another one of its run")
     found = newest(path)
     if not found:
-        raise UserError(f"a checkpoint or a run directory with one is required; {where} has none: train it first")
+        raise UserError(f"a checkpoint or a run directory with one is required. {where} has none: train it first")
     return found
 
 
@@ -303,7 +303,7 @@ def require_finished(where: str | Path, path: Path, otherwise: str = "") -> None
     """
     if path != Path(where) and (reached := unfinished(path)):
         raise UserError(
-            f"{where} must be a finished run and is at {reached}; run it to its end,{otherwise} or name the checkpoint itself: "
+            f"{where} must be a finished run and is at {reached}. Run it to its end,{otherwise} or name the checkpoint itself: "
             f"{path}"
         )
 
@@ -317,7 +317,7 @@ def read_encoder(where: str | Path, kind: str = "student") -> tuple[Tensors, dic
     path = locate(where)
     require_finished(where, path)
     if not (tensors := read_kind(path, kind)):
-        raise UserError(f"a pre-training checkpoint is required; {path} has no {kind} weights")
+        raise UserError(f"a pre-training checkpoint is required. {path} has no {kind} weights")
     encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
     return encoder or tensors, read_state(path)["model"]
 
@@ -336,7 +336,7 @@ def load_strictly(module: nn.Module, tensors: Tensors, where: str | Path) -> Non
         parts = {"missing": missing, "not known": unknown, "of another shape": shapes}
         wrong = "; ".join(f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in parts.items() if n)
         raise UserError(
-            f"the weights of {where} must fit the model, but: {wrong}; use the configuration they were trained with"
+            f"the weights of {where} must fit the model, but: {wrong}. Use the configuration they were trained with"
         )
     module.load_state_dict(tensors)
 

@@ -52,7 +52,7 @@ def steps(location: str) -> list[int]:
         names = [latest.decode("ascii", "replace").strip()]
         if portable.step_of(names[0]) is None:
             raise UserError(
-                f"{location}/{LATEST} must name a checkpoint like step-00001000 and has {names[0]!r}; mend it, or start anew "
+                f"{location}/{LATEST} must name a checkpoint like step-00001000 and has {names[0]!r}. Fix it, or start anew "
                 "with another checkpoint.upload_to"
             )
     return sorted(step for name in names if (step := portable.step_of(name)) is not None)
@@ -147,7 +147,7 @@ def set_aside(location: str, step: int) -> str | None:
     name = portable.name_of(step)
     if (held := storage.list_sizes(f"{location}/{name}")) is None:
         raise UserError(
-            f"{location}/{name} is of another run or was passed over, and this store cannot move it; move it yourself"
+            f"{location}/{name} is of another run or was passed over, and this store cannot move it. Move it yourself"
         )
     if MANIFEST not in held:
         delete(location, step)
@@ -239,7 +239,7 @@ def waiting(seconds: float) -> Patience:
 
     def log(error: Exception, tries: int, delay: float) -> None:
         if tries == 0:
-            print(f"checkpoint: {error}; trying again for {seconds:.0f} s", flush=True)
+            print(f"checkpoint: {error}. Trying again for {seconds:.0f} s", flush=True)
 
     return Patience(delays, seconds=seconds, log=log)
 
@@ -260,4 +260,4 @@ def reaching(call: Callable[[], _Result]) -> _Result:
     except UserError as error:
         if passing_reason(error) is None:
             raise
-        raise Unavailable(f"{error}; this may pass: run this again") from error
+        raise Unavailable(f"{error}. This may pass: run this again") from error

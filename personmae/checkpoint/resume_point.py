@@ -110,7 +110,7 @@ class _Search:
         )
         if whole := [where for where, fault in self._passed if fault.only_moments and not self._rebuild]:
             advice += (
-                f"; of {whole[0]} weights and state are whole: checkpoint.rebuild_moments=true goes on from there with new "
+                f". Of {whole[0]} weights and state are whole: checkpoint.rebuild_moments=true goes on from there with new "
                 "moments of the optimizer"
             )
         raise portable.none_usable(self._run_dir, self._passed, advice)
@@ -193,7 +193,7 @@ class _Search:
         except OSError as error:
             if not is_passing(error):
                 raise
-            raise Unavailable(f"{error.filename} cannot be listed: {error.strerror}; this may pass: run this again") from error
+            raise Unavailable(f"{error.filename} cannot be listed: {error.strerror}. This may pass: run this again") from error
         if upload_to := self._upload_to:
             places += [(step, None) for step in remote.reaching(lambda: remote.patiently(lambda: remote.steps(upload_to)))]
         return sorted(places, key=lambda place: (place[0], place[1] is not None), reverse=True)
@@ -248,9 +248,9 @@ def _take(run_dir: str | Path, upload_to: str | None, offered: Found, digest: st
     if dist.is_first() or not (fault := _fault_here(offered.path, digest, offered.moments)):
         return offered.path
     if not upload_to and fault.passing:
-        raise RankUnavailable(f"checkpoint {offered.path} cannot be used on this host: {fault}; this may pass: run this again")
+        raise RankUnavailable(f"checkpoint {offered.path} cannot be used on this host: {fault}. This may pass: run this again")
     if not upload_to:
-        raise RankError(f"run_dir must lie on storage that all hosts share; this one does not see {offered.path}: {fault}")
+        raise RankError(f"run_dir must lie on storage that all hosts share. This one does not see {offered.path}: {fault}")
     directory = Path(run_dir) / "fetched"
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w", encoding="utf-8") as held:

@@ -34,7 +34,7 @@ def lock(run_dir: str | Path) -> IO[str]:
             if time.monotonic() < deadline:
                 time.sleep(0.1)
                 continue
-            held = f"a run directory belongs to one run; another process is at work in {run_dir}{_holder(file)}"
+            held = f"a run directory belongs to one run. Another process is at work in {run_dir}{_holder(file)}"
             file.close()
             if restarted:
                 raise Unavailable(f"{held}, and has not ended within {_WAIT_SECONDS:g} s") from None

@@ -64,7 +64,7 @@ class Saver:
         self._finish(step)
         kept = f"state saved in {self._run_dir}" if self._saved else "nothing to save yet"
         where = f"{during}, at step" if during else "at step"
-        raise Stopped(f"{where} {step} of {self._total_steps}, {kept}; run this again to go on")
+        raise Stopped(f"{where} {step} of {self._total_steps}, {kept}. Run this again to go on")
 
     def end(self, step: int) -> None:
         """Save the last state, also after a skipped step, and wait until it is written and uploaded.

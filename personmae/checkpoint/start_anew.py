@@ -50,7 +50,7 @@ def goes_on(run_dir: str | Path, *, resume: Resume, upload_to: str | None) -> bo
     def begin() -> bool:
         if _is_done(Path(run_dir)):
             print(
-                f"checkpoint.resume=none: this start has begun anew before, so it goes on; delete {mark} to begin once more",
+                f"checkpoint.resume=none: this start has begun anew before, so it goes on. Delete {mark} to begin once more",
                 flush=True,
             )
             return True

@@ -291,12 +291,12 @@ class Writer:
 
         def log(error: Exception, tries: int, delay: float) -> None:
             if tries == 0:
-                print(f"checkpoint {where} is not uploaded yet: {error}; trying again", flush=True)
+                print(f"checkpoint {where} is not uploaded yet: {error}. Trying again", flush=True)
 
         try:
             retry(attempt, Patience(remote.delays, seconds=self._retry_seconds, pause=pause, log=log))
         except Exception as error:  # whatever it is, the run goes on: the checkpoint is whole in the run directory
-            print(f"checkpoint {where} is not uploaded: {error}; {path} is kept here", flush=True)
+            print(f"checkpoint {where} is not uploaded: {error}. {path} is kept here", flush=True)
             return
         if step in self._own:
             self._prune_store()
@@ -339,4 +339,4 @@ class Writer:
         self._uploading.join(_LAST_WORD_SECONDS)
         if self._uploading.is_alive() or self._queue:
             kept = f"{portable.folder(self._run_dir)} keeps what is not"
-            print(f"checkpoint: not all is uploaded to {self._upload_to} after {seconds:g} s; {kept}", flush=True)
+            print(f"checkpoint: not all is uploaded to {self._upload_to} after {seconds:g} s. {kept}", flush=True)

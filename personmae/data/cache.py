@@ -36,7 +36,7 @@ FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.5, 30.0
 _POLL_SECONDS = 0.05
 _FULL_SECONDS = 10.0  # that a disk may stay full of what other ranks hold
 _PART = ".part"
-_OF_AN_AGENT = "PERSONMAE_HEARTBEAT_DIR"  # heartbeat.DIRECTORY, set for ranks of an agent; data knows no heartbeat
+_OF_AN_AGENT = "PERSONMAE_HEARTBEAT_DIR"  # heartbeat.DIRECTORY, set for ranks of an agent. Data knows no heartbeat
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -89,7 +89,7 @@ class ShardCache:
         self._give_back: Callable[[], bool] = lambda: False
         self._full_since: float | None = None
         self._closed = threading.Event()
-        self._parts: set[Path] = set()  # unfinished files of this cache; the directory's lock guards it
+        self._parts: set[Path] = set()  # unfinished files of this cache. The directory's lock guards it
         self._stuck: set[Path] = set()  # files that could not be removed, which was told
         if self.remote:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -153,10 +153,10 @@ class ShardCache:
         try:
             whole = mds.agrees(path, shard)
         except FileNotFoundError:
-            raise UserError(f"shard {self.root}/{shard.name} is missing; write the data set again") from None
+            raise UserError(f"shard {self.root}/{shard.name} is missing. Write the data set again") from None
         if not whole:
             self._counters.corrupt.inc()
-            raise UserError(f"shard {self.root}/{shard.name} does not have the size and hash its index gives; write it again")
+            raise UserError(f"shard {self.root}/{shard.name} does not have the size and hash its index gives. Write it again")
         self._counters.bytes.labels("cache").inc(shard.num_bytes)
         return HeldShard(MappedShard(path, shard), None)
 
@@ -270,7 +270,7 @@ class ShardCache:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError as error:
                 raise UserError(
-                    f"data.cache_dir must be on a disk whose directories can be locked; {self.directory} is not "
+                    f"data.cache_dir must be on a disk whose directories can be locked. {self.directory} is not "
                     f"({error.strerror}): choose one of this host"
                 ) from error
             yield
@@ -365,8 +365,8 @@ class ShardCache:
 
     def _disk_full(self, part: BinaryIO, shard: Shard) -> UserError:
         return UserError(
-            f"shard {self.root}/{shard.name} needs {shard.num_bytes:,} bytes and the disk of {Path(part.name).parent} is full; "
-            "make room there, or set data.cache_dir to a larger disk or data.cache_limit_gb to what this one can hold"
+            f"shard {self.root}/{shard.name} needs {shard.num_bytes:,} bytes and the disk of {Path(part.name).parent} is full. "
+            "Make room there, or set data.cache_dir to a larger disk or data.cache_limit_gb to what this one can hold"
         )
 
 
@@ -441,12 +441,12 @@ class _Attempts:
     def _give_up(self, reason: str, error: Exception) -> UserError:
         if reason == "hash":
             return UserError(
-                f"shard {self.location} does not have the size and hash its index gives, fetched {self._bad} times in a row; "
-                "write it again"
+                f"shard {self.location} does not have the size and hash its index gives, fetched {self._bad} times in a row. "
+                "Write it again"
             )
         if reason == "expired":
-            return UserError(f"shard {self.location} cannot be read: the credentials have expired ({error}); get new ones")
+            return UserError(f"shard {self.location} cannot be read: the credentials have expired ({error}). Get new ones")
         return UserError(
-            f"shard {self.location} cannot be read: {error}; tried again for {self._retry_seconds:.0f} s "
+            f"shard {self.location} cannot be read: {error}. Tried again for {self._retry_seconds:.0f} s "
             "(data.retry_seconds) without a byte: check the address and the network"
         )

@@ -93,7 +93,7 @@ def full_shapes(module: nn.Module) -> Shapes:
     """
     for name, parameter in module.named_parameters():
         if parameter.dtype != torch.float32:
-            raise UserError(f"engines train fp32 parameters, {name} is {parameter.dtype}; let the module enter autocast itself")
+            raise UserError(f"engines train fp32 parameters, {name} is {parameter.dtype}. Let the module enter autocast itself")
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
@@ -106,7 +106,7 @@ def require_fit(shapes: Shapes, state: PortableState) -> None:
     wrong += sorted({name for one in state.moments.values() for other in state.moments.values() for name in one.keys() - other})
     if wrong:
         raise UserError(
-            f"a saved state must have the module's names and shapes; {len(wrong)} differ ({', '.join(wrong[:3])}): "
+            f"a saved state must have the module's names and shapes. {len(wrong)} differ ({', '.join(wrong[:3])}): "
             "use the configuration it was trained with"
         )
 
@@ -118,7 +118,7 @@ def require_whole(engine: Engine, shapes: Shapes) -> None:
             if whole.shape != shapes[name] or whole.dtype != torch.float32:
                 raise UserError(
                     f"the engine must give {name} back as fp32 {tuple(shapes[name])} and gives {whole.dtype} "
-                    f"{tuple(whole.shape)}; use engine.name=native, or DeepSpeed at ZeRO stage 2 or less"
+                    f"{tuple(whole.shape)}. Use engine.name=native, or DeepSpeed at ZeRO stage 2 or less"
                 )
 
 

@@ -85,7 +85,7 @@ def deepspeed_config(
     taken = [key for key in extra if key in _OURS]
     taken += [f"zero_optimization.{key}" for key in _OURS_OF_ZERO if key in extra.get("zero_optimization", {})]
     if taken:
-        raise UserError(f"engine.deepspeed.extra must not set '{taken[0]}', which follows from the configuration; leave it out")
+        raise UserError(f"engine.deepspeed.extra must not set '{taken[0]}', which follows from the configuration. Leave it out")
     for key, value in extra.items():
         merges = isinstance(value, dict) and isinstance(config.get(key), dict)
         config[key] = config[key] | value if merges else value
@@ -107,9 +107,9 @@ class DeepSpeedEngine(Engine):
         extra: dict[str, Any],
     ):
         if zero_stage == 3 and any(part._compiled_call_impl for part in module.modules()):
-            raise UserError("ZeRO stage 3 gathers parameters in hooks that torch.compile cannot trace; set train.compile=false")
+            raise UserError("ZeRO stage 3 gathers parameters in hooks that torch.compile cannot trace. Set train.compile=false")
         if zero_stage and (frozen := [name for name, p in module.named_parameters() if not p.requires_grad]):
-            raise UserError(f"ZeRO keeps trained parameters only, {frozen[0]} is frozen; use engine.name=native")
+            raise UserError(f"ZeRO keeps trained parameters only, {frozen[0]} is frozen. Use engine.name=native")
         self._shapes, self._max_norm, self._stage = full_shapes(module), max_norm, zero_stage
         config = deepspeed_config(
             micro_batch_size=micro_batch_size,

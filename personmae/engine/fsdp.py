@@ -125,8 +125,8 @@ def _build_mesh(shard_size: int | None) -> DeviceMesh:
     if world_size % shard_size:
         sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
         raise UserError(
-            f"engine.fsdp.shard_size={shard_size} must divide the world size {world_size}; "
-            f"use one of {', '.join(map(str, sizes))}"
+            f"engine.fsdp.shard_size={shard_size} must divide the world size {world_size}. "
+            f"Use one of {', '.join(map(str, sizes))}"
         )
     return init_device_mesh(device, (world_size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 

@@ -23,7 +23,7 @@ def mend() -> list[Path]:
     """
     removed = [path for folder in _folders() for path in _damaged(folder) if _remove(path, folder / "locks")]
     for path in removed:
-        print(f"compiler: {path} was cut short; it is removed and compiled again", flush=True)
+        print(f"compiler: {path} was cut short. It is removed and compiled again", flush=True)
     return removed
 
 

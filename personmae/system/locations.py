@@ -62,7 +62,7 @@ def _at_home(text: str) -> str:
     if full.startswith("~"):
         user = text.partition("/")[0]
         raise UserError(
-            f"{user} must be a home directory and there is none; got {text}: write ./{text} for a folder of that name"
+            f"{user} must be a home directory and there is none. Got {text}: write ./{text} for a folder of that name"
         )
     return full
 
@@ -71,9 +71,9 @@ def _value(text: str, found: re.Match[str]) -> str:
     if found["dollar"]:
         return "$"
     if found["bad"]:
-        raise UserError(f"a variable is written $NAME or ${{NAME}}, and $$ is a dollar; got {text}")
+        raise UserError(f"a variable is written $NAME or ${{NAME}}, and $$ is a dollar. Got {text}")
     name = found["bare"] or found["braced"]
     value = os.environ.get(name, "")
     if not value:
-        raise UserError(f"the environment's variable {name} is not set or empty; got {text}: set it, or write $$ for a dollar")
+        raise UserError(f"the environment's variable {name} is not set or empty. Got {text}: set it, or write $$ for a dollar")
     return value

@@ -45,7 +45,7 @@ def _answer(number: int, frame: FrameType | None) -> None:
     elif is_running() and not _is_importing(frame):
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
     else:  # nothing is begun that would have to be ended, and code in C does not survive an exception while it is imported
-        log("stopped: before anything was begun; run this again")
+        log("stopped: before anything was begun. Run this again")
         os._exit(EXIT_STOPPED)
 
 

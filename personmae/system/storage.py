@@ -27,16 +27,16 @@ _making_client = threading.Lock()  # it takes a tenth of a second and ten megaby
 # Answers of servers that delete one object at a time, or that want another checksum of a list than ours.
 _ONE_BY_ONE = {"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "InvalidRequest", "MalformedXML", "501", "405", "400"}
 _HINTS = {
-    "ExpiredToken": "the credentials have expired; get new ones",
-    "ExpiredTokenException": "the credentials have expired; get new ones",
-    "RequestExpired": "the credentials have expired, or this machine's clock is wrong; get new ones",
-    "NoSuchBucket": "the bucket does not exist; create it or correct the name",
-    "404": "it does not exist; correct the name",
-    "NoSuchKey": "it does not exist; correct the name",
-    "InvalidAccessKeyId": "the server does not know this access key; check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret key does not fit the access key; check AWS_SECRET_ACCESS_KEY",
-    "AccessDenied": "these credentials may not do this; check the bucket's policy",
-    "403": "these credentials may not do this; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "ExpiredToken": "the credentials have expired. Get new ones",
+    "ExpiredTokenException": "the credentials have expired. Get new ones",
+    "RequestExpired": "the credentials have expired, or this machine's clock is wrong. Get new ones",
+    "NoSuchBucket": "the bucket does not exist. Create it or correct the name",
+    "404": "it does not exist. Correct the name",
+    "NoSuchKey": "it does not exist. Correct the name",
+    "InvalidAccessKeyId": "the server does not know this access key. Check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret key does not fit the access key. Check AWS_SECRET_ACCESS_KEY",
+    "AccessDenied": "these credentials may not do this. Check the bucket's policy",
+    "403": "these credentials may not do this. Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
 }
 
 
@@ -53,7 +53,7 @@ def split_s3(url: str) -> tuple[str, str]:
     scheme, _, rest = url.partition("://")
     bucket, _, key = rest.partition("/")
     if scheme != "s3" or not bucket:
-        raise UserError(f"a location like s3://bucket/prefix is required; got {url}")
+        raise UserError(f"a location like s3://bucket/prefix is required. Got {url}")
     prefix = key.rstrip("/")
     return bucket, f"{prefix}/" if prefix else ""
 
@@ -69,7 +69,7 @@ def is_s3(root: str) -> bool:
     if wrong := re.search(r"[#?;\x00-\x20]", root):
         raise UserError(
             f"a location of {root.partition('://')[0]}:// must have no '#', '?', ';' or space, for its client reads it as a "
-            f"URL; {root} has {wrong.group()!r}: rename the prefix"
+            f"URL. {root} has {wrong.group()!r}: rename the prefix"
         )
     return False
 
@@ -128,16 +128,16 @@ def explained(location: str, what: str) -> Iterator[None]:
         hint = _HINTS.get(code, str(error))
         raise UserError(f"{what} {location} was refused ({code}): {hint}") from error
     except (NoCredentialsError, PartialCredentialsError) as error:
-        hint = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or run under a role that has access"
-        raise UserError(f"{what} {location} needs credentials and none were found; {hint}") from error
+        hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or run under a role that has access"
+        raise UserError(f"{what} {location} needs credentials and none were found. {hint}") from error
     except (BotoCoreError, Boto3Error) as error:
-        raise UserError(f"{what} {location} failed: {error}; check the address and S3_ENDPOINT_URL") from error
+        raise UserError(f"{what} {location} failed: {error}. Check the address and S3_ENDPOINT_URL") from error
     except FileNotFoundError as error:
-        raise UserError(f"{what} {location} failed: it does not exist; correct the name") from error
+        raise UserError(f"{what} {location} failed: it does not exist. Correct the name") from error
     except (ConnectionError, ImportError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{what} {location} failed: {error}; check the address and the credentials of its client") from error
+        raise UserError(f"{what} {location} failed: {error}. Check the address and the credentials of its client") from error
 
 
 def is_denied(error: UserError) -> bool:
@@ -168,7 +168,7 @@ def list_sizes(root: str) -> dict[str, int] | None:
     if not is_remote(root):
         directory = Path(root)
         if not directory.is_dir():
-            raise UserError(f"a directory or s3://bucket/prefix is required; {root} does not exist")
+            raise UserError(f"a directory or s3://bucket/prefix is required. {root} does not exist")
         return {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.is_file()}
     if not is_s3(root):
         return None

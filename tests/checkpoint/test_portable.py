@@ -168,7 +168,7 @@ def test_a_checkpoint_is_located_by_its_folder_or_its_run(tmp_path):
 def test_a_damaged_folder_given_by_name_is_refused(tmp_path):
     _, newer = write(tmp_path, 1, 2)
     spoil(newer / "teacher.safetensors")
-    with pytest.raises(UserError, match=r"step-00000002 is damaged: teacher\.safetensors .*; use another one of its run"):
+    with pytest.raises(UserError, match=r"step-00000002 is damaged: teacher\.safetensors .*\. Use another one of its run"):
         portable.locate(newer)
 
 
@@ -189,7 +189,7 @@ def test_an_encoder_is_read_by_timms_names_with_its_model_settings(tmp_path, kin
 
 def test_an_encoder_of_an_unfinished_run_must_be_asked_for_by_its_checkpoint(tmp_path):
     (path,) = write(tmp_path, 3)
-    with pytest.raises(UserError, match=rf"{tmp_path} must be a finished run and is at step 3 of 4; .*{path}"):
+    with pytest.raises(UserError, match=rf"{tmp_path} must be a finished run and is at step 3 of 4\. .*{path}"):
         portable.read_encoder(tmp_path)
     tensors, _ = portable.read_encoder(path)
     assert torch.equal(tensors["a"], make(3).tensors["student"]["encoder.a"])
@@ -198,7 +198,7 @@ def test_an_encoder_of_an_unfinished_run_must_be_asked_for_by_its_checkpoint(tmp
 def test_the_encoder_of_a_run_that_is_not_finished_is_refused_unless_the_checkpoint_is_named(tmp_path):
     half = make(4)
     path = write_checkpoint(tmp_path, Checkpoint(4, half.tensors, half.state | {"total_steps": 9}), keep_last=1)
-    with pytest.raises(UserError, match=r"must be a finished run and is at step 4 of 9; .*name the checkpoint itself"):
+    with pytest.raises(UserError, match=r"must be a finished run and is at step 4 of 9\. .*name the checkpoint itself"):
         portable.read_encoder(tmp_path)
     assert portable.read_encoder(path)[1] == {"size": "micro"}
 
@@ -211,7 +211,7 @@ def test_weights_that_do_not_fit_are_told_by_name_and_nothing_is_loaded():
         portable.load_strictly(model, given, "some/run")
     assert str(caught.value) == (
         "the weights of some/run must fit the model, but: 1 missing (1.bias); 1 not known (extra); "
-        "1 of another shape (0.bias); use the configuration they were trained with"
+        "1 of another shape (0.bias). Use the configuration they were trained with"
     )
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
@@ -273,7 +273,7 @@ def test_a_part_that_is_missing_is_a_fault_even_where_the_manifest_does_not_know
 def test_without_the_part_of_a_rank_nothing_is_committed(tmp_path):
     taken = host_copy.HostCopy()
     taken.take(make(5).tensors)
-    with pytest.raises(RankError, match=r"needs the parts of all 2 ranks; 1 are in .*: see the other ranks' errors"):
+    with pytest.raises(RankError, match=r"needs the parts of all 2 ranks\. 1 are in .*: see the other ranks' errors"):
         commit.commit(tmp_path, 5, taken, {}, world_size=2)
     assert names(tmp_path) == []
 

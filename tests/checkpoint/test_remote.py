@@ -199,7 +199,7 @@ def test_a_deleted_one_is_gone(tmp_path, store, client):
 
 
 def test_a_bucket_that_does_not_exist_is_named(tmp_path, client):
-    with pytest.raises(UserError, match=r"s3://nowhere/run was refused .*the bucket does not exist; create it"):
+    with pytest.raises(UserError, match=r"s3://nowhere/run was refused .*the bucket does not exist. Create it"):
         resume_point.newest(tmp_path, "s3://nowhere/run")
 
 
@@ -297,7 +297,7 @@ def test_without_a_store_all_hosts_must_see_the_run_directory(tmp_path, monkeypa
     path = write(tmp_path / "first", 1)
     OtherHost(monkeypatch, path)
     hide(tmp_path / "first")
-    with pytest.raises(RankError, match=f"run_dir must lie on storage that all hosts share; this one does not see {path}"):
+    with pytest.raises(RankError, match=f"run_dir must lie on storage that all hosts share. This one does not see {path}"):
         resume_point.newest_for_all(tmp_path / "second")
 
 

@@ -154,7 +154,7 @@ def test_a_store_that_cannot_move_what_it_holds_lets_no_run_begin_anew(tmp_path,
     before = objects()
     monkeypatch.setattr(storage, "list_folders", lambda _: None)
     monkeypatch.setattr(storage, "list_sizes", lambda _: None)
-    with pytest.raises(UserError, match="this store cannot move it; move it yourself"):
+    with pytest.raises(UserError, match=r"this store cannot move it\. Move it yourself"):
         start_anew.goes_on(tmp_path / "run", resume="none", upload_to=store)
     assert objects() == before
     assert not start_anew.may_be_complete(tmp_path / "run", "none")

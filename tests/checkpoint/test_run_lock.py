@@ -30,7 +30,7 @@ def test_a_lock_of_an_earlier_version_refuses_without_a_name(tmp_path):
 
 def test_a_rank_that_is_started_again_waits_for_the_one_before_it(tmp_path, monkeypatch):
     held = run_lock.lock(tmp_path)
-    with pytest.raises(UserError, match="another process is at work"):
+    with pytest.raises(UserError, match="Another process is at work"):
         run_lock.lock(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setattr(run_lock, "_WAIT_SECONDS", 0.3)

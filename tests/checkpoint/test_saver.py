@@ -124,7 +124,7 @@ def test_a_signal_saves_the_state_and_ends_the_run_at_its_step(start):
     with pytest.raises(Stopped) as stopped:
         run.go(6)
     assert run.saved == [4, 6]
-    assert str(stopped.value) == f"at step 6 of 10, state saved in {run.run_dir}; run this again to go on"
+    assert str(stopped.value) == f"at step 6 of 10, state saved in {run.run_dir}. Run this again to go on"
     assert not run.writer.busy
 
 

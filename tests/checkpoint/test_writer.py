@@ -329,7 +329,7 @@ def test_a_failing_upload_is_tried_again_counted_and_told_once(tmp_path, monkeyp
     assert (store.held, uploads(writer)) == ([1], 1)
     assert sample(writer, "checkpoint_failures_total", stage="upload") == 3
     assert capsys.readouterr().out == (
-        "checkpoint s3://b/run/step-00000001 is not uploaded yet: writing s3://b/run failed: could not connect; trying again\n"
+        "checkpoint s3://b/run/step-00000001 is not uploaded yet: writing s3://b/run failed: could not connect. Trying again\n"
     )
 
 
@@ -342,7 +342,7 @@ def test_an_upload_that_cannot_succeed_ends_nothing_and_the_next_is_tried(tmp_pa
             pass
         writer.save(make(2))
     assert store.held == [2]
-    assert f"step-00000001 is not uploaded: {error}; " in capsys.readouterr().out
+    assert f"step-00000001 is not uploaded: {error}. " in capsys.readouterr().out
 
 
 def test_a_store_that_stays_away_holds_up_neither_saves_nor_for_long_the_close(tmp_path, monkeypatch, capsys):
@@ -355,7 +355,7 @@ def test_a_store_that_stays_away_holds_up_neither_saves_nor_for_long_the_close(t
     assert uploads(writer) == 0
     assert steps(tmp_path) == [4]
     printed = capsys.readouterr().out
-    assert f"step-00000004 is not uploaded: {away()}; {portable.folder(tmp_path)}/step-00000004 is kept here" in printed
+    assert f"step-00000004 is not uploaded: {away()}. {portable.folder(tmp_path)}/step-00000004 is kept here" in printed
 
 
 def test_an_upload_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkeypatch, capsys):
@@ -369,7 +369,7 @@ def test_an_upload_that_hangs_does_not_keep_the_run_from_ending(tmp_path, monkey
     writer.close()
     gate.set()
     kept = f"{portable.folder(tmp_path)} keeps what is not"
-    assert capsys.readouterr().out == f"checkpoint: not all is uploaded to s3://b/run after 0.2 s; {kept}\n"
+    assert capsys.readouterr().out == f"checkpoint: not all is uploaded to s3://b/run after 0.2 s. {kept}\n"
 
 
 def test_a_second_interrupt_waits_for_no_upload(tmp_path, monkeypatch, capsys):

@@ -43,7 +43,7 @@ def test_an_address_that_nobody_answers_at_is_told_at_once_but_waited_for_below_
     monkeypatch.setenv(heartbeat.DIRECTORY, "/somewhere")
     assert cache.persist(ask, "s3://bucket", 5, StreamCounters()) == 0
     endpoints = ["http://127.0.0.1:1"] * 3
-    with pytest.raises(UserError, match="tried again for 0 s"):
+    with pytest.raises(UserError, match="Tried again for 0 s"):
         cache.persist(ask, "s3://bucket", 0.0, StreamCounters())
 
 

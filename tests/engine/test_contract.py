@@ -49,7 +49,7 @@ def test_extra_is_merged_last_and_section_by_section():
     ],
 )
 def test_extra_may_not_say_what_the_configuration_says(extra, named):
-    with pytest.raises(UserError, match="leave it out") as caught:
+    with pytest.raises(UserError, match="Leave it out") as caught:
         deepspeed.deepspeed_config(**PLAN, zero_stage=1, extra=extra)
     assert named in str(caught.value)
 
@@ -119,7 +119,7 @@ def test_frozen_parameters_are_refused_where_parameters_are_flattened():
     model = build_model()
     model.encoder.cls_token.requires_grad_(False)
     plan = {"micro_batch_size": 4, "grad_accum_steps": 2, "max_norm": None, "extra": {}}
-    with pytest.raises(UserError, match=r"encoder\.cls_token is frozen; use engine\.name=native"):
+    with pytest.raises(UserError, match=r"encoder\.cls_token is frozen. Use engine\.name=native"):
         deepspeed.DeepSpeedEngine(model, build_optimizer(model), **plan, zero_stage=1)
 
 

@@ -375,6 +375,6 @@ def test_two_ranks_write_one_checkpoint_together_or_none(tmp_path):
     assert sorted(path.name for path in found.glob("*.safetensors")) == [
         f"{kind}-0000{part}-of-00002.safetensors" for kind in sorted(KINDS) for part in (1, 2)
     ]
-    assert "RankError: a checkpoint needs the parts of all 2 ranks; 1 are in" in said[0][0]
+    assert "RankError: a checkpoint needs the parts of all 2 ranks. 1 are in" in said[0][0]
     assert "OSError: [Errno 28] No space left on device" in said[1][0]
     assert [path.name for path in portable.folder(tmp_path).iterdir() if path.name.startswith(".")] == []

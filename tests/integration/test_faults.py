@@ -100,7 +100,7 @@ def test_a_store_that_does_not_come_back_ends_the_run_after_the_time_that_is_set
         assert_whole(data, None)
     proxy.start()
     assert "shard s3://crops/small/shard.0000" in str(caught.value)
-    assert "tried again for 2 s (data.retry_seconds) without a byte" in str(caught.value)
+    assert "Tried again for 2 s (data.retry_seconds) without a byte" in str(caught.value)
     assert "Could not connect" in str(caught.value)
     assert "\n" not in str(caught.value)
 

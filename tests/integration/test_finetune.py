@@ -87,7 +87,7 @@ def test_a_stopped_run_ends_with_the_scores_of_an_uninterrupted_one(finished: Pa
         time.sleep(0.005)
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=60) == 75
-    assert "run this again to go on" in run.communicate()[1]
+    assert "Run this again to go on" in run.communicate()[1]
     assert not (run_dir / "result.json").exists()
     done = personmae("finetune", *arguments(benchmarks, run_dir))
     assert done.returncode == 0, done.stderr

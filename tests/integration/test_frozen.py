@@ -106,14 +106,14 @@ def test_the_baselines_need_no_training(market, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["histogram", "--probe"], "--probe is for pre-trained encoders; 'histogram' has no tokens: leave it out"),
+        (["histogram", "--probe"], "--probe is for pre-trained encoders. 'histogram' has no tokens: leave it out"),
         (["thumbnail", "--pool", "mean"], "'thumbnail' has no tokens: leave it out"),
-        (["random"], "'random' weights have no head; give --probe, or --pool mean"),
-        (["random", "--probe", "--img-size", "100x64"], "--img-size must be multiples of 16 pixels; got 100x64"),
+        (["random"], "'random' weights have no head. Give --probe, or --pool mean"),
+        (["random", "--probe", "--img-size", "100x64"], "--img-size must be multiples of 16 pixels. Got 100x64"),
         (["RUN"], "pre-trained only: run 'personmae finetune' first, or see with --probe, or --pool mean"),
-        (["RUN", "--probe", "--pool", "mean"], "--probe says itself what is compared; leave out --pool"),
+        (["RUN", "--probe", "--pool", "mean"], "--probe says itself what is compared. Leave out --pool"),
         (["RUN", "--probe", "--per-camera", "none"], "--probe says itself what is compared"),
-        (["RUN", "--pool", "mean", "--seed", "1"], "--seed is for 'random' weights; "),
+        (["RUN", "--pool", "mean", "--seed", "1"], "--seed is for 'random' weights. "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

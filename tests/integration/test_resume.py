@@ -82,7 +82,7 @@ def test_a_run_directory_belongs_to_one_process(shard_dir: Path, tmp_path: Path)
     held = run_lock.lock(run_dir)
     run = start_pretrain(shard_dir, run_dir, "engine.name=native")
     assert run.wait(timeout=60) == 78
-    assert "another process is at work in" in Path(f"{run_dir}.log").read_text()
+    assert "Another process is at work in" in Path(f"{run_dir}.log").read_text()
     held.close()
     assert not (run_dir / "metrics.jsonl").exists()
 

@@ -107,7 +107,7 @@ def test_a_spike_is_undone_and_its_batches_are_left_out(shard_dir, tmp_path, mon
 def test_a_loss_that_jumps_again_and_again_ends_the_run(shard_dir, tmp_path, monkeypatch):
     break_step(monkeypatch, times=100)
     run_dir = tmp_path / "run"
-    with pytest.raises(Diverged, match=r"after 2 rollbacks; lower optim\.base_lr"):
+    with pytest.raises(Diverged, match=r"after 2 rollbacks. Lower optim\.base_lr"):
         pretrain.run(settings_for(shard_dir, run_dir, max_rollbacks=2))
     newest = portable.newest(run_dir)
     assert newest is not None
@@ -139,7 +139,7 @@ def test_without_an_earlier_checkpoint_the_run_ends(shard_dir, tmp_path, monkeyp
     break_step(monkeypatch, times=1)
     settings = settings_for(shard_dir, tmp_path / "run")
     settings = settings.model_copy(update={"checkpoint": config.Checkpoint(every_steps=1000)})
-    with pytest.raises(Diverged, match=r"has no checkpoint from before; raise checkpoint\.keep_last"):
+    with pytest.raises(Diverged, match=r"has no checkpoint from before. Raise checkpoint\.keep_last"):
         pretrain.run(settings)
 
 

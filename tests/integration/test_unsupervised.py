@@ -102,7 +102,7 @@ def test_a_stopped_run_ends_where_an_uninterrupted_one_does(finished, benchmarks
         time.sleep(0.005)
     run.send_signal(signal.SIGTERM)
     assert run.wait(timeout=60) == 75
-    assert "run this again to go on" in run.communicate()[1]
+    assert "Run this again to go on" in run.communicate()[1]
     assert not (run_dir / "result.json").exists()
     done = personmae("unsupervised", *arguments(benchmarks, source, run_dir))
     assert done.returncode == 0, done.stderr

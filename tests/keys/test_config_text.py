@@ -297,7 +297,7 @@ def test_a_base_is_found_at_home(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("$NO_SUCH/x", "the environment's variable NO_SUCH is not set or empty; got $NO_SUCH/x"),
+        ("$NO_SUCH/x", "the environment's variable NO_SUCH is not set or empty. Got $NO_SUCH/x"),
         ("${EMPTY}/x", "the environment's variable EMPTY is not set or empty"),
         ("${A:-b}", "a variable is written $NAME or ${NAME}, and $$ is a dollar"),
         ("~no_such_user/x", "~no_such_user must be a home directory and there is none"),

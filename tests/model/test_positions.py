@@ -160,7 +160,7 @@ def test_a_checkpoint_of_today_is_read_as_it_is_and_one_of_tomorrow_is_refused(t
     record = json.loads((path / portable.STATE).read_bytes()) | {"format": 3}
     (path / portable.STATE).write_text(json.dumps(record))
     for read in (portable.read, lambda where: portable.read_kind(where, "student")):
-        with pytest.raises(UserError, match=r"format 2 or less can be read, this one has format 3; update personmae"):
+        with pytest.raises(UserError, match=r"format 2 or less can be read, this one has format 3. Update personmae"):
             read(path)
 
 

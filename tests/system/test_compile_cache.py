@@ -65,7 +65,7 @@ def test_what_is_damaged_is_removed_and_told_and_all_else_stays(cache, tmp_path,
         path.write_text("x = 1\n" if path == module else "")
     assert sorted(compile_cache.mend()) == sorted([*cut, empty])
     assert [path.exists() for path in (whole, module, package, *cut, empty)] == [True] * 3 + [False] * 3
-    assert capsys.readouterr().out.count("was cut short; it is removed and compiled again") == 3
+    assert capsys.readouterr().out.count("was cut short. It is removed and compiled again") == 3
     assert compile_cache.mend() == []
 
 

@@ -76,7 +76,7 @@ def test_what_other_clients_would_cut_off_is_refused(root, tmp_path):
         lambda: storage.delete(root, ["f"]),
         lambda: importer.write(tmp_path, root),
     ):
-        with pytest.raises(UserError, match=r"reads it as a URL; .* has '[#?; ]': rename the prefix"):
+        with pytest.raises(UserError, match=r"reads it as a URL\. .* has '[#?; ]': rename the prefix"):
             call()
 
 

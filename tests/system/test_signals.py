@@ -28,7 +28,7 @@ PROGRAMS = {
     ],
     "agent": ["-m", "launcher.elastic", "run", "--", "launcher/pretrain.py"],
 }
-LINE = "stopped: before anything was begun; run this again\n"
+LINE = "stopped: before anything was begun. Run this again\n"
 
 
 def ended(arguments: list[str], number: int, folder: Path, **environ: str) -> tuple[int, str]:
@@ -123,7 +123,7 @@ def test_the_first_signal_is_answered_on_the_spot_and_once(
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     stop = dist.StopSignal()
     os.kill(os.getpid(), number)
-    assert capfd.readouterr().err == f"stopping after this step; {again}\n"
+    assert capfd.readouterr().err == f"stopping after this step. {again}\n"
     assert stop.requested
     os.kill(os.getpid(), signal.SIGTERM)
     assert capfd.readouterr().err == ""

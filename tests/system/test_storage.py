@@ -44,7 +44,7 @@ def test_bucket_and_prefix_are_split(url, expected):
 
 @pytest.mark.parametrize("url", ["s3://", "s3:///prefix", "gs://bucket/prefix", "/a/directory"])
 def test_what_is_not_an_s3_location_is_refused(url):
-    assert f"s3://bucket/prefix is required; got {url}" in refused(storage.split_s3, url)
+    assert f"s3://bucket/prefix is required. Got {url}" in refused(storage.split_s3, url)
 
 
 def test_remote_locations_have_a_scheme():
@@ -141,7 +141,7 @@ def test_a_missing_bucket_is_named_and_nothing_is_tried_further(images, s3_serve
     ):
         message = refused(call, *args)
         assert "s3://no-such-bucket/set" in message
-        assert "the bucket does not exist; create it or correct the name" in message
+        assert "the bucket does not exist. Create it or correct the name" in message
 
 
 def test_a_prefix_without_an_index_says_how_to_write_one(s3_server, tmp_path):
@@ -199,7 +199,7 @@ def test_missing_credentials_are_an_error_that_names_the_variables(s3_server, fr
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     fresh_s3_client()
-    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in refused(ShardSet, "s3://bucket/set", tmp_path)
+    assert "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in refused(ShardSet, "s3://bucket/set", tmp_path)
 
 
 def test_the_identity_in_use_is_told_without_its_secret(s3_server, fresh_s3_client, monkeypatch):
