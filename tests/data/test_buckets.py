@@ -199,7 +199,7 @@ def test_an_object_that_has_gone_is_rejected_and_a_fault_that_passes_is_not(buck
         return read(self, name, *place)
 
     monkeypatch.setattr(BucketFiles, "read", fail)
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("personmae.system.retry.time.sleep", lambda seconds: None)
     assert importer.write(f"s3://{bucket}/a #1", str(tmp_path / "out")) == NUM_IMAGES - 1
     (line,) = (tmp_path / "out" / importer.REJECTS).read_text().splitlines()
     assert json.loads(line)["key"] == "p02.jpg"

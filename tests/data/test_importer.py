@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from personmae.data import files, importer, shards
+from personmae.data import importer, shards
 from personmae.data.selection import Selection
 from personmae.data.sources import Source, open_source
 from personmae.errors import Stopped, UserError
@@ -369,7 +369,7 @@ def failing_reads(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
         return read(self, image)
 
     monkeypatch.setattr(Source, "read", fail)
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("personmae.system.retry.time.sleep", lambda seconds: None)
 
 
 def test_a_read_that_fails_for_a_while_changes_nothing(source, tmp_path, monkeypatch):

@@ -138,7 +138,7 @@ def test_a_column_of_keys_that_do_not_tell_the_rows_apart_is_left_alone(jpegs, t
 
 
 def test_our_shards_that_are_cut_off_are_refused_by_their_hashes(shard_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr("personmae.data.files.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("personmae.system.retry.time.sleep", lambda seconds: None)
     shutil.copytree(shard_dir, tmp_path / "set")
     os.truncate(tmp_path / "set" / "shard.00001.mds", 200)
     with pytest.raises(UserError, match=r"shard\.00001\.mds does not have the size and hash"):
@@ -146,7 +146,7 @@ def test_our_shards_that_are_cut_off_are_refused_by_their_hashes(shard_dir, tmp_
 
 
 def test_a_damaged_or_missing_shard_stops_the_import_and_names_it(jpegs, tmp_path, monkeypatch):
-    monkeypatch.setattr("personmae.data.files.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("personmae.system.retry.time.sleep", lambda seconds: None)
     source = foreign(tmp_path / "set", jpegs, hashes=["sha1"])
     shard = source / "shard.00001.mds"
     content = shard.read_bytes()
