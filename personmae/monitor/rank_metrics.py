@@ -242,7 +242,8 @@ class StateClock(Collector):
         self._lock = threading.Lock()
         self._since = time.monotonic()
         self._state = "init"
-        self._seconds = dict.fromkeys(["train", "data_wait", "checkpoint", "evaluate", "restore"], 0.0) | {"init": _process_age()}
+        names = ("train", "data_wait", "checkpoint", "evaluate", "restore")
+        self._seconds = dict.fromkeys(names, 0.0) | {"init": _process_age()}
 
     def enter(self, state: str) -> None:
         with self._lock:

@@ -151,7 +151,7 @@ def test_threads_that_fetch_at_once_share_one_client(put, many, tmp_path, monkey
 HOLDER = """
 import sys
 from pathlib import Path
-from personmae.data import storage
+from personmae.system import storage
 from personmae.data.cache import ShardCache
 from personmae.data.counters import StreamCounters
 directory, folder = map(Path, sys.argv[1:])

@@ -128,7 +128,7 @@ def test_requests_have_no_checksums_that_compatible_servers_refuse(bucket: Any) 
         ("s3://absent/x", "random", "fetching s3://absent/x was refused (NoSuchBucket)"),
         ("s3://bucket/broken.tar", "random", "must be an uncompressed tar"),
         ("s3://bucket/market.tar.gz", "random", "must be an uncompressed .tar or a prefix"),
-        ("market", "random", "a location like s3://bucket/prefix is required; got market"),
+        ("market", "random", "a location like s3://bucket/prefix is required. Got market"),
         ("s3://bucket/market", "s3://bucket/other", "s3://bucket/other has no checkpoint; train it first"),
     ],
 )
