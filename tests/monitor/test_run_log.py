@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import full_disk
 from rich.console import Console
-from test_files import full_disk
 
 from personmae.errors import Stopped
 from personmae.monitor import environment, progress, run_log

@@ -2,29 +2,14 @@
 
 import json
 import os
-import resource
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 
 from personmae.system import files
 
 OLD = '{"old": true}\n'
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """No file of this process can grow, as where the disk is full; what is there can be shortened and renamed."""
-    handler, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_numbers_that_are_not_finite_become_null_at_any_depth() -> None:
