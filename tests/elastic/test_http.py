@@ -171,7 +171,7 @@ def test_a_host_without_rank_0_tells_nothing_of_the_run(host: Host) -> None:
     host.start(0, 5, "step", ranks=(2, 3))
     found = host.values()
     assert "personmae_steps_total" not in found
-    assert found["personmae_step_duration_seconds_count total 0"] == 5
+    assert found["personmae_step_duration_seconds_count total total 0"] == 5
     assert found["personmae_last_step"] == 5
     host.start(2, 5, "step", ranks=(2, 3))
     assert host.values()["personmae_lost_steps_total"] == 0  # the host of rank 0 counts them
@@ -183,12 +183,12 @@ def test_ranks_that_a_smaller_round_has_not_leave_their_counters_alone(host: Hos
     assert host.values()["personmae_rank_phase 1 step"] == 1
     host.start(5, 8, "step", ranks=(0,))
     found = host.values()
-    assert found["personmae_step_duration_seconds_count total 0"] == 8
-    assert found["personmae_step_duration_seconds_count total 1"] == 5
+    assert found["personmae_step_duration_seconds_count total total 0"] == 8
+    assert found["personmae_step_duration_seconds_count total total 1"] == 5
     gauges = [name for name in found if re.match(r"personmae_(rank_phase|heartbeat_age_seconds|cuda\w+) 1", name)]
     assert gauges == []
     host.start(8, 9, "step")
-    assert host.values()["personmae_step_duration_seconds_count total 1"] == 6
+    assert host.values()["personmae_step_duration_seconds_count total total 1"] == 6
 
 
 def test_every_reason_for_a_restart_is_there_before_the_first(host: Host) -> None:
@@ -243,7 +243,7 @@ def test_the_endpoint_is_for_its_own_host_unless_all_interfaces_are_asked_for() 
 
 def test_gpus_are_not_asked_where_that_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("launcher.elastic.http.gpu_collectors", lambda say: asked.append(say) or [])
+    monkeypatch.setattr("launcher.elastic.http.gpu_collectors", lambda log: asked.append(log) or [])
     for gpu in (False, True):
         server = serve(0, Metrics(1, 1), Probes, gpu=gpu)
         server.shutdown()
@@ -277,7 +277,8 @@ def test_a_scrape_of_eight_ranks_is_some_150_calls_a_line(tmp_path: Path, monkey
     agent = Metrics(1, 1, tmp_path)
     text = generate_latest(agent.registry)
     assert text.count(b'personmae_step_duration_seconds_count{local_rank="7"') == 6
-    assert num_calls(lambda: generate_latest(agent.registry)) < 150 * len(text.splitlines())
+    most = 150 + 10  # what the old names of a label and of a phase take beside the new ones, for one release
+    assert num_calls(lambda: generate_latest(agent.registry)) < most * len(text.splitlines())
 
 
 def free_port() -> int:
