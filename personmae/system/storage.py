@@ -26,6 +26,7 @@ _making_client = threading.Lock()  # it takes a tenth of a second and ten megaby
 
 # Answers of servers that delete one object at a time, or that want another checksum of a list than ours.
 _ONE_BY_ONE = {"NotImplemented", "MethodNotAllowed", "MissingContentMD5", "InvalidRequest", "MalformedXML", "501", "405", "400"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 _HINTS = {
     "ExpiredToken": "the credentials have expired. Get new ones",
     "ExpiredTokenException": "the credentials have expired. Get new ones",
@@ -149,13 +150,13 @@ def is_denied(error: UserError) -> bool:
 def is_final(error: UserError) -> bool:
     """Whether a store will answer the same however often it is asked: names and credentials that are wrong or missing.
 
-    False for what ``passing_reason`` names, and for answers that are not known here.
+    False for what may pass, such as credentials that have expired, and for answers that are not known here.
     """
     from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
 
     cause = error.__cause__
     if isinstance(cause, ClientError):
-        return cause.response.get("Error", {}).get("Code", "") in _HINTS and passing_reason(cause) is None
+        return cause.response.get("Error", {}).get("Code", "") in _HINTS.keys() - _EXPIRED
     return cause is None or isinstance(cause, NoCredentialsError | PartialCredentialsError | ParamValidationError)
 
 
