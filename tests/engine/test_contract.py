@@ -111,7 +111,7 @@ def test_a_compiled_module_is_refused_at_stage_3():
     model = build_model()
     model.compile()
     plan = {"micro_batch_size": 4, "grad_accum_steps": 2, "max_norm": None, "extra": {}}
-    with pytest.raises(UserError, match=r"set train\.compile=false"):
+    with pytest.raises(UserError, match=r"Set train\.compile=false"):
         deepspeed.DeepSpeedEngine(model, build_optimizer(model), **plan, zero_stage=3)
 
 
@@ -179,7 +179,7 @@ def test_an_engine_that_gives_back_shards_or_bf16_is_refused_before_the_first_st
     module = nn.Linear(3, 2)
     groups = [{"params": list(module.parameters()), "base_lr": 0.1, "lr": 0.1}]
     engine = Shards(module, torch.optim.AdamW(groups, fused=True), grad_accum_steps=1, max_norm=None)
-    with pytest.raises(UserError, match=r"must give weight back as fp32 \(2, 3\) and gives .*use engine\.name=native"):
+    with pytest.raises(UserError, match=r"must give weight back as fp32 \(2, 3\) and gives .*Use engine\.name=native"):
         require_whole(engine, full_shapes(module))
 
 
