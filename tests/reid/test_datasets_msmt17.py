@@ -76,7 +76,7 @@ def test_v2_where_v1_is_required_is_refused_and_the_other_way_round(tmp_path):
     build(tmp_path / "two", V2)
     line = refused("msmt17_v1", tmp_path / "two")
     assert f"msmt17_v1 is required, and {tmp_path / 'two'} holds msmt17_v2 (mask_train_v2/)" in line
-    assert "get MSMT17_V1, or set benchmark=msmt17_v2" in line
+    assert "Get MSMT17_V1, or set benchmark=msmt17_v2" in line
     assert "holds msmt17_v1 (train/)" in refused("msmt17_v2", tmp_path / "one")
 
 
