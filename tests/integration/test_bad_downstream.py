@@ -71,8 +71,8 @@ def test_a_start_that_has_seen_the_labels_is_told_with_what_matches(market, tune
     ("overrides", "expected"),
     [
         (["model.mean=[0.4,0.4,0.4]"], "Give model.mean=[0.5,0.5,0.5] or leave it out"),
-        (["cluster.min_samples=60"], "raise cluster.eps=0.3"),
-        (["cluster.eps=0.99", "cluster.k1=60", "cluster.k2=20"], "lower cluster.eps=0.99"),
+        (["cluster.min_samples=60"], "Raise cluster.eps=0.3"),
+        (["cluster.eps=0.99", "cluster.k1=60", "cluster.k2=20"], "Lower cluster.eps=0.99"),
         (["train.bn_group_size=5"], "1 rank. Give another train.bn_group_size such as 2 or 4 (only"),
     ],
 )
