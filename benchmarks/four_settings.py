@@ -59,6 +59,8 @@ def settings_of(seed: int, *, mae: bool) -> Iterator[tuple[str, dict[str, float]
         options = [*MODEL, "--seed", str(seed)] if init == "random" else []
         for kind, scores in evaluate(f"probe_{start}_seed{seed}", init, "--probe", *options)["probe"].items():
             yield f"frozen, {kind}, {start}", brief(scores)
+        alike = ["--pool", "rows", "--per-camera", "standardise", *options]  # treated as the baselines are
+        yield f"frozen, standardised, {start}", brief(evaluate(f"frozen_{start}_seed{seed}", init, *alike))
         yield (
             f"supervised, {start}",
             train("finetune", "quickstart_personmae", f"supervised_{start}_seed{seed}", TARGET, init, seed),

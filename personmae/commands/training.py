@@ -68,7 +68,7 @@ def run_config(name: str, path: str, args: argparse.Namespace) -> None:
 _EVALUATE = """\
 CHECKPOINT is a run of finetune or unsupervised, or one of its checkpoints. It is one of pretrain with --pool or --probe.
 'random' is an encoder of random weights, the control of both. Three baselines need no training: 'histogram', 'thumbnail'
-and 'thumbnail+histogram'. A model has to beat the last one.
+and 'thumbnail+histogram'. A model has to beat the best of them.
 
 --probe takes seconds and trains nothing. It compares rows of patch tokens in two ways. "rows" whitens them per camera and
 needs no labels. "LDA" knows the training identities and no camera. docs/method.md defines both.

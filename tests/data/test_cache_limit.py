@@ -86,7 +86,7 @@ def smallest_limit(data: ShardSet, num_connections: int) -> int:
 def test_a_limit_too_small_for_the_shuffle_block_is_refused_at_once_with_one_that_works(many, copying, tmp_path):
     before = threading.active_count()
     data = remote_set(many, tmp_path, 20_000)
-    with pytest.raises(UserError, match=r"data\.cache_limit_gb must be at least ([\d.]+) .* it is 2e-05") as caught:
+    with pytest.raises(UserError, match=r"data\.cache_limit_gb must be at least ([\d.]+) .* It is 2e-05") as caught:
         BatchReader(data, **OPTIONS)
     assert threading.active_count() == before
     assert copying == []

@@ -169,7 +169,7 @@ def test_a_source_without_a_single_readable_image_is_refused_and_leaves_nothing(
     for path in source.iterdir():
         path.write_text("hello")
     message = refused(source, tmp_path / "out", shard_bytes=50)
-    assert f"all 4 of {source} were rejected: 4 no image that can be decoded (first: 0.jpg: it begins with" in message
+    assert f"All 4 of {source} were rejected: 4 no image that can be decoded (first: 0.jpg: it begins with" in message
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 

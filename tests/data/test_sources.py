@@ -161,7 +161,7 @@ def test_a_compressed_tar_is_refused_whatever_its_name(tmp_path, name):
     (tmp_path / "wds").mkdir()
     (tmp_path / "wds" / name).write_bytes(gzip.compress(whole))
     for path in (tmp_path / "wds" / name, tmp_path / "wds"):
-        assert f"decompress {tmp_path}/wds/{name} first" in refused(keys, path)
+        assert f"Decompress {tmp_path}/wds/{name} first" in refused(keys, path)
 
 
 def test_a_tar_that_is_cut_off_or_none_or_holds_no_image_is_refused(tmp_path):

@@ -109,7 +109,7 @@ def test_samples_are_the_files_byte_for_byte_with_their_names_and_sizes(data, im
 STREAMING = """
 import hashlib, json, sys, warnings
 warnings.simplefilter("ignore")
-from personmae.data import mosaic
+from personmae.system import mosaic
 dataset = mosaic.load("streaming.base.dataset").StreamingDataset(local=sys.argv[1], shuffle=False, batch_size=1)
 samples = [[s["key"], hashlib.sha256(s["jpeg"]).hexdigest(), int(s["height"]), int(s["width"])] for s in dataset]
 print(json.dumps(samples))

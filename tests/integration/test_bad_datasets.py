@@ -73,7 +73,7 @@ def itself(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "make", "expected"),
     [
-        ("msmt17_v1", v2, ["msmt17_v1 is required", "holds msmt17_v2 (mask_train_v2/)", "get MSMT17_V1"]),
+        ("msmt17_v1", v2, ["msmt17_v1 is required", "holds msmt17_v2 (mask_train_v2/)", "Get MSMT17_V1"]),
         ("msmt17_v1", no_gallery_list, ["list_gallery.txt is missing", "take them from its archive"]),
         ("market1501", msmt17, ["market1501 is expected in", "bounding_box_train/", "has none of them"]),
         ("csv", own, ["query.csv is missing", "path, pid and perhaps camid"]),

@@ -59,7 +59,8 @@ def test_three_processes_write_the_bytes_of_one(many, undisturbed, tmp_path):
 _KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
-from personmae.data import importer, mosaic
+from personmae.data import importer
+from personmae.system import mosaic
 mosaic.load("streaming.base.format.mds.writer")
 
 source, out, shard_bytes = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

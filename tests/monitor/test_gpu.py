@@ -36,7 +36,7 @@ def has_driver() -> bool:
 def test_without_a_driver_there_are_no_metrics_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     if has_driver():
         pytest.skip("this machine has an NVIDIA driver")
-    monkeypatch.setattr(gpu, "_told", set())
+    monkeypatch.setattr(gpu, "_logged", set())
     lines: list[str] = []
     assert gpu.gpu_collectors(lines.append) == []
     assert gpu.gpu_collectors(lines.append) == []
