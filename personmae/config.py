@@ -26,7 +26,19 @@ from personmae.keys.downstream import (
     with_normalisation,
 )
 from personmae.keys.mistakes import unknown_keys
-from personmae.keys.sections import Checkpoint, Fraction, Metrics, Model, Precision, Range, Section, Size, Triple
+from personmae.keys.sections import (
+    Checkpoint,
+    Fraction,
+    LogEvery,
+    MaxSkippedSteps,
+    Metrics,
+    Model,
+    Precision,
+    Range,
+    Section,
+    Size,
+    Triple,
+)
 from personmae.keys.values import Place
 from personmae.system import locations
 
@@ -199,16 +211,14 @@ class Train(Section):
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         default="none", description="which activations of the encoder the backward pass computes again to save memory"
     )
-    max_skipped_steps: int = Field(
-        default=10, gt=0, description="consecutive steps with a non-finite gradient that are skipped before the run stops"
-    )
+    max_skipped_steps: MaxSkippedSteps = 10
     spike_factor: float | None = Field(
         default=None,
         gt=1,
         description="roll back to a checkpoint when the loss exceeds its running mean by this factor. Off by default",
     )
     max_rollbacks: int = Field(default=3, gt=0, description="rollbacks before the run stops")
-    log_every: int = Field(default=50, gt=0, description="steps between two records of metrics.jsonl")
+    log_every: LogEvery = 50
 
 
 class Data(Section):

@@ -7,7 +7,17 @@ from pydantic import Field, field_validator
 
 from personmae.keys.config_file import flatten
 from personmae.keys.renamed import print_new_name
-from personmae.keys.sections import Checkpoint, Fraction, Metrics, Model, Precision, Section
+from personmae.keys.sections import (
+    BnGroupSize,
+    Checkpoint,
+    Fraction,
+    LogEvery,
+    MaxSkippedSteps,
+    Metrics,
+    Model,
+    Precision,
+    Section,
+)
 from personmae.keys.values import Place
 from personmae.keys.yaml_text import Plain
 
@@ -86,17 +96,13 @@ class FinetuneTrain(Section):
     drop_path_rate: Fraction = Field(
         default=0.1, description="probability that an image skips the last block. It falls linearly to 0 at the first block"
     )
-    bn_group_size: int = Field(
-        default=64, gt=1, description="images that batch normalisation normalises together, for any number of ranks"
-    )
-    max_skipped_steps: int = Field(
-        default=10, gt=0, description="consecutive steps with a non-finite gradient that are skipped before the run stops"
-    )
-    log_every: int = Field(default=50, gt=0, description="steps between two records of metrics.jsonl")
+    bn_group_size: BnGroupSize = 64
+    max_skipped_steps: MaxSkippedSteps = 10
+    log_every: LogEvery = 50
 
 
-class Finetune(Section):
-    """Supervised person re-identification on one benchmark."""
+class Downstream(Section):
+    """What both programs on a benchmark begin with."""
 
     run_dir: Place = Field(min_length=1, description="directory for logs, checkpoints, results and the resolved configuration")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of new weights, batches and augmentation")
@@ -105,6 +111,11 @@ class Finetune(Section):
     )
     root: Place = Field(min_length=1, description="directory of the benchmark")
     train_on_val: bool = Field(default=True, description="MSMT17: train on list_val too")
+
+
+class Finetune(Downstream):
+    """Supervised person re-identification on one benchmark."""
+
     init: Place = Field(min_length=1, description="where the weights come from: a pre-training run or checkpoint, or 'random'")
     model: Model = Model()
     head: Head = Head()
@@ -218,28 +229,17 @@ class UnsupervisedTrain(Section):
     drop_path_rate: Fraction = Field(
         default=0.3, description="probability that an image skips the last block. It falls linearly to 0 at the first block"
     )
-    bn_group_size: int = Field(
-        default=64, gt=1, description="images that batch normalisation normalises together, for any number of ranks"
-    )
+    bn_group_size: BnGroupSize = 64
     extract_batch_size: int = Field(
         default=256, gt=0, description="images per rank in one forward pass when features are extracted for clustering"
     )
-    max_skipped_steps: int = Field(
-        default=10, gt=0, description="consecutive steps with a non-finite gradient that are skipped before the run stops"
-    )
-    log_every: int = Field(default=50, gt=0, description="steps between two records of metrics.jsonl")
+    max_skipped_steps: MaxSkippedSteps = 10
+    log_every: LogEvery = 50
 
 
-class Unsupervised(Section):
+class Unsupervised(Downstream):
     """Person re-identification without labels (USL), or after fine-tuning on another benchmark (UDA)."""
 
-    run_dir: Place = Field(min_length=1, description="directory for logs, checkpoints, results and the resolved configuration")
-    seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of new weights, batches and augmentation")
-    benchmark: BenchmarkName = Field(
-        default="market1501", description="layout of the data set. folder and csv are for your own data"
-    )
-    root: Place = Field(min_length=1, description="directory of the benchmark")
-    train_on_val: bool = Field(default=True, description="MSMT17: train on list_val too")
     init: Place = Field(
         min_length=1,
         description="where the weights come from: a pre-training run (USL), a fine-tuned one (UDA), a checkpoint, or 'random'",

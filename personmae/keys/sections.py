@@ -14,6 +14,14 @@ Precision = Annotated[
     Literal["auto", "bf16", "fp32"],
     Field(description="arithmetic of forward and backward. auto: bf16 where the device computes it natively, else fp32"),
 ]
+BnGroupSize = Annotated[
+    int, Field(gt=1, description="images that batch normalisation normalises together, for any number of ranks")
+]
+MaxSkippedSteps = Annotated[
+    int,
+    Field(gt=0, description="consecutive steps with a non-finite gradient that are skipped before the run stops"),
+]
+LogEvery = Annotated[int, Field(gt=0, description="steps between two records of metrics.jsonl")]
 
 
 class Section(BaseModel):

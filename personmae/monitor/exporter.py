@@ -19,6 +19,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from personmae.errors import UserError
 from personmae.monitor import endpoint, heartbeat
@@ -81,8 +82,7 @@ def merge(metrics: Iterable[Metric], **labels: str) -> dict[str, Metric]:
     found: dict[str, Metric] = {}
     for metric in metrics:
         into = found.setdefault(metric.name, Metric(metric.name, metric.documentation, metric.type))
-        for sample in metric.samples:
-            into.add_sample(sample.name, {**sample.labels, **labels}, sample.value)
+        into.samples += [Sample(s.name, {**s.labels, **labels}, s.value) for s in metric.samples] if labels else metric.samples
     return found
 
 

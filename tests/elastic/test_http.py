@@ -277,8 +277,7 @@ def test_a_scrape_of_eight_ranks_is_some_150_calls_a_line(tmp_path: Path, monkey
     agent = Metrics(1, 1, tmp_path)
     text = generate_latest(agent.registry)
     assert text.count(b'personmae_step_duration_seconds_count{local_rank="7"') == 6
-    most = 150 + 10  # what the old names of a label and of a phase take beside the new ones, for one release
-    assert num_calls(lambda: generate_latest(agent.registry)) < most * len(text.splitlines())
+    assert num_calls(lambda: generate_latest(agent.registry)) < 150 * len(text.splitlines())
 
 
 def free_port() -> int:
