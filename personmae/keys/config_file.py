@@ -1,6 +1,6 @@
 """Configuration files: read them with their bases, apply ``a.b=c`` overrides, validate them, and write them back.
 
-No key is named here. The models in ``config.py`` define them.
+No key is named here. The models beside this file define them.
 """
 
 import hashlib

@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class RegionSpec:
-    """How an image becomes the two regions: sizes in pixels, shares and chances. Defaults in ``config.py``."""
+    """How an image becomes the two regions: sizes in pixels, shares and chances. Defaults in ``keys/pretraining.py``."""
 
     img_size: tuple[int, int]
     patch_size: int

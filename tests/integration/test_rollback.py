@@ -15,6 +15,7 @@ from on_disk import write_checkpoint
 from personmae import config, dist, pretrain, pretrain_state
 from personmae.checkpoint import portable, remote
 from personmae.errors import Diverged, UserError
+from personmae.keys.pretraining import Optim
 from personmae.model.inputs import prepare_batch
 from personmae.pretrain_state import PretrainState, Spiked, roll_back
 
@@ -194,7 +195,7 @@ def test_one_that_cannot_be_given_up_keeps_no_other_and_ends_the_run(tmp_path, m
 def test_after_too_many_skipped_steps_the_state_is_kept_for_a_look(shard_dir, tmp_path):
     run_dir = tmp_path / "run"
     settings = settings_for(shard_dir, run_dir, max_skipped_steps=4)
-    settings = settings.model_copy(update={"optim": config.Optim(lr=1e30, warmup_fraction=0)})
+    settings = settings.model_copy(update={"optim": Optim(lr=1e30, warmup_fraction=0)})
     with pytest.raises(
         Diverged, match="in 4 steps in a row, up to step 5, which read batch 4 of the order: the loss was not finite"
     ):
