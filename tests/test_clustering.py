@@ -105,7 +105,7 @@ class Known:
     step: int = 40
 
 
-def told(tmp_path: Path, scores: ClusterQuality, **sections: dict[str, Any]) -> list[str]:
+def output(tmp_path: Path, scores: ClusterQuality, **sections: dict[str, Any]) -> list[str]:
     log = Log()
     known: Any = Known(settings(**sections).model_copy(update={"run_dir": str(tmp_path)}))
     clustering._record(known, 1, scores, log)  # pyright: ignore[reportArgumentType] - it only speaks
@@ -113,7 +113,7 @@ def told(tmp_path: Path, scores: ClusterQuality, **sections: dict[str, Any]) -> 
 
 
 def test_scores_are_said_and_written_and_those_that_are_not_known_left_out(tmp_path):
-    assert told(tmp_path, ClusterQuality(60, 5, pair_precision=0.25)) == [
+    assert output(tmp_path, ClusterQuality(60, 5, pair_precision=0.25)) == [
         "epoch 1: num_clusters 60  num_outliers 5  pair_precision 0.25"
     ]
     record = json.loads((tmp_path / "clusters.jsonl").read_text())
@@ -130,7 +130,7 @@ def test_scores_are_said_and_written_and_those_that_are_not_known_left_out(tmp_p
     ],
 )
 def test_a_warning_says_that_clusters_follow_cameras_and_what_to_set(tmp_path, sections, change):
-    _, warning = told(tmp_path, FOLLOWING, **sections)
+    _, warning = output(tmp_path, FOLLOWING, **sections)
     assert warning.startswith("warning: clusters follow cameras: 80% of them are of one camera")
     assert f"is 0.42. {change}" in warning
 

@@ -68,9 +68,9 @@ def test_a_name_that_the_terminal_cannot_show_is_printed_with_escapes(monkeypatc
     assert errors.run_program(program) == errors.EXIT_USER_ERROR
     for stream in streams.values():
         stream.flush()
-        told = stream.buffer.getvalue().decode(coding)  # type: ignore[attr-defined]
-        assert "a\\udcff/" in told
-        assert ("/日本/b" if coding == "utf-8" else "/\\u65e5\\u672c/b") in told
+        output = stream.buffer.getvalue().decode(coding)  # type: ignore[attr-defined]
+        assert "a\\udcff/" in output
+        assert ("/日本/b" if coding == "utf-8" else "/\\u65e5\\u672c/b") in output
 
 
 def test_a_stream_that_cannot_be_told_is_left_alone(monkeypatch):
@@ -83,5 +83,7 @@ def test_a_name_that_the_locale_cannot_write_is_told_in_one_line(capsys):
         "/data/größe".encode("ascii")
 
     assert errors.run_program(program) == errors.EXIT_USER_ERROR
-    told = capsys.readouterr().err
-    assert told == "error: the locale's encoding, ascii, has no 'ö', which is in a name. Set PYTHONUTF8=1 and run this again\n"
+    printed = capsys.readouterr().err
+    assert (
+        printed == "error: the locale's encoding, ascii, has no 'ö', which is in a name. Set PYTHONUTF8=1 and run this again\n"
+    )

@@ -93,10 +93,10 @@ def test_the_line_says_why_and_what_it_costs() -> None:
     assert str(fast) == "precision bf16 (auto: this CPU has bf16 instructions)"
     assert str(Precision("bf16", WITH, by_hand=True)) == "precision bf16 (as set)"
     assert "Slow here: this CPU has no bf16 instructions" in str(Precision("bf16", WITHOUT, by_hand=True))
-    told = str(slow.resumed("bf16"))
-    assert "kept from the checkpoint" in told
-    assert "a bf16 product is many times slower" in told
-    assert "checkpoint.resume=none train.precision=fp32 starts anew" in told
+    output = str(slow.resumed("bf16"))
+    assert "kept from the checkpoint" in output
+    assert "a bf16 product is many times slower" in output
+    assert "checkpoint.resume=none train.precision=fp32 starts anew" in output
     assert "train.precision=bf16 starts anew" in str(fast.resumed("fp32"))
 
 

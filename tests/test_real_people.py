@@ -58,10 +58,10 @@ def test_images_are_linked_and_another_split_is_never_mixed_in(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "told"), [(["a.jpg"], "named as in Market-1501 are required"), (NAMES[:9], "two identities or more")]
+    ("names", "output"), [(["a.jpg"], "named as in Market-1501 are required"), (NAMES[:9], "two identities or more")]
 )
-def test_what_cannot_be_split_is_told(names, told):
-    with pytest.raises(UserError, match=told):
+def test_what_cannot_be_split_is_told(names, output):
+    with pytest.raises(UserError, match=output):
         real_people.split_by_identity(names)
 
 

@@ -68,9 +68,9 @@ class Process:
         if self.returncode is None:
             if not select.select([self._status], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            told = os.read(self._status, 16)
+            output = os.read(self._status, 16)
             os.close(self._status)
-            self.returncode = int(told) if told else -signal.SIGKILL  # the server is gone, and all its processes
+            self.returncode = int(output) if output else -signal.SIGKILL  # the server is gone, and all its processes
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[Any, Any]:
@@ -218,12 +218,12 @@ class _Server:
 
     def fork(self, job: dict[str, Any], stdin: int, stdout: int, stderr: int) -> tuple[int, int]:
         """Another process of the server: its number, and where its exit code can be read."""
-        status, told = os.pipe()
+        status, output = os.pipe()
         with tempfile.TemporaryFile() as file:
             file.write(json.dumps(job).encode())
             file.flush()
-            socket.send_fds(self._socket, [b"x"], [file.fileno(), stdin, stdout, stderr, told])
-        os.close(told)
+            socket.send_fds(self._socket, [b"x"], [file.fileno(), stdin, stdout, stderr, output])
+        os.close(output)
         if not (answer := self._socket.recv(16)):
             raise RuntimeError(f"the server of warm processes has ended with {self.process.wait()}")
         return int(answer), status
@@ -259,7 +259,7 @@ def serve(channel: socket.socket) -> dict[str, Any]:
             for pid in statuses:
                 os.kill(pid, signal.SIGKILL)
             os._exit(0)
-        paper, *ends, told = fds
+        paper, *ends, output = fds
         with os.fdopen(paper, "rb") as file:
             file.seek(0)
             job = json.load(file)
@@ -269,13 +269,13 @@ def serve(channel: socket.socket) -> dict[str, Any]:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
             for number, end in enumerate(ends):
                 os.dup2(end, number)
-            for fd in (alarm, woken, *ends, told, *statuses.values()):
+            for fd in (alarm, woken, *ends, output, *statuses.values()):
                 os.close(fd)
             channel.close()
             return job
         for end in ends:
             os.close(end)
-        statuses[pid] = told
+        statuses[pid] = output
         channel.sendall(str(pid).encode())
 
 
@@ -284,9 +284,9 @@ def _tell_ends(statuses: dict[int, int]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
-        told = statuses.pop(pid)
-        os.write(told, str(os.waitstatus_to_exitcode(status)).encode())
-        os.close(told)
+        output = statuses.pop(pid)
+        os.write(output, str(os.waitstatus_to_exitcode(status)).encode())
+        os.close(output)
 
 
 def _open_streams(*, unbuffered: bool) -> None:

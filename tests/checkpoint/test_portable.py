@@ -315,11 +315,11 @@ def test_a_manifest_of_another_form_is_a_fault(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "output"),
     [(OSError(5, "Input/output error"), "cannot be read: Input/output error"), (FileNotFoundError(2, "gone"), "is missing")],
 )
 def test_a_file_that_the_disk_does_not_give_back_or_that_is_deleted_meanwhile_is_passed_over(
-    tmp_path, monkeypatch, capsys, error, told
+    tmp_path, monkeypatch, capsys, error, output
 ):
     older, newer = write(tmp_path, 1, 2)
     real = portable._sha256
@@ -331,7 +331,7 @@ def test_a_file_that_the_disk_does_not_give_back_or_that_is_deleted_meanwhile_is
 
     monkeypatch.setattr(portable, "_sha256", fails)
     assert portable.newest(tmp_path) == older
-    assert f"{newer} is passed over: teacher.safetensors {told}" in capsys.readouterr().out
+    assert f"{newer} is passed over: teacher.safetensors {output}" in capsys.readouterr().out
 
 
 def test_a_file_that_may_not_be_read_is_an_error_and_no_reason_to_go_further_back(tmp_path, monkeypatch):

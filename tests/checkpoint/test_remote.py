@@ -225,8 +225,8 @@ class OtherHost:
     """Makes this process a rank of another host, to which a first rank offers checkpoints."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *offers: Path):
-        told = [json.dumps({"path": str(path), "digest": portable.digest(path), "moments": True}) for path in offers]
-        answers = iter([*told, "{}"])
+        output = [json.dumps({"path": str(path), "digest": portable.digest(path), "moments": True}) for path in offers]
+        answers = iter([*output, "{}"])
         monkeypatch.setattr(dist, "is_first", lambda: False)
         monkeypatch.setattr(dist, "from_first_rank", lambda _: next(answers))
 
@@ -342,12 +342,12 @@ def test_a_host_that_may_not_read_it_says_so_to_the_ranks_that_wait(tmp_path, mo
 
 
 def test_the_other_ranks_hear_of_any_error_of_the_first(tmp_path, monkeypatch):
-    told: list[str] = []
-    monkeypatch.setattr(dist, "from_first_rank", lambda text: (told.append(text), text)[1])
+    output: list[str] = []
+    monkeypatch.setattr(dist, "from_first_rank", lambda text: (output.append(text), text)[1])
     monkeypatch.setattr(portable, "folders", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         resume_point.newest_for_all(tmp_path)
-    assert json.loads(told[0]) == {"error": "division by zero", "passing": True}
+    assert json.loads(output[0]) == {"error": "division by zero", "passing": True}
 
 
 def test_one_that_is_spoiled_while_it_is_looked_at_is_passed_over(tmp_path, store, monkeypatch):

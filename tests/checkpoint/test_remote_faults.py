@@ -144,9 +144,9 @@ def test_a_start_anew_leaves_nothing_to_go_on_from_in_the_store_either(tmp_path,
         assert resume_point.newest_for_all(run, store) is None
     assert {key: file for key, file in objects().items() if "step-" in key} == old
     assert not (run / "result.json").exists()
-    told = capsys.readouterr().out
-    assert told.count("kept, though this run does not go on from them") == 1
-    assert all(told.count(f"{store}/passed-over/step-0000000{step}") == 1 for step in (7, 8))
+    output = capsys.readouterr().out
+    assert output.count("kept, though this run does not go on from them") == 1
+    assert all(output.count(f"{store}/passed-over/step-0000000{step}") == 1 for step in (7, 8))
 
 
 def test_a_store_that_cannot_move_what_it_holds_lets_no_run_begin_anew(tmp_path, store, objects, monkeypatch):

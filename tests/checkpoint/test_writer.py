@@ -223,9 +223,9 @@ def test_a_run_that_fell_back_keeps_where_it_came_from_and_what_it_passed_over(t
         writer.save(make(30), wait=True)
         assert steps(tmp_path) == [25, 30]
     assert kept_aside(tmp_path) == passed
-    told = capsys.readouterr().out
-    assert told.count("kept, though this run does not go on from them") == 1
-    assert all(told.count(f"passed-over/{name}") == 1 for name in passed)
+    output = capsys.readouterr().out
+    assert output.count("kept, though this run does not go on from them") == 1
+    assert all(output.count(f"passed-over/{name}") == 1 for name in passed)
 
 
 def test_what_was_passed_over_is_kept_where_its_own_step_is_saved_anew(tmp_path):
@@ -445,8 +445,8 @@ def test_one_that_a_store_does_not_delete_keeps_no_other_from_being_deleted_and_
             while uploads(writer) != step:
                 time.sleep(0.001)
     assert store.held == [1, 4]
-    told = "checkpoint s3://b/run/step-00000001 is no longer needed and is left: deleting was refused"
-    assert capsys.readouterr().out.count(told) == 1
+    output = "checkpoint s3://b/run/step-00000001 is no longer needed and is left: deleting was refused"
+    assert capsys.readouterr().out.count(output) == 1
 
 
 def test_a_store_that_cannot_be_tidied_ends_nothing(tmp_path, monkeypatch, capsys):

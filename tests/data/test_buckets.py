@@ -133,7 +133,7 @@ def test_small_members_of_a_tar_are_listed_by_few_requests_and_large_ones_by_lit
 
 def test_a_listing_tells_how_far_it_is(s3_server, images, monkeypatch):
     """A bucket of tars was listed for minutes without a word."""
-    name, paths = s3_server.bucket("told"), sorted(images.glob("*.jpg"))
+    name, paths = s3_server.bucket("output"), sorted(images.glob("*.jpg"))
     for number in range(2):
         s3_server.client.put_object(Bucket=name, Key=f"{number}.tar", Body=packed(paths[number * 20 : number * 20 + 20]))
     monkeypatch.setattr(progress, "EVERY_SECONDS", 0.01)

@@ -312,9 +312,9 @@ def test_an_import_of_another_version_is_neither_gone_on_with_nor_mixed_with(sou
 def test_a_record_without_the_digest_of_its_plan_does_not_count(source, tmp_path):
     interrupted(source, tmp_path / "out", after=2)
     before = sorted((tmp_path / "out.partial").glob("import-*.json"))
-    told = json.loads(before[0].read_text())
-    told["shard"]["samples"] = 99
-    before[0].write_text(json.dumps({name: value for name, value in told.items() if name != "plan"}))
+    output = json.loads(before[0].read_text())
+    output["shard"]["samples"] = 99
+    before[0].write_text(json.dumps({name: value for name, value in output.items() if name != "plan"}))
     assert importer.write(source, str(tmp_path / "out"), shard_bytes=1500) == 4
 
 

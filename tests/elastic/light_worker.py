@@ -35,8 +35,8 @@ class Group:
         if self._rank:
             self._peers[0].sendall(_FLAGS.pack(*flags))
             return self._receive(self._peers[0])
-        told = [flags, *map(self._receive, self._peers)]
-        together = tuple(map(any, zip(*told, strict=True)))
+        received = [flags, *map(self._receive, self._peers)]
+        together = tuple(map(any, zip(*received, strict=True)))
         for peer in self._peers:
             peer.sendall(_FLAGS.pack(*together))
         return together

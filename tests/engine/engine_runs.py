@@ -26,7 +26,7 @@ class Results:
 
     folder: Path
 
-    def told(self, name: str) -> dict[str, Any]:
+    def record(self, name: str) -> dict[str, Any]:
         return json.loads((self.folder / f"{name}.json").read_text())
 
     def state(self, name: str, step: int = STEPS) -> Tensors:
@@ -86,7 +86,7 @@ def difference(ours: Tensors, theirs: Tensors) -> dict[str, float]:
 
 def assert_same_losses(results: Results, name: str, reference: str, *, rel: float = SAME) -> None:
     """Losses and gradient norms agree over the steps that the run did, and are finite but where a step was spoiled."""
-    ours, theirs = results.told(name), results.told(reference)
+    ours, theirs = results.record(name), results.record(reference)
     for what in ("losses", "norms"):
         tail = theirs[what][: len(ours[what])] if len(ours[what]) < len(theirs[what]) else theirs[what]
         if "then" in name:

@@ -89,7 +89,7 @@ def run_plain(
     """The reference: gradients of both micro-batches, AdamW and the average, written out."""
     model = build_model(identity=identity)
     optimizer, teacher = build_optimizer(model), Teacher(model.encoder, GRID, class_token=identity)
-    told: dict[str, list[float]] = {"losses": [], "norms": [], "skipped": []}
+    account: dict[str, list[float]] = {"losses": [], "norms": [], "skipped": []}
     states = {}
     for step in range(STEPS):
         for micro in range(ACCUM):
@@ -97,7 +97,7 @@ def run_plain(
             batch["target"] = teacher(batch["patches_b"])
             loss = model(batch)["loss"]
             (loss / ACCUM).backward()
-            told["losses"].append(loss.item())
+            account["losses"].append(loss.item())
         for group in optimizer.param_groups:
             group["lr"] = LR * lr_scale_at(step)
         norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -108,8 +108,8 @@ def run_plain(
             for average, parameter in zip(teacher.encoder.parameters(), model.encoder.parameters(), strict=True):
                 average.data.lerp_(parameter.data, 1 - MOMENTUM)
         optimizer.zero_grad()
-        told["norms"].append(norm.item())
-        told["skipped"].append(float(str(step) in poison))
+        account["norms"].append(norm.item())
+        account["skipped"].append(float(str(step) in poison))
         if step + 1 in (MIDDLE, STEPS):
             moments = {name: optimizer.state[p] for name, p in model.named_parameters()}
             parts = {
@@ -119,7 +119,7 @@ def run_plain(
                 "teacher": dict(teacher.encoder.state_dict()),
             }
             states[step + 1] = flatten(parts, int(next(iter(moments.values()))["step"]))
-    return told, states
+    return account, states
 
 
 class Run:
@@ -146,13 +146,13 @@ class Run:
         self.teacher.encoder.load_state_dict(parts["teacher"])
 
     def train(self, task: dict[str, Any]) -> tuple[dict[str, Any], dict[int, Tensors]]:
-        told: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "untouched": True, "reduced": True}
+        account: dict[str, Any] = {"losses": [], "norms": [], "skipped": [], "untouched": True, "reduced": True}
         states = {}
         if task["load"]:
             loaded = read_flat(task["load"])
             self.load(loaded)
             if (back := self.snapshot()) is not None:
-                told["came_back"] = back.keys() == loaded.keys() and all(torch.equal(back[k], loaded[k]) for k in loaded)
+                account["came_back"] = back.keys() == loaded.keys() and all(torch.equal(back[k], loaded[k]) for k in loaded)
         for step in range(task["first"], task["last"]):
             poison = task["poison"].get(str(step))
             before = self.snapshot() if poison else None
@@ -165,22 +165,22 @@ class Run:
                 if spoiled == "loss":  # smooth L1 has a finite gradient even so
                     batch["target"][0, 0, 0] = float("inf")
                 losses = self.engine.forward_backward(batch, last_micro=micro == ACCUM - 1)
-                told["losses"].append(dist.mean(losses["loss"]).item())
-                told["reduced"] &= all(p.grad is not None for p in self.model.parameters())
+                account["losses"].append(dist.mean(losses["loss"]).item())
+                account["reduced"] &= all(p.grad is not None for p in self.model.parameters())
             done = self.engine.step(lr_scale_at(step))
             with self.engine.full_params(self.model.encoder) as params:
                 self.teacher.update(params, MOMENTUM, done.skipped)
-            told["norms"].append(done.grad_norm.item())
-            told["skipped"].append(done.skipped.item())
+            account["norms"].append(done.grad_norm.item())
+            account["skipped"].append(done.skipped.item())
             if poison and (after := self.snapshot()) is not None and before is not None:
-                told["untouched"] &= all(torch.equal(before[name], after[name]) for name in before)
+                account["untouched"] &= all(torch.equal(before[name], after[name]) for name in before)
             if step + 1 in (MIDDLE, STEPS) and (state := self.snapshot()) is not None:
                 states[step + 1] = state
             if step + 1 == MIDDLE and task["together"]:
                 self.save_together(Path(task["together"]), task["killed_rank"])
-        told["teachers_agree"] = self.agrees([*self.teacher.encoder.parameters()])
-        told["skips_agree"] = self.agrees([torch.tensor(told["skipped"])])
-        return told, states
+        account["teachers_agree"] = self.agrees([*self.teacher.encoder.parameters()])
+        account["skips_agree"] = self.agrees([torch.tensor(account["skipped"])])
+        return account, states
 
     def save_together(self, run_dir: Path, killed_rank: int | None) -> None:
         """Have all ranks write their shares of step MIDDLE, and then of the next, during which one may be killed."""
@@ -235,7 +235,7 @@ def main(plan_file: str) -> None:
     run, made_for = None, None
     for task in json.loads(Path(plan_file).read_text()):
         if task["engine"] == "plain":
-            told, states = run_plain(max_norm=task["max_norm"], poison=task["poison"], identity=task["identity"])
+            account, states = run_plain(max_norm=task["max_norm"], poison=task["poison"], identity=task["identity"])
         else:
             wanted = [task[key] for key in ("engine", "max_norm", "activation_checkpointing", "compiled", "identity")]
             if run is None or made_for != wanted or not task["load"]:
@@ -243,11 +243,11 @@ def main(plan_file: str) -> None:
                     run.engine.close()
                     run.engine.close()  # as a program may that ends in more than one way
                 run, made_for = Run(task, world.rank, world.world_size), wanted
-            told, states = run.train(task)
+            account, states = run.train(task)
         if world.is_first:
             for step, state in states.items():
                 save_file({name: t.contiguous() for name, t in state.items()}, f"{task['out']}-{step}.safetensors")
-            Path(f"{task['out']}.json").write_text(json.dumps(told))
+            Path(f"{task['out']}.json").write_text(json.dumps(account))
     dist.stop()
 
 

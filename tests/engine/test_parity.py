@@ -17,7 +17,7 @@ def test_losses_weights_moments_and_teacher_are_those_of_the_plain_loop(results:
     assert_same_losses(results, name, "plain")
     assert_same_state(results, name, "plain", MIDDLE)
     assert_same_state(results, name, "plain")
-    assert results.told(name)["teachers_agree"]
+    assert results.record(name)["teachers_agree"]
 
 
 @pytest.mark.parametrize("engine", ["native", "zero0", "zero1", "zero2"])
@@ -28,7 +28,7 @@ def test_where_the_order_of_sums_is_the_same_so_is_every_bit(results: Results, e
 
 @pytest.mark.parametrize(("engine", "ranks"), RUNS)
 def test_clipping_and_a_skipped_step_are_those_of_the_plain_loop(results: Results, engine: str, ranks: int) -> None:
-    norms = results.told("plain-clipped")["norms"]
+    norms = results.record("plain-clipped")["norms"]
     assert min(norms) < MAX_NORM < max(norms)
     assert_same_losses(results, f"{engine}-{ranks}-clipped", "plain-clipped")
     assert_same_state(results, f"{engine}-{ranks}-clipped", "plain-clipped")
@@ -38,12 +38,12 @@ def test_clipping_and_a_skipped_step_are_those_of_the_plain_loop(results: Result
 def test_a_loss_or_gradient_that_is_not_finite_on_one_rank_changes_nothing_on_any(
     results: Results, engine: str, ranks: int
 ) -> None:
-    told = results.told(f"{engine}-{ranks}-clipped")
-    assert [str(step) for step, norm in enumerate(told["norms"]) if not math.isfinite(norm)] == list(POISONED)
-    assert told["skipped"] == [float(str(step) in POISONED) for step in range(STEPS)]
-    assert told["skips_agree"]
-    assert told["untouched"]
-    assert told["teachers_agree"]
+    record = results.record(f"{engine}-{ranks}-clipped")
+    assert [str(step) for step, norm in enumerate(record["norms"]) if not math.isfinite(norm)] == list(POISONED)
+    assert record["skipped"] == [float(str(step) in POISONED) for step in range(STEPS)]
+    assert record["skips_agree"]
+    assert record["untouched"]
+    assert record["teachers_agree"]
     assert results.state(f"{engine}-{ranks}-clipped")["num_updates"] == STEPS - len(POISONED)
 
 
@@ -56,7 +56,7 @@ def test_recomputed_activations_change_nothing(results: Results, engine: str, mo
 
 @pytest.mark.parametrize("name", ["fsdp-1", "fsdp-2", "hsdp-2"])
 def test_gradients_are_shards_after_every_micro_batch_and_never_whole(results: Results, name: str) -> None:
-    assert results.told(name)["reduced"]  # FSDP2 hangs whole gradients elsewhere while it is told to wait
+    assert results.record(name)["reduced"]  # FSDP2 hangs whole gradients elsewhere while it is told to wait
 
 
 @pytest.mark.parametrize("engine", COMPILED)
@@ -69,7 +69,7 @@ def test_a_compiled_module_trains_as_it_does_otherwise(results: Results, engine:
 @pytest.mark.parametrize("first", ENGINES)
 def test_the_state_of_any_engine_on_two_ranks_goes_on_in_any_on_one(results: Results, first: str, then: str) -> None:
     name = f"{first}-2-then-{then}-1"
-    assert results.told(name)["came_back"]  # what was loaded is read back bit for bit
+    assert results.record(name)["came_back"]  # what was loaded is read back bit for bit
     assert_same_losses(results, name, "plain")
     assert_same_state(results, name, "plain")
 
@@ -77,6 +77,6 @@ def test_the_state_of_any_engine_on_two_ranks_goes_on_in_any_on_one(results: Res
 @pytest.mark.parametrize(("first", "then"), [*zip(ENGINES, ENGINES[1:] + ENGINES[:1], strict=True)])
 def test_the_state_of_an_engine_on_one_rank_goes_on_in_another_on_two(results: Results, first: str, then: str) -> None:
     name = f"{first}-1-then-{then}-2"
-    assert results.told(name)["came_back"]
+    assert results.record(name)["came_back"]
     assert_same_losses(results, name, "plain")
     assert_same_state(results, name, "plain")

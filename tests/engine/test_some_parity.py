@@ -17,17 +17,17 @@ def test_losses_weights_moments_and_teacher_are_those_of_the_plain_loop(some_res
     assert_same_losses(some_results, f"{engine}-2", "plain")
     assert_same_state(some_results, f"{engine}-2", "plain", MIDDLE)
     assert_same_state(some_results, f"{engine}-2", "plain")
-    assert some_results.told(f"{engine}-2")["teachers_agree"]
+    assert some_results.record(f"{engine}-2")["teachers_agree"]
 
 
 @pytest.mark.parametrize("engine", SOME_ENGINES)
 def test_clipping_and_skipped_steps_are_those_of_the_plain_loop(some_results: Results, engine: str) -> None:
     assert_same_losses(some_results, f"{engine}-2-clipped", "plain-clipped")
     assert_same_state(some_results, f"{engine}-2-clipped", "plain-clipped")
-    told = some_results.told(f"{engine}-2-clipped")
-    assert told["skipped"] == [float(str(step) in POISONED) for step in range(STEPS)]
-    assert told["untouched"]
-    assert told["skips_agree"]
+    record = some_results.record(f"{engine}-2-clipped")
+    assert record["skipped"] == [float(str(step) in POISONED) for step in range(STEPS)]
+    assert record["untouched"]
+    assert record["skips_agree"]
 
 
 @pytest.mark.parametrize("engine", SOME_ENGINES)
@@ -35,13 +35,13 @@ def test_the_identity_loss_trains_on_two_ranks_as_it_does_on_one(some_results: R
     # Its covariances amplify rounding: as on AVX2 weights came 2e-6 apart, moments and gradient norms 6e-6.
     assert_same_losses(some_results, f"{engine}-2-identity", "plain-identity", rel=2e-5)
     assert_same_state(some_results, f"{engine}-2-identity", "plain-identity", rel=2e-5)
-    assert some_results.told("plain-identity")["losses"][0] > some_results.told("plain")["losses"][0] + 0.1
+    assert some_results.record("plain-identity")["losses"][0] > some_results.record("plain")["losses"][0] + 0.1
 
 
 @pytest.mark.parametrize(("first", "then"), [*zip(SOME_ENGINES, SOME_ENGINES[1:] + SOME_ENGINES[:1], strict=True)])
 def test_the_state_of_one_on_two_ranks_goes_on_in_another_on_one(some_results: Results, first: str, then: str) -> None:
     name = f"{first}-2-then-{then}-1"
-    assert some_results.told(name)["came_back"]
+    assert some_results.record(name)["came_back"]
     assert_same_losses(some_results, name, "plain")
     assert_same_state(some_results, name, "plain")
 

@@ -78,8 +78,8 @@ def test_all_ranks_write_a_share_and_together_it_is_the_whole_state(written: Res
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("engine", SHARDED)
 def test_the_plain_engine_goes_on_from_what_ranks_have_written(written: Results, engine: str, ranks: int) -> None:
-    assert written.told(f"{engine}-{ranks}-then")["came_back"]
-    assert len(written.told(f"{engine}-{ranks}-then")["losses"]) > 0
+    assert written.record(f"{engine}-{ranks}-then")["came_back"]
+    assert len(written.record(f"{engine}-{ranks}-then")["losses"]) > 0
 
 
 @pytest.mark.integration

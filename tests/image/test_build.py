@@ -124,10 +124,10 @@ def image(buildah: dict[str, str], base: str, shard_dir: Path, tmp_path_factory:
 
 def test_nobody_can_write_but_to_the_volumes(image: Image) -> None:
     assert image.config["User"] == "10001:10001"
-    told = image.run(
+    printed = image.run(
         "sh", "-c", "id -u; for each in / /opt/personmae /opt/venv /mnt /tmp; do test -w $each && echo $each; done; true"
     )
-    assert told.split() == ["10001", "/mnt", "/tmp"]
+    assert printed.split() == ["10001", "/mnt", "/tmp"]
 
 
 def test_the_image_says_what_it_is(image: Image) -> None:
@@ -139,14 +139,14 @@ def test_the_image_says_what_it_is(image: Image) -> None:
 
 
 def test_doctor_finds_that_everything_works(image: Image) -> None:
-    told = image.run("sh", "-c", "cd /mnt && personmae doctor --shards /mnt/shards")
-    assert "torch.compile" in told
-    assert "fails" not in told, told
+    printed = image.run("sh", "-c", "cd /mnt && personmae doctor --shards /mnt/shards")
+    assert "torch.compile" in printed
+    assert "fails" not in printed, printed
 
 
 def test_five_steps_are_trained(image: Image) -> None:
-    told = image.run(*PRETRAIN, "run_dir=/mnt/run", "train.total_steps=5")
-    assert "pretrain 5/5" in told
+    printed = image.run(*PRETRAIN, "run_dir=/mnt/run", "train.total_steps=5")
+    assert "pretrain 5/5" in printed
     assert len((image.volume / "run/metrics.jsonl").read_text().splitlines()) == 5
 
 

@@ -121,8 +121,8 @@ def test_doctor_prints_the_statistics_of_a_folder_of_crops(tmp_path: Path, capsy
     (texture,) = (line.split() for line in lines if "energy: texture" in line)
     assert texture[2:3] == ["0.904"]
     assert 0 < float(texture[3]) <= 1
-    (told,) = (line.split() for line in lines if "camera told" in line)
-    assert told[-1] == "-"  # nobody knows the cameras
+    (output,) = (line.split() for line in lines if "camera told" in line)
+    assert output[-1] == "-"  # nobody knows the cameras
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:

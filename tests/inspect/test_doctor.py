@@ -83,20 +83,20 @@ def test_a_probe_that_fails_hangs_or_crashes_is_told_in_one_line() -> None:
 def test_a_missing_compiler_stops_only_what_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
     outcomes = {name: Outcome(True, "") for name in _everything()} | {"compiler": doctor.find_compiler()}
-    told = doctor.commands(outcomes)
-    assert [verb for verb, outcome in told.items() if not outcome.works] == ["pretrain"]
-    assert "no C++ compiler (/nowhere/g++)" in told["pretrain"].detail
-    assert "train.compile=false" in told["pretrain"].detail
+    output = doctor.commands(outcomes)
+    assert [verb for verb, outcome in output.items() if not outcome.works] == ["pretrain"]
+    assert "no C++ compiler (/nowhere/g++)" in output["pretrain"].detail
+    assert "train.compile=false" in output["pretrain"].detail
 
 
 def test_a_broken_torch_stops_what_needs_it_and_not_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PROBES", {"torch": "raise OSError('libtorch_cpu.so: cannot open shared object file')"})
     monkeypatch.setattr(doctor, "IMPORT_ALL", "import json; print(json.dumps({name: 'no torch' for name in names[1:-1]}))")
-    told = doctor.commands(doctor.probe_all())
-    assert told["synth"].works
-    assert told["doctor"].works
-    assert "libtorch_cpu.so" in told["pretrain"].detail
-    assert told["shards"] == Outcome(False, "personmae.data.importer does not import: no torch")
+    output = doctor.commands(doctor.probe_all())
+    assert output["synth"].works
+    assert output["doctor"].works
+    assert "libtorch_cpu.so" in output["pretrain"].detail
+    assert output["shards"] == Outcome(False, "personmae.data.importer does not import: no torch")
 
 
 def test_the_exit_code_says_whether_something_named_would_fail(

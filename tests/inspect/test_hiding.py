@@ -113,9 +113,9 @@ def test_a_dry_run_tells_what_is_hidden(shard_dir: Path, tmp_path: Path, monkeyp
     arguments = ["pretrain", "configs/quickstart.yaml", f"data.shards={shard_dir}", f"run_dir={tmp_path / 'run'}"]
     assert main([*arguments, "train.global_batch_size=8", "mask.kind=random", "--dry-run", "1"]) == 0
     said = capsys.readouterr().out
-    told = next(line for line in said.splitlines() if line.startswith("how often a patch of RegionA is hidden"))
-    assert told.endswith("on average 75.0 %")
-    rows = [line.split() for line in said.splitlines()[said.splitlines().index(told) + 1 :]]
+    output = next(line for line in said.splitlines() if line.startswith("how often a patch of RegionA is hidden"))
+    assert output.endswith("on average 75.0 %")
+    rows = [line.split() for line in said.splitlines()[said.splitlines().index(output) + 1 :]]
     assert [len(row) for row in rows] == [4] * 8
     assert all(70 <= int(cell) <= 80 for row in rows for cell in row)
     assert not (tmp_path / "run").exists()

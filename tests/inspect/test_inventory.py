@@ -193,5 +193,5 @@ def test_training_images_that_lie_in_the_test_set_under_another_name_are_told(tm
     )
     train.write_bytes(gallery.read_bytes())
     inventory.run(root)
-    told = f"warning: 1 training images are in query or gallery too, byte for byte (first: {train} and {gallery})"
-    assert told in capsys.readouterr().out
+    output = f"warning: 1 training images are in query or gallery too, byte for byte (first: {train} and {gallery})"
+    assert output in capsys.readouterr().out

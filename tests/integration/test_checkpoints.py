@@ -91,10 +91,10 @@ def _fork(name: str, run: Path, store: str | None, point: Any) -> Kill:
         time.sleep(point)
         os.kill(child, signal.SIGKILL)
     with os.fdopen(reports) as lines:
-        told = [line.split() for line in lines if line.endswith("\n") and len(line) > 1]
+        output = [line.split() for line in lines if line.endswith("\n") and len(line) > 1]
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, f"{name} failed by itself"
-    last = {what: int(step) for what, step in told}
+    last = {what: int(step) for what, step in output}
     return Kill(name, last.get("committed", 0), last.get("uploaded", 0), os.WIFSIGNALED(status))
 
 
@@ -124,12 +124,12 @@ def _report(module: Any, name: str, text: Callable[[tuple[Any, ...]], str], repo
     """Tell the parent as soon as a function has returned."""
     call = getattr(module, name)
 
-    def told(*args: Any, **options: Any) -> Any:
+    def output(*args: Any, **options: Any) -> Any:
         result = call(*args, **options)
         os.write(reports, f"{text(args)}\n".encode())
         return result
 
-    setattr(module, name, told)
+    setattr(module, name, output)
 
 
 def _kill_at(number: int, events: tuple[str, ...]) -> None:
@@ -181,8 +181,8 @@ def no_sync(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assert_whole_or_without_manifest(printed: str) -> None:
     """What has a manifest was whole at every instant: a reader that looks at it then is not misled."""
-    told = [line for line in printed.splitlines() if "passed over" in line]
-    assert [line for line in told if not line.endswith("it has no manifest.json")] == []
+    output = [line for line in printed.splitlines() if "passed over" in line]
+    assert [line for line in output if not line.endswith("it has no manifest.json")] == []
 
 
 def assert_goes_on(run: Path, kill: Kill) -> None:

@@ -25,6 +25,6 @@ def test_the_kernel_is_refused_where_there_is_no_gpu(shard_dir: Path, tmp_path: 
     run_dir = tmp_path / "run"
     where = [f"data.shards={shard_dir}", f"run_dir={run_dir}"]
     result = personmae("pretrain", "configs/quickstart.yaml", *where, *SETTINGS, *SMALL, "train.crop_backend=triton")
-    told = "crop_backend=triton needs a GPU and there is none (the device is cpu): use torch"
-    assert told in one_line_error(result)
+    output = "crop_backend=triton needs a GPU and there is none (the device is cpu): use torch"
+    assert output in one_line_error(result)
     assert not run_dir.exists()

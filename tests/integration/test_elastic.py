@@ -250,9 +250,9 @@ def test_a_rank_hangs_a_rank_crashes_and_the_store_is_restarted(cluster: Cluster
     pid = int((run.folder / "pid-1").read_text())
     os.kill(pid, signal.SIGSTOP)
     number = run.recover("a rank is stopped and taken for hung after 3 s", 2, number)
-    told = cluster.log("a") + cluster.log("b")
-    assert "state T (stopped)" in told
-    assert "all_reduce" in told  # the other rank's stack
+    output = cluster.log("a") + cluster.log("b")
+    assert "state T (stopped)" in output
+    assert "all_reduce" in output  # the other rank's stack
 
     (run.folder / "crash").touch()
     wait_until(lambda: "a fault of rank 1" in cluster.log("a") + cluster.log("b"), 20, cluster.logs)

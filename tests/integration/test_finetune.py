@@ -179,11 +179,11 @@ def test_data_that_have_changed_are_named_with_their_counts_and_classes(finished
     for path in gone:
         path.unlink()
     run_dir = copied(finished, tmp_path / "run")
-    told = f"64 training images of 8 ids (now {64 - len(gone)} of 7), so its head has 8 classes and 7 are required"
-    assert told in one_line_error(personmae("finetune", *arguments(changed, run_dir)))
+    output = f"64 training images of 8 ids (now {64 - len(gone)} of 7), so its head has 8 classes and 7 are required"
+    assert output in one_line_error(personmae("finetune", *arguments(changed, run_dir)))
     (run_dir / "result.json").unlink()
     line = one_line_error(personmae("finetune", *arguments(changed, run_dir)))
-    assert told in line
+    assert output in line
     assert "step-" in line
 
 
@@ -232,9 +232,9 @@ def test_a_run_that_is_stopped_in_its_evaluation_is_measured_when_it_goes_on(fin
     time.sleep(0.2)
     with open(pipe, "wb") as file:
         file.write(content)
-    _, told = run.communicate(timeout=60)
-    assert run.returncode == 75, told
-    assert "while the gallery was ranked, all" in told
+    _, output = run.communicate(timeout=60)
+    assert run.returncode == 75, output
+    assert "while the gallery was ranked, all" in output
     image.unlink()
     image.write_bytes(content)
     done = personmae("finetune", *arguments(held, tmp_path / "run"))

@@ -203,8 +203,8 @@ def test_a_probe_that_is_stopped_or_finds_no_numbers_is_left_out_and_ends_nothin
     with torch.no_grad():
         model.encoder.norm.weight[0] = float("nan")
     assert prober.run(engine, 2, log, metrics, stop) == {}
-    assert "the probe is left out: " in (told := capsys.readouterr().out)
-    assert "features are not finite" in told
+    assert "the probe is left out: " in (output := capsys.readouterr().out)
+    assert "features are not finite" in output
     signal.raise_signal(signal.SIGTERM)
     assert prober.run(engine, 2, log, metrics, stop) == {}
     assert "the probe is left out: while features were extracted" in capsys.readouterr().out

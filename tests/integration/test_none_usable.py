@@ -128,9 +128,9 @@ def test_an_input_output_error_of_the_manifest_itself_falls_back_as_others_do(ru
     manifests[1].unlink()
     manifests[1].write_bytes(kept[1])
     assert go_on() == 0
-    told = capsys.readouterr().out
-    assert "step-00000004 is passed over: manifest.json cannot be read: Input/output error" in told
-    assert "resuming at step 2 of 6" in told
+    output = capsys.readouterr().out
+    assert "step-00000004 is passed over: manifest.json cannot be read: Input/output error" in output
+    assert "resuming at step 2 of 6" in output
     assert os.readlink(portable.folder(run_dir) / "passed-over" / "step-00000004" / "manifest.json") == "/proc/self/mem"
 
 
@@ -158,8 +158,8 @@ def test_a_run_that_is_started_anew_keeps_what_was_there_and_says_so_once(run_di
         flip(path)
     before = {name.replace("checkpoints/", "checkpoints/passed-over/"): file for name, file in content(run_dir).items()}
     assert go_on("checkpoint.resume=none") == 0
-    told = capsys.readouterr().out
-    assert told.count("kept, though this run does not go on from them") == 1
+    output = capsys.readouterr().out
+    assert output.count("kept, though this run does not go on from them") == 1
     assert before.items() <= content(run_dir).items()
     assert [path.name for path in portable.folders(run_dir)] == ["step-00000006", "step-00000004"]
     assert steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
@@ -169,9 +169,9 @@ def test_moments_that_are_damaged_are_made_anew_where_that_is_asked_for(run_dir,
     for path in in_all(run_dir, MOMENTS):
         flip(path)
     assert go_on("checkpoint.rebuild_moments=true") == 0
-    told = capsys.readouterr().out
-    assert "step-00000004: its moments cannot be used, the optimizer goes on with new ones" in told
-    assert "resuming at step 4 of 6" in told
+    output = capsys.readouterr().out
+    assert "step-00000004: its moments cannot be used, the optimizer goes on with new ones" in output
+    assert "resuming at step 4 of 6" in output
     newest = portable.newest(run_dir)
     assert newest is not None
     saved = portable.read(newest)
@@ -195,12 +195,12 @@ def test_what_is_passed_over_below_one_with_new_moments_is_kept(run_dir, go_on, 
 
     monkeypatch.setattr(portable, "_sha256", failing)
     assert go_on("checkpoint.rebuild_moments=true", "checkpoint.keep_last=1") == 0
-    told = capsys.readouterr().out
-    assert "resuming at step 4 of 6" in told
+    output = capsys.readouterr().out
+    assert "resuming at step 4 of 6" in output
     kept = {name: file for name, file in before.items() if second.name in name}
     assert kept
     assert kept.items() <= content(run_dir).items()
-    assert told.count("kept, though this run does not go on from them") == 1
+    assert output.count("kept, though this run does not go on from them") == 1
     assert [path.name for path in portable.folders(run_dir)] == ["step-00000006"]
 
 
@@ -274,9 +274,9 @@ def test_a_run_that_its_agent_starts_again_goes_on_from_its_own_and_never_from_w
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
     capsys.readouterr()
     assert go_on("checkpoint.resume=none") == 0
-    told = capsys.readouterr().out
-    assert "this start has begun anew before, so it goes on" in told
-    assert (f"resuming at step {goes_on_at} of 6" if goes_on_at else "pretrain: 6 steps") in told
+    output = capsys.readouterr().out
+    assert "this start has begun anew before, so it goes on" in output
+    assert (f"resuming at step {goes_on_at} of 6" if goes_on_at else "pretrain: 6 steps") in output
     assert before.items() <= content(run_dir).items()
     assert steps_of(run_dir) == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in portable.folders(run_dir)] == ["step-00000006", "step-00000004"]

@@ -77,10 +77,10 @@ def test_a_run_in_bf16_goes_on_in_it_where_auto_would_not_choose_it(
     for name, value in NO_BF16.items():
         monkeypatch.setenv(name, value)
     assert main(command) == 0
-    told = capsys.readouterr().out
-    assert "resuming at step" in told
-    assert f"{program}: precision bf16 (kept from the checkpoint" in told
-    assert "checkpoint.resume=none train.precision=fp32 starts anew" in told
+    output = capsys.readouterr().out
+    assert "resuming at step" in output
+    assert f"{program}: precision bf16 (kept from the checkpoint" in output
+    assert "checkpoint.resume=none train.precision=fp32 starts anew" in output
     state = last_state(tmp_path)
     assert (state["precision"], state["precision_by_hand"]) == ("bf16", False)
     assert main(command) == 0  # complete, whatever this machine would choose
@@ -122,7 +122,7 @@ def test_an_encoder_of_another_image_size_is_told_and_of_another_architecture_re
             assert main([program, *arguments, *common, wrong]) == 78
             assert line in capsys.readouterr().err
         code = main([program, *arguments, *common, "model.img_size=[256,128]"])
-        told = capsys.readouterr()
-        (start,) = (line for line in told.out.splitlines() if f"{program}: " in line and "The head starts new" in line)
+        output = capsys.readouterr()
+        (start,) = (line for line in output.out.splitlines() if f"{program}: " in line and "The head starts new" in line)
         assert "It was trained at 128x64 and now sees 256x128" in start
-        assert code == 0 or "clusters a batch are required" in told.err  # random weights may find too few
+        assert code == 0 or "clusters a batch are required" in output.err  # random weights may find too few

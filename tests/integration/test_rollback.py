@@ -88,11 +88,11 @@ def test_a_spike_is_undone_and_its_batches_are_left_out(shard_dir, tmp_path, mon
     break_step(monkeypatch, times=1)
     run_dir = tmp_path / "run"
     pretrain.run(settings_for(shard_dir, run_dir))
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     # Broken at step 14, told with the line of step 16; that of 14 was taken before the broken weights were used.
     assert (
         "the loss has jumped by step 16, above 3 times what it was before: back to step 12, and on without the 4 batches"
-        in told
+        in output
     )
     assert len(read) == TOTAL + 4
     for i, (got, wanted) in enumerate(zip(read, whole, strict=False)):

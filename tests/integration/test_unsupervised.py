@@ -122,9 +122,9 @@ def test_a_run_that_is_stopped_in_a_clustering_clusters_again(finished, benchmar
     for _ in range(2):  # the second is that of epoch 1
         assert any(line.endswith("extracting 64 images ...\n") for line in run.stdout)
     run.send_signal(signal.SIGTERM)
-    _, told = run.communicate(timeout=60)
-    assert run.returncode == 75, told
-    assert "state saved" in told
+    _, output = run.communicate(timeout=60)
+    assert run.returncode == 75, output
+    assert "state saved" in output
     done = personmae("unsupervised", *arguments(benchmarks, source, run_dir))
     assert done.returncode == 0, done.stderr
     ours, theirs = final_state(run_dir), final_state(finished)

@@ -156,7 +156,7 @@ def test_a_wrong_type_names_key_origin_and_value(path):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "output"),
     [
         ("mask.ratio=1.0", "less than 1"),
         ("mask.ratio=0", "greater than 0"),
@@ -173,9 +173,9 @@ def test_a_wrong_type_names_key_origin_and_value(path):
         ("model=3", "valid dictionary"),
     ],
 )
-def test_a_value_out_of_range_is_told(path, override, told):
+def test_a_value_out_of_range_is_told(path, override, output):
     message = refused(path, override)
-    assert told in message
+    assert output in message
     assert "the command line" in message
     assert "\n" not in message
 

@@ -182,7 +182,7 @@ def test_other_keys_take_what_their_type_says(path, override, value):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "output"),
     [
         ("seed=010", "a number that begins with 0 is octal to some and decimal to others. Got 010"),
         ("seed=5 #x", "Got '5 #x'"),
@@ -199,9 +199,9 @@ def test_other_keys_take_what_their_type_says(path, override, value):
         ("data..shards=x", "must look like section.key=value"),
     ],
 )
-def test_what_a_type_cannot_be_is_told(path, override, told):
+def test_what_a_type_cannot_be_is_told(path, override, output):
     message = refused(path, override)
-    assert told in message
+    assert output in message
     if ".." not in override:
         assert "the command line" in message
         path.write_text(path.read_text() + "optim: {}\nmodel: {}\nengine: {}\n")
@@ -211,7 +211,7 @@ def test_what_a_type_cannot_be_is_told(path, override, told):
         if plain:  # a file says the same, but for the origin
             lines = "".join(f"{'  ' * n}{key}:{'' if n < len(nested) - 1 else f' {plain}'}\n" for n, key in enumerate(nested))
             path.write_text(MINIMAL + lines)
-            assert told in refused(path)
+            assert output in refused(path)
 
 
 def test_choices_that_other_readers_take_for_truth_values_stay_texts(tmp_path):
@@ -295,7 +295,7 @@ def test_a_base_is_found_at_home(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "output"),
     [
         ("$NO_SUCH/x", "the environment's variable NO_SUCH is not set or empty. Got $NO_SUCH/x"),
         ("${EMPTY}/x", "the environment's variable EMPTY is not set or empty"),
@@ -303,10 +303,10 @@ def test_a_base_is_found_at_home(tmp_path, monkeypatch):
         ("~no_such_user/x", "~no_such_user must be a home directory and there is none"),
     ],
 )
-def test_a_variable_or_home_that_is_not_there_is_told(path, monkeypatch, text, told):
+def test_a_variable_or_home_that_is_not_there_is_told(path, monkeypatch, text, output):
     monkeypatch.delenv("NO_SUCH", raising=False)
     monkeypatch.setenv("EMPTY", "")
-    assert refused(path, f"run_dir={text}").startswith(f"'run_dir' in the command line: {told}")
+    assert refused(path, f"run_dir={text}").startswith(f"'run_dir' in the command line: {output}")
 
 
 def test_a_suite_hands_its_places_on_as_they_are(tmp_path, monkeypatch):

@@ -210,13 +210,13 @@ def test_a_command_with_a_launcher_is_the_launchers_and_can_be_pasted(tmp_path: 
     arguments = ["--config", "my config.yaml", "run_dir=/tmp/a $b"]
     typed = [sys.executable, "-c", launcher, *arguments]
     root = Path(__file__).resolve().parents[2]
-    told = subprocess.run(typed, cwd=root, capture_output=True, text=True, check=True).stdout
-    assert shlex.split(told) == typed
+    output = subprocess.run(typed, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert shlex.split(output) == typed
 
 
 def test_the_end_says_where_how_long_and_what_comes_next() -> None:
-    told = progress.ending("pretrain", 3725, "checkpoint runs/a", "personmae finetune X init=runs/a")
-    assert told == "pretrain: done in 01:02:05; checkpoint runs/a\nnext: personmae finetune X init=runs/a"
+    output = progress.ending("pretrain", 3725, "checkpoint runs/a", "personmae finetune X init=runs/a")
+    assert output == "pretrain: done in 01:02:05; checkpoint runs/a\nnext: personmae finetune X init=runs/a"
 
 
 def test_a_record_that_cannot_be_read_at_present_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,10 +385,10 @@ def test_a_start_of_another_image_size_is_told_with_what_happens_to_positions():
     base = encoder()
     model = ReIDModel(base, BNNeck(base, NUM_CLASSES), trained_size=(128, 64))
     assert "positions" not in describe_start(model, "some/run", (128, 64))
-    told = describe_start(model, "some/run", (256, 96))
-    assert "It was trained at 128x64 and now sees 256x96" in told
-    assert "0.5 x 0.667 of its steps apart" in told
-    assert "\n" not in told
+    output = describe_start(model, "some/run", (256, 96))
+    assert "It was trained at 128x64 and now sees 256x96" in output
+    assert "0.5 x 0.667 of its steps apart" in output
+    assert "\n" not in output
 
 
 def test_settings_come_from_the_weights_and_a_normalisation_given_besides_is_refused():
@@ -396,8 +396,8 @@ def test_settings_come_from_the_weights_and_a_normalisation_given_besides_is_ref
     record = own | {"img_size": [256, 128], "mean": [0.4] * 3}
     expected = own | {"mean": [0.4] * 3, "trained_size": [256, 128]}
     assert settings_from("a/run", record, own, {"size", "std"}) == expected
-    told = r"model.mean=\[0.5, 0.5, 0.5\] must be that of a/run, which is .*. Give model.mean=\[0.4,0.4,0.4\] or leave it out"
-    with pytest.raises(UserError, match=told):
+    output = r"model.mean=\[0.5, 0.5, 0.5\] must be that of a/run, which is .*. Give model.mean=\[0.4,0.4,0.4\] or leave it out"
+    with pytest.raises(UserError, match=output):
         settings_from("a/run", record, own, {"mean"})
     with pytest.raises(UserError, match=r"model\.size=micro must be that of a/run, which is base"):
         settings_from("a/run", record | {"size": "base"}, own, set())

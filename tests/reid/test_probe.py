@@ -105,13 +105,13 @@ def test_discriminants_equal_their_definition(num_people: int, num_channels: int
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "output"),
     [([0, 0, 0, 0], "4 images of 1 people"), ([0, 1, 2, 3], "4 images of 4 people")],
     ids=["one person", "one image each"],
 )
-def test_labels_that_tell_nothing_are_refused(labels: list[int], told: str):
+def test_labels_that_tell_nothing_are_refused(labels: list[int], output: str):
     features = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3)))
-    with pytest.raises(UserError, match=f"two different images of one. Got {told}"):
+    with pytest.raises(UserError, match=f"two different images of one. Got {output}"):
         probe.discriminants(features, np.array(labels))
 
 

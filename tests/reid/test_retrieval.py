@@ -169,11 +169,11 @@ def test_what_differs_is_named_with_data_in_counts_and_classes(samples: list[Sam
     before = {"head.kind": "mgn", "optim.lr": 0.1} | resume_key(trained_on(samples))
     retrieval.require_same("a/checkpoint", before, before)
     now = before | {"optim.lr": 0.2} | resume_key(trained_on(samples[: 4 * PER_PID]))
-    told = (
+    output = (
         r"a/checkpoint belongs to a run with other settings or data: optim\.lr=0\.1 \(now 0\.2\), 30 training images of 6 "
         r"ids \(now 20 of 4\), so its head has 6 classes and 4 are required. Use the same, another run_dir"
     )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=output):
         retrieval.require_same("a/checkpoint", now, before)
     renamed = before | resume_key(trained_on([replace(samples[0], camid=9), *samples[1:]]))
     with pytest.raises(UserError, match="30 training images of 6 ids, as now, but with other names, ids or cameras"):

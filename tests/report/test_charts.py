@@ -85,11 +85,11 @@ def test_a_chart_takes_its_colours_from_the_page_and_leaves_the_page_alone() -> 
 def test_a_chart_is_told_in_words_and_gaps_are_counted() -> None:
     curves = {"loss": ([1, 2, 3, 4], [5.0, math.nan, 9.0, 1.5]), "": ([1], [math.nan])}
     svg = charts.draw_chart('loss of "a" <b>', curves)
-    told = (
+    output = (
         'Chart of loss of "a" <b>. loss: 5 at 1 to 1.5 at 4, between 1.5 and 9, 1 values are not finite. '
         "the curve: no finite number."
     )
-    assert ET.fromstring(svg).get("aria-label") == told
+    assert ET.fromstring(svg).get("aria-label") == output
     assert (
         charts.describe("x", {"a": ([1], [0.25])}, percent=True)
         == "Chart of x in per cent. a: 25 at 1 to 25 at 1, between 25 and 25."

@@ -59,8 +59,8 @@ def test_runs_that_differ_by_their_seed_are_one_row(make_run: MakeRun, tmp_path:
         make_run(f"finetune_personmae_s{seed}", init="pretrain", mAP=score, overrides={"seed": seed})
     make_run("finetune_personmae_lr", init="pretrain", mAP=0.3, overrides={"optim": {"lr": 0.5}})
     _, (group,) = read(tmp_path)
-    told = {row.name: row.in_words("mAP") for row in group.rows}
-    assert told == {"finetune_personmae": "21.5 (20.4-22.4, 3 seeds)", "finetune_personmae_lr": "30.0 (one seed)"}
+    output = {row.name: row.in_words("mAP") for row in group.rows}
+    assert output == {"finetune_personmae": "21.5 (20.4-22.4, 3 seeds)", "finetune_personmae_lr": "30.0 (one seed)"}
     shown = sections.table_of(group)["rows"]
     (folded,) = [row for row in shown if row["name"] == "finetune_personmae"]
     assert folded["scores"][0] == {"text": "21.5", "spread": "20.4-22.4, 3 seeds", "best": False}
@@ -161,10 +161,10 @@ def test_a_run_that_is_not_finished_says_so_and_is_not_compared(make_run: MakeRu
     make_run("finetune_random", mAP=0.3)
     make_run("finetune_personmae", init="pretrain", mAP=0.9, step=30)
     runs, groups = read(tmp_path)
-    told = summarise(runs, groups)
-    assert "points more" not in told
-    assert "best so far is finetune_random" in told
-    assert told.endswith("Not finished: finetune_personmae (step 30 of 40).")
+    output = summarise(runs, groups)
+    assert "points more" not in output
+    assert "best so far is finetune_random" in output
+    assert output.endswith("Not finished: finetune_personmae (step 30 of 40).")
     (shown,) = [row for row in sections.table_of(groups[0])["rows"] if row["unfinished"]]
     assert shown["unfinished"] == "step 30 of 40"
     assert not any(score["best"] for score in shown["scores"])
@@ -191,12 +191,12 @@ def test_an_evaluation_of_an_unfinished_checkpoint_says_so(make_run: MakeRun, tm
     )
     runs, _ = read(tmp_path)
     assert {run.name: run.unfinished for run in runs} == {"evaluated": "step 30 of 40", "finetune": "step 30 of 40"}
-    make_run("told", init=None, unfinished="step 3 of 4")
+    make_run("output", init=None, unfinished="step 3 of 4")
     make_run("histogram", init=None)
     assert {run.name: run.unfinished for run in read(tmp_path)[0][:3]} == {
         "evaluated": "step 30 of 40",
         "histogram": "",
-        "told": "step 3 of 4",
+        "output": "step 3 of 4",
     }
 
 
@@ -205,8 +205,8 @@ def test_queries_are_counted_one_by_one(make_run: MakeRun, tmp_path: Path) -> No
     make_run("finetune_personmae", init="pretrain", ap=[0.3, None, 0.4, 0.5, 0.9], num_queries=5)
     make_run("histogram", init=None, ap=[0.2, None, 0.1, 0.1, 0.1], num_queries=5)
     _, (group,) = read(tmp_path)
-    told = {(q.ours.name, q.theirs.name): str(q) for q in compare_queries(group)}
-    assert told == {
+    output = {(q.ours.name, q.theirs.name): str(q) for q in compare_queries(group)}
+    assert output == {
         ("finetune_random", "histogram"): "of 4 queries, better in 3, worse in 1, the same in 0",
         ("finetune_personmae", "finetune_random"): "of 4 queries, better in 2, worse in 1, the same in 1",
         ("finetune_personmae", "histogram"): "of 4 queries, better in 4, worse in 0, the same in 0",
@@ -299,7 +299,7 @@ def test_numbers_that_were_not_finite_are_read_and_told(tmp_path: Path) -> None:
 
 def test_durations_are_of_the_steps_the_evaluation_and_the_sessions(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("finetune", seconds=20.0)  # 40 steps of 16 x 16 images at 64 images/s
-    make_run("told", session={"seconds": 4000.0, "started": "2026-01-01T10:00:00+00:00", "host": "a-host"})
+    make_run("output", session={"seconds": 4000.0, "started": "2026-01-01T10:00:00+00:00", "host": "a-host"})
     first, second = sections.stages(read(tmp_path)[0])
     assert (first["training"], first["evaluation"], first["whole"]) == ("2 min 40 s", "20.0 s", "3 min 00 s")
     assert (second["whole"], second["started"]) == ("1 h 06 min", "2026-01-01 10:00 on a-host")

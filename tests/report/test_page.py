@@ -100,7 +100,7 @@ def test_only_what_is_named_scrolls() -> None:
 
 def test_the_page_says_how_far_and_which_data(written: Path) -> None:
     text = written.read_text(encoding="utf-8")
-    for told in (
+    for output in (
         "unfinished: step 20 of 40",
         "unfinished, step 30 of 60",
         "synthetic people, Market-1501 layout, 300 identities",
@@ -108,7 +108,7 @@ def test_the_page_says_how_far_and_which_data(written: Path) -> None:
         "(25.0-25.0, 2 seeds)",
         "of 4 queries, worse in 1",
     ):
-        assert told in text
+        assert output in text
 
 
 @pytest.mark.slow
@@ -134,9 +134,9 @@ def test_axe_finds_nothing(written: Path, tmp_path: Path, width: int, mode: str)
     options += [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
     options += [f"--blink-settings=preferredColorScheme={0 if mode == 'dark' else 1}"]
     done = subprocess.run([browser, *options, "--dump-dom", (tmp_path / "frame.html").as_uri()], capture_output=True, text=True)
-    told = re.search(r"<body>({.*})</body>", done.stdout)
-    assert told, done.stderr
-    seen = json.loads(told[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    output = re.search(r"<body>({.*})</body>", done.stdout)
+    assert output, done.stderr
+    seen = json.loads(output[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert seen["passed"] > 15
     assert (seen["w"], seen["dark"]) == (width, mode == "dark")
     assert seen["wide"] <= width  # nothing but the named regions scrolls sideways

@@ -220,8 +220,8 @@ def test_what_is_missing_is_left_out_with_a_reason(runs: Path, trained: Path, ca
     assert re.search("Not counted: nowhere is needed by .*pretrain and is not there", text)
     assert re.search("left out: 00.jpg is needed by .*finetune_personmae and is not there", text)
     assert "There is no pair to compare yet" in text
-    told = capsys.readouterr().err.splitlines()
-    assert [line.split(" is ")[0] for line in told] == ["left out: 00.jpg", "left out: nowhere", "incomplete: the page"]
+    output = capsys.readouterr().err.splitlines()
+    assert [line.split(" is ")[0] for line in output] == ["left out: 00.jpg", "left out: nowhere", "incomplete: the page"]
 
 
 def test_a_checkpoint_that_cannot_be_read_leaves_its_figure_out(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,10 +99,10 @@ leave(run_program(work))
 
 
 def test_a_program_without_an_answer_of_its_own_cleans_up_and_ends_with_75(tmp_path: Path) -> None:
-    told = "cleaned up\nstopped: by SIGTERM. Run this again\n"
-    assert ended(["-c", AT_WORK], signal.SIGTERM, tmp_path) == (75, told)
-    told = "cleaned up\nstopped: interrupted by the keyboard\n"
-    assert ended(["-c", AT_WORK], signal.SIGINT, tmp_path) == (130, told)
+    output = "cleaned up\nstopped: by SIGTERM. Run this again\n"
+    assert ended(["-c", AT_WORK], signal.SIGTERM, tmp_path) == (75, output)
+    output = "cleaned up\nstopped: interrupted by the keyboard\n"
+    assert ended(["-c", AT_WORK], signal.SIGINT, tmp_path) == (130, output)
 
 
 @pytest.fixture

@@ -206,8 +206,8 @@ def test_the_identity_in_use_is_told_without_its_secret(s3_server, fresh_s3_clie
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "a-secret-of-mine")
     fresh_s3_client()
-    told = storage.s3_identity()
-    assert told == f"access key AKIA... from env, endpoint {s3_server.endpoint}"
+    output = storage.s3_identity()
+    assert output == f"access key AKIA... from env, endpoint {s3_server.endpoint}"
 
 
 def test_requests_have_no_checksums_that_compatible_servers_refuse(s3_server, fresh_s3_client):
