@@ -183,6 +183,20 @@ def test_the_command_line_of_the_pod_is_one_that_the_launcher_takes(name: str, m
     assert budget is None or budget["minAvailable"] == policy.min_nodes  # an integer; a Job has no scale
 
 
+def test_an_agent_that_can_rejoin_outlasts_what_it_waits_for() -> None:
+    """Each end of a pod doubles the wait for its replacement, so a pod stays where waiting helps."""
+    images_pulled_seconds, noticed_seconds = 300, 50  # of 7.8 GB on a new node; by the node controller
+    for name in ("pretrain", "jobset", "trainjob"):
+        container = trainer(overlay(name))[1]
+        ours = [arg for arg in container["args"] if arg.startswith(("--join-seconds", "--store-seconds"))]
+        parsed = build_parser().parse_args(["run", *ours])
+        assert parsed.join_seconds > build_parser().parse_args(["run"]).join_seconds
+        stores = [pod for pod in pods(overlay(name)) if pod["containers"][0]["name"] == "store"]
+        (waits,) = [{t["key"]: t["tolerationSeconds"] for t in pod["tolerations"]} for pod in stores]
+        assert waits.keys() == {"node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable"}
+        assert noticed_seconds + max(waits.values()) + images_pulled_seconds < parsed.store_seconds
+
+
 def test_the_store_of_the_pod_is_one_that_the_launcher_takes() -> None:
     store = next(o for o in overlay("pretrain") if o["kind"] == "Deployment")["spec"]["template"]["spec"]["containers"][0]
     parsed = build_parser().parse_args(store["command"][store["command"].index("launcher.elastic") + 1 :])
