@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"
     # On a GPU tests compile, and the compiler does not see through these checks.
     install_import_hook(["personmae.model", "personmae.reid"], "beartype.beartype")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's `&` ignores Ctrl-C, and so would each program under test
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(2)
 cv2.setNumThreads(1)
 
