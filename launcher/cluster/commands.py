@@ -14,7 +14,6 @@ from typing import Any
 from launcher.cluster import bucket, deployed, render, status, suite
 from launcher.cluster.deployed import INSTANCE
 from launcher.cluster.kubectl import Kubectl
-from launcher.cluster.kustomization import Object
 from launcher.cluster.render import Rendered
 from launcher.cluster.request import Request, check_name, check_namespace, environment_of, require_role
 from personmae import config
@@ -42,7 +41,8 @@ def _warn(runs: list[Rendered]) -> None:
 
 def render_run(args: argparse.Namespace) -> None:
     """``personmae render``."""
-    runs, everything = _runs(request_of(args))
+    runs, created = _runs(request_of(args))
+    everything = [item for rendered in created for item in rendered.objects]
     _warn(runs)
     if args.write and len(runs) > 1:
         raise UserError("--write is for one run; a suite's objects are printed: leave it out")
@@ -55,13 +55,13 @@ def render_run(args: argparse.Namespace) -> None:
         print(render.to_yaml(everything), end="")
 
 
-def _runs(request: Request) -> tuple[list[Rendered], list[Object]]:
-    """The run of a configuration, or a suite's dispatcher and runs; and what is to be created for them now."""
+def _runs(request: Request) -> tuple[list[Rendered], list[Rendered]]:
+    """The run of a configuration, or a suite's dispatcher and runs; and those of them that are to be created now."""
     if not suite.is_suite(request.config):
         rendered = render.render(request)
-        return [rendered], rendered.objects
+        return [rendered], [rendered]
     dispatcher, runs = suite.render_suite(request)
-    return [dispatcher, *runs], suite.first_objects(dispatcher, runs)
+    return [dispatcher, *runs], suite.first_runs(dispatcher, runs)
 
 
 def submit_run(args: argparse.Namespace) -> None:
@@ -73,7 +73,8 @@ def submit_run(args: argparse.Namespace) -> None:
         return
     request = request_of(args)
     require_role(request)
-    runs, everything = _runs(request)
+    runs, created = _runs(request)
+    everything = [item for rendered in runs for item in rendered.objects]  # what a dispatcher will create is tried too
     _warn(runs)
     images = {image["newName"] for rendered in runs for image in rendered.kustomization["images"]}
     if any(name.startswith("registry.example.com/") for name in images):
@@ -90,7 +91,7 @@ def submit_run(args: argparse.Namespace) -> None:
     if args.dry_run == "server":
         print(f"{name}: the cluster would take all {len(everything)} objects; nothing was created")
         return
-    since = deployed.create(kubectl, [r.run for r in runs], everything, runs[0].workload)
+    since, *_ = [deployed.create(kubectl, [r.run for r in runs], each.objects, each.workload) for each in created]
     try:
         for line in deployed.watch(kubectl, [r.run for r in runs], since, WATCH_SECONDS):
             print(f"warning: {line}", file=sys.stderr)

@@ -213,12 +213,17 @@ def _references(item: Object) -> Iterator[tuple[str, str]]:
     if item["kind"] == "RoleBinding":
         yield (item["roleRef"]["kind"], "roleRef/name")
         yield ("ServiceAccount", "subjects[]/name")
+    if item["kind"] == "Role":
+        yield ("ConfigMap", "rules[]/resourceNames[]")
     if item["kind"] == "TrainJob":
         yield ("TrainingRuntime", "spec/runtimeRef/name")
 
 
 def _update(node: Any, path: str, change: Callable[[Any], Any], *, create: bool = False) -> None:
-    """Put ``change(value)`` at a path like ``a/b[]/c``; a missing one is passed over, or begun as an empty mapping."""
+    """Put ``change(value)`` at a path like ``a/b[]/c``, or ``a/b[]`` for every item of a list.
+
+    A missing place is passed over, or begun as an empty mapping.
+    """
     head, _, rest = path.partition("/")
     key = head.removesuffix("[]")
     if key not in node:
@@ -226,7 +231,7 @@ def _update(node: Any, path: str, change: Callable[[Any], Any], *, create: bool 
             return
         node[key] = {}
     if not rest:
-        node[key] = change(node[key])
+        node[key] = [change(each) for each in node[key]] if head.endswith("[]") else change(node[key])
         return
     for child in node[key] if head.endswith("[]") else [node[key]]:
         _update(child, rest, change, create=create)

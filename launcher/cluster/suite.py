@@ -1,7 +1,7 @@
 """A suite: stages that follow from each other, e.g. a pre-training and all benchmarks of its encoder, and one table.
 
-In a cluster, ``submit`` creates the first stages and a dispatcher (``dispatcher.py``) that creates the others; ``--local`` runs
-the same stages one after the other on this machine.
+In a cluster, ``submit`` creates the first stages and a dispatcher (``dispatcher.py``) that creates the others. Every stage
+owns its objects, so none of them goes with the dispatcher. ``--local`` runs the same stages here, one after the other.
 """
 
 import json
@@ -15,7 +15,6 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from launcher.cluster import kustomization, render
-from launcher.cluster.kustomization import Object
 from launcher.cluster.render import Rendered
 from launcher.cluster.request import Request, check_name, guess_overlay, image_of, overlay_of
 from personmae import config
@@ -24,6 +23,10 @@ from personmae.errors import EXIT_COMPLETE, UserError
 from personmae.system import files
 from personmae.system.locations import escape
 
+PLAN_VERSION = 2  # of what the dispatcher reads: with all objects of each stage, not its Job alone
+SUITE = "personmae/suite"  # a label of every object of a suite and of its stages
+DELETED = "was deleted"  # how the state of a stage ends that somebody has deleted
+_KEPT_SECONDS = 90 * 86400  # of a Job that is over: as long as the dispatcher may look at it
 _SCORES = ("mAP", "rank1", "rank5", "rank10", "mINP")
 Program = Literal["pretrain", "finetune", "unsupervised"]
 _PROGRAMS: dict[str, Program] = {"finetune": "finetune", "usl": "unsupervised", "uda": "unsupervised"}  # by overlay
@@ -147,44 +150,52 @@ def render_suite(request: Request) -> tuple[Rendered, list[Rendered]]:
         )
         if rendered.workload["kind"] != "Job":
             raise UserError(f"the stages of a suite must be Jobs; {stage.name} has the overlay {stage.overlay}: leave it out")
-        rendered.workload["spec"]["ttlSecondsAfterFinished"] = (
-            90 * 86400
-        )  # the dispatcher looks at it as long as the suite runs
+        rendered.workload["spec"]["ttlSecondsAfterFinished"] = _KEPT_SECONDS
+        for item in rendered.objects:
+            item["metadata"].setdefault("labels", {})[SUITE] = suite.name
         runs.append(rendered)
         entry = {"name": stage.name, "after": stage.after, "job": rendered.workload["metadata"]["name"]}
-        entry |= {"object": rendered.workload} if stage.after else {}
+        entry |= {"objects": rendered.objects}
         entry |= {"result": step.result} if step.program != "pretrain" else {}
         plan.append(entry)
     return _dispatcher(request, suite, plan), runs
 
 
-def _dispatcher(request: Request, suite: Suite, plan: list[dict[str, Any]]) -> Rendered:
+def _dispatcher(request: Request, suite: Suite, stages: list[dict[str, Any]]) -> Rendered:
     overlay = overlay_of(replace(request, overlay="pretrain")).parent / "suite"
     spec = kustomization.read(overlay)
     for labels in spec["labels"]:
         labels["pairs"] = {"app.kubernetes.io/instance": suite.name}
+    spec["labels"].append({"pairs": {SUITE: suite.name}})
     kept = [name for name in request.components if name in ("s3-secret", "irsa", "gke-workload-identity", "network-policy")]
-    text = json.dumps({"suite": suite.name, "results": suite.results, "stages": plan})
+    plan = {"version": PLAN_VERSION, "suite": suite.name, "results": suite.results, "stages": stages}
+    begun = [f"stage.{stage['name']}=runs" for stage in stages if not stage["after"]]  # 'submit' creates them
     spec |= {
         "namespace": request.namespace,
         "namePrefix": f"{suite.name}-",
         "components": [f"../../components/{name}" for name in kept],
         "configMapGenerator": [
-            {"name": "config", "literals": [f"plan.json={text}"]},
+            {"name": "config", "literals": [f"plan.json={json.dumps(plan)}"]},
             {"name": "run", "behavior": "merge", "literals": list(request.env)},
+            {"name": "state", "behavior": "merge", "literals": begun},
         ],
         "images": [image_of(request, spec["images"][0])],
         "patches": [{"target": {"kind": "ServiceAccount"}, "patch": render.role_patch(request)}] if request.role else [],
     }
-    objects = kustomization.build(overlay, spec)
-    return Rendered(suite.name, request.namespace, suite, objects, {"overlay": overlay, **spec})
+    job = next(item for item in kustomization.build(overlay, spec) if item["kind"] == "Job")
+    spec["configMapGenerator"][0]["literals"].append(f"job.json={json.dumps(job)}")  # a suite that ended begins again with it
+    return Rendered(suite.name, request.namespace, suite, kustomization.build(overlay, spec), {"overlay": overlay, **spec})
 
 
-def first_objects(dispatcher: Rendered, runs: list[Rendered]) -> list[Object]:
-    """What ``submit`` creates: everything but the Jobs that the dispatcher will."""
-    later = {stage["job"] for stage in json.loads(plan_of(dispatcher))["stages"] if stage["after"]}
-    mine = [item for run in runs for item in run.objects if item["metadata"]["name"] not in later or item["kind"] != "Job"]
-    return [*mine, *dispatcher.objects]
+def first_runs(dispatcher: Rendered, runs: list[Rendered]) -> list[Rendered]:
+    """What ``submit`` creates, in this order: the stages that wait for none, and the dispatcher, which creates the others."""
+    first = {stage["job"] for stage in json.loads(plan_of(dispatcher))["stages"] if not stage["after"]}
+    return [*(run for run in runs if run.workload["metadata"]["name"] in first), dispatcher]
+
+
+def is_over(state: str) -> bool:
+    """Whether a stage's state, as the dispatcher writes it down, is its last one."""
+    return state == "Complete" or state.startswith("Failed")
 
 
 def plan_of(dispatcher: Rendered) -> str:

@@ -216,10 +216,11 @@ def test_what_cannot_be_deleted_again_is_told_with_both_reasons(recorder: Record
         assert part in told
 
 
-def test_a_suite_creates_its_first_jobs_the_dispatcher_and_nothing_of_the_later_jobs(
+def test_a_suite_tries_all_its_stages_and_creates_the_first_ones_and_the_dispatcher(
     recorder: Recorder, tmp_path: Path
 ) -> None:
-    recorder.answer("get jobs.batch paper-trainer", json.dumps(job()), created=True)
+    for name in ("paper-trainer", "paper-base-trainer"):
+        recorder.answer(f"get jobs.batch {name}", json.dumps(job()), created=True)
     configs = ROOT / "configs"
     (tmp_path / "suite.yaml").write_text(
         "name: paper\nresults: s3://bucket/paper\nstages:\n"
@@ -227,13 +228,12 @@ def test_a_suite_creates_its_first_jobs_the_dispatcher_and_nothing_of_the_later_
         f"- {{name: market, after: base, config: {configs}/finetune_market1501.yaml, set: ['root=s3://b/m.tar']}}\n"
     )
     assert personmae("submit", str(tmp_path / "suite.yaml"), IMAGE, "--no-bucket-check") == 0
-    text = next(c["text"] for c in recorder._calls() if "apply" in c["args"])
-    tried = json.loads(text)["items"]
-    assert {i["metadata"]["name"] for i in tried if i["kind"] == "Job"} == {"paper-trainer", "paper-base-trainer"}
+    tried, *created = (json.loads(c["text"])["items"] for c in recorder._calls() if "apply" in c["args"])
+    jobs = [{i["metadata"]["name"] for i in items if i["kind"] == "Job"} for items in (tried, *created)]
+    assert jobs == [{"paper-trainer", "paper-base-trainer", "paper-market-trainer"}, {"paper-base-trainer"}, {"paper-trainer"}]
     # The server looks for the Role that a RoleBinding names, which a dry run has not created.
     assert {"Role", "RoleBinding"} & {i["kind"] for i in tried} == {"Role"}
-    created = [c["text"] for c in recorder._calls() if "apply" in c["args"]][1]
-    kinds = [i["kind"] for i in json.loads(created)["items"]]
+    kinds = [i["kind"] for i in created[1]]
     assert kinds.index("Role") < kinds.index("RoleBinding")
 
 

@@ -1,23 +1,24 @@
-"""A suite, locally from end to end, and its dispatcher: what it creates when, survives, and leaves in the bucket."""
+"""A suite: what a file becomes, what is wrong with one, and a run of all its stages on this machine."""
 
-import http.server
+import itertools
 import json
 import os
+import re
 import subprocess
-import threading
-import urllib.error
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from email.message import Message
 from pathlib import Path
 from typing import Any
 
 import pytest
 import warm
 import yaml
+from apiobjects import resource
 from sample_requests import DIGEST, ROOT, by_name
+from sample_suite import FILE, STAGES, request_in
 
-from launcher.cluster import bucket, dispatcher, render, suite
+from launcher.cluster import kustomization, render, suite
 from launcher.cluster.request import Request
 from personmae import config
 from personmae.errors import UserError
@@ -29,25 +30,11 @@ TINY = [
     "data.num_threads=1",
     "data.shuffle_block_size=32",
 ]
-SCORES = {"mAP": 0.5, "rank1": 0.625, "rank5": 0.75, "rank10": 0.875, "mINP": 0.25, "benchmark": "market1501"}
-STAGES = [
-    {
-        "name": "pre",
-        "config": str(ROOT / "configs/pretrain_vit_base.yaml"),
-        "set": ["data.shards=s3://b/l"],
-        "nodes": [1, 2],
-        "gpus": 8,
-    },
-    {"name": "market", "after": "pre", "config": str(ROOT / "configs/finetune_market1501.yaml"), "set": ["root={market}"]},
-    {"name": "duke", "after": "pre", "config": str(ROOT / "configs/finetune_occluded_duke.yaml"), "set": ["root=s3://b/d.tar"]},
-]
-FILE = {"name": "s", "results": "s3://results/s", "places": {"market": "s3://b/m.tar"}, "stages": STAGES}
 
 
 @pytest.fixture
 def suite_request(tmp_path: Path) -> Request:
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(FILE))
-    return Request(tmp_path / "suite.yaml", image=f"registry.test/personmae@{DIGEST}")
+    return request_in(tmp_path)
 
 
 def test_paths_of_a_suites_stages_are_the_pods(suite_request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,109 +50,6 @@ def test_paths_of_a_suites_stages_are_the_pods(suite_request: Request, monkeypat
     assert json.loads(suite.plan_of(dispatching))["results"] == "s3://results/a$$b"
 
 
-class Cluster:
-    """Jobs in memory, as the API server would hold them; they end when the test says so."""
-
-    def __init__(self) -> None:
-        self.jobs: dict[str, dict[str, Any]] = {}
-
-    def get(self, name: str) -> dict[str, Any] | None:
-        return self.jobs.get(name)
-
-    def create(self, job: dict[str, Any]) -> None:
-        assert job["metadata"]["name"] not in self.jobs
-        self.jobs[job["metadata"]["name"]] = json.loads(json.dumps(job))
-
-    def end(self, name: str, kind: str = "Complete") -> None:
-        condition = {"type": kind, "status": "True", "reason": "PodFailurePolicy", "message": "exit code 78"}
-        self.jobs[name]["status"] = {"conditions": [condition]}
-
-
-@pytest.fixture
-def plan(suite_request: Request) -> dict[str, Any]:
-    return json.loads(suite.plan_of(suite.render_suite(suite_request)[0]))
-
-
-@pytest.fixture
-def cluster(plan: dict[str, Any]) -> Cluster:
-    first = Cluster()
-    first.create({"metadata": {"name": plan["stages"][0]["job"]}})
-    return first
-
-
-def test_benchmarks_are_created_when_their_encoder_is_complete_and_not_before(plan: dict[str, Any], cluster: Cluster) -> None:
-    assert dispatcher.turn(plan["stages"], cluster) == {"pre": "runs", "market": "waits for pre", "duke": "waits for pre"}
-    assert list(cluster.jobs) == ["s-pre-trainer"]
-    cluster.end("s-pre-trainer")
-    assert dispatcher.turn(plan["stages"], cluster) == {"pre": "Complete", "market": "runs", "duke": "runs"}
-    assert list(cluster.jobs) == ["s-pre-trainer", "s-market-trainer", "s-duke-trainer"]
-    assert dispatcher.turn(plan["stages"], cluster) == {"pre": "Complete", "market": "runs", "duke": "runs"}  # nothing twice
-
-
-def test_a_dispatcher_that_is_started_again_goes_on_where_the_last_one_was(plan: dict[str, Any], cluster: Cluster) -> None:
-    cluster.end("s-pre-trainer")
-    dispatcher.turn(plan["stages"][:2], cluster)  # the first pod has died between two creations
-    assert list(cluster.jobs) == ["s-pre-trainer", "s-market-trainer"]
-    dispatcher.turn(json.loads(json.dumps(plan["stages"])), cluster)
-    assert list(cluster.jobs) == ["s-pre-trainer", "s-market-trainer", "s-duke-trainer"]
-
-
-def test_one_table_is_written_to_the_bucket(plan: dict[str, Any], cluster: Cluster, s3_server: Any, capsys: Any) -> None:
-    s3_server.bucket("results")
-    cluster.end("s-pre-trainer")
-    dispatcher.turn(plan["stages"], cluster)
-    for name in ("market", "duke"):
-        cluster.end(f"s-{name}-trainer")
-        bucket.write(f"s3://results/s/runs/{name}/result.json", json.dumps(SCORES).encode())
-    dispatcher.run(plan, cluster, pause_seconds=0)
-    written = bucket.read("s3://results/s/results.md")
-    assert written
-    assert "| market | market1501 | 50.0 | 62.5 | 75.0 | 87.5 | 25.0 |" in written.decode().splitlines()
-    assert json.loads(bucket.read("s3://results/s/results.json") or b"")["results"]["duke"]["mAP"] == 0.5
-    assert written.decode() in capsys.readouterr().out
-
-
-def test_the_dispatcher_outlives_an_api_server_that_does_not_answer(
-    plan: dict[str, Any], cluster: Cluster, s3_server: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    s3_server.bucket("results")
-    cluster.end("s-pre-trainer")
-    away = iter([TimeoutError("read"), urllib.error.HTTPError("url", 503, "", Message(), None), ConnectionResetError()])
-    ask = cluster.get
-
-    def get(name: str) -> dict[str, Any] | None:
-        if error := next(away, None):
-            raise error
-        if name in cluster.jobs and name != "s-pre-trainer":
-            cluster.end(name)
-            bucket.write(f"s3://results/s/runs/{name.split('-')[1]}/result.json", json.dumps(SCORES).encode())
-        return ask(name)
-
-    monkeypatch.setattr(cluster, "get", get)
-    dispatcher.run(plan, cluster, pause_seconds=0)
-    assert capsys.readouterr().out.count("the cluster did not answer") == 3
-    assert (bucket.read("s3://results/s/results.md") or b"").count(b"| 50.0 |") == 2
-
-
-def test_a_failed_stage_fails_those_after_it_and_the_table_has_the_others(
-    plan: dict[str, Any], cluster: Cluster, s3_server: Any
-) -> None:
-    s3_server.bucket("results")
-    cluster.end("s-pre-trainer")
-    dispatcher.turn(plan["stages"], cluster)
-    cluster.end("s-market-trainer")
-    cluster.end("s-duke-trainer", "Failed")
-    bucket.write("s3://results/s/runs/market/result.json", json.dumps(SCORES).encode())
-    with pytest.raises(UserError, match="1 of 3 stages failed: duke"):
-        dispatcher.run(plan, cluster, pause_seconds=0)
-    assert "| duke | Failed: PodFailurePolicy: exit code 78 |" in (bucket.read("s3://results/s/results.md") or b"").decode()
-    cluster.end("s-pre-trainer", "Failed")
-    cluster.jobs = {"s-pre-trainer": cluster.jobs["s-pre-trainer"]}
-    states = dispatcher.turn(plan["stages"], cluster)
-    assert states["market"] == "Failed: pre has failed"
-    assert list(cluster.jobs) == ["s-pre-trainer"]
-
-
 def test_the_dispatcher_is_what_kustomize_makes_of_it(suite_request: Request, tmp_path: Path, kustomize: Any) -> None:
     picked = replace(suite_request, components=("irsa", "monitoring", "network-policy"), role="arn:aws:iam::1:role/r")
     first, _ = suite.render_suite(picked)
@@ -173,24 +57,53 @@ def test_the_dispatcher_is_what_kustomize_makes_of_it(suite_request: Request, tm
     assert by_name(first.objects) == kustomize(tmp_path / "written")
 
 
-def test_the_first_objects_of_a_suite_are_all_but_the_later_jobs(suite_request: Request) -> None:
+def test_submit_creates_the_first_stages_and_the_dispatcher_whose_plan_has_all_objects_of_all(suite_request: Request) -> None:
     first, runs = suite.render_suite(suite_request)
-    created = by_name(suite.first_objects(first, runs))
-    assert {name for kind, name in created if kind == "Job"} == {"s-trainer", "s-pre-trainer"}
+    assert [rendered.run for rendered in suite.first_runs(first, runs)] == ["s-pre", "s"]
     plan = json.loads(suite.plan_of(first))
-    for stage in plan["stages"][1:]:
-        pod = stage["object"]["spec"]["template"]["spec"]
+    assert [stage["objects"] for stage in plan["stages"]] == [rendered.objects for rendered in runs]
+    created = by_name([item for stage in plan["stages"] for item in stage["objects"]] + first.objects)
+    for stage in plan["stages"]:
+        pod = created["Job", stage["job"]]["spec"]["template"]["spec"]
         assert ("ServiceAccount", pod["serviceAccountName"]) in created
         assert ("ConfigMap", next(v["configMap"]["name"] for v in pod["volumes"] if "configMap" in v)) in created
         assert ("ConfigMap", pod["containers"][0]["envFrom"][0]["configMapRef"]["name"]) in created
+    for stage in plan["stages"][1:]:
         assert created["ConfigMap", f"s-{stage['name']}-run"]["data"]["ENCODER"] == "s3://results/s/runs/pre"
         assert created["ConfigMap", f"s-{stage['name']}-run"]["data"]["RESULT"] == stage["result"]
     waiting = created["Job", "s-trainer"]["spec"]["template"]["spec"]["containers"][0]["resources"]
     assert "nvidia.com/gpu" not in waiting["limits"]
-    rules = created["Role", "s-dispatcher"]["rules"]
-    assert rules == [{"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["get", "create"]}]
     binding = created["RoleBinding", "s-dispatcher"]
     assert (binding["roleRef"]["name"], binding["subjects"][0]["name"]) == ("s-dispatcher", "s-trainer")
+
+
+def test_every_object_of_a_suite_names_it_and_its_jobs_are_kept_equally_long(suite_request: Request) -> None:
+    first, runs = suite.render_suite(replace(suite_request, components=("monitoring", "network-policy")))
+    for item in [item for rendered in (first, *runs) for item in rendered.objects]:
+        assert item["metadata"]["labels"]["personmae/suite"] == "s", item["kind"]
+    kept = {rendered.workload["spec"]["ttlSecondsAfterFinished"] for rendered in (first, *runs)}
+    assert kept == {90 * 86400}  # or the plan would go while stages run, or their ends before they are read
+
+
+def test_the_dispatcher_may_do_what_its_stages_need_and_no_more_than_who_submits(suite_request: Request) -> None:
+    first, runs = suite.render_suite(replace(suite_request, components=("monitoring", "network-policy")))
+    (role,) = (item for item in first.objects if item["kind"] == "Role")
+    submitter = kustomization.build(ROOT / "k8s" / "overlays" / "namespace")
+    (theirs,) = (item for item in submitter if item["kind"] == "Role")
+    for rule in role["rules"]:
+        for verb in rule["verbs"]:
+            for word in rule["resources"]:
+                assert _allowed(theirs, rule["apiGroups"][0], word, verb), (word, verb)
+    for item in [item for rendered in runs for item in rendered.objects]:
+        group = item["apiVersion"].rpartition("/")[0]
+        for verb in ("get", "create"):
+            assert _allowed(role, group, resource(item["kind"]), verb), item["kind"]
+    assert [rule["resourceNames"] for rule in role["rules"] if "resourceNames" in rule] == [["s-state"]]
+
+
+def _allowed(role: dict[str, Any], group: str, word: str, verb: str) -> bool:
+    rules = (rule for rule in role["rules"] if group in rule["apiGroups"] and word in rule["resources"])
+    return any(verb in rule["verbs"] for rule in rules)
 
 
 @pytest.mark.parametrize(
@@ -258,75 +171,58 @@ def test_the_suite_of_the_paper_has_every_table(tmp_path: Path) -> None:
             assert sizes[0] == sizes[1], step.stage.name
 
 
-class _Api(http.server.BaseHTTPRequestHandler):
-    seen: list[tuple[str, str, str | None]] = []  # noqa: RUF012 - of the one test below
-    code, body = 200, b'{"kind": "Job"}'
-
-    def _answer(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.seen.append((self.command, self.path, self.headers["Authorization"]))
-        self.send_response(self.code)
-        self.send_header("Content-Length", str(len(self.body)))
-        self.end_headers()
-        self.wfile.write(self.body)
-
-    do_GET = do_POST = _answer  # noqa: N815
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[dispatcher.ApiJobs]:
-    """A server that answers as told: it shows the requests, not what an API server makes of them."""
-    _Api.seen.clear()
-    (tmp_path / "namespace").write_text("team\n")
-    (tmp_path / "token").write_text("first")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Api)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    yield dispatcher.ApiJobs(f"http://127.0.0.1:{server.server_address[1]}", tmp_path)
-    server.shutdown()
-    server.server_close()
+def test_the_default_quotas_hold_whatever_stages_of_the_papers_suite_may_work_at_a_time() -> None:
+    request = Request(ROOT / "configs" / "suite_paper.yaml", image=f"registry.test/personmae@{DIGEST}")
+    first, runs = suite.render_suite(request)
+    plan = json.loads(suite.plan_of(first))["stages"]
+    after = {stage["name"]: stage["after"] for stage in plan}
+    sizes = {stage["name"]: _requests(rendered.objects) for stage, rendered in zip(plan, runs, strict=True)}
+    (quota,) = (o["spec"]["hard"] for o in kustomization.build(ROOT / "k8s/overlays/namespace") if o["kind"] == "ResourceQuota")
+    (queue,) = (o["spec"] for o in kustomization.build(ROOT / "k8s/overlays/queues") if o["kind"] == "ClusterQueue")
+    queued = {each["name"]: each["nominalQuota"] for each in queue["resourceGroups"][0]["flavors"][0]["resources"]}
+    for name in ("nvidia.com/gpu", "memory", "cpu", "ephemeral-storage"):
+        most = max(sum(sizes[stage][name] for stage in together) for together in _independent(after))
+        most += _requests(first.objects)[name]
+        assert most <= _number(queued[name]), name
+        assert most <= _number(quota.get(f"requests.{name}", "1Ei")), name
+    assert int(quota["count/jobs.batch"]) > len(runs)
 
 
-def test_requests_carry_the_newest_token_and_known_answers_are_told_apart(api: dispatcher.ApiJobs, tmp_path: Path) -> None:
-    _Api.code = 200
-    assert api.get("x-trainer") == {"kind": "Job"}
-    (tmp_path / "token").write_text("second")
-    _Api.code = 404
-    assert api.get("x-trainer") is None
-    _Api.code = 409
-    api.create({"metadata": {"name": "x-trainer"}})  # the last pod was faster
-    _Api.code = 503
-    with pytest.raises(urllib.error.HTTPError) as caught:  # it may pass
-        api.get("x-trainer")
-    caught.value.close()
-    _Api.code = 403
-    with pytest.raises(UserError, match=r"POST .*/apis/batch/v1/namespaces/team/jobs was refused \(403\)"):
-        api.create({"metadata": {"name": "x-trainer"}})
-    jobs = "/apis/batch/v1/namespaces/team/jobs"
-    assert _Api.seen[:3] == [
-        ("GET", f"{jobs}/x-trainer", "Bearer first"),
-        ("GET", f"{jobs}/x-trainer", "Bearer second"),
-        ("POST", jobs, "Bearer second"),
-    ]
+def _independent(after: dict[str, str | None]) -> Iterator[tuple[str, ...]]:
+    """The sets of stages none of which waits for another."""
+    above: dict[str, set[str]] = {}
+    for name, before in after.items():
+        above[name] = {before, *above[before]} if before else set()
+    for number in range(1, len(after) + 1):
+        for names in itertools.combinations(after, number):
+            if not any(above[name] & {*names} for name in names):
+                yield names
 
 
-def test_a_full_quota_is_waited_for(api: dispatcher.ApiJobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Api, "code", 403)
-    monkeypatch.setattr(_Api, "body", b'{"message": "jobs.batch \\"x\\" is forbidden: exceeded quota: personmae"}')
-    with pytest.raises(OSError, match=r"POST .*exceeded quota: personmae"):  # what the dispatcher tries again after
-        api.create({"metadata": {"name": "x-trainer"}})
+def _requests(objects: list[dict[str, Any]]) -> Counter[str]:
+    """What the pods of a run request in all, as a quota counts it."""
+    total = Counter[str]()
+    for item in objects:
+        if item["kind"] in ("Job", "Deployment"):
+            pod = item["spec"]["template"]["spec"]
+            inits = pod.get("initContainers", [])
+            together = [*pod["containers"], *(c for c in inits if c.get("restartPolicy") == "Always")]
+            for name in ("nvidia.com/gpu", "memory", "cpu", "ephemeral-storage"):
+                most = max(sum(_request(c, name) for c in together), *(_request(c, name) for c in inits), 0.0)
+                total[name] += round(1000 * most * item["spec"].get("parallelism", 1))
+    return total
 
 
-def test_the_api_server_is_asked_without_the_proxy_of_the_bucket(
-    api: dispatcher.ApiJobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_Api, "code", 200)
-    for name in ("NO_PROXY", "no_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert dispatcher.ApiJobs(api._url.partition("/apis")[0], api._account).get("x-trainer") == {"kind": "Job"}
+def _request(container: dict[str, Any], name: str) -> float:
+    resources = container["resources"]
+    return _number(resources["requests"].get(name, resources["limits"].get(name, "0"))) / 1000
+
+
+def _number(quantity: str) -> int:
+    """A quantity of Kubernetes, in thousandths."""
+    units = {"m": 1, "": 1000, "Mi": 1000 << 20, "Gi": 1000 << 30, "Ti": 1000 << 40, "Ei": 1000 << 60}
+    number, unit = re.fullmatch(r"([\d.]+)(\w*)", quantity).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return round(float(number) * units[unit])
 
 
 @pytest.mark.integration
