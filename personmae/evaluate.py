@@ -13,12 +13,13 @@ from personmae import dist
 from personmae.checkpoint import portable
 from personmae.config import RANDOM
 from personmae.errors import UserError
-from personmae.model.vit import SIZES, VisionTransformer
+from personmae.model.vit import SIZES, VisionTransformer, build_encoder
 from personmae.monitor import environment, progress
 from personmae.reid import probe, retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark
 from personmae.reid.features import Extractor
-from personmae.reid.heads import Neck, Pool, ReIDModel, build_head, trained_size
+from personmae.reid.frozen import FrozenRows
+from personmae.reid.heads import Neck, Pool, ReIDModel, build_head
 from personmae.reid.samples import SPLITS
 
 DEFAULT_SIZE, DEFAULT_IMG_SIZE = "base", (256, 128)  # of random weights: those of the configuration's own defaults
@@ -191,7 +192,7 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
             "--probe, or --pool mean, what its features find without"
         )
     weights, settings = portable.read_encoder(path)
-    encoder = VisionTransformer(**SIZES[settings["size"]], patch_size=settings["patch_size"])
+    encoder = build_encoder(settings)
     portable.load_strictly(encoder, weights, path)
     return _frozen(name, where, encoder, settings, options, source)
 
@@ -217,9 +218,7 @@ def _frozen(
     if options.probe:
         return Subject(name, f"{start}, frozen, rows whitened per camera", None, encoder, settings, source)
     if options.pool == "rows":
-        return Subject(
-            name, f"{start}, middle rows of its tokens", probe.FrozenRows(encoder, img_size), encoder, settings, source
-        )
+        return Subject(name, f"{start}, middle rows of its tokens", FrozenRows(encoder, img_size), encoder, settings, source)
     assert options.pool  # or it would have been refused
     model = ReIDModel(encoder, Neck(encoder, pool=options.pool)).eval()
     return Subject(name, f"{start}, {options.pool} of its tokens", model, encoder, settings, source)
@@ -228,9 +227,8 @@ def _frozen(
 def load_model(saved: portable.Checkpoint, path: Path) -> ReIDModel:
     """The model of a fine-tuned checkpoint, in evaluation mode."""
     settings: dict[str, Any] = saved.state["model"]
-    encoder = VisionTransformer(**SIZES[settings["size"]], patch_size=settings["patch_size"])
-    head = build_head(encoder, saved.state["num_classes"], **saved.state["head"])
-    model = ReIDModel(encoder, head, trained_size=trained_size(settings))
+    encoder = build_encoder(settings)
+    model = ReIDModel(encoder, build_head(encoder, saved.state["num_classes"], **saved.state["head"]))
     weights = {name.removeprefix("model."): tensor for name, tensor in saved.tensors["model"].items()}
     portable.load_strictly(model, weights, path)
     return model.eval()

@@ -21,13 +21,13 @@ from personmae.engine.base import Engine
 from personmae.engine.native import NativeEngine
 from personmae.errors import UserError
 from personmae.guard import Guard
-from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
+from personmae.model.vit import build_encoder, share_drop_path
 from personmae.monitor import run_log
 from personmae.monitor.heartbeat import Phase
 from personmae.monitor.rank_metrics import RankMetrics
 from personmae.precision import Precision
 from personmae.reid.datasets import Benchmark, pids_and_camids, train_labels
-from personmae.reid.heads import Classifier, ReIDModel, build_head, layer_id, settings_from, trained_size
+from personmae.reid.heads import Classifier, ReIDModel, build_head, layer_id, settings_from
 from personmae.reid.losses import reid_loss
 from personmae.reid.sampler import pk_batches
 from personmae.reid.transforms import load_ahead
@@ -140,12 +140,7 @@ class SupervisedReID(nn.Module):
 
 def build(settings: config.Finetune, num_classes: int, chosen: Precision) -> tuple[SupervisedReID, dict[str, Any]]:
     """The module, from random or pre-trained weights, and the preprocessing that belongs to those weights."""
-    model_settings = settings.model.model_dump(mode="json")
-    encoder = VisionTransformer(
-        **SIZES[settings.model.size],
-        patch_size=settings.model.patch_size,
-        drop_path_rate=settings.train.drop_path_rate,
-    )
+    model_settings, weights = settings.model.model_dump(mode="json", exclude_none=True), None
     if settings.init != RANDOM:
         path = portable.locate(settings.init)
         if "head" in portable.read_state(path):
@@ -155,10 +150,12 @@ def build(settings: config.Finetune, num_classes: int, chosen: Precision) -> tup
             )
         weights, record = portable.read_encoder(settings.init)
         model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
+    encoder = build_encoder(model_settings, drop_path_rate=settings.train.drop_path_rate)
+    if weights is not None:
         portable.load_strictly(encoder, weights, settings.init)
     head = build_head(encoder, num_classes, **settings.head.model_dump(), bn_group_size=settings.train.bn_group_size)
     module = SupervisedReID(
-        ReIDModel(encoder, head, trained_size=trained_size(model_settings)),
+        ReIDModel(encoder, head),
         label_smoothing=settings.train.label_smoothing,
         compute_dtype=chosen.dtype,
         classifier=settings.head.classifier,

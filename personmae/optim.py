@@ -17,7 +17,7 @@ def param_groups(
     num_layers: int = 0,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW: no decay on vectors and tokens, and lr * layer_decay^(num_layers - layer_id) with a ``layer_id``.
+    """Groups for AdamW: no decay on vectors, tokens and positions. With ``layer_id``, lr * layer_decay^(num_layers - layer_id).
 
     Each group keeps its own peak as ``base_lr`` and ``base_weight_decay``. Schedules multiply those.
     """
@@ -26,7 +26,7 @@ def param_groups(
         if not parameter.requires_grad:
             continue
         layer = layer_id(name) if layer_id else num_layers
-        decays = parameter.ndim > 1 and not name.endswith("_token")
+        decays = parameter.ndim > 1 and not name.endswith(("_token", "pos_embed"))
         group = groups.setdefault((layer, decays), {"params": []})
         group["params"].append(parameter)
         group["base_lr"] = group["lr"] = lr * layer_decay ** (num_layers - layer)

@@ -32,6 +32,7 @@ from personmae.monitor.heartbeat import Phase
 from personmae.monitor.rank_metrics import RankMetrics
 from personmae.pretrain_log import StepLog, export_plan, log_end, log_setup, next_command
 from personmae.pretrain_probe import Prober
+from personmae.pretrain_start import Start, read_start
 from personmae.pretrain_state import (
     PretrainState,
     Spiked,
@@ -60,13 +61,15 @@ def run(settings: config.Pretrain) -> None:
         Diverged: gradients are no longer finite, or the loss has jumped too often.
     """
     began, world = time.monotonic(), dist.read_world()
+    start = read_start(settings)
+    settings = start.settings if start else settings
     metrics = RankMetrics("pretrain", **settings.metrics.rank_metrics_arguments())
     plan = batch_plan.plan_batch(settings.train.global_batch_size, world.world_size, settings.train.max_micro_batch_size)
     stop = dist.StopSignal()
     dist.start(world)
     shards = open_shards(settings, world)
     metrics.read("stream", shards.counters.registry)
-    state, prepare = build(settings, world, plan, shards)
+    state, prepare = build(settings, world, plan, shards, start)
     held = None
     try:
         held = run_lock.lock(settings.run_dir) if world.is_first else None  # before anything there is renamed or fetched
@@ -170,12 +173,12 @@ def train(state: PretrainState, found: Path | None, prepare: Prepare, metrics: R
 
 
 def build(
-    settings: config.Pretrain, world: dist.World, plan: batch_plan.BatchPlan, shards: ShardSet
+    settings: config.Pretrain, world: dist.World, plan: batch_plan.BatchPlan, shards: ShardSet, start: Start | None = None
 ) -> tuple[PretrainState, Prepare]:
     """What a run is made of at its first step, and what turns a batch of images into regions."""
     chosen = precision.choose(settings.train.precision, str(world.device), share=dist.from_first_rank)
     torch.manual_seed(settings.seed)
-    model = build_model(settings, chosen).to(world.device)
+    model = build_model(settings, chosen, start).to(world.device)
     spec = RegionSpec(**settings.region_arguments())
     teacher = build_teacher(settings, model, plan, spec)
     prober = Prober(settings, model.encoder, world) if settings.probe.benchmark else None
@@ -184,7 +187,7 @@ def build(
         compile_cache.mend()
         compile_parts(model, teacher, settings.train.cuda_graphs)
     engine, total_steps = build_engine(settings, model, plan), count_steps(settings, len(shards))
-    state = PretrainState(settings, world, plan, spec, shards, engine, teacher, total_steps, chosen, prober=prober)
+    state = PretrainState(settings, world, plan, spec, shards, engine, teacher, total_steps, chosen, prober=prober, start=start)
     return state, prepare
 
 

@@ -33,6 +33,8 @@ def log_setup(state: PretrainState) -> None:
         print(f"pretrain: {settings.data.shards} with {storage.s3_identity()}")
     millions = sum(p.numel() for p in state.engine.module.parameters()) / 1e6
     print(f"pretrain: {settings.model.size} ({millions:.1f} M parameters with decoders), {len(state.shards):,} samples")
+    if state.start and not state.step:
+        print(f"pretrain: {state.start}")
     print(f"pretrain: {state.plan}")
     print(f"pretrain: {state.precision}")
     going = f"resuming at step {state.step} of {total_steps}" if state.step else f"{total_steps} steps"

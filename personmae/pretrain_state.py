@@ -8,6 +8,7 @@ from typing import Any
 from personmae import batch_plan, config, dist
 from personmae.checkpoint import commit, portable, remote, resume_point
 from personmae.checkpoint.writer import Writer
+from personmae.config import RANDOM
 from personmae.data.shard_set import ShardSet
 from personmae.engine.base import Engine, PortableState, own_part
 from personmae.errors import Diverged, UserError
@@ -18,6 +19,7 @@ from personmae.model.personmae import PersonMAE
 from personmae.model.teacher import Teacher
 from personmae.precision import Precision
 from personmae.pretrain_probe import Prober
+from personmae.pretrain_start import Start
 
 
 @dataclass
@@ -38,6 +40,7 @@ class PretrainState:
     loss_ema: float | None = None  # the running mean that the guard against jumps compares with
     prober: Prober | None = None  # what frozen features find, where that is asked for
     floor: Floor | None = None  # what the pixel loss is compared with. On the first rank
+    start: Start | None = None  # where the encoder's weights came from
 
 
 class Spiked(Exception):  # noqa: N818 - it ends an attempt, not the run
@@ -71,9 +74,9 @@ def to_checkpoint(state: PretrainState, *, spread: bool = False) -> portable.Che
         "usual_loss": state.loss_ema,
         "floor": state.floor and state.floor._asdict(),
         "num_updates": engine_state.num_updates,
-        portable.RESUME_KEY: resume_key(settings, state.shards, state.precision),
+        portable.RESUME_KEY: resume_key(settings, state.shards, state.precision, state.start),
         **state.precision.record(),
-        "model": model_record(settings.model),
+        "model": model_record(settings.model) | (state.start.options_record if state.start else {}),
         "config_hash": config.config_hash(settings),
         "versions": portable.versions(),
     }
@@ -88,7 +91,8 @@ def resume(state: PretrainState) -> Path | None:
     saved = found.read()
     theirs = config.Pretrain.resume_key_before() | saved.state.get(portable.RESUME_KEY, {})
     keep_precision(state, theirs.get("train.precision"))
-    ours = resume_key(state.settings, state.shards, state.precision)
+    ours = {"init": RANDOM} | resume_key(state.settings, state.shards, state.precision, state.start)
+    theirs = {"init": RANDOM} | theirs
     if differing := [key for key in ours if theirs.get(key) != ours[key]]:
         changed = ", ".join(f"{key}={theirs.get(key)} (now {ours[key]})" for key in differing[:4])
         raise UserError(
@@ -118,10 +122,11 @@ def keep_precision(state: PretrainState, saved: str | None) -> None:
             module.compute_dtype = state.precision.dtype
 
 
-def resume_key(settings: config.Pretrain, shards: ShardSet, precision: Precision) -> dict[str, Any]:
-    """What must agree before a run is resumed: settings, what ``auto`` came to, and the data set with its shards."""
+def resume_key(settings: config.Pretrain, shards: ShardSet, precision: Precision, start: Start | None = None) -> dict[str, Any]:
+    """What must agree before a run is resumed: settings, what ``auto`` came to, first weights, the data set with its shards."""
     data = {"data.num_samples": len(shards), "data.index": shards.digest}
-    return settings.resume_key() | {"train.precision": precision.name} | data
+    first = {"init": start.digest} if start else {}
+    return settings.resume_key() | {"train.precision": precision.name} | data | first
 
 
 def last_step_counted(guard: Guard, state: PretrainState) -> bool:
@@ -206,9 +211,12 @@ def model_record(model: config.Model) -> dict[str, Any]:
     return model.model_dump(mode="json")
 
 
-def build_model(settings: config.Pretrain, chosen: Precision) -> PersonMAE:
-    """Student and decoders, freshly initialised."""
-    model = PersonMAE(**settings.model_arguments(), compute_dtype=chosen.dtype)
+def build_model(settings: config.Pretrain, chosen: Precision, start: Start | None = None) -> PersonMAE:
+    """Student and decoders, freshly initialised. The student's weights are those of ``start`` where there is one."""
+    options = start.options if start else None
+    model = PersonMAE(**settings.model_arguments(), encoder_options=options, compute_dtype=chosen.dtype)
+    if start:
+        portable.load_strictly(model.encoder, start.weights, settings.init)
     model.encoder.activation_checkpointing = settings.train.activation_checkpointing
     return model
 

@@ -25,12 +25,12 @@ from personmae.engine.base import Engine
 from personmae.engine.native import NativeEngine
 from personmae.errors import Stopped
 from personmae.guard import Guard
-from personmae.model.vit import SIZES, VisionTransformer, share_drop_path
+from personmae.model.vit import build_encoder, share_drop_path
 from personmae.monitor import run_log
 from personmae.monitor.rank_metrics import RankMetrics
 from personmae.precision import Precision
 from personmae.reid.datasets import Benchmark, pids_and_camids
-from personmae.reid.heads import Neck, ReIDModel, encoder_weights, settings_from, trained_size
+from personmae.reid.heads import Neck, ReIDModel, encoder_weights, settings_from
 from personmae.reid.memory import ClusterMemory
 from personmae.reid.sampler import cluster_batches
 from personmae.reid.transforms import ImageSet, load_ahead
@@ -181,19 +181,15 @@ def batches(
 
 def build(settings: config.Unsupervised, chosen: Precision) -> tuple[ClusterContrast, dict[str, Any]]:
     """The module, and the preprocessing that belongs to its weights."""
-    model_settings = settings.model.model_dump(mode="json")
-    encoder = VisionTransformer(
-        **SIZES[settings.model.size],
-        patch_size=settings.model.patch_size,
-        drop_path_rate=settings.train.drop_path_rate,
-    )
+    model_settings, weights = settings.model.model_dump(mode="json", exclude_none=True), None
     if settings.init != RANDOM:
         weights, record = read_start(settings.init)
         model_settings = settings_from(settings.init, record, model_settings, settings.model.model_fields_set)
+    encoder = build_encoder(model_settings, drop_path_rate=settings.train.drop_path_rate)
+    if weights is not None:
         portable.load_strictly(encoder, weights, settings.init)
     head = Neck(encoder, **head_options(settings), bn_group_size=settings.train.bn_group_size)
-    model = ReIDModel(encoder, head, trained_size=trained_size(model_settings))
-    module = ClusterContrast(model, compute_dtype=chosen.dtype)
+    module = ClusterContrast(ReIDModel(encoder, head), compute_dtype=chosen.dtype)
     return module, model_settings
 
 
@@ -201,8 +197,7 @@ def head_options(settings: config.Unsupervised) -> dict[str, Any]:
     """What the head pools, as a checkpoint keeps it."""
     if settings.feature.pool != "rows":
         return {"pool": settings.feature.pool}
-    num_rows = settings.model.img_size[0] // settings.model.patch_size
-    return {"pool": "rows", "columns": settings.feature.columns, "num_rows": num_rows}
+    return {"pool": "rows", "columns": settings.feature.columns, "num_rows": settings.model.grid[0]}
 
 
 def read_start(init: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

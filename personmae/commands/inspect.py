@@ -103,7 +103,7 @@ def _bench_step(actions: argparse._SubParsersAction) -> None:
     step = actions.add_parser(
         "step", help="images/s, parts, share of this machine and memory of a step, over a grid of settings"
     )
-    step.add_argument("--sizes", type=names, default=("micro",), help="of micro, small, base, large (default micro)")
+    step.add_argument("--sizes", type=names, default=("micro",), help="of micro, tiny, small, base, large (default micro)")
     step.add_argument("--batches", type=counts, default=(32,), metavar="N,...", help="images a step (default 32)")
     step.add_argument(
         "--engines",
@@ -184,7 +184,9 @@ def _bench_checkpoint(actions: argparse._SubParsersAction) -> None:
     verb = actions.add_parser(
         "checkpoint", help="how long saving the whole state holds up training, and when the save is committed"
     )
-    verb.add_argument("--size", default="base", choices=["micro", "small", "base", "large"], help="encoder (default base)")
+    verb.add_argument(
+        "--size", default="base", choices=["micro", "tiny", "small", "base", "large"], help="encoder (default base)"
+    )
     verb.add_argument("--saves", type=counting, default=4, help="how many. The median without the first counts (default 4)")
     verb.add_argument("--out", type=Path, help="write the record as JSON")
 

@@ -106,7 +106,7 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
         "--unfinished", action="store_true", help="accept a run whose training is not finished. The record says so"
     )
     drawn = verb.add_argument_group("of 'random'")
-    drawn.add_argument("--size", choices=["micro", "small", "base", "large"], help="of the encoder (default base)")
+    drawn.add_argument("--size", choices=["micro", "tiny", "small", "base", "large"], help="of the encoder (default base)")
     drawn.add_argument("--img-size", type=size, metavar="HxW", help="pixels (default 256x128)")
     drawn.add_argument("--seed", type=int, help="of its weights (default 0)")
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Final, Literal, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from personmae.keys.config_file import flatten
 from personmae.keys.renamed import print_new_name
@@ -101,6 +101,28 @@ class FinetuneTrain(Section):
     log_every: LogEvery = 50
 
 
+class OverlappingModel(Model):
+    """The encoder and its input."""
+
+    stride: int | None = Field(
+        default=None,
+        gt=0,
+        description="pixels from one patch to the next, by default patch_size. Below it patches overlap: TransReID has 12",
+    )
+
+    @model_validator(mode="after")
+    def _without_gaps(self) -> "OverlappingModel":
+        if self.stride and self.stride > self.patch_size:
+            raise ValueError(f"stride={self.stride} must be at most patch_size={self.patch_size}, or pixels are left out")
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) in patches."""
+        h, w = ((side - self.patch_size) // (self.stride or self.patch_size) + 1 for side in self.img_size)
+        return h, w
+
+
 class Downstream(Section):
     """What both programs on a benchmark begin with."""
 
@@ -117,7 +139,7 @@ class Finetune(Downstream):
     """Supervised person re-identification on one benchmark."""
 
     init: Place = Field(min_length=1, description="where the weights come from: a pre-training run or checkpoint, or 'random'")
-    model: Model = Model()
+    model: OverlappingModel = OverlappingModel()
     head: Head = Head()
     batch: Batch = Batch()
     augment: Augment = Augment()
@@ -244,7 +266,7 @@ class Unsupervised(Downstream):
         min_length=1,
         description="where the weights come from: a pre-training run (USL), a fine-tuned one (UDA), a checkpoint, or 'random'",
     )
-    model: Model = Model()
+    model: OverlappingModel = OverlappingModel()
     feature: Feature = Feature()
     cluster: Cluster = Cluster()
     memory: Memory = Memory()
@@ -260,7 +282,7 @@ class Unsupervised(Downstream):
         return _downstream_resume_key(self)
 
 
-DownstreamT = TypeVar("DownstreamT", bound=Finetune | Unsupervised)
+WithModelT = TypeVar("WithModelT", bound=Section)
 
 
 def completed_resume_key(kind: type[Finetune | Unsupervised], saved: dict[str, Any]) -> dict[str, Any]:
@@ -273,9 +295,10 @@ def completed_resume_key(kind: type[Finetune | Unsupervised], saved: dict[str, A
     return found
 
 
-def with_normalisation(settings: DownstreamT, mean: Sequence[float], std: Sequence[float]) -> DownstreamT:
-    """The settings with the normalisation that came with the weights."""
-    return settings.model_copy(update={"model": settings.model.model_copy(update={"mean": tuple(mean), "std": tuple(std)})})
+def with_normalisation(settings: WithModelT, mean: Sequence[float], std: Sequence[float]) -> WithModelT:
+    """The settings of a program with the normalisation that came with the weights."""
+    model: Model = vars(settings)["model"]
+    return settings.model_copy(update={"model": model.model_copy(update={"mean": tuple(mean), "std": tuple(std)})})
 
 
 def _downstream_resume_key(settings: Finetune | Unsupervised) -> dict[str, Any]:

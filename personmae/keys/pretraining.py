@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from personmae.keys.config_file import flatten
-from personmae.keys.downstream import BenchmarkName
+from personmae.keys.downstream import RANDOM, BenchmarkName
 from personmae.keys.sections import (
     Checkpoint,
     Fraction,
@@ -240,6 +240,11 @@ class Pretrain(Section):
 
     run_dir: Place = Field(min_length=1, description="directory for logs, checkpoints and the resolved configuration")
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="seed of weights, sample order, crops and masks")
+    init: Place = Field(
+        default=RANDOM,
+        min_length=1,
+        description="where the encoder's weights come from: a run, a checkpoint, what 'personmae import' wrote, or 'random'",
+    )
     data: Data
     model: Model = Model()
     decoders: Decoders = Decoders()
@@ -310,8 +315,8 @@ class Pretrain(Section):
         return {"crop_backend": train.crop_backend, "compiled": train.compile, "cuda_graphs": train.cuda_graphs}
 
     def resume_key(self) -> dict[str, Any]:
-        """The settings that must agree before a checkpoint is resumed, by dotted key."""
-        values = self.model_dump(mode="json", exclude={"run_dir", "engine", "checkpoint", "metrics", "probe"})
+        """The settings that must agree before a checkpoint is resumed, by dotted key, without first weights and data."""
+        values = self.model_dump(mode="json", exclude={"run_dir", "init", "engine", "checkpoint", "metrics", "probe"})
         values["data"] = {"shuffle_block_size": self.data.shuffle_block_size}
         values["train"] = {name: values["train"][name] for name in ("global_batch_size", "epochs", "total_steps", "precision")}
         return flatten(values)

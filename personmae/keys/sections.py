@@ -33,8 +33,8 @@ class Section(BaseModel):
 class Model(Section):
     """The encoder and its input."""
 
-    size: Literal["micro", "small", "base", "large"] = Field(
-        default="base", description="the encoder: micro, ViT-S, ViT-B or ViT-L"
+    size: Literal["micro", "tiny", "small", "base", "large"] = Field(
+        default="base", description="the encoder: micro, ViT-T, ViT-S, ViT-B or ViT-L"
     )
     img_size: Size = Field(default=(256, 128), description="(height, width) in pixels")
     patch_size: int = Field(default=16, gt=0, description="side of a square patch, in pixels")

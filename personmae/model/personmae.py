@@ -1,6 +1,7 @@
 """PersonMAE: from the inputs of a batch to both losses (Sec. III). Each equation is named at its code."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ class PersonMAE(nn.Module):
 
     ``feature_weight`` is lambda of Eq. (8). At 0 there is no feature decoder. ``identity_weight`` is that of the loss on both
     regions' class tokens, which the paper does not have (``identity.py``). At 0 there is no such head. With both at 0 no
-    target is needed.
+    target is needed. ``encoder_options`` are those of an encoder that came from another project.
     """
 
     def __init__(
@@ -105,13 +106,14 @@ class PersonMAE(nn.Module):
         identity_weight: float = 0.0,
         identity_dim: int = 256,
         identity_group: int = 64,
+        encoder_options: Mapping[str, Any] | None = None,
         compute_dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.feature_weight, self.beta, self.compute_dtype = feature_weight, beta, compute_dtype
         self.reduction: Reduction = reduction
         self.visible_positions, self.identity_weight, self.identity_group = visible_positions, identity_weight, identity_group
-        self.encoder = VisionTransformer(**SIZES[size], patch_size=patch_size)
+        self.encoder = VisionTransformer(**SIZES[size], patch_size=patch_size, **encoder_options or {})
         dim = self.encoder.embed_dim
         self.pixel_decoder = Decoder(dim, pixel_dim or min(512, dim), decoder_depth, 3 * patch_size**2)
         self.feature_decoder = Decoder(dim, feature_dim or dim, decoder_depth, dim) if feature_weight > 0 else None

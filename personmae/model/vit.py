@@ -1,11 +1,13 @@
 """The Vision Transformer of the whole system. Its state-dict names are timm's.
 
 Positions are an argument, not a buffer. A token carries its real-valued (y, x) coordinate in units of patches, so shifted
-regions, visible subsets and other input sizes need no special case.
+regions, visible subsets and other input sizes need no special case. Encoders of other projects may have a learned table of
+positions, which is sampled at these coordinates. They may have registers, overlapping patches and CLIP's variants too.
 """
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,9 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-SIZES: Final[dict[str, dict[str, int]]] = {
+SIZES: Final[dict[str, dict[str, Any]]] = {
     "micro": {"embed_dim": 128, "depth": 4, "num_heads": 4},
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
     "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
@@ -22,6 +25,7 @@ SIZES: Final[dict[str, dict[str, int]]] = {
 
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
+Activation = Literal["gelu", "quick_gelu"]
 _ATEN: Final = torch.ops.aten
 # What ``selective`` keeps: outputs of the matrix products and of attention, which are dear to compute again.
 _KEPT: Final = [
@@ -31,8 +35,14 @@ _KEPT: Final = [
 ]
 
 
-def patchify(images: Real[Tensor, "B C H W"], patch_size: int) -> Real[Tensor, "B L P"]:
-    """Cut images into patches, row by row. A patch is flattened as (C, y, x), the order of a convolution's weight."""
+def patchify(images: Real[Tensor, "B C H W"], patch_size: int, stride: int | None = None) -> Real[Tensor, "B L P"]:
+    """Cut images into patches, row by row. A patch is flattened as (C, y, x), the order of a convolution's weight.
+
+    Patches overlap where ``stride``, the step from one to the next, is below ``patch_size``. They touch by default.
+    """
+    if stride and stride != patch_size:
+        windows = images.unfold(2, patch_size, stride).unfold(3, patch_size, stride)  # (B, C, h, w, y, x)
+        return windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     b, c, height, width = images.shape
     h, w = height // patch_size, width // patch_size
     patches = images.reshape(b, c, h, patch_size, w, patch_size)
@@ -54,6 +64,25 @@ def grid_coords(grid: tuple[int, int], device: torch.device | None = None) -> Fl
     return torch.stack([y.flatten(), x.flatten()], dim=-1)
 
 
+def rescale_coords(
+    coords: Float[Tensor, "L 2"],
+    img_size: tuple[int, int],
+    patch_size: int,
+    stride: int,
+    trained_size: tuple[int, int] | None,
+    trained_stride: int | None,
+) -> Float[Tensor, "L 2"]:
+    """Coordinates of patches in an image as coordinates in images that positions were trained on.
+
+    Sizes are (H, W), strides the pixels from one patch to the next. The middle of a patch keeps its place in the image.
+    """
+    trained_size, trained_stride = trained_size or img_size, trained_stride or patch_size
+    if (trained_size, trained_stride) == (img_size, stride):
+        return coords
+    scale = torch.tensor(trained_size, device=coords.device) / torch.tensor(img_size, device=coords.device)
+    return ((coords * (stride / patch_size) + 0.5) * scale - 0.5) * (patch_size / trained_stride)
+
+
 def sincos_embedding(coords: Float[Tensor, "*N 2"], dim: int) -> Float[Tensor, "*N D"]:
     """Fixed 2-D sin-cos embedding of real coordinates (y, x): the first half of the channels is x, the second y, as in MAE.
 
@@ -62,6 +91,23 @@ def sincos_embedding(coords: Float[Tensor, "*N 2"], dim: int) -> Float[Tensor, "
     exponent = torch.arange(dim // 4, dtype=torch.float32, device=coords.device) / (dim / 4)
     angle = coords.float().flip(-1)[..., None] * (10000.0**-exponent)  # (*N, 2, dim/4)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+def sample_table(table: Float[Tensor, "1 L D"], grid: tuple[int, int], coords: Float[Tensor, "*N 2"]) -> Float[Tensor, "*N D"]:
+    """Learned positions of a ``grid`` (h, w) at real coordinates (y, x), in fp32.
+
+    Between four positions it is bilinear, at a position exactly that one, and outside the grid the nearest one of its border.
+    """
+    y, x = (_shares(coords[..., axis].float(), size) for axis, size in enumerate(grid))
+    shares = (y[..., :, None] * x[..., None, :]).flatten(-2)  # (*N, L)
+    with torch.autocast(coords.device.type, enabled=False):
+        return shares @ table[0].float()
+
+
+def _shares(coords: Float[Tensor, "*N"], size: int) -> Float[Tensor, "*N size"]:
+    """How much of each of ``size`` entries in a row a coordinate takes: all of one, or parts of two neighbours."""
+    entries = torch.arange(size, dtype=coords.dtype, device=coords.device)
+    return (1 - (coords.clamp(0, size - 1)[..., None] - entries).abs()).clamp(min=0)
 
 
 def take_tokens(tokens: Real[Tensor, "B L D"], ids: Int[Tensor, "B K"]) -> Real[Tensor, "B K D"]:
@@ -96,26 +142,37 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them."""
+    """Two linear layers with GELU between them, or CLIP's approximation of it."""
 
-    def __init__(self, dim: int, hidden_dim: int):
+    def __init__(self, dim: int, hidden_dim: int, activation: Activation = "gelu"):
         super().__init__()
+        self.activation: Activation = activation
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = self.fc1(x)
+        return self.fc2(F.gelu(hidden) if self.activation == "gelu" else hidden * torch.sigmoid(1.702 * hidden))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block. ``drop_path`` is the chance that a sample skips a residual branch in training."""
 
-    def __init__(self, dim: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        activation: Activation = "gelu",
+        norm_eps: float = 1e-6,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), activation)
         self.drop_path = drop_path
         self.drop_share: tuple[int, slice] | None = None
 
@@ -146,16 +203,25 @@ def share_drop_path(module: nn.Module, batch_size: int, rows: slice) -> None:
 class PatchEmbed(nn.Module):
     """Linear projection of flattened patches, stored as the convolution that timm has."""
 
-    def __init__(self, patch_size: int, in_chans: int, embed_dim: int):
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int, bias: bool = True):
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, bias=bias)
 
     def forward(self, patches: Float[Tensor, "B L P"]) -> Float[Tensor, "B L D"]:
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
-    """The encoder E of Eq. (3) and Eq. (6): patches and their coordinates to tokens, the class token first."""
+    """The encoder E of Eq. (3) and Eq. (6): patches and their coordinates to tokens, the class token first.
+
+    What follows ``stride`` is for encoders of other projects. ``table`` is the grid (h, w) of learned positions, which take
+    the place of the fixed ones. ``num_registers`` more tokens without a place take part behind the patches and are not
+    returned, but where the last blocks are taken over by a head (``keeps_registers``). ``pre_norm``, ``activation``,
+    ``patch_bias`` and ``norm_eps`` are CLIP's choices.
+
+    ``trained_size`` (H, W) and ``trained_stride`` in pixels are of the images that its positions belong to, where they are
+    not those that it sees (``coords``).
+    """
 
     def __init__(
         self,
@@ -167,30 +233,65 @@ class VisionTransformer(nn.Module):
         in_chans: int = 3,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        stride: int | None = None,
+        table: tuple[int, int] | None = None,
+        num_registers: int = 0,
+        pre_norm: bool = False,
+        activation: Activation = "gelu",
+        patch_bias: bool = True,
+        norm_eps: float = 1e-6,
     ):
         super().__init__()
-        self.embed_dim, self.patch_size = embed_dim, patch_size
+        self.embed_dim, self.patch_size, self.stride = embed_dim, patch_size, stride or patch_size
+        self.table, self.num_registers, self.keeps_registers = table, num_registers, False
+        self.trained_size: tuple[int, int] | None = None
+        self.trained_stride: int | None = None
         self.activation_checkpointing: ActivationCheckpointing = (
             "none"  # what the backward pass computes again instead of keeping it
         )
-        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim, patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
+        self.pos_embed = nn.Parameter(torch.empty(1, table[0] * table[1], embed_dim)) if table else None
+        self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else None
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, drop_path=rate) for rate in rates)
-        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        shared: dict[str, Any] = {"mlp_ratio": mlp_ratio, "activation": activation, "norm_eps": norm_eps}
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, drop_path=rate, **shared) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         init_weights(self)
+
+    def grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w): how many patches an image of (H, W) pixels is cut into."""
+        h, w = ((side - self.patch_size) // self.stride + 1 for side in img_size)
+        return h, w
+
+    def coords(self, img_size: tuple[int, int], device: torch.device | None = None) -> Float[Tensor, "L 2"]:
+        """Where the patches of an image of (H, W) pixels lie, row by row, in the encoder's own positions.
+
+        In an image of another size or stride than those of its training the middle of a patch keeps its place.
+        """
+        coords = grid_coords(self.grid(img_size), device)
+        return rescale_coords(coords, img_size, self.patch_size, self.stride, self.trained_size, self.trained_stride)
 
     def embed(
         self,
         patches: Float[Tensor, "B K P"],
         coords: Float[Tensor, "B K 2"],
-    ) -> Float[Tensor, "B 1+K D"]:
+    ) -> Float[Tensor, "B T D"]:
         """Patch embedding plus position, in fp32 also under autocast: bf16 would lose a shift by a sixteenth of a patch.
 
-        The class token carries no position.
+        The class token comes first and carries no position, and neither do registers, which come last.
         """
-        tokens = self.patch_embed(patches).float() + sincos_embedding(coords, self.embed_dim)
-        return torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = self.patch_embed(patches).float() + self.positions(coords)
+        others = [token.expand(tokens.shape[0], -1, -1) for token in (self.cls_token, self.reg_token) if token is not None]
+        tokens = torch.cat([others[0], tokens, *others[1:]], dim=1)
+        return tokens if self.norm_pre is None else self.norm_pre(tokens)
+
+    def positions(self, coords: Float[Tensor, "*N 2"]) -> Float[Tensor, "*N D"]:
+        """Embedding of (y, x): fixed sines and cosines, or the learned table between its entries."""
+        if self.pos_embed is None or self.table is None:
+            return sincos_embedding(coords, self.embed_dim)
+        return sample_table(self.pos_embed, self.table, coords)
 
     def forward_features(
         self,
@@ -201,7 +302,9 @@ class VisionTransformer(nn.Module):
         """Tokens after the last block, before the final LayerNorm. Only ``ids_keep`` is encoded where it is given."""
         if ids_keep is not None:
             patches, coords = take_tokens(patches, ids_keep), take_tokens(coords, ids_keep)
-        return run_blocks(self.blocks, self.embed(patches, coords), self.activation_checkpointing if self.training else "none")
+        recomputed: ActivationCheckpointing = self.activation_checkpointing if self.training else "none"
+        tokens = run_blocks(self.blocks, self.embed(patches, coords), recomputed)
+        return tokens[:, : -self.num_registers] if self.num_registers and not self.keeps_registers else tokens
 
     def forward(
         self,
@@ -246,5 +349,25 @@ def init_weights(module: nn.Module) -> None:
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
     for name, parameter in module.named_parameters():
-        if name.endswith("_token"):
+        if name.endswith(("_token", "pos_embed")):
             nn.init.normal_(parameter, std=0.02)
+
+
+def trained_size(model_settings: Mapping[str, Any]) -> tuple[int, int]:
+    """(H, W) that an encoder was trained on, from the settings in its checkpoint. Its own ``img_size`` by default."""
+    height, width = model_settings.get("trained_size") or model_settings["img_size"]
+    return height, width
+
+
+def build_encoder(model_settings: Mapping[str, Any], *, drop_path_rate: float = 0.0) -> VisionTransformer:
+    """The encoder that the settings in a checkpoint describe, with new weights.
+
+    ``encoder`` among them are the options of an encoder that came from another project.
+    """
+    options = dict(model_settings.get("encoder") or {})
+    if options.get("table"):
+        options["table"] = tuple(options["table"])
+    size, patch_size, stride = SIZES[model_settings["size"]], model_settings["patch_size"], model_settings.get("stride")
+    encoder = VisionTransformer(**size, patch_size=patch_size, stride=stride, drop_path_rate=drop_path_rate, **options)
+    encoder.trained_size, encoder.trained_stride = trained_size(model_settings), model_settings.get("trained_stride")
+    return encoder

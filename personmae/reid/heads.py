@@ -14,13 +14,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from personmae.errors import UserError
-from personmae.model.vit import VisionTransformer, grid_coords, patchify
+from personmae.model.vit import VisionTransformer, patchify, trained_size
 from personmae.reid.rows import Columns, row_features
 
 RowSplit = Literal["adaptive", "chunk"]
 Pool = Literal["cls", "mean", "cls_mean"]
 NeckPool = Literal["mean", "cls", "cls_mean", "rows"]
 Classifier = Literal["linear", "circle", "arc"]  # the last two give cosines, to which the loss adds its margin
+_INPUT: Final = tuple(f"encoder.{name}" for name in ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre."))
 MGN_PARTS: Final = (1, 2, 3)  # horizontal parts of each branch; one part is the whole person
 
 
@@ -70,7 +71,8 @@ class Neck(nn.Module):
     """Pooled tokens and batch normalisation with its bias frozen: the head without classes of unsupervised training.
 
     ``pool`` is as in BNNeck, or "rows": the means of the patch tokens of each row, from top to bottom (h D), over all columns
-    or the middle ones. Rows need their number, ``num_rows``: the images are of one size.
+    or the middle ones. Rows need their number, ``num_rows``: the images are of one size. Tokens of an encoder that is frozen
+    are not ``normalised``.
     """
 
     num_blocks = 0
@@ -83,6 +85,7 @@ class Neck(nn.Module):
         columns: Columns = "middle",
         num_rows: int | None = None,
         bn_group_size: int | None = None,
+        normalised: bool = True,
     ):
         super().__init__()
         self.pool: NeckPool = pool
@@ -91,7 +94,7 @@ class Neck(nn.Module):
         self.feature_dim = encoder.embed_dim * (num_rows or 0) if pool == "rows" else pooled_dim(encoder, pool)
         if not self.feature_dim:
             raise ValueError("num_rows is required where the tokens are pooled by rows")
-        self.bn = GroupedBatchNorm(self.feature_dim, bn_group_size)
+        self.bn = GroupedBatchNorm(self.feature_dim, bn_group_size) if normalised else nn.Identity()
 
     def forward(self, tokens: Float[Tensor, "B T D"], grid: tuple[int, int]) -> Outputs:
         return {"logits": [], "embeddings": [self.features(tokens, grid)]}
@@ -189,7 +192,8 @@ class MGN(nn.Module):
         """The eight normalised embeddings, in the order b1, b2, b3, b21, b22, b31, b32, b33."""
         wholes, parts = [], []
         for branch, num_parts in zip(self.branches, MGN_PARTS, strict=True):
-            maps = branch(tokens)[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+            patches = branch(tokens)[:, 1 : 1 + grid[0] * grid[1]]  # registers come behind them
+            maps = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
             wholes.append(maps.mean(dim=(2, 3)))
             if num_parts > 1:
                 parts += split_rows(maps, num_parts, self.split)
@@ -201,17 +205,19 @@ class ReIDModel(nn.Module):
 
     The encoder is copied. Blocks that the head took over are left out of the copy, with the final norm, so every
     parameter of the model is trained. ``depth`` is the number of blocks before that, as ``layer_id`` needs it.
-    ``trained_size`` is the (H, W) that the encoder knows: positions in images of another size are interpolated into it.
+    ``trained_size`` is the (H, W) that the encoder knows, if it does not say so itself: positions in images of another size
+    are interpolated into it.
     """
 
     def __init__(self, encoder: VisionTransformer, head: BNNeck | MGN | Neck, *, trained_size: tuple[int, int] | None = None):
         super().__init__()
-        self.trained_size = trained_size
         self.encoder, self.head = copy.deepcopy(encoder), head
+        self.trained_size = self.encoder.trained_size = trained_size or encoder.trained_size
         self.depth, self.feature_dim = len(encoder.blocks), head.feature_dim
         if head.num_blocks:
             self.encoder.blocks = self.encoder.blocks[: -head.num_blocks]
             self.encoder.register_module("norm", nn.Identity())
+            self.encoder.keeps_registers = True
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Outputs:
         """Scores and embeddings of normalised images."""
@@ -224,15 +230,11 @@ class ReIDModel(nn.Module):
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B T D"], tuple[int, int]]:
         """Tokens that the head starts from, and the (h, w) of their grid."""
         b, _, height, width = images.shape
-        size = self.encoder.patch_size
-        if height % size or width % size:
+        size, stride = self.encoder.patch_size, self.encoder.stride
+        if stride == size and (height % size or width % size):
             raise UserError(f"img_size=({height}, {width}) must be a multiple of patch_size={size} in both directions")
-        grid = (height // size, width // size)
-        coords = grid_coords(grid, images.device)
-        if self.trained_size and self.trained_size != (height, width):
-            scale = torch.tensor(self.trained_size, device=images.device) / torch.tensor([height, width], device=images.device)
-            coords = (coords + 0.5) * scale - 0.5  # the middle of a patch stays where it is in the image
-        return self.encoder(patchify(images, size), coords.expand(b, -1, -1)), grid
+        coords = self.encoder.coords((height, width), images.device).expand(b, -1, -1)
+        return self.encoder(patchify(images, size, stride), coords), self.encoder.grid((height, width))
 
 
 def split_rows(maps: Float[Tensor, "B D h w"], num_parts: int, split: RowSplit) -> list[Float[Tensor, "B D"]]:
@@ -316,7 +318,7 @@ def layer_id(name: str, depth: int) -> int:
     ``depth`` is ``ReIDModel.depth``: the encoder of an MGN model holds one block less. A copied branch block counts as
     the last block, which it is a copy of.
     """
-    if name.startswith(("encoder.patch_embed.", "encoder.cls_token")):
+    if name.startswith(_INPUT):
         return 0
     if match := re.match(r"encoder\.blocks\.(\d+)\.", name):
         return int(match[1]) + 1
@@ -361,12 +363,6 @@ def encoder_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return encoder
 
 
-def trained_size(model_settings: dict[str, Any]) -> tuple[int, int]:
-    """(H, W) that an encoder was trained on, from the settings in its checkpoint. Its own ``img_size`` by default."""
-    height, width = model_settings.get("trained_size", model_settings["img_size"])
-    return height, width
-
-
 def describe_start(model: ReIDModel, init: str, img_size: tuple[int, int]) -> str:
     """Which of a new model's tensors come from the weights ``init``, which are new, and what another image size means.
 
@@ -398,4 +394,5 @@ def settings_from(init: str, record: dict[str, Any], own: dict[str, Any], given:
                 f"model.{key}={own[key]} must be that of {init}, which is {record[key]}. Give model.{key}={value}"
                 + (" or leave it out" if key in ("mean", "std") else "")
             )
-    return own | {"mean": record["mean"], "std": record["std"], "trained_size": list(trained_size(record))}
+    kept = {name: record[name] for name in ("encoder", "trained_stride") if record.get(name)}
+    return own | {"mean": record["mean"], "std": record["std"], "trained_size": list(trained_size(record))} | kept

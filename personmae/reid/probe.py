@@ -14,40 +14,22 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from personmae import dist
 from personmae.errors import UserError
-from personmae.model.vit import VisionTransformer, grid_coords, patchify
+from personmae.model.vit import VisionTransformer
 from personmae.reid import retrieval
 from personmae.reid.datasets import Benchmark, pids_and_camids, train_labels
 from personmae.reid.features import extract, timed
-from personmae.reid.rows import Columns, exact, principal_axes, require_finite_features, row_features, shrink, whiten_per_camera
+from personmae.reid.frozen import FrozenRows
+from personmae.reid.rows import exact, principal_axes, require_finite_features, shrink, whiten_per_camera
 from personmae.reid.transforms import ImageSet
 
 COMPONENTS: Final = 192  # in which the linear discriminants are found
 SHRINKAGE: Final = 0.1
 DISCRIMINANTS: Final = 96
 SCORES: Final = ("mAP", "rank1", "rank5", "rank10", "mINP")
-
-
-class FrozenRows(nn.Module):
-    """A frozen encoder: images to row means of its patch tokens, for each of ``columns`` one after the other.
-
-    The tokens are those after the final norm. The encoder is shared and not changed.
-    """
-
-    def __init__(self, encoder: VisionTransformer, img_size: tuple[int, int], columns: tuple[Columns, ...] = ("middle",)):
-        super().__init__()
-        self.encoder, self.columns = encoder, columns
-        self.grid = (img_size[0] // encoder.patch_size, img_size[1] // encoder.patch_size)
-        self.feature_dim = len(columns) * self.grid[0] * encoder.embed_dim
-
-    def features(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
-        """Row features in fp32. Call it in evaluation mode."""
-        coords = grid_coords(self.grid, images.device).expand(len(images), -1, -1)
-        tokens = self.encoder(patchify(images, self.encoder.patch_size), coords)[:, 1:]
-        return torch.cat([row_features(tokens, self.grid, columns) for columns in self.columns], dim=1)
 
 
 def measure(

@@ -48,11 +48,15 @@ def read_image(path: str, img_size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W
     Raises:
         RankError: the file cannot be read or is not a whole image.
     """
-    image = decode_image(path)
+    return fitted(decode_image(path), img_size)
+
+
+def fitted(image: UInt8[np.ndarray, "h w 3"], img_size: tuple[int, int]) -> UInt8[np.ndarray, "3 H W"]:
+    """RGB pixels resized to (H, W), bicubic, without smoothing where they shrink, channels first."""
     height, width = img_size
     if image.shape[:2] != img_size:
         image = cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.ascontiguousarray(image.transpose(2, 0, 1))  # channels first
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
 
 
 def load_images(paths: Sequence[str], img_size: tuple[int, int], pool: ThreadPoolExecutor) -> UInt8[Tensor, "B 3 H W"]:

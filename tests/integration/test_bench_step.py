@@ -148,7 +148,7 @@ def test_a_wait_that_comes_now_and_then_counts_in_images_a_second_and_not_in_the
 def test_what_is_not_known_or_not_possible_is_refused_before_anything_is_measured(shard_dir: Path) -> None:
     for wrong, text in (
         ({"engines": ("native", "fast")}, "--engines takes plain, native, .*. Got 'fast'"),
-        ({"sizes": ("tiny",)}, "--sizes takes micro, small, base, large. Got 'tiny'"),
+        ({"sizes": ("nano",)}, "--sizes takes micro, tiny, small, base, large. Got 'nano'"),
         ({"compile": ("yes",)}, "--compile takes off, on, graph. Got 'yes'"),
         ({"crop_backends": ("kernel",)}, "--crop-backends takes torch, triton. Got 'kernel'"),
         ({"crop_backends": ("torch", "triton")}, "crop_backend=triton needs a GPU and there is none"),
@@ -186,7 +186,7 @@ def test_counts_are_printed_for_every_size_with_the_least_time(tmp_path: Path) -
     done = personmae("bench", "counts", "--batch", "64", "--rate", "400", "--bandwidth", "2000", "--out", out)
     assert done.returncode == 0, done.stderr
     counted = json.loads(out.read_text())["counted"]
-    assert list(counted) == ["micro", "small", "base", "large"]
+    assert list(counted) == ["micro", "tiny", "small", "base", "large"]
     for size, values in counted.items():
         assert f"{size} at {values['img_size'][0]}x{values['img_size'][1]}, bf16, a step of 64 images" in done.stdout
         rows = values["stages"].values()

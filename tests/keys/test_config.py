@@ -164,7 +164,7 @@ def test_a_wrong_type_names_key_origin_and_value(path):
         ("mask.kind=people", "'block', 'random' or 'person'"),
         ("target.features=normed", "'layer_norm', 'raw', 'position_centred' or 'image_centred'"),
         ("loss.identity_group=1", "greater than 1"),
-        ("model.size=huge", "'micro', 'small', 'base' or 'large'"),
+        ("model.size=huge", "'micro', 'tiny', 'small', 'base' or 'large'"),
         ("train.global_batch_size=0", "greater than 0"),
         ("train.global_batch_size=2.5", "integer"),
         ("teacher.momentum=[0.9, 1.5]", "less than or equal to 1"),

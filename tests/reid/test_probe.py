@@ -13,6 +13,7 @@ from personmae.model.vit import VisionTransformer, grid_coords, patchify
 from personmae.reid import probe, ranking, retrieval
 from personmae.reid.datasets import Benchmark, Sample
 from personmae.reid.features import extract
+from personmae.reid.frozen import FrozenRows
 from personmae.reid.transforms import ImageSet
 
 IMG_SIZE = (64, 32)
@@ -66,7 +67,7 @@ def test_frozen_rows_are_the_row_means_of_the_tokens_after_the_last_norm(benchma
     tokens = tokens_of(encoder, paths)
     with ThreadPoolExecutor(1) as pool:
         images = ImageSet(paths, IMG_SIZE, pool=pool)
-        model = probe.FrozenRows(encoder, IMG_SIZE, ("middle", "all"))
+        model = FrozenRows(encoder, IMG_SIZE, ("middle", "all"))
         got = extract(model, images, batch_size=3, device=torch.device("cpu"), mean=(0.5,) * 3, std=(0.5,) * 3)
     rows = tokens.mean(axis=2).reshape(len(paths), -1)  # of two columns the middle are both
     assert_allclose(got.numpy(), np.concatenate([rows, rows], axis=1), atol=1e-5)
@@ -121,9 +122,7 @@ def test_the_record_is_a_search_by_whitened_rows_beside_the_scores_of_both_readi
     assert record["mAP"] == record["probe"]["rows"]["mAP"]
     assert record["counts"] == {"train": [60, 10], "query": [8, 8], "gallery": [40, 8]}
     rows = retrieval.for_each_camera(
-        retrieval.model_features(
-            probe.FrozenRows(encoder, IMG_SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu")
-        ),
+        retrieval.model_features(FrozenRows(encoder, IMG_SIZE), mean=(0.5,) * 3, std=(0.5,) * 3, device=torch.device("cpu")),
         "whiten",
     )
     same = retrieval.measure(benchmark, rows, img_size=IMG_SIZE, num_threads=1)
