@@ -9,13 +9,14 @@ from personmae.system import signals
 if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "personmae":  # the console script imports this
     signals.answer_early()
 
-from personmae.commands import about, data, inspect, training
+from personmae.commands import about, data, inspect, training, weights
 from personmae.commands.arguments import Parser
 from personmae.errors import EXIT_COMPLETE, leave, run_program
 
 VERBS = (
     *(data.add_synth, data.add_shards),
     *(training.add_pretrain, training.add_finetune, training.add_unsupervised, training.add_evaluate),
+    weights.add_import,
     *(inspect.add_report, inspect.add_bench, inspect.add_doctor),
 )
 

@@ -159,7 +159,7 @@ def _by_pillow(data: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             _check_size(image.height, image.width)
-            pixels = _to_rgb(image)
+            pixels = rgb(image)
             is_jpeg = data[:2] == _JPEG
             return pixels if is_jpeg else turned(pixels, _valid(image.getexif().get(ExifTags.Base.Orientation)))
     except (BadImage, MemoryError):
@@ -180,7 +180,12 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def _to_rgb(image: Image.Image) -> Pixels:
+def rgb(image: Image.Image) -> Pixels:
+    """The pixels of an image that Pillow has opened, as they are stored.
+
+    Raises:
+        BadImage: its pixels are numbers without a known range.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):  # 16 bits of grey
         grey = (np.asarray(image) >> 8).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)

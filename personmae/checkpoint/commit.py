@@ -8,12 +8,12 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from personmae.checkpoint import portable
-from personmae.checkpoint.host_copy import Fingerprint, HostCopy, write_blocks
+from personmae.checkpoint.host_copy import Fingerprint, HostCopy, Tensors, write_blocks
 from personmae.checkpoint.portable import LATEST, MANIFEST, STATE
 from personmae.errors import RankError
 from personmae.system.files import to_json
@@ -66,6 +66,20 @@ def commit(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def write_alone(folder: Path, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> None:
+    """Write a checkpoint that belongs to no run into a folder that is there and empty.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    host_copy = HostCopy()
+    host_copy.take(tensors)
+    files = {f"{kind}.safetensors": file.write(folder / f"{kind}.safetensors") for kind, file in host_copy.files.items()}
+    files[STATE] = _write_synced(folder / STATE, to_json(state | {"format": portable.FORMAT}, indent=1))
+    _write_synced(folder / MANIFEST, json.dumps(files, indent=1))
+    _sync_folder(folder)
 
 
 def put_in_place(partial: Path, final: Path, *, keep_earlier: bool) -> None:

@@ -105,8 +105,10 @@ def _names(run_dir: str | Path) -> list[str]:
         return []
 
 
-def newest(run_dir: str | Path) -> Path | None:
+def newest(run_dir: str | Path, *, moments: bool = True) -> Path | None:
     """The newest checkpoint of a run whose weights and state agree with their manifest. None where there is no checkpoint.
+
+    Without ``moments`` those of the optimizer are not looked at.
 
     Raises:
         UserError: there are some, and all are damaged.
@@ -114,7 +116,7 @@ def newest(run_dir: str | Path) -> Path | None:
     """
     passed: list[tuple[Path, Fault]] = []
     for path in folders(run_dir):
-        fault = find_fault(path)
+        fault = find_fault(path, moments=moments)
         if not fault or fault.spares_weights:
             return path
         log_passed_over(path, fault)
@@ -138,8 +140,8 @@ def none_usable(where: str | Path, passed: Sequence[tuple[str | Path, Fault]], a
     return UserError(f"{message}: {advice}")
 
 
-def find_fault(path: Path) -> Fault | None:
-    """Why a folder is not a whole checkpoint, or None. A fault of its moments comes last.
+def find_fault(path: Path, *, moments: bool = True) -> Fault | None:
+    """Why a folder is not a whole checkpoint, or None. A fault of its moments comes last, where they are looked at.
 
     Raises:
         OSError: it may not be read, which is neither damage nor passes.
@@ -155,7 +157,8 @@ def find_fault(path: Path) -> Fault | None:
     for name in files:
         if not is_moments(name) and (fault := find_file_fault(path / name, files[name])):
             return fault
-    found = [fault for name in files if is_moments(name) and (fault := find_file_fault(path / name, files[name]))]
+    looked_at = [name for name in files if moments and is_moments(name)]
+    found = [fault for name in looked_at if (fault := find_file_fault(path / name, files[name]))]
     worst = next((fault for fault in found if not fault.absent), found[0] if found else None)
     return replace(worst, only_moments=True) if worst else None
 
@@ -263,8 +266,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def locate(where: str | Path) -> Path:
+def locate(where: str | Path, *, moments: bool = True) -> Path:
     """The checkpoint folder that ``where`` names: one itself, or the newest of a run directory. Moments may be gone.
+
+    Without ``moments`` they are not read either, which are half of all bytes.
 
     Raises:
         UserError: there is none, or all are damaged.
@@ -272,13 +277,13 @@ def locate(where: str | Path) -> Path:
     """
     path = Path(where)
     if (path / MANIFEST).is_file():
-        fault = find_fault(path)
+        fault = find_fault(path, moments=moments)
         if not fault or fault.spares_weights:
             return path
         if fault.passing:
             raise Unavailable(f"checkpoint {path} cannot be used: {fault}. This may pass: run this again")
         raise UserError(f"checkpoint {path} is damaged: {fault}. Use another one of its run")
-    found = newest(path)
+    found = newest(path, moments=moments)
     if not found:
         raise UserError(f"a checkpoint or a run directory with one is required. {where} has none: train it first")
     return found
@@ -318,12 +323,16 @@ def read_encoder(where: str | Path, kind: str = "student") -> tuple[Tensors, dic
     require_finished(where, path)
     if not (tensors := read_kind(path, kind)):
         raise UserError(f"a pre-training checkpoint is required. {path} has no {kind} weights")
-    encoder = {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")}
-    return encoder or tensors, read_state(path)["model"]
+    return encoder_of(tensors), read_state(path)["model"]
 
 
-def load_strictly(module: nn.Module, tensors: Tensors, where: str | Path) -> None:
-    """Load weights whose names and shapes must all agree.
+def encoder_of(tensors: Tensors) -> Tensors:
+    """The encoder's part of a student's weights, by timm's names. All of it where it is an encoder alone."""
+    return {name.removeprefix("encoder."): t for name, t in tensors.items() if name.startswith("encoder.")} or tensors
+
+
+def load_strictly(module: nn.Module, tensors: Tensors, where: str | Path, *, assign: bool = False) -> None:
+    """Load weights whose names and shapes must all agree. ``assign`` takes the tensors themselves instead of their values.
 
     Raises:
         UserError: some do not. The first few are named.
@@ -338,7 +347,7 @@ def load_strictly(module: nn.Module, tensors: Tensors, where: str | Path) -> Non
         raise UserError(
             f"the weights of {where} must fit the model, but: {wrong}. Use the configuration they were trained with"
         )
-    module.load_state_dict(tensors)
+    module.load_state_dict(tensors, assign=assign)
 
 
 def versions() -> dict[str, str]:
