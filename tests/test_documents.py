@@ -19,6 +19,7 @@ import launcher.program
 from launcher.cluster import suite
 from launcher.elastic import __main__ as elastic
 from personmae import __main__, config
+from personmae.checkpoint import portable
 from personmae.commands import about
 from personmae.errors import UserError
 from personmae.keys.renamed import print_new_name
@@ -377,12 +378,15 @@ def test_the_five_lines_of_the_readme_give_features_of_length_one(quickstart, mo
     assert len([node for node in ast.parse(text).body if not isinstance(node, ast.ImportFrom)]) == 5
 
 
-def test_the_python_of_the_tutorial_loads_the_encoder(quickstart, monkeypatch):
+def test_the_python_of_the_tutorial_gives_features_of_an_encoder_and_the_encoder_itself(quickstart, monkeypatch):
     monkeypatch.chdir(quickstart)
     names: dict = {}
-    exec(compile(python_of("docs/tutorial.md"), "tutorial.md", "exec"), names)
-    assert names["settings"]["img_size"] == [128, 64]
-    assert all((names["encoder"].state_dict()[name] == tensor).all() for name, tensor in names["weights"].items())
+    with pytest.warns(UserWarning, match="is pre-trained only"):
+        exec(compile(python_of("docs/tutorial.md"), "tutorial.md", "exec"), names)
+    assert names["encoder"].config["size"] == (128, 64)
+    assert names["features"].norm(dim=1).tolist() == pytest.approx([1] * len(names["features"]), abs=1e-5)
+    weights, _ = portable.read_encoder("runs/quickstart/pretrain")
+    assert all((names["backbone"].state_dict()[name] == tensor).all() for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
