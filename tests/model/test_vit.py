@@ -19,6 +19,7 @@ from personmae.model.vit import (
     init_weights,
     patchify,
     plain_attention,
+    sample_table,
     sincos_embedding,
     take_tokens,
     unpatchify,
@@ -206,3 +207,68 @@ def test_encoder_does_not_care_about_the_order_of_patches():
     order = torch.from_numpy(np.random.default_rng(0).permutation(32))
     straight, shuffled = model(patches, coords), model(patches[:, order], coords[:, order])
     torch.testing.assert_close(shuffled[:, 1:], straight[:, 1:][:, order], rtol=1e-4, atol=1e-5)
+
+
+# --- what encoders of other projects have ---
+
+
+def test_a_table_equals_itself_at_its_places_and_grid_sample_between_them():
+    table, coords = randn(1, 16 * 8, 6), 20 * torch.rand(50, 2, generator=torch.Generator().manual_seed(1)) - 2
+    assert torch.equal(sample_table(table, GRID, grid_coords(GRID)), table[0])
+    scaled = 2 * coords.flip(-1) / torch.tensor([7.0, 15.0]) - 1  # (x, y) in -1 ... 1
+    maps = table.reshape(1, 16, 8, 6).permute(0, 3, 1, 2)
+    expected = F.grid_sample(maps, scaled[None, None], mode="bilinear", padding_mode="border", align_corners=True)
+    torch.testing.assert_close(sample_table(table, GRID, coords), expected[0, :, 0].T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_is_sampled_in_fp32_also_under_autocast():
+    table, coords = randn(1, 128, 6), grid_coords(GRID) + 0.3
+    with torch.autocast("cpu", torch.bfloat16):
+        sampled = sample_table(table, GRID, coords)
+    assert torch.equal(sampled, sample_table(table, GRID, coords))
+
+
+def test_a_table_registers_and_clips_variants_equal_timms():
+    options = {"table": GRID, "num_registers": 3, "pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
+    model, images = encoder(**options, activation="quick_gelu").eval(), randn(3, 3, 256, 128)
+    twin = TimmViT(
+        img_size=(256, 128),
+        embed_dim=64,
+        depth=3,
+        num_heads=4,
+        num_classes=0,
+        reg_tokens=3,
+        no_embed_class=True,
+        pre_norm=True,
+        norm_layer="layernorm",
+        act_layer="quick_gelu",
+    ).eval()
+    twin.load_state_dict(model.state_dict(), strict=True)
+    for norm in twin.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.eps = 1e-5
+    ours = model(patchify(images, 16), grid_coords(GRID).expand(3, -1, -1))
+    theirs = twin.forward_features(images)
+    assert ours.shape == (3, 129, 64)
+    torch.testing.assert_close(ours[:, 0], theirs[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[:, 1:], theirs[:, 4:], rtol=1e-5, atol=1e-5)
+
+
+def test_overlapping_patches_equal_a_convolution_with_that_stride():
+    model, images = encoder(stride=12), randn(2, 3, 64, 40)
+    assert model.grid((64, 40)) == (5, 3)
+    conv = F.conv2d(images, model.patch_embed.proj.weight, model.patch_embed.proj.bias, stride=12)
+    torch.testing.assert_close(
+        model.patch_embed(patchify(images, 16, 12)), conv.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(patchify(images[:, :, :, :32], 16, 16), patchify(images[:, :, :, :32], 16))
+
+
+def test_new_options_start_near_zero_and_leave_no_weight_undrawn():
+    model = VisionTransformer(**SIZES["micro"], table=GRID, num_registers=2, pre_norm=True)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, float("nan"))
+    init_weights(model)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert {"pos_embed", "reg_token", "norm_pre.weight"} <= set(model.state_dict())
+    assert set(VisionTransformer(**SIZES["micro"]).state_dict()) & {"pos_embed", "reg_token", "norm_pre.weight"} == set()
