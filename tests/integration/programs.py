@@ -12,7 +12,7 @@ import warm
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
 SETTINGS = [
-    *("decoders.depth=2", "mask.block_ratio=null"),  # the paper's, which the golden losses are of
+    *("decoders.depth=2", "mask.block_ratio=null", "optim.lr=2.0e-3"),  # what the golden losses are of
     "train.global_batch_size=16",
     f"train.total_steps={STEPS}",
     "train.log_every=1",
