@@ -20,6 +20,7 @@ _KNOWN = {
     "podReplacementPolicy",
     "successPolicy",
     "podFailurePolicy",
+    "suspend",
     "ttlSecondsAfterFinished",
     "template",
 }
@@ -58,10 +59,11 @@ class JobController:
                 self._judge(pod)
         self._decide()
         live = [pod for pod in self.pods if not pod.ended]
+        halted = bool(self.job["spec"].get("suspend")) or "deletionTimestamp" in self.job["metadata"]
         for pod in live:
-            if self._ending or pod.index >= self.job["spec"]["completions"]:
+            if self._ending or halted or pod.index >= self.job["spec"]["completions"]:
                 pod.delete()
-        if not self._ending:
+        if not self._ending and not halted:
             self._replace(live)
         self._tell([pod for pod in self.pods if not pod.ended])
 

@@ -260,6 +260,10 @@ class Pod:
             check=False,
         )
 
+    def local_port(self, number: int) -> int:
+        """The port of this machine behind one of the pod's."""
+        return self._ports[number]
+
     def port(self, container: Object, named: str | int) -> int:
         """The local port behind a container's port, or the name of one."""
         found = [p["containerPort"] for p in container.get("ports", []) if named in (p.get("name"), p["containerPort"])]
