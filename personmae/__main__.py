@@ -11,7 +11,7 @@ if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "personmae":  # th
 
 from personmae.commands import about, data, inspect, training, weights
 from personmae.commands.arguments import Parser
-from personmae.errors import EXIT_COMPLETE, leave, run_program
+from personmae.errors import EXIT_COMPLETE, run_command, run_program
 
 VERBS = (
     *(data.add_synth, data.add_shards),
@@ -49,7 +49,7 @@ def build_parser() -> Parser:
 
 def console() -> NoReturn:
     """What the console script calls."""
-    leave(main())
+    run_command(main)
 
 
 if __name__ == "__main__":

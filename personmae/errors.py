@@ -4,6 +4,7 @@ import atexit
 import errno
 import io
 import os
+import select
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ EXIT_COMPLETE = 0  # the work is finished
 EXIT_FAILED = 1  # counts against a restart budget
 EXIT_STOPPED = 75  # stopped early with its state saved: run it again
 EXIT_USER_ERROR = 78  # wrong configuration or data: running it again cannot help
+EXIT_UNREAD = 141  # as by SIGPIPE: nobody reads the output any more, as of a command before "head"
 
 _CALLED = {
     "pretrain": "a pre-training",
@@ -111,6 +113,9 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
     except Unavailable as error:
         message, code, quiet = f"error: {error}", EXIT_FAILED, quiet and not isinstance(error, RankUnavailable)
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and has_lost_reader(sys.stdout):
+            _discard_output()
+            return EXIT_UNREAD
         explained = _explained(error)
         if explained is None:
             raise
@@ -140,6 +145,23 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
     return code
 
 
+def has_lost_reader(stream: TextIO) -> bool:
+    """Whether what is written to ``stream`` goes to a pipe that nobody reads any more."""
+    try:
+        watched = select.poll()
+        watched.register(stream.fileno(), 0)
+    except (AttributeError, OSError, ValueError):  # none, closed, or not of the operating system
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in watched.poll(0))
+
+
+def _discard_output() -> None:
+    """Let what is still in the buffer of standard output go nowhere, as the interpreter flushes it at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def is_running() -> bool:
     """Whether a program is within ``run_program``."""
     return bool(_running)
@@ -162,6 +184,15 @@ def _explained(error: OSError) -> tuple[str, int] | None:
     where = f" at {error.filename}" if error.filename else ""
     advice = "Make room there or choose another place" if error.errno in _FULL else "Fix it or choose another place"
     return f"error: {_OS_ERRORS[error.errno]}{where}. {advice}, then run this again", EXIT_USER_ERROR
+
+
+def run_command(main: Callable[[], int]) -> NoReturn:
+    """Run a command's ``main`` and leave with its code, also where its parser has ended it, after a help for one."""
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else EXIT_FAILED if end.code else EXIT_COMPLETE
+    leave(code)
 
 
 def leave(code: int) -> NoReturn:

@@ -7,7 +7,6 @@ the network would end a benchmark.
 
 import argparse
 import shutil
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from personmae.commands.arguments import Parser
-from personmae.errors import UserError, run_program
+from personmae.errors import UserError, run_command, run_program
 from personmae.keys.renamed import print_new_name
 from personmae.system import files, storage
 
@@ -201,4 +200,4 @@ def _copy(url: str, below: str, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

@@ -17,7 +17,7 @@ from launcher.elastic.options import read_options, read_policy
 from launcher.elastic.ranks import Limits
 from launcher.elastic.store import serve
 from personmae.commands.arguments import Parser, Renamed
-from personmae.errors import EXIT_COMPLETE, run_program
+from personmae.errors import EXIT_COMPLETE, run_command, run_program
 from personmae.monitor.endpoint import LOOPBACK
 
 
@@ -104,4 +104,4 @@ def _run(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)
