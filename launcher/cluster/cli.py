@@ -1,13 +1,12 @@
-"""``personmae render|submit|status|logs|scale|suspend|resume|delete``: runs in a cluster, from a laptop without torch."""
+"""``personmae render|submit|status|logs|scale|suspend|resume|adopt|delete``: runs in a cluster, from a laptop without torch."""
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from personmae.commands.arguments import Parser
-from personmae.errors import run_program
+from personmae.errors import run_command, run_program
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,6 +32,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     scale.add_argument("--nodes", type=int, required=True, metavar="N", help="how many nodes from now on")
     _add_command_of_a_run(commands, "suspend", "stop a run's pods once they have saved; its objects stay")
     _add_command_of_a_run(commands, "resume", "start a suspended run's pods again")
+    _add_command_of_a_run(commands, "adopt", "let the objects of a run that kubectl has applied go with its Job")
     _add_command_of_a_run(commands, "delete", "delete a run's objects; its checkpoints stay in the bucket")
 
 
@@ -122,4 +122,4 @@ def _nodes(text: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

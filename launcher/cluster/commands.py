@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from launcher.cluster import bucket, deployed, render, status, suite
-from launcher.cluster.deployed import INSTANCE
+from launcher.cluster import bucket, deployed, logs, render, status, suite
 from launcher.cluster.kubectl import Kubectl
+from launcher.cluster.objects import finished, upload_to
 from launcher.cluster.render import Rendered
 from launcher.cluster.request import Request, check_name, check_namespace, environment_of, require_role
 from personmae import config
@@ -24,6 +23,7 @@ EXIT_TIMEOUT = 3  # of --wait
 WATCH_SECONDS = 10
 _PAUSE_SECONDS = 10
 _ENDPOINTS = ("S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+_EXAMPLE = "registry.example.com/"
 _MISSES = 6  # of --wait: requests in a row without an answer
 
 
@@ -48,7 +48,7 @@ def render_run(args: argparse.Namespace) -> None:
         raise UserError("--write is for one run; a suite's objects are printed: leave it out")
     if args.write:
         render.write(runs[0], args.write)
-        print(f"{args.write}: kubectl apply -k {args.write}")
+        print(f"{args.write}: kubectl apply -k {args.write} && personmae adopt {runs[0].run}{_where(args)}")
     elif args.output == "json":
         print(json.dumps({"apiVersion": "v1", "kind": "List", "items": everything}, indent=1))
     else:
@@ -76,9 +76,7 @@ def submit_run(args: argparse.Namespace) -> None:
     runs, created = _runs(request)
     everything = [item for rendered in runs for item in rendered.objects]  # what a dispatcher will create is tried too
     _warn(runs)
-    images = {image["newName"] for rendered in runs for image in rendered.kustomization["images"]}
-    if any(name.startswith("registry.example.com/") for name in images):
-        raise UserError("an image is required: build the Dockerfile, push it and give --image NAME@sha256:...")
+    _require_image(request, runs)
     if not args.no_bucket_check:
         with _endpoint_of_pods(environment_of(request)):
             check_places(runs)
@@ -98,9 +96,37 @@ def submit_run(args: argparse.Namespace) -> None:
     except KeyboardInterrupt:
         print(next_commands(name, args), flush=True)  # it goes on without us
         raise
+    failed = _failures(kubectl, [r.run for r in runs])
+    for run, why in failed.items():
+        more = f"see: personmae logs {run}{_where(args)}"
+        print(f"error: {run} is submitted and has ended already: {why}; {more}", file=sys.stderr)
+    if failed:
+        sys.exit(EXIT_FAILED)
     print(next_commands(name, args), flush=True)
     if args.wait is not None:
         sys.exit(_wait(kubectl, name, args.wait))
+
+
+def _failures(kubectl: Kubectl, runs: list[str]) -> dict[str, str]:
+    """The runs that have failed by now; none where the cluster does not answer, which has been warned of."""
+    try:
+        return deployed.failures(kubectl, runs)
+    except UserError:
+        return {}
+
+
+def _require_image(request: Request, runs: list[Rendered]) -> None:
+    """Raise a ``UserError`` where the image is left to the overlay, which has an example's; one that is given is taken."""
+    images = {image.get("newName", "") for rendered in runs for image in rendered.kustomization["images"]}
+    if not any(name.startswith(_EXAMPLE) for name in images):
+        return
+    if not request.image:
+        raise UserError("an image is required: build the Dockerfile, push it and give --image NAME@sha256:...")
+    print(
+        f"warning: {request.image} is at {_EXAMPLE}, a name for examples that no name server knows: nodes can only pull it "
+        "where they are told of such a registry",
+        file=sys.stderr,
+    )
 
 
 @contextmanager
@@ -159,16 +185,19 @@ def _check_place(place: str, require: Callable[[str], None]) -> None:
 
 def next_commands(run: str, args: argparse.Namespace) -> str:
     """What to do next, to be copied."""
-    where = f" -n {args.namespace}" + (f" --context {args.context}" if args.context else "")
     commands = ("status", "logs -f", "suspend", "delete")
-    return "\n".join([f"{run} is submitted; next:", *(f"  personmae {command} {run}{where}" for command in commands)])
+    return "\n".join([f"{run} is submitted; next:", *(f"  personmae {command} {run}{_where(args)}" for command in commands)])
+
+
+def _where(args: argparse.Namespace) -> str:
+    return f" -n {args.namespace}" + (f" --context {args.context}" if args.context else "")
 
 
 def _wait(kubectl: Kubectl, run: str, seconds: float) -> int:
     deadline, misses = time.monotonic() + seconds, 0
     while True:
         try:
-            end, misses = deployed.finished(deployed.find(kubectl, run)[1]), 0
+            end, misses = finished(deployed.find(kubectl, run)[1]), 0
         except UserError:
             end, misses = None, misses + 1
             if misses == _MISSES:
@@ -203,19 +232,7 @@ def _kubectl(args: argparse.Namespace) -> Kubectl:
 
 def show_logs(args: argparse.Namespace) -> None:
     """``personmae logs``."""
-    kubectl = _kubectl(args)
-    _, found = deployed.find(kubectl, args.run_name)
-    selector = f"{INSTANCE}={args.run_name},app.kubernetes.io/component=trainer"
-    if args.index is not None:
-        selector += f",batch.kubernetes.io/job-completion-index={args.index}"
-    fetches = found["metadata"].get("labels", {}).get("personmae/fetches")  # it may have failed before training began
-    containers = ["--all-containers"] if fetches else ["-c", deployed.trainer(found)]
-    command = [*kubectl.command, "logs", "-l", selector, *containers, "--prefix", "--tail=-1"]
-    command += ["--max-log-requests=200", "--ignore-errors"]  # of pods that have no node yet
-    command += (["--follow"] if args.follow else []) + ([f"--since={args.since}"] if args.since else [])
-    code = subprocess.run(command, check=False, env=os.environ).returncode
-    if code:
-        raise UserError(f"kubectl logs ended with code {code}; its own words are above")
+    logs.show(_kubectl(args), args.run_name, index=args.index, since=args.since, follow=args.follow)
 
 
 def scale_run(args: argparse.Namespace) -> None:
@@ -246,20 +263,32 @@ def _suspend(args: argparse.Namespace, suspended: bool) -> list[str]:
     return runs
 
 
+def adopt_run(args: argparse.Namespace) -> None:
+    """``personmae adopt``."""
+    adopted = deployed.adopt(_kubectl(args), args.run_name)
+    print(f"{args.run_name}: {', '.join(adopted) or 'nothing more'} goes with it now")
+
+
 def delete_run(args: argparse.Namespace) -> None:
     """``personmae delete``."""
     kubectl = _kubectl(args)
     try:
         _, found = deployed.find(kubectl, args.run_name)
-    except UserError:
-        if not deployed.delete(kubectl, args.run_name):  # what a creation may have left that failed half way
-            raise
-        print(f"what there was of {args.run_name} is deleted")
+    except UserError as error:
+        deleted, others = deployed.delete(kubectl, args.run_name)  # what a creation may have left that failed half way
+        if not deleted:
+            raise UserError(f"{error}{_others(others)}") from None
+        print(f"what there was of {args.run_name} is deleted{_others(others)}")
         return
     stages = deployed.stages(kubectl, args.run_name)
     if stages and not deployed.is_over(found):
         deployed.set_suspended(kubectl, args.run_name, True)  # or its dispatcher would find its stages gone, and write that
-    for run in [*stages, args.run_name]:
-        deployed.delete(kubectl, run)
-    upload_to = deployed.upload_to(found)
-    print(f"{args.run_name} is deleted" + (f"; its checkpoints stay at {upload_to}" if upload_to else ""))
+    others = [path for run in [*stages, args.run_name] for path in deployed.delete(kubectl, run)[1]]
+    place = upload_to(found)
+    kept = f"; its checkpoints stay at {place}" if place else ""
+    print(f"{args.run_name} is deleted{kept}{_others(others)}")
+
+
+def _others(paths: list[str]) -> str:
+    """What bears a run's name and is somebody else's."""
+    return f"; not of personmae, so it stays: {', '.join(paths)}" if paths else ""

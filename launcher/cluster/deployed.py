@@ -5,28 +5,25 @@ import re
 import time
 from collections.abc import Sequence
 
+from launcher.cluster import names
 from launcher.cluster.kubectl import Kubectl
 from launcher.cluster.kustomization import Object
+from launcher.cluster.objects import (
+    INSTANCE,
+    MANAGER,
+    WORKLOADS,
+    delete,
+    finished,
+    is_of,
+    of_run,
+    path_of,
+    resource_of,
+    run_of,
+    workloads,
+)
 from personmae.errors import UserError
 
-MANAGER = "personmae"
-INSTANCE = "app.kubernetes.io/instance"
-_KINDS = ("jobs.batch", "jobsets.jobset.x-k8s.io", "trainjobs.trainer.kubeflow.org")
-_WORKLOADS = {"Job": _KINDS[0], "JobSet": _KINDS[1], "TrainJob": _KINDS[2]}
 _REFERRING = {"RoleBinding", "TrainJob"}  # refused until what they name exists, and in a dry run nothing comes to exist
-_LEFT_BEHIND = (  # what a run may consist of, in the order of deletion
-    *_KINDS,
-    "trainingruntimes.trainer.kubeflow.org",
-    "deployments.apps",
-    "services",
-    "configmaps",
-    "serviceaccounts",
-    "poddisruptionbudgets.policy",
-    "networkpolicies.networking.k8s.io",
-    "podmonitors.monitoring.coreos.com",
-    "rolebindings.rbac.authorization.k8s.io",
-    "roles.rbac.authorization.k8s.io",
-)
 _APPLY_SECONDS = 60  # admission by webhooks takes its time
 _PASSING = "exceeded quota|serviceaccount|service account|being terminated"  # words of a refusal that may pass
 _WAITING = {
@@ -54,32 +51,10 @@ def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> N
                 f"the secret {name} is required in namespace {kubectl.namespace}; create it: kubectl -n {kubectl.namespace} "
                 f"create secret generic {name} --from-literal=AWS_ACCESS_KEY_ID=... --from-literal=AWS_SECRET_ACCESS_KEY=..."
             )
-    for item in objects:
-        if item["kind"] in _WORKLOADS and (there := kubectl.get(_WORKLOADS[item["kind"]], item["metadata"]["name"])):
-            raise _exists(item["metadata"]["labels"][INSTANCE], there)
-    places = {place for item in objects if (place := upload_to(item))}
-    for job in kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae"):
-        other, place = job["metadata"]["labels"].get(INSTANCE), upload_to(job)
-        if other in runs:  # of a suite's later stages: the dispatcher would take it for its own
-            raise _exists(other, job)
-        if place in places and not finished(job):
-            raise UserError(
-                f"{place} belongs to the run {other}, which is at work; delete that first or give another checkpoint.upload_to"
-            )
+    names.require_free(kubectl, runs, objects)
+    names.require_own_places(kubectl, runs, objects)
+    names.warn_of_left_stores(kubectl)
     apply(kubectl, [item for item in objects if item["kind"] not in _REFERRING], dry_run=True)
-
-
-def _exists(run: str, workload: Object) -> UserError:
-    if workload["metadata"].get("deletionTimestamp"):
-        return UserError(f"the run {run} is being deleted, and its pods may still save; wait, or give another --name")
-    return UserError(
-        f"the run {run} exists already ({finished(workload) or 'at work'}); delete it first, or give another --name"
-    )
-
-
-def upload_to(item: Object) -> str | None:
-    """Where a run uploads its checkpoints; the annotation has the key's first name, which runs in clusters bear."""
-    return item["metadata"].get("annotations", {}).get("personmae/store")
 
 
 def _secrets(objects: list[Object]) -> set[str]:
@@ -100,23 +75,31 @@ def create(kubectl: Kubectl, runs: Sequence[str], objects: list[Object], owned: 
     """
     try:
         apply(kubectl, objects)
-        metadata = kubectl.get(_WORKLOADS[owned["kind"]], owned["metadata"]["name"])["metadata"]
-        owner = {
-            "apiVersion": owned["apiVersion"],
-            "kind": owned["kind"],
-            "name": owned["metadata"]["name"],
-            "uid": metadata["uid"],
-            "blockOwnerDeletion": False,
-        }
-        for item in objects:
-            if item["kind"] not in _WORKLOADS:
-                what = f"{item['kind'].lower()}.{_group(item)}" if _group(item) else item["kind"].lower()
-                patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
-                kubectl.run("patch", what, item["metadata"]["name"], "--type", "merge", "-p", patch)
-        return metadata["creationTimestamp"]
+        workload = kubectl.get(WORKLOADS[owned["kind"]][0], owned["metadata"]["name"])
+        _own(kubectl, workload, objects)
+        return workload["metadata"]["creationTimestamp"]
     except BaseException as error:
         _delete_all(kubectl, runs, f"{error or 'interrupted'}")
         raise
+
+
+def _own(kubectl: Kubectl, workload: Object, objects: list[Object]) -> None:
+    """Let objects go with a workload, once the cluster has it."""
+    owner = {key: workload[key] for key in ("apiVersion", "kind")} | {"blockOwnerDeletion": False}
+    owner |= {key: workload["metadata"][key] for key in ("name", "uid")}
+    patch = json.dumps({"metadata": {"ownerReferences": [owner]}})
+    for item in objects:
+        if item["kind"] not in WORKLOADS:
+            kubectl.run("patch", resource_of(item), item["metadata"]["name"], "--type", "merge", "-p", patch)
+
+
+def adopt(kubectl: Kubectl, run: str) -> list[str]:
+    """Let all objects of a run go with its workload, as those do that ``create`` has made; returns those that did not."""
+    _, workload = find(kubectl, run)
+    alone = [item for item in of_run(kubectl, run)[0] if not item["metadata"].get("ownerReferences")]
+    alone = [item for item in alone if item["kind"] not in WORKLOADS]
+    _own(kubectl, workload, alone)
+    return [path_of(item) for item in alone]
 
 
 def _delete_all(kubectl: Kubectl, runs: Sequence[str], why: str) -> None:
@@ -127,34 +110,37 @@ def _delete_all(kubectl: Kubectl, runs: Sequence[str], why: str) -> None:
             raise UserError(f"{why}; and {run} could not be deleted: {error}; then give: personmae delete {run}") from error
 
 
-def _group(item: Object) -> str:
-    group, _, version = item["apiVersion"].partition("/")
-    return group if version else ""
-
-
 def refusals(kubectl: Kubectl, runs: Sequence[str], since: str) -> tuple[list[str], list[str]]:
     """What keeps the pods of runs from existing for good, and what may pass: lines that quote the cluster.
 
     Events are kept for an hour, so those before ``since`` are of an earlier run of the same name.
     """
     final, passing = [], []
-    for event in kubectl.items("events"):
+    pods = {pod["metadata"]["name"]: pod for pod in kubectl.items("pods", "-l", f"{INSTANCE} in ({','.join(runs)})")}
+    for event in sorted(kubectl.items("events"), key=_time):
         name = event["involvedObject"].get("name", "")
         if event["type"] != "Warning" or _time(event) < since or not any(_is_of(run, name) for run in runs):
+            continue
+        if event["involvedObject"].get("kind") == "Pod" and not _matters(event, pods.get(name)):
             continue
         message = " ".join(event.get("message", "").split())
         refused = re.search("forbidden|invalid", message) and not re.search(_PASSING, message)
         if event["reason"] == "FailedCreate" and refused:
             final.append(message)
         else:
-            passing.append(f"{event['reason']}: {message}")
-    for pod in kubectl.items("pods", "-l", f"{INSTANCE} in ({','.join(runs)})"):
+            passing.append(f"{name}: {event['reason']}: {message}")
+    for pod in pods.values():
         status = pod.get("status", {})
         for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
             waiting = container.get("state", {}).get("waiting", {})
             if waiting.get("reason") in _WAITING:
                 final.append(f"{waiting['reason']}: {waiting.get('message', container['image'])}")
     return list(dict.fromkeys(final)), list(dict.fromkeys(passing))
+
+
+def _matters(event: Object, pod: Object | None) -> bool:
+    """Whether what is told of a pod still holds: it is there, and has no node yet where that is what was lacking."""
+    return pod is not None and not (event["reason"] == "FailedScheduling" and pod["spec"].get("nodeName"))
 
 
 def _time(event: Object) -> str:
@@ -167,6 +153,12 @@ def _is_of(run: str, name: str) -> bool:
     """Whether an object is a run's workload, or a Job, replica set or pod below it; not those of RUN-2."""
     job = r"(-\d+-\w{5})?"
     return bool(re.fullmatch(rf"{run}-(trainer{job}|store(-\w+){{0,2}}|run(-(trainer|store|node)-\d+{job})?)", name))
+
+
+def failures(kubectl: Kubectl, runs: Sequence[str]) -> dict[str, str]:
+    """The runs that have failed, and why."""
+    ends = {run_of(item): finished(item) or "" for item in workloads(kubectl)[0]}
+    return {run: end for run, end in ends.items() if run in runs and end.startswith("Failed")}
 
 
 def watch(kubectl: Kubectl, runs: Sequence[str], since: str, seconds: float, pause: float = 1.0) -> list[str]:
@@ -189,17 +181,6 @@ def watch(kubectl: Kubectl, runs: Sequence[str], since: str, seconds: float, pau
         time.sleep(pause)
 
 
-def delete(kubectl: Kubectl, run: str) -> bool:
-    """Delete all objects of a run, its workload once its pods have saved; what it has in buckets stays.
-
-    Returns whether there was anything.
-    """
-    known = kubectl.kinds()
-    there = ",".join(kind for kind in _LEFT_BEHIND if kind in known)
-    how = ("--ignore-not-found", "--cascade=foreground", "--wait=false", "-o", "name")
-    return "/" in kubectl.run("delete", there, "-l", f"{INSTANCE}={run}", *how)
-
-
 def stages(kubectl: Kubectl, run: str) -> list[str]:
     """The runs of a suite, from its dispatcher's plan; none of any other run."""
     data = (kubectl.get("configmap", f"{run}-config") or {}).get("data", {})
@@ -214,11 +195,10 @@ def find(kubectl: Kubectl, run: str) -> tuple[str, Object]:
         UserError: there is no such run; those that there are, are named.
     """
     known = kubectl.kinds()
-    for resource, ending in zip(_KINDS, ("trainer", "run", "run"), strict=True):
-        if resource in known and (found := kubectl.get(resource, f"{run}-{ending}")):
+    for resource, ending in WORKLOADS.values():
+        if resource in known and (found := kubectl.get(resource, f"{run}-{ending}")) and is_of(run, found):
             return resource, found
-    jobs = kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae")
-    runs = sorted({job["metadata"]["labels"].get(INSTANCE, "?") for job in jobs})
+    runs = sorted({run_of(item) for item in workloads(kubectl)[0]})
     raise UserError(f"there is no run {run} in namespace {kubectl.namespace}; there is {', '.join(runs) or 'none'}")
 
 
@@ -232,15 +212,6 @@ def states(kubectl: Kubectl, runs: Sequence[str]) -> dict[str, str]:
     jobs = kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae") if runs else []
     found = {job["metadata"]["labels"].get(INSTANCE): finished(job) or "at work" for job in jobs}
     return {run: found.get(run, "waits") for run in runs}
-
-
-def finished(workload: Object) -> str | None:
-    """'Complete' or 'Failed' with the reason, once it is over."""
-    for condition in workload.get("status", {}).get("conditions", []):
-        if condition["status"] == "True" and condition["type"] in ("Complete", "Completed", "Failed"):
-            why = f": {condition['reason']}: {condition.get('message', '')}" if condition["type"] == "Failed" else ""
-            return ("Failed" if condition["type"] == "Failed" else "Complete") + why
-    return None
 
 
 def set_suspended(kubectl: Kubectl, run: str, suspended: bool) -> None:

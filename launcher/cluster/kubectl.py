@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,13 +16,14 @@ _AWAY = ("unable to connect", "connection refused", "was refused", "timeout", "d
 
 
 class Kubectl:
-    """``kubectl`` in one namespace of one context."""
+    """``kubectl`` in one namespace of one context. What it warns of is printed on standard error, each line once."""
 
     def __init__(self, namespace: str, context: str | None = None) -> None:
         if not shutil.which("kubectl"):
             raise UserError("kubectl is required to talk to a cluster and is not on PATH; 'personmae render' works without it")
         self.namespace = namespace
         self.command = ["kubectl", *(["--context", context] if context else []), "--namespace", namespace]
+        self._shown: set[str] = set()
 
     def run(self, *args: str, text: str | None = None, seconds: int | None = None) -> str:
         """Output of ``kubectl ARGS``.
@@ -29,12 +31,21 @@ class Kubectl:
         Raises:
             UserError: it failed, or a request had no answer in so many seconds; its own first line is in the message.
         """
-        done = self._call(*args, text=text, seconds=seconds)
+        done = self._ask(*args, text=text, seconds=seconds)
         if done.returncode:
             raise UserError(_error_of(done.stderr, args, self.namespace))
         return done.stdout
 
-    def _call(self, *args: str, text: str | None = None, seconds: int | None = None) -> subprocess.CompletedProcess[str]:
+    def _ask(self, *args: str, text: str | None = None, seconds: int | None = None) -> "subprocess.CompletedProcess[str]":
+        """Call it, and pass its warnings on: a server says them of what it takes, with code 0."""
+        done = self._call(*args, text=text, seconds=seconds)
+        for line in done.stderr.splitlines():
+            if line.startswith("Warning: ") and line not in self._shown:
+                self._shown.add(line)
+                print(f"warning: {line.removeprefix('Warning: ')}", file=sys.stderr, flush=True)
+        return done
+
+    def _call(self, *args: str, text: str | None = None, seconds: int | None = None) -> "subprocess.CompletedProcess[str]":
         command = [*self.command, f"--request-timeout={seconds or _ANSWER_SECONDS}s", *args]
         return subprocess.run(
             command, input=text, capture_output=True, text=True, check=False, encoding="utf-8", errors="replace"
@@ -42,7 +53,7 @@ class Kubectl:
 
     def kinds(self) -> set[str]:
         """What the cluster knows; where a part of its API is down, kubectl names the rest and fails all the same."""
-        done = self._call("api-resources", "--namespaced", "-o", "name")
+        done = self._ask("api-resources", "--namespaced", "-o", "name")
         if not done.stdout.strip():
             raise UserError(_error_of(done.stderr, ("api-resources",), self.namespace))
         return set(done.stdout.split())
@@ -55,9 +66,26 @@ class Kubectl:
     def items(self, *args: str) -> list[Object]:
         return (self.get(*args) or {}).get("items", [])
 
+    def items_of(self, resources: Sequence[str], *args: str) -> tuple[list[Object], list[str]]:
+        """Objects of several kinds, and the resources that this user may not list.
+
+        Raises:
+            UserError: something else went wrong, so that objects may be missing.
+        """
+        done = self._ask("get", ",".join(resources), *args, "-o", "json")
+        refused = [name for name in resources if re.search(rf"(?<![\w.]){re.escape(name)} is forbidden", done.stderr)]
+        if done.returncode and len(refused) != len(re.findall("^error", done.stderr, re.MULTILINE | re.IGNORECASE)):
+            raise UserError(_error_of(done.stderr, ("get",), self.namespace))
+        return json.loads(done.stdout or "{}").get("items", []), refused
+
+    def named(self, names: Sequence[str]) -> list[Object]:
+        """Those of the objects ``resource/name`` that exist, with the managers of their fields."""
+        found = self.get(*names, "--show-managed-fields") if names else None
+        return [] if found is None else found["items"] if found["kind"] == "List" else [found]
+
     def may(self, verb: str, resource: str) -> bool:
         """Whether the user may do this in the namespace."""
-        done = self._call("auth", "can-i", verb, resource)
+        done = self._ask("auth", "can-i", verb, resource)
         if done.stdout.strip() not in ("yes", "no"):
             raise UserError(_error_of(done.stderr, ("auth",), self.namespace))
         return done.stdout.strip() == "yes"

@@ -81,7 +81,7 @@ def render(request: Request) -> Rendered:
     literals |= downstream_variables(settings) | environment_of(request)
     spec |= {"namespace": request.namespace, "namePrefix": f"{run}-"}
     for labels in spec["labels"]:
-        labels["pairs"] = {"app.kubernetes.io/instance": run}
+        labels["pairs"] = dict.fromkeys(labels["pairs"], run)
     spec["configMapGenerator"] = [
         {
             "name": "config",

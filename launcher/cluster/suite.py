@@ -165,7 +165,7 @@ def _dispatcher(request: Request, suite: Suite, stages: list[dict[str, Any]]) ->
     overlay = overlay_of(replace(request, overlay="pretrain")).parent / "suite"
     spec = kustomization.read(overlay)
     for labels in spec["labels"]:
-        labels["pairs"] = {"app.kubernetes.io/instance": suite.name}
+        labels["pairs"] = dict.fromkeys(labels["pairs"], suite.name)
     spec["labels"].append({"pairs": {SUITE: suite.name}})
     kept = [name for name in request.components if name in ("s3-secret", "irsa", "gke-workload-identity", "network-policy")]
     plan = {"version": PLAN_VERSION, "suite": suite.name, "results": suite.results, "stages": stages}

@@ -29,6 +29,7 @@ EXAMPLES = {
     "scale": "personmae scale RUN --nodes 4",
     "suspend": "personmae suspend RUN",
     "resume": "personmae resume RUN",
+    "adopt": "personmae adopt RUN",
     "delete": "personmae delete RUN",
     "launcher/pretrain.py": "deepspeed launcher/pretrain.py --config configs/pretrain_vit_small.yaml data.shards=SHARDS",
     "launcher/finetune.py": "deepspeed launcher/finetune.py --config configs/finetune_market1501.yaml init=runs/vit_small",

@@ -37,7 +37,7 @@ def build(overlay: str, names: tuple[str, ...]) -> Objects:
     spec["components"] = [*spec.get("components", []), *request.components_of(Request(Path(), components=names), spec)]
     spec["namePrefix"] = "run-"
     for labels in spec["labels"]:
-        labels["pairs"] = {"app.kubernetes.io/instance": "run"}
+        labels["pairs"] = dict.fromkeys(labels["pairs"], "run")
     return kustomization.build(directory, spec)
 
 

@@ -3,16 +3,40 @@
 import json
 
 import pytest
-from recorder import ALL, Captured, Recorder, ended, error, job, personmae, submitted
+from recorder import (
+    ALL,
+    RUNNING,
+    Captured,
+    Recorder,
+    container,
+    ended,
+    error,
+    items,
+    job,
+    labels,
+    marked,
+    personmae,
+    pod,
+    submitted,
+    thing,
+)
+
+from launcher.cluster import names
+
+
+def deleted(recorder: Recorder) -> list[list[str]]:
+    """What each deletion names."""
+    return [[word for word in call if "/" in word] for call in recorder.calls() if call[0] == "delete"]
 
 
 def test_a_suite_is_deleted_with_its_runs(recorder: Recorder) -> None:
     recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
     plan = json.dumps({"stages": [{"job": "run-base-trainer"}, {"job": "run-market-trainer"}]})
     recorder.answer("get configmap run-config", json.dumps({"data": {"plan.json": plan}}))
+    for name in ("run", "run-base", "run-market"):
+        recorder.answer(f"get -l app.kubernetes.io/instance={name}", items(job(name)))
     assert personmae("delete", "run") == 0
-    deleted = [call[call.index("-l") + 1] for call in recorder.calls() if call[0] == "delete"]
-    assert deleted == [f"app.kubernetes.io/instance={name}" for name in ("run-base", "run-market", "run")]
+    assert deleted(recorder) == [[f"job.batch/{name}-trainer"] for name in ("run-base", "run-market", "run")]
     # Its dispatcher would find its stages gone and write so into the table.
     changes = [call for call in recorder.calls() if call[0] in ("patch", "delete")]
     assert changes[0][:3] == ["patch", "jobs.batch", "run-trainer"]
@@ -20,8 +44,9 @@ def test_a_suite_is_deleted_with_its_runs(recorder: Recorder) -> None:
 
 
 def test_delete_removes_what_a_creation_has_left_without_its_job(recorder: Recorder, capsys: Captured) -> None:
-    recorder.answer("delete", "configmap/run-config\nservice/run-store\n")
+    recorder.answer("get -l instance=run", items(thing("ConfigMap", "run-config"), thing("Service", "run-store")))
     assert personmae("delete", "run") == 0
+    assert deleted(recorder) == [["configmap/run-config", "service/run-store"]]
     assert "what there was of run is deleted" in capsys.readouterr().out
 
 
@@ -29,20 +54,24 @@ def test_a_part_of_the_api_that_is_down_does_not_keep_a_run_from_being_found_or_
     recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
     recorder.answer("api-resources", ALL, code=1, err="error: unable to retrieve the complete list of server APIs\n")
     assert personmae("delete", "run") == 0
-    assert {"jobs.batch", "configmaps"} <= set(recorder.calls()[-1][1].split(","))
+    listed = next(call for call in recorder.calls() if "--show-managed-fields" in call)
+    assert {"jobs.batch", "configmaps"} <= set(listed[1].split(","))
+    assert "job.batch/run-trainer" in deleted(recorder)[0]
 
 
 def test_a_deleted_run_stays_until_its_pods_have_saved_and_is_not_created_again_before(
-    recorder: Recorder, capsys: Captured
+    recorder: Recorder, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(names, "PATIENCE_SECONDS", 0)
     recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
     assert personmae("delete", "run") == 0
     assert "--cascade=foreground" in recorder.calls()[-1]
     capsys.readouterr()
-    leaving = job(metadata=job()["metadata"] | {"deletionTimestamp": "2026-01-02T03:04:06Z"})
-    recorder.answer("get jobs.batch run-trainer", json.dumps(leaving))
+    for words in ("get jobs.batch run-trainer", "named jobs.batch/run-trainer"):
+        recorder.answer(words, json.dumps(marked(job(), deletionTimestamp="2026-01-02T03:04:06Z")))
     assert submitted() == 78
-    assert "the run run is being deleted, and its pods may still save; wait" in error(capsys)
+    assert "the run run is being deleted, and its pods may still save; job.batch/run-trainer is still there" in error(capsys)
+    assert recorder.applied() == []
     assert personmae("scale", "run", "--nodes", "4") == personmae("suspend", "run") == 78
 
 
@@ -80,15 +109,14 @@ def test_a_run_that_is_over_is_neither_scaled_nor_suspended(recorder: Recorder, 
 def test_a_suite_is_suspended_with_those_of_its_runs_that_are_at_work(recorder: Recorder) -> None:
     recorder.answer_for_a_suite()
     for name in ("run", "run-market"):
-        found = job(metadata=job()["metadata"] | {"name": f"{name}-trainer"})
-        recorder.answer(f"get jobs.batch {name}-trainer", json.dumps(found))
+        recorder.answer(f"get jobs.batch {name}-trainer", json.dumps(job(name)))
     assert personmae("suspend", "run") == 0
     assert [call[2] for call in recorder.calls() if call[0] == "patch"] == ["run-market-trainer", "run-trainer"]
 
 
 def test_what_kueue_decides_is_left_to_kueue(recorder: Recorder, capsys: Captured) -> None:
-    labels = {"app.kubernetes.io/instance": "run", "kueue.x-k8s.io/queue-name": "personmae"}
-    recorder.answer("get jobs.batch run-trainer", json.dumps(job(metadata=job()["metadata"] | {"labels": labels})))
+    queued = labels("run") | {"kueue.x-k8s.io/queue-name": "personmae"}
+    recorder.answer("get jobs.batch run-trainer", json.dumps(marked(job(), labels=queued)))
     assert personmae("suspend", "run") == 78
     told = error(capsys)
     assert "Kueue decides when run runs" in told
@@ -107,10 +135,11 @@ def test_suspend_resume_logs_and_delete_name_the_run(recorder: Recorder, capsys:
     assert personmae("suspend", "run") == personmae("resume", "run") == 0
     patches = [json.loads(call[-1]) for call in recorder.calls() if call[0] == "patch"]
     assert patches == [{"spec": {"suspend": True}}, {"spec": {"suspend": False}}]
-    assert personmae("logs", "run", "-f", "--index", "3", "--since", "10m") == 0
+    recorder.answer("get pods", items(pod(3, **RUNNING)))
+    assert personmae("logs", "run", "--index", "3", "--since", "10m") == 0
     call = recorder.calls()[-1]
     assert call[0] == "logs"
-    assert {"--follow", "--since=10m", "--prefix"} <= set(call)
+    assert {"--since=10m", "--prefix"} <= set(call)
     assert "batch.kubernetes.io/job-completion-index=3" in call[2]
     assert personmae("delete", "run") == 0
     assert recorder.calls()[-1][0] == "delete"
@@ -120,6 +149,7 @@ def test_suspend_resume_logs_and_delete_name_the_run(recorder: Recorder, capsys:
 def test_logs_are_of_the_container_that_trains_and_pods_without_a_node_do_not_end_them(recorder: Recorder) -> None:
     recorder.answer("get jobs.batch run-trainer", "")
     recorder.answer("get trainjobs.trainer.kubeflow.org run-run", json.dumps(job(kind="TrainJob")))
+    recorder.answer("get pods", items(pod(0, phase="Running", containerStatuses=[container("node", running={})])))
     assert personmae("logs", "run") == 0
     call = recorder.calls()[-1]
     assert call[call.index("-c") + 1] == "node"
@@ -127,8 +157,9 @@ def test_logs_are_of_the_container_that_trains_and_pods_without_a_node_do_not_en
 
 
 def test_logs_of_a_benchmark_are_also_of_what_fetches_for_it(recorder: Recorder) -> None:
-    labels = {"app.kubernetes.io/instance": "run", "personmae/fetches": "yes"}
-    recorder.answer("get jobs.batch run-trainer", json.dumps(job(metadata=job()["metadata"] | {"labels": labels})))
+    fetching = labels("run") | {"personmae/fetches": "yes"}
+    recorder.answer("get jobs.batch run-trainer", json.dumps(marked(job(), labels=fetching)))
+    recorder.answer("get pods", items(pod(0, phase="Pending", initContainerStatuses=[container("fetch", running={})])))
     assert personmae("logs", "run") == 0
     call = recorder.calls()[-1]
     assert "--all-containers" in call
@@ -136,6 +167,6 @@ def test_logs_of_a_benchmark_are_also_of_what_fetches_for_it(recorder: Recorder)
 
 
 def test_an_unknown_run_is_told_with_those_that_there_are(recorder: Recorder, capsys: Captured) -> None:
-    recorder.answer("get jobs.batch -l", json.dumps({"items": [job()]}))
+    recorder.answer("get jobs.batch -l", items(job()))
     assert personmae("status", "other") == 78
     assert "there is no run other in namespace personmae; there is run" in error(capsys)

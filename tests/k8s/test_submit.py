@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorder import CONFIG, IMAGE, Captured, Recorder, ended, error, event, job, job_of, personmae, submitted
-from sample_requests import PRETRAIN, ROOT
+from recorder import CONFIG, IMAGE, Captured, Recorder, ended, error, event, items, job, job_of, personmae, submitted
+from sample_requests import DIGEST, PRETRAIN, ROOT
 
 from launcher.cluster import commands, deployed, kubectl
 from personmae.errors import UserError
@@ -62,6 +62,9 @@ def test_a_mistake_of_the_command_line_asks_nothing_of_the_cluster(
 def test_an_image_is_required_and_one_without_a_digest_is_warned_of(recorder: Recorder, capsys: Captured) -> None:
     assert personmae("submit", CONFIG, *PRETRAIN, "--no-bucket-check") == 78
     assert "an image is required" in error(capsys)
+    example = f"registry.example.com/personmae@{DIGEST}"
+    assert submitted("--image", example, "--dry-run", "client") == 0  # nodes may be told of such a registry
+    assert f"warning: {example} is at registry.example.com/, a name for examples" in capsys.readouterr().err
     assert submitted("--image", "registry.test/personmae:1", "--dry-run", "client") == 0
     assert "warning: the image has no digest" in capsys.readouterr().err
     assert recorder.calls() == []
@@ -120,7 +123,7 @@ def test_two_runs_do_not_write_to_one_store(recorder: Recorder, capsys: Captured
 
 
 def test_a_run_that_exists_is_neither_changed_nor_deleted(recorder: Recorder, capsys: Captured) -> None:
-    recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
+    recorder.answer("named jobs.batch/run-trainer", json.dumps(job()))
     assert submitted() == 78
     assert "the run run exists already (at work); delete it first" in error(capsys)
     assert recorder.applied() == []
@@ -134,13 +137,12 @@ def test_when_creation_fails_half_way_nothing_is_left_behind(recorder: Recorder,
     assert "exceeded quota" in error(capsys)
     last = recorder.calls()[-1]
     assert last[0] == "delete"
-    assert "app.kubernetes.io/instance=run" in last
-    assert {"jobs.batch", "services", "configmaps", "serviceaccounts", "deployments.apps"} <= set(last[1].split(","))
+    assert {"job.batch/run-trainer", "service/run-store", "configmap/run-run", "deployment.apps/run-store"} <= set(last)
 
 
 FORBIDDEN = 'pods "run-trainer-0" is forbidden: violates PodSecurity "restricted:latest"'
 PULLING = {"image": "x", "state": {"waiting": {"reason": "ErrImagePull", "message": "not found"}}}
-UNPULLED = json.dumps({"items": [{"status": {"containerStatuses": [PULLING]}}]})
+UNPULLED = items({"metadata": {"name": "run-trainer-0-abcde"}, "spec": {}, "status": {"containerStatuses": [PULLING]}})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ UNPULLED = json.dumps({"items": [{"status": {"containerStatuses": [PULLING]}}]})
 def test_pods_that_are_refused_end_the_submission_and_leave_nothing(
     words: str, answer: str, told: str, recorder: Recorder, capsys: Captured
 ) -> None:
-    recorder.answer(words, answer)
+    recorder.answer(words, answer, created=True)
     assert submitted() == 78
     assert told in error(capsys)
     assert recorder.calls()[-1][0] == "delete"
@@ -172,7 +174,7 @@ def test_pods_that_are_refused_end_the_submission_and_leave_nothing(
 def test_a_refusal_that_may_pass_is_only_warned_of(told: str, recorder: Recorder, capsys: Captured) -> None:
     recorder.answer("get events", event("FailedCreate", told))
     assert submitted() == 0
-    assert f"warning: FailedCreate: {told}" in capsys.readouterr().err
+    assert f"warning: run-trainer: FailedCreate: {told}" in capsys.readouterr().err
     assert ["delete"] not in [call[:1] for call in recorder.calls()]
 
 
@@ -206,6 +208,19 @@ def test_a_run_whose_pods_cannot_be_watched_is_kept_and_warned_of(recorder: Reco
     assert "personmae delete run" in shown.out
 
 
+def test_a_run_that_fails_while_it_is_watched_is_told_and_stays_for_its_logs(recorder: Recorder, capsys: Captured) -> None:
+    failed = job(status=ended("Failed", reason="PodFailurePolicy", message="exit code 78"))
+    recorder.answer("get jobs.batch -l", items(failed), created=True)
+    with pytest.raises(SystemExit) as over:
+        submitted()
+    assert over.value.code == 1
+    shown = capsys.readouterr()
+    assert "error: run is submitted and has ended already: Failed: PodFailurePolicy: exit code 78" in shown.err
+    assert "personmae logs run -n personmae" in shown.err
+    assert shown.out == ""
+    assert ["delete"] not in [call[:1] for call in recorder.calls()]
+
+
 def test_what_cannot_be_deleted_again_is_told_with_both_reasons(recorder: Recorder, capsys: Captured) -> None:
     recorder.answer("apply --server-side", code=1, err="Error from server (Forbidden): exceeded quota: personmae\n")
     recorder.answer("apply --dry-run=server")
@@ -216,9 +231,7 @@ def test_what_cannot_be_deleted_again_is_told_with_both_reasons(recorder: Record
         assert part in told
 
 
-def test_a_suite_tries_all_its_stages_and_creates_the_first_ones_and_the_dispatcher(
-    recorder: Recorder, tmp_path: Path
-) -> None:
+def test_a_suite_tries_all_its_stages_and_creates_the_first_ones_and_the_dispatcher(recorder: Recorder, tmp_path: Path) -> None:
     for name in ("paper-trainer", "paper-base-trainer"):
         recorder.answer(f"get jobs.batch {name}", json.dumps(job()), created=True)
     configs = ROOT / "configs"
@@ -293,7 +306,7 @@ def test_a_role_is_required_to_submit_but_not_to_render(cloud: str, recorder: Re
 def test_a_suite_is_refused_where_the_job_of_a_later_stage_is_left_from_before(
     recorder: Recorder, tmp_path: Path, capsys: Captured
 ) -> None:
-    recorder.answer("get jobs.batch -l", job_of("run-market", status=ended("Complete")))
+    recorder.answer("named jobs.batch/run-market-trainer", job_of("run-market", status=ended("Complete")))
     (tmp_path / "suite.yaml").write_text(
         f"name: run\nresults: s3://bucket/paper\nstages:\n- {{name: pre, config: {CONFIG}, set: ['data.shards=s3://b/l']}}\n"
         f"- {{name: market, after: pre, config: {ROOT}/configs/finetune_market1501.yaml, set: ['root=s3://b/m.tar']}}\n"
