@@ -19,13 +19,15 @@ from personmae import config
 from personmae.keys.table import keys_of
 
 README = (ROOT / "k8s/README.md").read_text(encoding="utf-8")
-_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
-OF_OTHERS = {"--from-literal", "--role", "--group", "--user"}  # options of kubectl
+_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+OF_OTHERS = {"--from-literal", "--role", "--group", "--user", "--overwrite"}  # options of kubectl
+OF_OTHERS |= {"--ignore-daemonsets", "--delete-emptydir-data"}
 
 
 def commands_of(text: str) -> list[str]:
     """Lines of code blocks, continued ones joined, and the commands that stand between backticks in the text."""
-    lines = [line for block in _BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+    blocks = [block for language, block in _BLOCK.findall(text) if language != "text"]  # which is what comes out
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     return lines + re.findall(r"`((?:personmae|python|kubectl|make|docker|pytest) [^`]+)`", _BLOCK.sub("", text))
 
 
