@@ -1,4 +1,4 @@
-"""The worker processes of an import, which end when their parent does."""
+"""Worker processes, of an import or an extraction. They end when their parent does, and signals end it in good order."""
 
 import multiprocessing
 import os
@@ -13,8 +13,8 @@ import cv2
 
 
 @contextmanager
-def workers(num_processes: int) -> Iterator[Executor]:
-    """Processes that write shards, or one thread of this one. They end when this process does, whatever ends it."""
+def workers(num_processes: int, *, preload: str = "personmae.data.importer") -> Iterator[Executor]:
+    """Processes that have imported ``preload``, or one thread of this one. They end when this process does, however it ends."""
     if num_processes == 1:
         thread = ThreadPoolExecutor(1)
         try:
@@ -23,7 +23,7 @@ def workers(num_processes: int) -> Iterator[Executor]:
             thread.shutdown(cancel_futures=True)
         return
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["personmae.data.importer"])  # seconds of imports, once for all
+    context.set_forkserver_preload([preload])  # seconds of imports, once for all
     watched, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(num_processes, context, initializer=_become_worker, initargs=(watched,))
     try:
@@ -49,3 +49,16 @@ def _end_with(watched: Connection) -> None:
 def leave_interrupts_to_main() -> None:
     """Block Ctrl-C in this thread and in the processes it starts: those would each show a traceback."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM be a Ctrl-C, where this thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -12,12 +12,9 @@ import json
 import os
 import re
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,7 @@ from typing import Any
 from personmae.data import rejects
 from personmae.data.import_home import DONE, PLAN, STAGING, locked, open_staging, standing
 from personmae.data.import_plan import WHOLE, ImportPlan, Part, make_plan
-from personmae.data.import_workers import leave_interrupts_to_main, workers
+from personmae.data.import_workers import leave_interrupts_to_main, sigterm_as_interrupt, workers
 from personmae.data.mds import INDEX
 from personmae.data.rejects import REJECTS
 from personmae.data.selection import Selection
@@ -97,7 +94,7 @@ def carry_out(
         raise UserError(f"--part takes I/N with I from 1 to N, got {part}")
     destination = destination.rstrip("/") if storage.is_remote(destination) else _resolved(destination)
     try:
-        with _sigterm_as_interrupt():
+        with sigterm_as_interrupt():
             standing(destination)  # listing a source may take minutes
             plan = make_plan(open_source(source, column), selection or Selection(), shard_bytes, max_side, log)
             plan = replace(plan, max_rejects=max_rejects)
@@ -120,18 +117,6 @@ def _resolved(destination: str) -> str:
     if path.is_mount():
         raise UserError(f"a directory that can be replaced is required. {path} is a mount point: name a folder in it")
     return str(path)
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _import(plan: ImportPlan, destination: str, part: Part, num_processes: int, progress: Progress) -> Outcome:
