@@ -9,7 +9,7 @@ from personmae.system import signals
 if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "personmae":  # the console script imports this
     signals.answer_early()
 
-from personmae.commands import about, data, inspect, training, weights
+from personmae.commands import about, data, export, inspect, training, weights
 from personmae.commands.arguments import Parser
 from personmae.errors import EXIT_COMPLETE, run_command, run_program
 
@@ -17,6 +17,7 @@ VERBS = (
     *(data.add_synth, data.add_shards),
     *(training.add_pretrain, training.add_finetune, training.add_unsupervised, training.add_evaluate),
     weights.add_import,
+    *(export.add_export, export.add_extract),
     *(inspect.add_report, inspect.add_bench, inspect.add_doctor),
 )
 

@@ -389,6 +389,21 @@ def test_the_python_of_the_tutorial_gives_features_of_an_encoder_and_the_encoder
     assert all((names["backbone"].state_dict()[name] == tensor).all() for name, tensor in weights.items())
 
 
+def test_the_vectors_of_the_readme_are_written_by_its_command(quickstart, monkeypatch, restore_signals):
+    from personmae.weights import feature_file
+
+    monkeypatch.chdir(quickstart)
+    section = documents.read(ROOT / "README.md").partition("## I have images and want vectors\n")[2].partition("\n## ")[0]
+    (block,) = documents.blocks(section)
+    lines = documents.command_lines(block)
+    assert [line.split()[:2] for line in lines] == [["personmae", "extract"]]
+    for line in lines:
+        assert __main__.main(shlex.split(line)[1:]) == 0
+    found = feature_file.read(quickstart / "features.parquet")
+    assert len(found.ids) == len(list((quickstart / "runs/quickstart/data/market1501/query").glob("*.jpg")))
+    assert (found.features**2).sum(axis=1).tolist() == pytest.approx([1] * len(found.ids), abs=1e-4)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_blocks_compile_and_no_block_is_of_an_unknown_language(page):
     for block in documents.blocks(documents.read(page)):

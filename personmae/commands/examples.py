@@ -10,6 +10,8 @@ EXAMPLES = {
     "unsupervised": "personmae unsupervised configs/usl_market1501.yaml root=DATA/Market-1501-v15.09.15 init=runs/vit_small",
     "evaluate": "personmae evaluate runs/finetune_market1501 market1501 DATA/Market-1501-v15.09.15",
     "import": "personmae import mae_pretrain_vit_base.pth runs/mae_base",
+    "export": "personmae export runs/finetune_market1501 exported",
+    "extract": "personmae extract CROPS/ features.parquet --model exported",
     "report": "personmae report runs/quickstart",
     "bench data": "personmae bench data runs/quickstart/shards",
     "bench step": "personmae bench step --sizes micro,small --batches 32,64",
