@@ -149,14 +149,15 @@ def _unpack(url: str, target: Path) -> None:
 
 
 def fetch_encoder(url: str, target: Path) -> None:
-    """Copy the newest checkpoint that a run has uploaded, with the name that it has there; readers check its hashes."""
+    """Copy the newest checkpoint that a run has uploaded to where a run directory has it; readers check its hashes."""
     url = url.rstrip("/")
     latest = read(f"{url}/LATEST")
     if not latest:
         raise UserError(f"{url} has no checkpoint; train it first, or correct the name")
     name = latest.decode().strip()
-    _copy(url, f"{name}/", _empty(target) / name)
-    files.replace(target / "LATEST", latest)
+    folder = _empty(target) / "checkpoints"  # a store has none of this name, and readers of a run directory look there
+    _copy(url, f"{name}/", folder / name)
+    files.replace(folder / "LATEST", latest)
 
 
 def _fetch(args: argparse.Namespace) -> None:

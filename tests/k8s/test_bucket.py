@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import warm
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 from launcher.cluster import bucket as buckets
+from personmae.checkpoint import portable, remote
+from personmae.checkpoint.commit import commit
+from personmae.checkpoint.host_copy import HostCopy
 from personmae.errors import UserError
 from personmae.keys.renamed import print_new_name
 from personmae.system import storage
@@ -54,9 +58,9 @@ def test_a_benchmark_and_the_newest_checkpoint_are_fetched(bucket: Any, tmp_path
     assert fetch("s3://bucket/market.tar", "s3://bucket/run", tmp_path) == 0
     assert below(tmp_path / "benchmark") == {"Market/query/a.jpg": b"jpg", "Market/bounding_box_train/b.jpg": b"jpg"}
     assert below(tmp_path / "encoder") == {
-        "LATEST": b"step-00000020",
-        "step-00000020/state.json": b"new",
-        "step-00000020/student.safetensors": b"weights",
+        "checkpoints/LATEST": b"step-00000020",
+        "checkpoints/step-00000020/state.json": b"new",
+        "checkpoints/step-00000020/student.safetensors": b"weights",
     }
     assert fetch("s3://bucket/market", "random", tmp_path) == 0  # single files; it takes the place of the other
     assert below(tmp_path / "benchmark") == {"query/a.jpg": b"jpg", "query/empty.txt": b""}
@@ -65,7 +69,18 @@ def test_a_benchmark_and_the_newest_checkpoint_are_fetched(bucket: Any, tmp_path
 def test_the_slash_at_the_end_of_a_place_is_nothing(bucket: Any, tmp_path: Path) -> None:
     assert fetch("s3://bucket/market/", "s3://bucket/run/", tmp_path) == 0
     assert "query/a.jpg" in below(tmp_path / "benchmark")
-    assert "step-00000020/state.json" in below(tmp_path / "encoder")
+    assert "checkpoints/step-00000020/state.json" in below(tmp_path / "encoder")
+
+
+def test_what_a_run_has_uploaded_is_fetched_to_where_a_benchmark_finds_it(bucket: Any, tmp_path: Path) -> None:
+    copy = HostCopy()
+    copy.take({"student": {"patch.weight": torch.arange(6.0)}})
+    remote.send("s3://bucket/run", commit(tmp_path / "run", 30, copy, {"total_steps": 30}), 30, set())
+    assert fetch("s3://bucket/market.tar", "s3://bucket/run", tmp_path / "pod") == 0
+    found = portable.locate(tmp_path / "pod" / "encoder")
+    assert found.name == "step-00000030"
+    assert portable.find_fault(found) is None
+    assert portable.read_state(found)["total_steps"] == 30
 
 
 def test_a_store_that_does_not_answer_is_not_a_user_error(s3_server: Any, tmp_path: Path, monkeypatch: Any) -> None:
