@@ -18,6 +18,7 @@ from personmae.model.vit import VisionTransformer, build_encoder
 from personmae.reid.heads import Neck, NeckPool, ReIDModel, build_head
 from personmae.reid.transforms import normalise
 from personmae.weights import importer, stored
+from personmae.weights.blank import blank
 from personmae.weights.pixels import ImageLike, one_by_one, to_pixels
 from personmae.weights.stored import Stored
 
@@ -109,7 +110,7 @@ def build(weights: Stored) -> ReIDModel:
     Raises:
         UserError: the tensors do not fit what the settings describe.
     """
-    with torch.device("meta"):  # nothing is drawn that the weights would replace
+    with blank():  # nothing is drawn that the weights would replace
         encoder = build_encoder(weights.model)
         head = (
             build_head(encoder, weights.about.get("num_classes", 0), **weights.head)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from personmae.errors import UserError
 from personmae.model.vit import build_encoder
+from personmae.weights.blank import blank
 from personmae.weights.families import Family
 from personmae.weights.positions import Placed
 
@@ -32,7 +32,7 @@ def checked(found: Found, where: str) -> Found:
         UserError: a tensor that such an encoder needs is missing or has another shape.
     """
     options = found.options | ({"table": list(found.placed.table)} if found.placed.table else {})
-    with torch.device("meta"):
+    with blank():
         settings = {"size": found.size, "patch_size": found.patch_size, "img_size": found.placed.size, "encoder": options}
         needed = build_encoder(settings).state_dict()
     missing = [name for name in needed if name not in found.tensors]

@@ -1,7 +1,24 @@
 """Files of weights as other projects write them: names, shapes and what lies around them from their code, numbers at random.
 
-All are of the size "tiny", 192 wide and 12 deep. ``features`` of the same numbers by the projects' own forward passes are in
-``tests/golden/foreign_features.json``.
+All are of the size "tiny", 192 wide and 12 deep. ``tests/golden/foreign_features.json`` has what the projects' own classes make
+of the same numbers: each was built 192 wide from a checkout, loaded with the tensors of its file, and called with ``images``.
+Its class token and the mean of its patch tokens after the last norm are there, every fourth channel. No code of theirs is here.
+
+=====================  =============================================================================  ==============
+family                 class                                                                          how it was fed
+=====================  =============================================================================  ==============
+MAE                    facebookresearch/mae efb2a80, models_vit.VisionTransformer.forward_features    load_state_dict
+HAP                    junkunyuan/HAP e86cd1c, person_reid/models/models_vit, the same                load_state_dict
+DINO                   facebookresearch/dino 7c446df, vision_transformer.VisionTransformer            load_state_dict
+TransReID-SSL          damo-cv/TransReID-SSL fc39e88, dino/vision_transformer.VisionTransformer       load_state_dict
+PersonViT              hustvl/PersonViT de479ab, transreid_pytorch vit_pytorch.TransReID              load_param
+CION                   Zplusdragon/CION_ReIDZoo 7ac6fd7, TransReID Standard_ViT.VisionTransformer     load_param
+PASS                   CASIA-IVA-Lab/PASS-reID 5b84b42, PASS_transreid vit_pytorch.TransReID          load_state_dict
+TransReID              damo-cv/TransReID dec5504, vit_pytorch.TransReID, stride 12, no cameras        load_state_dict
+TransReID with parts   the same, make_model.build_transformer_local: tokens of its branch b1          load_state_dict
+CLIP-ReID              Syliz517/CLIP-ReID eb1898b, model/clip/model.VisionTransformer, stride 12      load_state_dict
+plain                  timm's vit_tiny_patch16_224                                                    load_state_dict
+=====================  =============================================================================  ==============
 """
 
 import argparse

@@ -185,7 +185,7 @@ import personmae
 assert "torch" not in sys.modules
 loaded = personmae.load(sys.argv[1], device="cpu")
 assert loaded.features(sys.argv[2]).shape == (1, loaded.config["dim"])
-print(*{name.split(".")[0] for name in sys.modules})
+print(*{name.split(".")[0] for name in sys.modules}, *sorted(name for name in sys.modules if name == "torch._dynamo"))
 """
 
 
@@ -194,6 +194,7 @@ def test_loading_needs_no_deepspeed_no_streaming_and_no_drawing(tmp_path, paths)
     command = [sys.executable, "-W", "error", "-c", ALONE, str(run), paths[0]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "torch._dynamo" not in done.stdout.split()  # two seconds
     unwanted = {"deepspeed", "streaming", "matplotlib", "timm", "torchvision", "sklearn", "pydantic", "boto3", "onnx"}
     assert {"torch", "personmae"} <= set(done.stdout.split())
     assert set(done.stdout.split()) & unwanted == set()
