@@ -115,7 +115,8 @@ def refusals(kubectl: Kubectl, runs: Sequence[str], since: str) -> tuple[list[st
 
     Events are kept for an hour, so those before ``since`` are of an earlier run of the same name.
     """
-    final, passing = [], []
+    final: list[str] = []
+    passing: dict[str, list[str]] = {}  # words -> what they are of
     pods = {pod["metadata"]["name"]: pod for pod in kubectl.items("pods", "-l", f"{INSTANCE} in ({','.join(runs)})")}
     for event in sorted(kubectl.items("events"), key=_time):
         name = event["involvedObject"].get("name", "")
@@ -128,14 +129,20 @@ def refusals(kubectl: Kubectl, runs: Sequence[str], since: str) -> tuple[list[st
         if event["reason"] == "FailedCreate" and refused:
             final.append(message)
         else:
-            passing.append(f"{name}: {event['reason']}: {message}")
+            of = passing.setdefault(f"{event['reason']}: {message}", [])
+            of += [] if name in of else [name]
     for pod in pods.values():
         status = pod.get("status", {})
         for container in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
             waiting = container.get("state", {}).get("waiting", {})
             if waiting.get("reason") in _WAITING:
                 final.append(f"{waiting['reason']}: {waiting.get('message', container['image'])}")
-    return list(dict.fromkeys(final)), list(dict.fromkeys(passing))
+    return list(dict.fromkeys(final)), [f"{several(of)}: {words}" for words, of in passing.items()]
+
+
+def several(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are besides."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _matters(event: Object, pod: Object | None) -> bool:

@@ -89,8 +89,12 @@ def _waiting(there: list[Object]) -> str:
     """What keeps pods from running, in a line."""
     size = max(map(pods.index_of, there), default=-1) + 1
     rows = pods.by_index(there, size, time.time(), alive=True)
-    told = [f"index {row['index']}: {row['phase']}, {row['reason']}" for row in rows if row["phase"] not in _AT_REST]
-    return "; ".join(told[:3]) + (" ..." if len(told) > 3 else "") or "there is no pod yet"
+    told: dict[str, list[str]] = {}  # words -> the indexes that they are of
+    for row in rows:
+        if row["phase"] not in _AT_REST:
+            told.setdefault(f"{row['phase']}, {row['reason']}", []).append(f"index {row['index']}")
+    lines = [f"{deployed.several(of)}: {words}" for words, of in told.items()]
+    return "; ".join(lines[:3]) + (" ..." if len(lines) > 3 else "") or "there is no pod yet"
 
 
 @dataclass

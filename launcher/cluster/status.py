@@ -57,7 +57,7 @@ def read(kubectl: Kubectl, run: str) -> dict[str, Any]:
         "progress": progress.result() or ({"step": int(step)} if step is not None else None),
         "checkpoint_age_seconds": age.result(),
         "stages": of_stages.result(),
-        "warnings": [*([f"its store outlives it: personmae adopt {run}"] if unowned else []), *final, *passing],
+        "warnings": [*final, *passing, *([f"its store outlives it: personmae adopt {run}"] if unowned else [])],
     }
 
 

@@ -137,9 +137,10 @@ def test_a_benchmark_is_followed_from_what_fetches_to_what_trains(
     ("found", "told"),
     [
         ([WAITING], "run: no container has begun: index 0: Pending, 0/3 nodes are available"),
+        ([WAITING, pod(1, phase="Pending", conditions=UNSCHEDULED)], "index 0 and 1 more: Pending, 0/3 nodes are available"),
         ([], "run: no container has begun: there is no pod yet"),
     ],
-    ids=["pending", "none"],
+    ids=["pending", "two", "none"],
 )
 def test_logs_of_pods_that_have_not_begun_say_why_there_are_none(
     found: list[dict[str, Any]], told: str, recorder: Recorder, capsys: Captured

@@ -237,7 +237,7 @@ def test_warnings_name_what_they_are_of_and_those_of_pods_that_are_gone_or_place
     recorder: Recorder, capsys: Captured
 ) -> None:
     recorder.answer("get jobs.batch run-trainer", json.dumps(job()))
-    recorder.answer("get pods", items(POD, pod(2, phase="Pending")))
+    recorder.answer("get pods", items(POD, pod(2, phase="Pending"), pod(3, phase="Pending")))
     warned = [
         event(reason, "words", of=f"run-trainer-{name}", kind="Pod")
         for reason, name in (
@@ -245,9 +245,13 @@ def test_warnings_name_what_they_are_of_and_those_of_pods_that_are_gone_or_place
             ("FailedScheduling", "1-abcde"),  # it has a node since
             ("Unhealthy", "1-abcde"),
             ("BackOff", "0-zzzzz"),  # a pod of long ago
+            ("FailedScheduling", "3-abcde"),
         )
     ]
     recorder.answer("get events", items(*(json.loads(each)["items"][0] for each in warned)))
     assert personmae("status", "run") == 0
     shown = [line.strip() for line in capsys.readouterr().out.splitlines() if "warning: " in line]
-    assert shown == ["warning: run-trainer-2-abcde: FailedScheduling: words", "warning: run-trainer-1-abcde: Unhealthy: words"]
+    assert shown == [
+        "warning: run-trainer-2-abcde and 1 more: FailedScheduling: words",
+        "warning: run-trainer-1-abcde: Unhealthy: words",
+    ]
