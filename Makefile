@@ -19,7 +19,7 @@ LOCKED := --constraint requirements.txt --build-constraint requirements.txt
 INSTALL := $(if $(VENV_FLAGS),$(BIN)/python -m pip install --quiet,$(UV) pip install --python $(BIN)/python $(LOCKED))
 COMPILE = $(UPGRADE) --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock"
 
-.PHONY: help install lock quickstart test test-all checkov image image-test lint format clean
+.PHONY: help install lock quickstart test test-all test-cluster checkov image image-test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,10 @@ quickstart: $(INSTALLED) ## the main job on synthetic people. It says first how 
 
 test: $(INSTALLED) ## the tests that are not slow. They say what they skip and why
 	$(PYTEST) -m "not slow"
+
+test-cluster: $(INSTALLED) ## an operator's whole story on the real cluster of an administrator's KUBECONFIG=FILE
+	@test -f "$(KUBECONFIG)" || { echo "a cluster is required: give make test-cluster KUBECONFIG=FILE, an administrator's"; exit 78; }
+	PERSONMAE_E2E_KUBECONFIG=$(abspath $(KUBECONFIG)) $(BIN)/python -m pytest -n 0 -rs tests/k8s/test_story.py tests/k8s/test_parity.py
 
 test-all: $(INSTALLED) $(CHECKOV) ## these and the slow ones: kills, whole runs and launchers, compilers, rehearsals, real servers
 	@tests/integration/install_ceph.sh

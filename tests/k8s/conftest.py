@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from real import cluster, real_cluster  # noqa: F401 - fixtures of several files
 from recorder import Recorder
 from sample_requests import by_name
 

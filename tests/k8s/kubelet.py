@@ -25,7 +25,7 @@ from sample_requests import ROOT
 Object = dict[str, Any]
 _BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 10.0, 300.0  # of a container that is restarted in its pod
 _INDEX = "batch.kubernetes.io/job-completion-index"
-_VOLUMES = {"name", "emptyDir", "configMap"}
+_VOLUMES = {"name", "emptyDir", "configMap", "projected"}
 _MACHINE = {  # what the image and the node are: no GPU, few cores
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONUNBUFFERED": "1",
@@ -49,6 +49,20 @@ class Surroundings:
     find: Callable[[str, str], Object]
     services: dict[str, int] = field(default_factory=dict)
     factor: float = 1.0  # of the back-off alone: probes and the grace end pods, and a busy machine is slow
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a pod's processes run: its address, and the command that takes one of them there.
+
+    Where all pods share an address, ports that they listen at become free ones.
+    """
+
+    address: str = "127.0.0.1"
+    prefix: tuple[str, ...] = ()
+
+    def port(self, wanted: int) -> int:
+        return wanted if self.prefix else free_port()
 
 
 class Container:
@@ -76,9 +90,9 @@ class Container:
         self.code, self.sick, self._deadline = None, "", float("inf")
         self.started, self.ready = "startupProbe" not in self.spec, "readinessProbe" not in self.spec
         with open(self._pod.folder / f"{self.name}.log", "ab") as log:
-            self._process = subprocess.Popen(
-                command[2:], cwd=ROOT, env=self._pod.environment(self.spec), stdout=log, stderr=subprocess.STDOUT
-            )
+            inside = [*self._pod.place.prefix, *command[2:]]
+            environ = self._pod.environment(self.spec)
+            self._process = subprocess.Popen(inside, cwd=ROOT, env=environ, stdout=log, stderr=subprocess.STDOUT)
         for kind in ("startup", "liveness", "readiness"):
             if f"{kind}Probe" in self.spec:
                 threading.Thread(target=self._probe, args=(kind, self._process), daemon=True).start()
@@ -136,10 +150,11 @@ class Container:
         seconds = probe.get("timeoutSeconds", 1)
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             if "httpGet" in probe:
-                url = f"http://127.0.0.1:{self._pod.port(self.spec, probe['httpGet']['port'])}{probe['httpGet']['path']}"
+                where, path = self._pod.place.address, probe["httpGet"]["path"]
+                url = f"http://{where}:{self._pod.port(self.spec, probe['httpGet']['port'])}{path}"
                 urllib.request.urlopen(url, timeout=seconds).close()
             elif "tcpSocket" in probe:
-                address = ("127.0.0.1", self._pod.port(self.spec, probe["tcpSocket"]["port"]))
+                address = (self._pod.place.address, self._pod.port(self.spec, probe["tcpSocket"]["port"]))
                 socket.create_connection(address, timeout=seconds).close()
             else:
                 return self._pod.run(self.name, probe["exec"]["command"], seconds).returncode == 0
@@ -150,8 +165,17 @@ class Container:
 class Pod:
     """A pod on a node of its own, from its template; ``turn`` is called again and again."""
 
-    def __init__(self, metadata: Object, spec: Object, folder: Path, around: Surroundings, ports: dict[int, int]) -> None:
+    def __init__(
+        self,
+        metadata: Object,
+        spec: Object,
+        folder: Path,
+        around: Surroundings,
+        ports: dict[int, int],
+        place: Place = Place(),
+    ) -> None:
         self.metadata, self.spec, self.folder, self.around, self._ports = metadata, spec, folder, around, ports
+        self.place = place
         self.conditions: dict[str, str] = {}  # those that somebody else sets, with their reasons
         self.phase = "Pending"
         self.deleted = ""  # or when
@@ -163,7 +187,7 @@ class Pod:
         parts = [part for c in self.containers for part in (*c.spec["command"], *c.spec.get("args", []))]
         listening = {int(part.removeprefix("--port=")) for part in parts if part.startswith("--port=")}
         for port in listening | {p["containerPort"] for c in self.containers for p in c.spec.get("ports", [])}:
-            self._ports.setdefault(port, free_port())
+            self._ports.setdefault(port, place.port(port))
         self._paths = self._mount()
         self._path = _any_of((re.escape(path) for path in self._paths), before=r"(?<![\w/.-])", after=r"(?![\w.-])")
         self._service = _any_of((re.escape(name) for name in around.services), before=r"\b", after=r"\b")
@@ -251,7 +275,7 @@ class Pod:
         """A command in a container."""
         spec = next(c.spec for c in self.containers if c.name == container)
         return subprocess.run(
-            [self._here(part) for part in command],
+            [*self.place.prefix, *(self._here(part) for part in command)],
             cwd=ROOT,
             env=self.environment(spec),
             capture_output=True,
@@ -295,7 +319,7 @@ class Pod:
     def _field(self, path: str) -> str:
         if match := re.fullmatch(r"metadata\.(labels|annotations)\['(.+)'\]", path):
             return self.metadata[match[1]][match[2]]
-        return {"status.podIP": "127.0.0.1"}.get(path) or self.metadata[path.removeprefix("metadata.")]
+        return {"status.podIP": self.place.address}.get(path) or self.metadata[path.removeprefix("metadata.")]
 
     def _mount(self) -> dict[str, Path]:
         """Make the volumes; returns where each of their paths lies."""
@@ -326,7 +350,7 @@ class Pod:
         """As an API server tells it."""
         conditions = [{"type": kind, "status": "True", "reason": why} for kind, why in self.conditions.items()]
         conditions.append({"type": "Ready", "status": str(self.ready)})
-        status = {"phase": self.phase, "podIP": "127.0.0.1", "conditions": conditions}
+        status = {"phase": self.phase, "podIP": self.place.address, "conditions": conditions}
         for name, containers in (("initContainerStatuses", self._inits), ("containerStatuses", self._mains)):
             status[name] = [
                 {"name": c.name, "ready": c.ready, "restartCount": c.restarts, "state": _state(c)} for c in containers
