@@ -80,7 +80,7 @@ class Crops(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> Any:
         return self.transform(Image.open(self.paths[index]).convert("RGB"))
 
 
@@ -102,12 +102,12 @@ def timed(way: Callable[[Path], object], out: Path) -> float:
     return time.monotonic() - began
 
 
-def measure(size: str, work: Path, rounds: int) -> dict[str, Any]:
+def measure(size: str, work: Path, rounds: int, most_images: int) -> dict[str, Any]:
     """All ways on one model, in turn."""
     import timm
 
-    img_size, num_images = MODELS[size]
-    draw(work / "crops", max(count for _, count in MODELS.values()))
+    img_size, num_images = MODELS[size][0], min(MODELS[size][1], most_images)
+    draw(work / "crops", min(max(count for _, count in MODELS.values()), most_images))
     if not (work / size).exists():
         make_model(work / size, size, img_size)
     paths = sorted((work / "crops").glob("*.jpg"))[:num_images]
@@ -145,6 +145,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", default=",".join(MODELS), help="of the models")
+    parser.add_argument("--most-images", type=int, default=1 << 30, help="fewer than usual, to try this script")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the record is written")
     parser.add_argument("--beside", default="nothing", help="what else runs on this machine, for the record")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
@@ -154,9 +156,12 @@ def main() -> None:
         "versions": portable.versions(),
         "running_beside": arguments.beside,
         "rounds": arguments.rounds,
-        "models": {size: measure(size, arguments.work.resolve(), arguments.rounds) for size in arguments.sizes.split(",")},
+        "models": {
+            size: measure(size, arguments.work.resolve(), arguments.rounds, arguments.most_images)
+            for size in arguments.sizes.split(",")
+        },
     }
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for size, found in record["models"].items():
         for name, times in found["times_the_faster_plain_loop"].items():
             print(f"{size}: {name}: {found['median'][name]:,.0f} images/s, {times:.2f} times the faster plain loop")

@@ -4,6 +4,7 @@ The folder itself is what ``personmae.load`` reads. What is beside that is for t
 roboflow's reid, the TransReID family, and torch.export. The folder has its name only when all checks have passed.
 """
 
+import importlib.util
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from personmae.weights.staging import partial_folder, put_in_place, require_free
 PLAIN: Final = ("timm", "huggingface", "reid", "transreid")  # hold a plain ViT
 FORMATS: Final = ("timm", "huggingface", "onnx", "reid", "transreid", "torch_export")
 PRECISIONS: Final = ("fp32", "bf16", "int8")
+_NEEDED: Final = {"onnx": export_onnx.PACKAGES, "huggingface": ("transformers",)}  # packages of the extra "export"
 _LEAST: Final = {"fp32": LEAST_COSINE, "bf16": 0.99, "int8": 0.9}  # below it the file is wrong, not only coarse
 _BATCH: Final = 64
 
@@ -126,8 +128,18 @@ def _require_fitting(formats: Sequence[str], precision: str) -> None:
         raise UserError("--precision int8 is of ONNX files alone. Add onnx to --formats, or take bf16")
     if {"reid", "transreid"} & set(formats) and "timm" not in formats:
         raise UserError("the formats reid and transreid are built on timm's. Add timm to --formats")
-    if "onnx" in formats:
-        export_onnx.require_packages()
+    for name in formats:
+        _require_packages(name)
+
+
+def _require_packages(name: str) -> None:
+    """Raise a UserError unless what writes and checks a format can be imported."""
+    needed = _NEEDED.get(name, ())
+    if absent := [package for package in needed if importlib.util.find_spec(package) is None]:
+        raise UserError(
+            f"the format {name} needs {', '.join(needed)}. {', '.join(absent)} cannot be imported: install "
+            f"'personmae[export]', or leave {name} out with --formats"
+        )
 
 
 def _all_files(job: Job, formats: Sequence[str]) -> Iterator[Written]:

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from personmae.errors import UserError
 from personmae.weights.encoder import Encoder
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
@@ -55,17 +54,6 @@ def from_imagenet(encoder: Encoder) -> Normalised:
     scale = [given / own for given, own in zip(IMAGENET_STD, std, strict=True)]
     shift = [(given - own) / s for given, own, s in zip(IMAGENET_MEAN, mean, std, strict=True)]
     return Normalised(encoder.model, scale, shift)
-
-
-def require_packages() -> None:
-    """Raise a UserError unless what writes and runs ONNX can be imported."""
-    import importlib.util
-
-    if absent := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-        raise UserError(
-            f"ONNX files need {', '.join(PACKAGES)}. {', '.join(absent)} cannot be imported: install 'personmae[export]', or "
-            "leave onnx out with --formats"
-        )
 
 
 def exported_program(module: nn.Module, img_size: tuple[int, int]) -> torch.export.ExportedProgram:

@@ -29,7 +29,7 @@ from personmae.system import files
 from personmae.weights import feature_file
 from personmae.weights.encoder import Encoder
 from personmae.weights.extract_images import Images, open_images
-from personmae.weights.extract_parts import PART_IMAGES, Settings, Task, compute, read_part, write_part
+from personmae.weights.extract_parts import PART_IMAGES, Settings, Task, compute, read_part, read_rejects, write_part
 from personmae.weights.feature_file import Rows
 from personmae.weights.loading import load_for_command
 from personmae.weights.staging import partial_folder, partial_of, require_free
@@ -58,14 +58,11 @@ class Plan:
     """Which images make which part, and all that decides what the result is."""
 
     images: Images
+    num_images: int
     settings: Settings
     dim: int
     part_images: int
     record: dict[str, Any]
-
-    @property
-    def num_images(self) -> int:
-        return len(self.images.ids)
 
     @property
     def num_parts(self) -> int:
@@ -142,18 +139,19 @@ def features_of(encoder: Encoder, images: Images, *, batch_size: int = 64) -> to
 
 def make_plan(encoder: Encoder, settings: Settings, images: Images) -> Plan:
     """The plan, with the record of all that must agree before an unfinished extraction goes on."""
-    size = _SMALL_PART if len(images.ids) <= _FEW_IMAGES else PART_IMAGES
+    num_images = len(images.ids)
+    size = _SMALL_PART if num_images <= _FEW_IMAGES else PART_IMAGES
     record = {
         "format": _FORMAT,
         "images": images.digest(),
-        "num_images": len(images.ids),
+        "num_images": num_images,
         "model": digest(encoder),
         "precision": settings.precision,
         "device": encoder.device.type,
         "batch_size": settings.batch_size,
         "part_images": size,
     }
-    return Plan(images, settings, encoder.config["dim"], size, record)
+    return Plan(images, num_images, settings, encoder.config["dim"], size, record)
 
 
 def digest(encoder: Encoder) -> str:
@@ -183,14 +181,18 @@ def _carry_out(plan: Plan, out: Path, folder: Path, processes: int | None, max_r
     _begin(plan, folder)
     if not out.exists():
         _fill(plan, folder, processes, progress)
-        _end(plan, out, folder, max_rejects)
-        was_complete = False
+        left_out, was_complete = _left_out(plan, folder), False
+        _end(plan, out, folder, left_out, max_rejects)
     else:
         progress(plan.num_images, plan.num_images)
-        was_complete = True
-    left_out = [reject for number in range(plan.num_parts) for reject in read_part(_part(folder, number)).rejects]
+        left_out, was_complete = _left_out(plan, folder), True
     shutil.rmtree(folder)
     return Outcome(plan.num_images - len(left_out), plan.dim, left_out, plan.images.passed_over, was_complete)
+
+
+def _left_out(plan: Plan, folder: Path) -> list[Reject]:
+    """The images of all parts that could not be read, in order."""
+    return [reject for number in range(plan.num_parts) for reject in read_rejects(_part(folder, number))]
 
 
 def _begin(plan: Plan, folder: Path) -> None:
@@ -253,11 +255,8 @@ def _part(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06}.npz"
 
 
-def _end(plan: Plan, out: Path, folder: Path, max_rejects: float) -> None:
+def _end(plan: Plan, out: Path, folder: Path, left_out: list[Reject], max_rejects: float) -> None:
     """Join the parts. What was left out is listed beside the result."""
-    left_out: list[Reject] = []
-    for number in range(plan.num_parts):
-        left_out += read_part(_part(folder, number)).rejects
     if len(left_out) == plan.num_images:
         shutil.rmtree(folder)
         raise UserError(

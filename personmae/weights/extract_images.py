@@ -39,6 +39,7 @@ class Images(Protocol):
     def digest(self) -> str: ...
     def part(self, numbers: range) -> "Images": ...
     def pixels(self, number: int) -> Pixels: ...
+    def close(self) -> None: ...
 
 
 def open_images(
@@ -108,6 +109,10 @@ class SourceImages:
         except OSError as error:
             raise _failing(f"{entry.key} of {self.location}", error) from error
 
+    def close(self) -> None:
+        """Close what reading has opened. It is opened again when it is asked."""
+        self.source.__exit__()
+
 
 @dataclass(frozen=True)
 class ListedImages:
@@ -145,6 +150,9 @@ class ListedImages:
             raise _unread(error) from error
         except OSError as error:
             raise _failing(str(path), error) from error
+
+    def close(self) -> None:
+        """Nothing stays open."""
 
 
 class Box(NamedTuple):
@@ -208,6 +216,10 @@ class BoxedImages:
                 f"its box is outside of the frame of {frame.shape[0]}x{frame.shape[1]} pixels", "outside of its frame"
             )
         return np.ascontiguousarray(crop)
+
+    def close(self) -> None:
+        """As of its frames."""
+        self.frames.close()
 
 
 def _listed(path: Path) -> ListedImages:

@@ -10,6 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -66,7 +67,8 @@ def write_part(task: Task) -> int:
         UserError: the source has gone or fails, or the model cannot be read.
         OSError: the file cannot be written.
     """
-    result = compute(task.settings, task.images)
+    with closing(task.images):
+        result = compute(task.settings, task.images)
     content = io.BytesIO()
     np.savez(content, features=result.features, kept=result.kept, rejects=np.array(json.dumps(result.rejects)))
     files.replace(task.path, content.getvalue())
@@ -77,6 +79,12 @@ def read_part(path: Path) -> PartResult:
     """What ``write_part`` wrote."""
     with np.load(path) as part:
         return PartResult(part["features"], part["kept"], json.loads(str(part["rejects"])))
+
+
+def read_rejects(path: Path) -> list[Reject]:
+    """What a part has left out, without its features."""
+    with np.load(path) as part:
+        return json.loads(str(part["rejects"]))
 
 
 def compute(settings: Settings, images: Images) -> PartResult:

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +55,6 @@ def personmae(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return warm.run(["-m", "personmae", *args], env=environment(), timeout=300)
 
 
-def command(*args: str | Path) -> list[str]:
-    """The command line of the same in a new interpreter."""
-    return [sys.executable, "-W", "ignore", "-m", "personmae", *map(str, args)]
-
-
 def refusal(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     """The error of ``personmae ARGS``, in this process. It must be one line, with exit code 78."""
     capsys.readouterr()
@@ -71,4 +65,4 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     return lines[0]
 
 
-__all__ = ["HEADS", "MODEL", "WHOLE", "command", "environment", "make", "people", "personmae", "refusal"]
+__all__ = ["HEADS", "MODEL", "WHOLE", "environment", "make", "people", "personmae", "refusal"]

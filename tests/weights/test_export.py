@@ -313,6 +313,13 @@ def test_bad_input_is_one_line_and_code_78(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["file", "run", "there"]
 
 
+def test_a_format_whose_library_is_absent_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setitem(export._NEEDED, "onnx", ("onnx", "a_package_that_is_not_there"))
+    with pytest.raises(UserError, match=r"a_package_that_is_not_there cannot be imported: install 'personmae\[export\]'"):
+        export.run(str(tmp_path / "no run is read"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unfinished_run_is_refused_unless_it_is_asked_for(tmp_path, capsys):
     run = small_runs.make(tmp_path / "run", "bnneck", total_steps=9)
     assert "must be a finished run and is at step 3 of 9" in refusal(capsys, "export", run, tmp_path / "out")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import small_runs
 import torch
+import warm
 from small_runs import personmae, refusal
 
 import personmae as package
@@ -183,32 +183,28 @@ def test_what_is_there_is_not_computed_again(run, many, tmp_path, monkeypatch):
 def test_killed_five_times_it_ends_with_the_same_bytes(run, many, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed.parquet", tmp_path / "killed.parquet"
     assert personmae("extract", many, undisturbed, "--model", run).returncode == 0
-    arguments = small_runs.command("extract", many, killed, "--model", run, "--processes", "2")
-    kills = 0
-    for _ in range(20):
-        process = subprocess.Popen(
-            arguments,
-            env=small_runs.environment(),
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        if kills < 5:
-            wait_for_parts(tmp_path / "killed.parquet.partial", kills, process)
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += process.wait() == -signal.SIGKILL
-        elif process.wait(120) == 0:
-            break
-    assert kills == 5
+    for number in range(5):
+        process = started(many, killed, "--model", run, "--processes", "2" if number == 2 else "1")
+        wait_for_parts(tmp_path / "killed.parquet.partial", number, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not killed.exists()
+    assert started(many, killed, "--model", run, "--processes", "2").wait(300) == 0
     assert digest(killed) == digest(undisturbed)
     assert digest(extract.rejects_beside(killed)) == digest(extract.rejects_beside(undisturbed))
     assert not (tmp_path / "killed.parquet.partial").exists()
 
 
-def wait_for_parts(folder: Path, number: int, process: "subprocess.Popen[bytes]") -> None:
-    """Until at least so many parts are there. At most four of the five, so that something is left."""
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("part-*.npz"))) < min(number, 4) and process.poll() is None:
+def started(*args: str | Path) -> warm.Process:
+    """``personmae extract ARGS`` with a group of its own for all of its processes."""
+    return warm.start(["-m", "personmae", "extract", *args], env=small_runs.environment(), start_new_session=True)
+
+
+def wait_for_parts(folder: Path, number: int, process: warm.Process) -> None:
+    """Until the plan and at least so many of the five parts are there."""
+    deadline = time.monotonic() + 300
+    while not ((folder / "plan.json").exists() and len(list(folder.glob("part-*.npz"))) >= number):
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
 

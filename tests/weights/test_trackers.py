@@ -25,6 +25,15 @@ PROGRAM = Path(__file__).with_name("tracker_programs.py")
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(params=["ultralytics", "boxmot", "reid"])
+def tool(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A tool, and the Python that has it, by the environment."""
+    variable = f"PERSONMAE_{request.param.upper()}"
+    if not (python := os.environ.get(variable)):
+        pytest.skip(f"{variable} does not name the Python of an environment with {request.param}")
+    return request.param, python
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run, and the folder that was made of it."""
@@ -56,21 +65,18 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_tool(tool: str, exported: Path, video: Path, out: Path) -> dict[str, np.ndarray]:
-    """What a tool finds, by the Python that the environment names."""
-    variable = f"PERSONMAE_{tool.upper()}"
-    if not (python := os.environ.get(variable)):
-        pytest.skip(f"{variable} does not name the Python of an environment with {tool}")
-    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+def run_tool(tool: tuple[str, str], exported: Path, video: Path, out: Path) -> dict[str, np.ndarray]:
+    """What a tool finds, in a process of its own Python."""
+    name, python = tool
+    environ = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     environ |= {"CUDA_VISIBLE_DEVICES": "", "YOLO_CONFIG_DIR": str(out.parent), "OMP_NUM_THREADS": "1"}
-    command = [python, PROGRAM, tool, exported, video, out]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=500, check=False, cwd=out.parent)
+    command = [python, PROGRAM, name, exported, video, out]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=550, check=False, cwd=out.parent)
     assert done.returncode == 0, done.stdout + done.stderr
     with np.load(out) as found:
         return dict(found)
 
 
-@pytest.mark.parametrize("tool", ["ultralytics", "boxmot", "reid"])
 def test_the_tools_own_class_gives_our_features_and_its_tracks_follow_people(tool, exported, video, tmp_path):
     run, folder = exported
     found = run_tool(tool, folder, video, tmp_path / "found.npz")
@@ -82,7 +88,7 @@ def test_the_tools_own_class_gives_our_features_and_its_tracks_follow_people(too
     agreement = compare(ours, torch.from_numpy(found["features"]).float())
     assert agreement.least >= 0.9999
     assert (ours @ ours.T).min() < 0.999  # the people differ
-    if tool != "reid":
+    if tool[0] != "reid":
         assert_followed(found["tracks"], np.load(video / "boxes.npy"))
 
 
