@@ -1,6 +1,7 @@
 """The encoder against timm on the same weights, and its parts against what they are made from."""
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 def encoder(**options) -> VisionTransformer:
     torch.manual_seed(0)
-    model = VisionTransformer(**{"embed_dim": 64, "depth": 3, "num_heads": 4} | options)
+    shape: dict[str, Any] = {"embed_dim": 64, "depth": 3, "num_heads": 4} | options
+    model = VisionTransformer(**shape)
     for parameter in model.parameters():  # biases and norms that matter
         nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.1)
     return model

@@ -194,7 +194,10 @@ def test_a_model_of_timms_is_read_from_a_file_or_from_its_cache(tmp_path, monkey
     assert torch.equal(tokens(tmp_path / "cached", foreign.images("plain")), tokens(tmp_path / "out", foreign.images("plain")))
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_224", "vit_base_patch16_clip_quickgelu_224", "deit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["deit_tiny_patch16_224", pytest.param("vit_base_patch16_clip_quickgelu_224", marks=pytest.mark.slow)],
+)
 def test_a_model_of_timms_gives_timms_own_tokens(name, tmp_path):
     import timm
 
