@@ -173,6 +173,10 @@ def settings_of(request: Request, variables: dict[str, str]) -> Any:
     places = {"checkpoint.upload_to": settings.checkpoint.upload_to}
     if isinstance(settings, config.Pretrain):
         places["data.shards"] = settings.data.shards
+        if settings.init != config.RANDOM:  # the base fetches encoders for downstream programs alone
+            raise UserError(
+                f"init of a pre-training must be 'random' in pods, which fetch no weights for it. Got {settings.init}"
+            )
     else:
         places["root"] = settings.root
         if settings.init != "random":

@@ -51,6 +51,7 @@ def created(recorder: Recorder) -> list[str]:
     [
         (["--overlay", "nothing"], "--overlay must be one of dev-cpu, finetune-market1501"),
         (["--overlay", "namespace"], "--overlay must be one of"),
+        (["init=s3://b/mae"], "init of a pre-training must be 'random' in pods, which fetch no weights for it. Got s3://b/mae"),
         (["--nodes", "1:3", "--gpus", "8"], "the number of ranks must divide train.global_batch_size=2048; --nodes 3 times"),
         (["--gpus", "3"], "--nodes 8 times --gpus 3 is 24"),
         (["--gpus", "-1"], "--gpus must be 0, for one rank on the CPU, or the GPUs of each node; got -1"),
