@@ -31,6 +31,7 @@ PRELOADED = (
     *("personmae.commands.training", "personmae.commands.data", "personmae.commands.inspect", "personmae.data.importer"),
     *("personmae.pretrain", "personmae.finetune", "personmae.unsupervised", "personmae.evaluate", "personmae.dry_run"),
     *("personmae.engine.native", "personmae.engine.deepspeed", "personmae.engine.fsdp", "personmae.report.report"),
+    *("personmae.gallery.edit", "personmae.gallery.search", "personmae.gallery.sheet"),
     *(
         "launcher.elastic.agent",
         "launcher.elastic.store",

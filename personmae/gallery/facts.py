@@ -1,0 +1,115 @@
+"""What is known of an image beside its feature: its camera and its time, from a table, a column or its name."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from personmae.errors import UserError
+from personmae.gallery.segment import UNKNOWN_CAMERA
+from personmae.reid.samples import CAMERA
+
+DATE, NUMBER = "date", "number"
+_COLUMNS: Final = ("camera", "time")
+
+
+class Facts(NamedTuple):
+    """Cameras, "" where unknown, and times in seconds, NaN where unknown. ``kind`` says how times were written."""
+
+    cameras: list[str]
+    times: Float[np.ndarray, " n"]
+    kind: str | None
+
+
+def camera_of(name: str) -> str:
+    """The camera in a file name, such as 2 in ``0001_c2s1_000451.jpg``, or ""."""
+    match = CAMERA.search(name.rpartition("/")[2])
+    return match[1] if match else UNKNOWN_CAMERA
+
+
+def of_names(ids: Iterable[str]) -> Facts:
+    """Cameras as names have them, and no times."""
+    cameras = [camera_of(name) for name in ids]
+    return Facts(cameras, np.full(len(cameras), np.nan), None)
+
+
+def of_columns(cameras: Sequence[object] | None, times: Sequence[object] | None, ids: Sequence[str], where: str) -> Facts:
+    """Cameras and times of columns. Cameras are those of the names where there is no such column.
+
+    Raises:
+        UserError: a time is neither a number nor a date.
+    """
+    named = [UNKNOWN_CAMERA if value is None else str(value) for value in cameras] if cameras else of_names(ids).cameras
+    texts = ["" if value is None else str(value) for value in times] if times else [""] * len(ids)
+    return Facts(named, *parse_times(texts, where))
+
+
+def of_table(path: Path, ids: Sequence[str]) -> Facts:
+    """Cameras and times of a CSV file with the columns id and camera, time, or both. Ids without a line are unknown.
+
+    Raises:
+        UserError: it cannot be read as one, names an id twice, or names none of ``ids``.
+    """
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"a CSV file in UTF-8 is required as --table. {path} cannot be read: {error}") from error
+    columns = reader.fieldnames or []
+    if "id" not in columns or not set(_COLUMNS) & set(columns):
+        raise UserError(f"{path} needs the columns id and camera, time, or both in its first line. It has {list(columns)}")
+    lines: dict[str, dict[str, str]] = {}
+    for cells in reader:
+        if (cells["id"] or "") in lines:
+            raise UserError(f"{path}, line {reader.line_num}, names {cells['id']} a second time: remove one of them")
+        lines[cells["id"] or ""] = cells
+    found = [lines.get(name, {}) for name in ids]
+    if not any(found):
+        raise UserError(f"{path} must name ids of the images, such as {ids[0]}. It names none of them")
+    times, kind = parse_times([(cells.get("time") or "").strip() for cells in found], str(path))
+    cameras = [(cells.get("camera") or "").strip() for cells in found]
+    return Facts(cameras if "camera" in columns else of_names(ids).cameras, times, kind)
+
+
+def parse_times(texts: Sequence[str], where: str) -> tuple[Float[np.ndarray, " n"], str | None]:
+    """Times in seconds and how they were written: all numbers, or all dates. A date without a zone is UTC. "" is unknown.
+
+    Raises:
+        UserError: one is neither, or they are mixed.
+    """
+    parsed = [_parse(text, where) for text in texts]
+    kinds = {kind for _, kind in parsed if kind}
+    if len(kinds) > 1:
+        one, other = (next(text for text, (_, of) in zip(texts, parsed, strict=True) if of == kind) for kind in sorted(kinds))
+        raise UserError(f"times must be all dates or all numbers. {where} has {one!r} and {other!r}")
+    return np.array([time for time, _ in parsed], np.float64), kinds.pop() if kinds else None
+
+
+def _parse(text: str, where: str) -> tuple[float, str | None]:
+    if not text:
+        return math.nan, None
+    if re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", text, re.IGNORECASE):
+        try:
+            return float(text), NUMBER
+        except ValueError:
+            pass
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        raise UserError(f"a time must be a number or a date such as 2026-05-31T14:00:00. {where} has {text!r}") from None
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp(), DATE
+
+
+def in_words(time: float, kind: str | None) -> str:
+    """A time as people write it, or ""."""
+    if math.isnan(time):
+        return ""
+    if kind == DATE:
+        return datetime.fromtimestamp(time, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return f"{time:.15g}"

@@ -1,0 +1,132 @@
+"""An answer as one picture: a row for each query, the query first, then what was found from best to worst."""
+
+import io
+from pathlib import Path
+from typing import Final
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+from personmae.errors import UserError
+from personmae.gallery import facts, sources
+from personmae.gallery.catalog import Gallery
+from personmae.gallery.output import title
+from personmae.gallery.search import Answer, Hit, Query
+from personmae.system import files
+
+FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+CELL: Final = sources.THUMBNAIL  # (height, width) in pixels
+MOST_CELLS: Final = 2000
+_GAP, _LINE, _FONT = 10, 14, 11
+_WHITE, _INK, _FAINT, _EMPTY, _QUERY = "#ffffff", "#1a1a1a", "#5f6368", "#e8eaed", "#1a5fb4"
+
+
+def write(path: Path, gallery: Gallery, answer: Answer) -> None:
+    """Write a PNG or JPEG of an answer.
+
+    Raises:
+        UserError: the file has another suffix, or there is too much for one picture.
+        OSError: it cannot be written.
+    """
+    require_suffix(path)
+    content = io.BytesIO()
+    draw(gallery, answer).save(
+        content, FORMATS[path.suffix.lower()], **({} if path.suffix.lower() == ".png" else {"quality": 92})
+    )
+    files.replace(path, content.getvalue())
+
+
+def require_suffix(path: Path) -> None:
+    """Raise a UserError unless a picture can be written under this name."""
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"a picture named .png or .jpg is required. Got {path}: name it {path.stem}.png")
+
+
+def draw(gallery: Gallery, answer: Answer) -> Image.Image:
+    """The picture of an answer.
+
+    Raises:
+        UserError: there is too much for one picture.
+    """
+    num_columns = 1 + max(len(hits) for hits in answer.hits)
+    if num_columns * len(answer.hits) > MOST_CELLS:
+        raise UserError(
+            f"at most {MOST_CELLS:,} images fit into one picture. {len(answer.hits):,} queries of "
+            f"{num_columns - 1:,} are more: give a smaller --top"
+        )
+    height, width = CELL[0] + 3 * _LINE + _LINE + _GAP, CELL[1] + _GAP
+    sheet = Image.new("RGB", (num_columns * width + _GAP, len(answer.hits) * height + _GAP), _WHITE)
+    canvas, font = ImageDraw.Draw(sheet), _font()
+    for number, (query, hits) in enumerate(zip(answer.queries, answer.hits, strict=True)):
+        top = _GAP + number * height
+        _write_text(canvas, font, (_GAP, top), title(query), sheet.width - 2 * _GAP, _INK)
+        _draw_query(sheet, canvas, gallery, query, (_GAP, top + _LINE), font)
+        for place, hit in enumerate(hits, 1):
+            _draw_hit(sheet, canvas, gallery, hit, (_GAP + place * width, top + _LINE), font)
+    return sheet
+
+
+def _draw_query(
+    sheet: Image.Image,
+    canvas: ImageDraw.ImageDraw,
+    gallery: Gallery,
+    query: Query,
+    at: tuple[int, int],
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    """The first image of a query, in a frame."""
+    jpeg = gallery.thumbnail(query.rows[0]) if query.rows else _from_file(query.names[0])
+    _paste(sheet, canvas, jpeg, at)
+    canvas.rectangle((at[0] - 2, at[1] - 2, at[0] + CELL[1] + 1, at[1] + CELL[0] + 1), outline=_QUERY, width=2)
+    more = f"query, {len(query.names)} images" if len(query.names) > 1 else "query"
+    _write_text(canvas, font, (at[0], at[1] + CELL[0] + 3), more, CELL[1], _QUERY)
+
+
+def _draw_hit(
+    sheet: Image.Image,
+    canvas: ImageDraw.ImageDraw,
+    gallery: Gallery,
+    hit: Hit,
+    at: tuple[int, int],
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    _paste(sheet, canvas, gallery.thumbnail(hit.row), at)
+    score = f"{hit.rank}   {hit.score:.3f}"
+    where = "   ".join(
+        filter(None, [f"cam {hit.camera}" if hit.camera else "", facts.in_words(hit.time, gallery.manifest.times)])
+    )
+    for number, (text, colour) in enumerate([(score, _INK), (where or hit.id, _FAINT), (hit.id if where else "", _FAINT)]):
+        _write_text(canvas, font, (at[0], at[1] + CELL[0] + 3 + number * _LINE), text, CELL[1], colour)
+
+
+def _paste(sheet: Image.Image, canvas: ImageDraw.ImageDraw, jpeg: bytes, at: tuple[int, int]) -> None:
+    """An image in the middle of its cell, or an empty cell."""
+    canvas.rectangle((at[0], at[1], at[0] + CELL[1] - 1, at[1] + CELL[0] - 1), fill=_EMPTY)
+    if jpeg:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            sheet.paste(image.convert("RGB"), (at[0] + (CELL[1] - image.width) // 2, at[1] + (CELL[0] - image.height) // 2))
+
+
+def _from_file(name: str) -> bytes:
+    """A thumbnail of a query's own file."""
+    path = Path(name)
+    if not path.is_file():
+        return b""
+    from personmae.reid.transforms import decode_image
+
+    return sources.thumbnail(decode_image(name))
+
+
+def _font() -> ImageFont.FreeTypeFont:
+    """Matplotlib's own, which has the letters of most languages."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), _FONT)
+
+
+def _write_text(
+    canvas: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, at: tuple[int, int], text: str, width: int, colour: str
+) -> None:
+    """A line of text, its beginning left out where it is too long: the end of a path says more."""
+    shown = text
+    while shown and canvas.textlength(shown if shown == text else f"…{shown}", font=font) > width:
+        shown = shown[1:]
+    canvas.text(at, shown if shown == text else f"…{shown}", font=font, fill=colour)

@@ -1,0 +1,60 @@
+"""Cameras and times: from names, tables and columns, and what cannot be read as one."""
+
+import math
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from personmae.errors import UserError
+from personmae.gallery import facts
+
+
+@pytest.mark.parametrize(
+    ("name", "camera"),
+    [("0001_c2s1_000451_03.jpg", "2"), ("a/0001_c12_f3.jpg", "12"), ("x_c3/0001.jpg", ""), ("plain.jpg", ""), ("a:7", "")],
+)
+def test_a_camera_is_read_from_a_file_s_own_name(name, camera):
+    assert facts.camera_of(name) == camera
+
+
+def test_a_table_gives_cameras_and_times_by_id_in_any_order(tmp_path):
+    (tmp_path / "t.csv").write_text("\ufefftime,id,camera,more\n7.5,b,door,x\n,a,,y\n", encoding="utf-8")
+    found = facts.of_table(tmp_path / "t.csv", ["a", "b", "c"])
+    assert found.cameras == ["", "door", ""]
+    assert np.isnan(found.times).tolist() == [True, False, True]
+    assert (found.times[1], found.kind) == (7.5, facts.NUMBER)
+    (tmp_path / "t.csv").write_text("id,time\nx_c4s1.jpg,2026-05-31T14:00:00+02:00\n")
+    found = facts.of_table(tmp_path / "t.csv", ["x_c4s1.jpg"])
+    assert found.cameras == ["4"]
+    assert found.times.tolist() == [datetime(2026, 5, 31, 12, tzinfo=UTC).timestamp()]
+
+
+def test_a_date_without_a_zone_is_utc_and_comes_back_as_it_was():
+    for text in ("2026-05-31", "2026-05-31T14:00:00", "2026-05-31T14:00:00Z", "2026-05-31 16:00:00+02:00"):
+        (time,), kind = facts.parse_times([text], "here")
+        assert kind == facts.DATE
+        day = datetime(2026, 5, 31, 0 if len(text) == 10 else 14, tzinfo=UTC)
+        assert time == day.timestamp()
+        assert facts.in_words(time, kind) == day.strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert facts.in_words(1234567.25, facts.NUMBER) == "1234567.25"
+    assert facts.in_words(math.nan, None) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,time\na,soon\n", "must be a number or a date such as .* has 'soon'"),
+        ("id,time\na,1\nb,2026-01-01\n", "must be all dates or all numbers"),
+        ("id,time\na,nan\n", "must be a number or a date"),
+        ("id,time\na,1\na,2\n", "line 3, names a a second time"),
+        ("id,where\na,1\n", "needs the columns id and camera"),
+        ("", "needs the columns id and camera"),
+        ("id,time\nz,1\n", "names none of them"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_one_line(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        facts.of_table(tmp_path / "t.csv", ["a", "b"])
+    assert "\n" not in str(caught.value)
