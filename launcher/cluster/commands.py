@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from launcher.cluster import bucket, deployed, logs, render, status, suite
+from launcher.cluster import bucket, deployed, deployed_suite, logs, render, status, suite
 from launcher.cluster.kubectl import Kubectl
 from launcher.cluster.objects import finished, upload_to
 from launcher.cluster.render import Rendered
@@ -85,9 +85,11 @@ def submit_run(args: argparse.Namespace) -> None:
         print(f"{name}: {len(everything)} objects; nothing was asked of a cluster and nothing created")
         return
     kubectl = Kubectl(args.namespace, args.context)
-    deployed.preflight(kubectl, [r.run for r in runs], everything)
+    untried = deployed.preflight(kubectl, [r.run for r in runs], everything)
     if args.dry_run == "server":
-        print(f"{name}: the cluster would take all {len(everything)} objects; nothing was created")
+        for line in untried:
+            print(f"warning: {line}", file=sys.stderr)
+        print(f"{name}: the cluster would take all {len(everything) - len(untried)} objects; nothing was created")
         return
     since, *_ = [deployed.create(kubectl, [r.run for r in runs], each.objects, each.workload) for each in created]
     try:
@@ -249,6 +251,12 @@ def suspend_run(args: argparse.Namespace) -> None:
 
 def resume_run(args: argparse.Namespace) -> None:
     """``personmae resume``."""
+    kubectl = _kubectl(args)
+    if deployed_suite.has_ended(kubectl, args.run_name):
+        for line in deployed_suite.go_on(kubectl, args.run_name):
+            print(line)
+        print(f"{args.run_name} goes on; what is complete stays")
+        return
     for run in _suspend(args, False):
         print(f"{run} is resumed")
 
@@ -256,7 +264,7 @@ def resume_run(args: argparse.Namespace) -> None:
 def _suspend(args: argparse.Namespace, suspended: bool) -> list[str]:
     """Suspend or resume a run, or a suite's dispatcher and those of its stages that have begun and are not over."""
     kubectl = _kubectl(args)
-    states = deployed.states(kubectl, deployed.stages(kubectl, args.run_name))
+    states = deployed_suite.states(kubectl, args.run_name)
     runs = [*(run for run, state in states.items() if state == "at work"), args.run_name]
     for run in runs:
         deployed.set_suspended(kubectl, run, suspended)
@@ -275,15 +283,14 @@ def delete_run(args: argparse.Namespace) -> None:
     try:
         _, found = deployed.find(kubectl, args.run_name)
     except UserError as error:
-        deleted, others = deployed.delete(kubectl, args.run_name)  # what a creation may have left that failed half way
+        deleted, others = deployed_suite.delete(kubectl, args.run_name)  # what a creation may have left that failed half way
         if not deleted:
             raise UserError(f"{error}{_others(others)}") from None
         print(f"what there was of {args.run_name} is deleted{_others(others)}")
         return
-    stages = deployed.stages(kubectl, args.run_name)
-    if stages and not deployed.is_over(found):
+    if deployed_suite.stages(kubectl, args.run_name) and not deployed.is_over(found):
         deployed.set_suspended(kubectl, args.run_name, True)  # or its dispatcher would find its stages gone, and write that
-    others = [path for run in [*stages, args.run_name] for path in deployed.delete(kubectl, run)[1]]
+    _, others = deployed_suite.delete(kubectl, args.run_name)
     place = upload_to(found)
     kept = f"; its checkpoints stay at {place}" if place else ""
     print(f"{args.run_name} is deleted{kept}{_others(others)}")

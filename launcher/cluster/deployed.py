@@ -23,7 +23,8 @@ from launcher.cluster.objects import (
 )
 from personmae.errors import UserError
 
-_REFERRING = {"RoleBinding", "TrainJob"}  # refused until what they name exists, and in a dry run nothing comes to exist
+_REFERRING = {"RoleBinding": "role", "TrainJob": "runtime"}  # they are refused until what they name exists
+_SUBMITTER = "personmae-submitter"  # the role of k8s/overlays/namespace, which whoever may submit has
 _APPLY_SECONDS = 60  # admission by webhooks takes its time
 _PASSING = "exceeded quota|serviceaccount|service account|being terminated"  # words of a refusal that may pass
 _WAITING = {
@@ -34,8 +35,8 @@ _WAITING = {
 }  # for good
 
 
-def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> None:
-    """Find what the cluster would refuse, while nothing has been created.
+def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> list[str]:
+    """Find what the cluster would refuse, while nothing has been created. Returns a line for what it could not be asked.
 
     Raises:
         UserError: permission, the namespace, a secret or a kind is missing, or the name or the checkpoints' place is taken.
@@ -55,6 +56,30 @@ def preflight(kubectl: Kubectl, runs: Sequence[str], objects: list[Object]) -> N
     names.require_own_places(kubectl, runs, objects)
     names.warn_of_left_stores(kubectl)
     apply(kubectl, [item for item in objects if item["kind"] not in _REFERRING], dry_run=True)
+    return [
+        f"{item['kind']} {item['metadata']['name']} was not tried: a server wants the {named} that it names first"
+        for item in objects
+        if (named := _REFERRING.get(item["kind"])) and not _is_tried(kubectl, item)
+    ]
+
+
+def _is_tried(kubectl: Kubectl, item: Object) -> bool:
+    """Whether the server could be asked about an object that names one which is still to be created.
+
+    A binding is tried with the role of who submits, which is there and may be handed on by whoever has it. The rights of its
+    own role are looked at when that role is tried.
+    """
+    if item["kind"] != "RoleBinding":
+        return False
+    try:
+        if not kubectl.get("role.rbac.authorization.k8s.io", _SUBMITTER):
+            return False
+        apply(kubectl, [item | {"roleRef": item["roleRef"] | {"name": _SUBMITTER}}], dry_run=True)
+    except UserError as error:
+        if re.search('attempting to grant|cannot get resource "roles"', str(error)):
+            return False
+        raise
+    return True
 
 
 def _secrets(objects: list[Object]) -> set[str]:
@@ -76,14 +101,14 @@ def create(kubectl: Kubectl, runs: Sequence[str], objects: list[Object], owned: 
     try:
         apply(kubectl, objects)
         workload = kubectl.get(WORKLOADS[owned["kind"]][0], owned["metadata"]["name"])
-        _own(kubectl, workload, objects)
+        own(kubectl, workload, objects)
         return workload["metadata"]["creationTimestamp"]
     except BaseException as error:
         _delete_all(kubectl, runs, f"{error or 'interrupted'}")
         raise
 
 
-def _own(kubectl: Kubectl, workload: Object, objects: list[Object]) -> None:
+def own(kubectl: Kubectl, workload: Object, objects: list[Object]) -> None:
     """Let objects go with a workload, once the cluster has it."""
     owner = {key: workload[key] for key in ("apiVersion", "kind")} | {"blockOwnerDeletion": False}
     owner |= {key: workload["metadata"][key] for key in ("name", "uid")}
@@ -98,7 +123,7 @@ def adopt(kubectl: Kubectl, run: str) -> list[str]:
     _, workload = find(kubectl, run)
     alone = [item for item in of_run(kubectl, run)[0] if not item["metadata"].get("ownerReferences")]
     alone = [item for item in alone if item["kind"] not in WORKLOADS]
-    _own(kubectl, workload, alone)
+    own(kubectl, workload, alone)
     return [path_of(item) for item in alone]
 
 
@@ -188,13 +213,6 @@ def watch(kubectl: Kubectl, runs: Sequence[str], since: str, seconds: float, pau
         time.sleep(pause)
 
 
-def stages(kubectl: Kubectl, run: str) -> list[str]:
-    """The runs of a suite, from its dispatcher's plan; none of any other run."""
-    data = (kubectl.get("configmap", f"{run}-config") or {}).get("data", {})
-    plan = json.loads(data.get("plan.json", '{"stages": []}'))
-    return [stage["job"].removesuffix("-trainer") for stage in plan["stages"]]
-
-
 def find(kubectl: Kubectl, run: str) -> tuple[str, Object]:
     """Resource and object of a run's workload.
 
@@ -212,13 +230,6 @@ def find(kubectl: Kubectl, run: str) -> tuple[str, Object]:
 def trainer(workload: Object) -> str:
     """Name of the container that trains: Kubeflow Trainer wants one of its own."""
     return "node" if workload["kind"] == "TrainJob" else "trainer"
-
-
-def states(kubectl: Kubectl, runs: Sequence[str]) -> dict[str, str]:
-    """'Complete', 'Failed' with the reason, 'at work', or 'waits' where a run of a suite has no Job yet."""
-    jobs = kubectl.items("jobs.batch", "-l", "app.kubernetes.io/name=personmae") if runs else []
-    found = {job["metadata"]["labels"].get(INSTANCE): finished(job) or "at work" for job in jobs}
-    return {run: found.get(run, "waits") for run in runs}
 
 
 def set_suspended(kubectl: Kubectl, run: str, suspended: bool) -> None:

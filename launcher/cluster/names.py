@@ -12,6 +12,7 @@ from launcher.cluster.kustomization import Object
 from launcher.cluster.objects import (
     INSTANCE,
     OURS,
+    SUITE,
     WORKLOADS,
     finished,
     is_of,
@@ -77,9 +78,9 @@ def _is_going(kubectl: Kubectl, runs: Sequence[str], item: Object, own: dict[str
     if not any(is_of(run, item) for run in runs):
         raise UserError(f"{path_of(item)} is there already and is no object of personmae; give another --name")
     if item["kind"] in WORKLOADS:
-        raise UserError(
-            f"the run {run_of(item)} exists already ({finished(item) or 'at work'}); delete it first, or give another --name"
-        )
+        end, run = finished(item), run_of(item)
+        again = "resume or delete it" if end and item["metadata"].get("labels", {}).get(SUITE) == run else "delete it"
+        raise UserError(f"the run {run} exists already ({end or 'at work'}); {again} first, or give another --name")
     owners = item["metadata"].get("ownerReferences", [])
     if owners and not any(_stays(kubectl, owner, own) for owner in owners):
         return True  # the garbage collector will find it

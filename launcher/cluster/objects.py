@@ -12,6 +12,7 @@ from launcher.cluster.kustomization import Object
 
 MANAGER = "personmae"  # of the fields that are applied
 RUN = "personmae/run"  # the label of our own: the run's name
+SUITE = "personmae/suite"  # the same for a suite: its name, on every object of it and of its stages
 INSTANCE = "app.kubernetes.io/instance"
 OURS = "app.kubernetes.io/name=personmae"  # workloads and pods have it; a selector
 WORKLOADS = {  # kind -> resource, and the end of the workload's name
@@ -92,6 +93,12 @@ def delete(kubectl: Kubectl, run: str) -> tuple[list[str], list[str]]:
     if ours:
         kubectl.run("delete", *map(path_of, ours), "--ignore-not-found", "--cascade=foreground", "--wait=false", "-o", "name")
     return [path_of(item) for item in ours], [path_of(item) for item in others]
+
+
+def runs_of_suite(kubectl: Kubectl, suite: str) -> list[str]:
+    """The runs of which something is there that bears the suite's label; without the suite itself."""
+    found, _ = _listed(kubectl, KINDS, "-l", f"{SUITE}={suite}")
+    return sorted({run_of(item) for item in found} - {suite})
 
 
 def workloads(kubectl: Kubectl) -> tuple[list[Object], list[str]]:

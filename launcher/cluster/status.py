@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from launcher.cluster import bucket, pods
-from launcher.cluster.deployed import find, refusals, stages, states, trainer
+from launcher.cluster.deployed import find, refusals, trainer
+from launcher.cluster.deployed_suite import states
 from launcher.cluster.kubectl import Kubectl
 from launcher.cluster.kustomization import Object
 from launcher.cluster.objects import INSTANCE, OURS, finished, upload_to
@@ -34,7 +35,7 @@ def read(kubectl: Kubectl, run: str) -> dict[str, Any]:
         progress = pool.submit(_progress, kubectl, run, trainer(workload))
         warnings = pool.submit(refusals, kubectl, [run], workload["metadata"].get("creationTimestamp", ""))
         deployment = pool.submit(kubectl.get, "deployments.apps", f"{run}-store")
-        of_stages = pool.submit(lambda: states(kubectl, stages(kubectl, run)))
+        of_stages = pool.submit(lambda: states(kubectl, run))
         metrics = _newest(asked)
         age = pool.submit(_checkpoint_age, metrics, upload_to(workload))
     step = metrics.get("personmae_last_step")  # it comes with a run's first step

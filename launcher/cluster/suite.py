@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from launcher.cluster import kustomization, render
+from launcher.cluster.objects import SUITE
 from launcher.cluster.render import Rendered
 from launcher.cluster.request import Request, check_name, guess_overlay, image_of, overlay_of
 from personmae import config
@@ -24,7 +25,6 @@ from personmae.system import files
 from personmae.system.locations import escape
 
 PLAN_VERSION = 2  # of what the dispatcher reads: with all objects of each stage, not its Job alone
-SUITE = "personmae/suite"  # a label of every object of a suite and of its stages
 DELETED = "was deleted"  # how the state of a stage ends that somebody has deleted
 _KEPT_SECONDS = 90 * 86400  # of a Job that is over: as long as the dispatcher may look at it
 _SCORES = ("mAP", "rank1", "rank5", "rank10", "mINP")

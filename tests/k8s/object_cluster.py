@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from apiobjects import KINDS, Denied, Object, Objects, kind_of, qualified
 
 from launcher.cluster.kubectl import Kubectl
@@ -55,7 +54,7 @@ class ObjectCluster(Kubectl):
     def _answer(self, args: tuple[str, ...], text: str) -> str:
         match args:
             case ("apply", *rest):
-                for item in yaml.safe_load(text)["items"]:
+                for item in json.loads(text)["items"]:
                     self.objects.apply(item, dry_run="--dry-run=server" in rest)
                 return ""
             case ("get", "events" | "pods", *_):
