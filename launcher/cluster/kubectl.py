@@ -97,7 +97,9 @@ def _error_of(stderr: str, args: Sequence[str], namespace: str) -> str:
     first = re.sub(r"^[Ee]rror( from server)?( \(\w+\))?: ", "", first)
     hint = "see 'kubectl config get-contexts', or give --context and --namespace"
     text = "\n".join(lines).lower()
-    if "forbidden" in text:
+    if "denied request" in text or "denied the request" in text:
+        hint = "a policy of the cluster refuses it: change what it names, or ask the cluster's administrator"
+    elif "forbidden" in text:
         hint = f"ask for the role personmae-submitter in namespace {namespace} (k8s/overlays/namespace)"
     elif "namespaces" in text and "not found" in text:
         hint = "create it: kubectl apply -k k8s/overlays/namespace; or give another --namespace"

@@ -60,7 +60,8 @@ def test_an_object_of_any_stage_that_would_be_refused_is_refused_before_anything
 ) -> None:
     cluster.objects.policies.append(lambda item: POLICY if item["metadata"]["name"].startswith(refused) else None)
     assert submit(tmp_path) == 78
-    assert "denied request: label team is required" in error(capsys)
+    told = error(capsys)
+    assert "denied request: label team is required; a policy of the cluster refuses it" in told
     assert held(cluster) == set()
 
 
