@@ -37,6 +37,7 @@ class JobController:
         self.job, self._create, self._factor = job, create, factor
         self.pods: list[Pod] = []  # of all times
         self._judged: set[str] = set()
+        self._let_go: set[str] = set()  # deleted by the controller itself, for a suspension or a smaller size
         self._succeeded: set[int] = set()
         self._failed_indexes: set[int] = set()
         self._counted: dict[int, int] = {}  # failures by index
@@ -61,15 +62,17 @@ class JobController:
         live = [pod for pod in self.pods if not pod.ended]
         halted = bool(self.job["spec"].get("suspend")) or "deletionTimestamp" in self.job["metadata"]
         for pod in live:
-            if self._ending or halted or pod.index >= self.job["spec"]["completions"]:
+            if halted or pod.index >= self.job["spec"]["completions"]:
+                self._let_go.add(pod.name)
+            if self._ending or pod.name in self._let_go:
                 pod.delete()
         if not self._ending and not halted:
             self._replace(live)
         self._tell([pod for pod in self.pods if not pod.ended])
 
     def _judge(self, pod: Pod) -> None:
-        """Account for a pod that has ended: an index beyond the Job's size counts neither way."""
-        ours = pod.index < self.job["spec"]["completions"]
+        """Account for a pod that has ended: one that was let go counts neither way, for its index has no back-off then."""
+        ours = pod.index < self.job["spec"]["completions"] and pod.name not in self._let_go
         if pod.phase == "Succeeded":
             self._succeeded |= {pod.index} if ours else set()
             return
@@ -134,10 +137,9 @@ class JobController:
         taken = {pod.index for pod in there} | self._succeeded | self._failed_indexes
         for index in range(spec["completions"]):
             if len(there) < spec["parallelism"] and index not in taken and time.monotonic() > self._not_before.get(index, 0):
-                failures = {
-                    "batch.kubernetes.io/job-index-failure-count": str(self._counted.get(index, 0)),
-                    "batch.kubernetes.io/job-index-ignored-failure-count": str(self._ignored.get(index, 0)),
-                }
+                failures = {"batch.kubernetes.io/job-index-failure-count": str(self._counted.get(index, 0))}
+                if ignored := self._ignored.get(index):
+                    failures["batch.kubernetes.io/job-index-ignored-failure-count"] = str(ignored)
                 there.append(self._create(index, failures))
                 self.pods.append(there[-1])
 
