@@ -92,18 +92,20 @@ def write(folder: Path, pieces: Iterable[Piece], *, num_rows: int, dim: int, dty
         OSError: it cannot be written.
     """
     folder.mkdir(parents=True)
-    features = np.lib.format.open_memmap(folder / FEATURES, mode="w+", dtype=dtype, shape=(num_rows, dim))
     place = end = 0
-    rows, jpegs = pa.OSFile(str(folder / ROWS), "wb"), (folder / THUMBNAILS).open("wb")
-    with rows, jpegs, pa.ipc.new_file(rows, SCHEMA) as table:
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (num_rows, dim)}
+    # Written, not mapped: where the disk is full a mapped file ends the process by a signal.
+    features, jpegs = (folder / FEATURES).open("wb"), (folder / THUMBNAILS).open("wb")
+    rows = pa.OSFile(str(folder / ROWS), "wb")
+    with features, jpegs, rows, pa.ipc.new_file(rows, SCHEMA) as table:
+        np.lib.format.write_array_header_2_0(features, header)
         for piece in pieces:
-            features[place : place + len(piece.ids)] = piece.features
+            features.write(np.ascontiguousarray(piece.features, dtype).data)
             ends = end + np.cumsum([len(jpeg) for jpeg in piece.thumbnails], dtype=np.int64)
             table.write_batch(_batch(piece, ends))
             jpegs.writelines(piece.thumbnails)
             place, end = place + len(piece.ids), int(ends[-1])
     assert place == num_rows
-    features.flush()
     for name in (FEATURES, ROWS, THUMBNAILS):
         sync(folder / name)
     sync(folder)

@@ -17,7 +17,8 @@ from personmae.system import files
 FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 CELL: Final = sources.THUMBNAIL  # (height, width) in pixels
 MOST_CELLS: Final = 2000
-_GAP, _LINE, _FONT = 10, 14, 11
+_GAP, _LINE, _TITLE, _FONT = 12, 15, 19, 11
+_COLUMN: Final = 126  # pixels, in which a date with its time has room
 _WHITE, _INK, _FAINT, _EMPTY, _QUERY = "#ffffff", "#1a1a1a", "#5f6368", "#e8eaed", "#1a5fb4"
 
 
@@ -54,15 +55,15 @@ def draw(gallery: Gallery, answer: Answer) -> Image.Image:
             f"at most {MOST_CELLS:,} images fit into one picture. {len(answer.hits):,} queries of "
             f"{num_columns - 1:,} are more: give a smaller --top"
         )
-    height, width = CELL[0] + 3 * _LINE + _LINE + _GAP, CELL[1] + _GAP
+    height, width = CELL[0] + 3 * _LINE + _TITLE + _GAP, _COLUMN + _GAP
     sheet = Image.new("RGB", (num_columns * width + _GAP, len(answer.hits) * height + _GAP), _WHITE)
     canvas, font = ImageDraw.Draw(sheet), _font()
     for number, (query, hits) in enumerate(zip(answer.queries, answer.hits, strict=True)):
         top = _GAP + number * height
         _write_text(canvas, font, (_GAP, top), title(query), sheet.width - 2 * _GAP, _INK)
-        _draw_query(sheet, canvas, gallery, query, (_GAP, top + _LINE), font)
+        _draw_query(sheet, canvas, gallery, query, (_GAP, top + _TITLE), font)
         for place, hit in enumerate(hits, 1):
-            _draw_hit(sheet, canvas, gallery, hit, (_GAP + place * width, top + _LINE), font)
+            _draw_hit(sheet, canvas, gallery, hit, (_GAP + place * width, top + _TITLE), font)
     return sheet
 
 
@@ -79,7 +80,7 @@ def _draw_query(
     _paste(sheet, canvas, jpeg, at)
     canvas.rectangle((at[0] - 2, at[1] - 2, at[0] + CELL[1] + 1, at[1] + CELL[0] + 1), outline=_QUERY, width=2)
     more = f"query, {len(query.names)} images" if len(query.names) > 1 else "query"
-    _write_text(canvas, font, (at[0], at[1] + CELL[0] + 3), more, CELL[1], _QUERY)
+    _write_text(canvas, font, (at[0], at[1] + CELL[0] + 3), more, _COLUMN, _QUERY)
 
 
 def _draw_hit(
@@ -91,12 +92,10 @@ def _draw_hit(
     font: ImageFont.FreeTypeFont,
 ) -> None:
     _paste(sheet, canvas, gallery.thumbnail(hit.row), at)
-    score = f"{hit.rank}   {hit.score:.3f}"
-    where = "   ".join(
-        filter(None, [f"cam {hit.camera}" if hit.camera else "", facts.in_words(hit.time, gallery.manifest.times)])
-    )
-    for number, (text, colour) in enumerate([(score, _INK), (where or hit.id, _FAINT), (hit.id if where else "", _FAINT)]):
-        _write_text(canvas, font, (at[0], at[1] + CELL[0] + 3 + number * _LINE), text, CELL[1], colour)
+    score = f"{hit.rank}   {hit.score:.3f}" + (f"   cam {hit.camera}" if hit.camera else "")
+    when = facts.in_words(hit.time, gallery.manifest.times).replace("T", " ").removesuffix("Z")
+    for number, (text, colour) in enumerate([(score, _INK), (hit.id, _FAINT), (when, _FAINT)]):
+        _write_text(canvas, font, (at[0], at[1] + CELL[0] + 3 + number * _LINE), text, _COLUMN, colour)
 
 
 def _paste(sheet: Image.Image, canvas: ImageDraw.ImageDraw, jpeg: bytes, at: tuple[int, int]) -> None:

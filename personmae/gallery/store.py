@@ -86,7 +86,7 @@ def read_manifest(gallery: Path) -> Manifest:
 
 @contextlib.contextmanager
 def writing(gallery: Path, log: Log = lambda line: None, *, wait_seconds: float = _WAIT_SECONDS) -> Iterator[None]:
-    """Hold a gallery as its only writer. Readers go on. What a killed writer left is put in order first.
+    """Hold a gallery as its only writer. Readers go on. What a killed writer left is put in order first, and so is a failure.
 
     Raises:
         UserError: it is no gallery.
@@ -96,7 +96,12 @@ def writing(gallery: Path, log: Log = lambda line: None, *, wait_seconds: float 
     with (gallery / LOCK).open("ab") as file:
         _wait_for(file.fileno(), gallery, log, wait_seconds)
         settle(gallery)
-        yield
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # then the next writer does it
+                settle(gallery)
+            raise
 
 
 def _wait_for(file: int, gallery: Path, log: Log, wait_seconds: float) -> None:

@@ -14,6 +14,7 @@ import galleries
 import numpy as np
 import pytest
 import warm
+from full_disk import full_disk
 from galleries import build, ids_of, inputs, named, require_whole, write
 
 from personmae.errors import Unavailable, UserError
@@ -196,6 +197,7 @@ def test_features_that_cannot_be_compared_are_refused(tmp_path, array, message):
     with pytest.raises(UserError, match=message):
         edit.add(where, edit.Inputs(str(tmp_path / "f.npy")))
     require_whole(where, named(5))
+    assert len(list((where / store.SEGMENTS).iterdir())) == 1  # what was begun is deleted at once
 
 
 def test_features_of_another_model_are_refused(tmp_path):
@@ -219,6 +221,17 @@ def test_features_of_another_model_are_refused(tmp_path):
     with pytest.raises(UserError, match="features of the gallery's own model are required"):
         edit.add(tmp_path / "gallery", parquet("b.parquet", named(3, "b"), "another"))
     assert edit.add(tmp_path / "gallery", parquet("c.parquet", named(3, "c"), "one")).num_images == 33
+
+
+@pytest.mark.parametrize("action", ["add", "remove"])
+def test_a_full_disk_is_an_error_and_the_gallery_is_as_it_was(tmp_path, action):
+    where = build(tmp_path, named(90))
+    more, before = inputs(tmp_path, named(40, "b")), content(where) | {store.LOCK: b""}
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        edit.add(where, more) if action == "add" else edit.remove(where, named(3))
+    assert content(where) == before
+    edit.add(where, more)
+    require_whole(where, [*named(90), *named(40, "b")])
 
 
 # --- several processes, and kills ---

@@ -1,5 +1,6 @@
 """Queries by ids and by several at once, filters, re-ranking, and how answers are printed and drawn."""
 
+import io
 import json
 from pathlib import Path
 
@@ -187,13 +188,11 @@ def test_a_picture_shows_the_query_and_what_was_found(tmp_path, images):
             assert picture.size[1] > 2 * sheet.CELL[0]
             drawn = np.asarray(picture.convert("RGB")).astype(int)
     hit = answer.hits[0][0]
-    import io
-
     with Image.open(io.BytesIO(gallery.thumbnail(hit.row))) as image:
         thumbnail = np.asarray(image).astype(int)
     top, left = (
-        10 + 14 + (sheet.CELL[0] - thumbnail.shape[0]) // 2,
-        10 + (sheet.CELL[1] + 10) + (sheet.CELL[1] - thumbnail.shape[1]) // 2,
+        sheet._GAP + sheet._TITLE + (sheet.CELL[0] - thumbnail.shape[0]) // 2,
+        sheet._GAP + (sheet._COLUMN + sheet._GAP) + (sheet.CELL[1] - thumbnail.shape[1]) // 2,
     )
     there = drawn[top : top + thumbnail.shape[0], left : left + thumbnail.shape[1]]
     assert np.abs(there - thumbnail).mean() < 6  # it went through a JPEG once more
