@@ -21,6 +21,7 @@ from personmae.gallery.catalog import Gallery, open_gallery, open_gallery_of
 from personmae.gallery.segment import Piece
 from personmae.gallery.sources import Source
 from personmae.gallery.store import Log, Manifest, audit_line, commit
+from personmae.monitor.progress import counted
 from personmae.weights import extract
 from personmae.weights.extract_images import open_images
 from personmae.weights.loading import load_for_command
@@ -344,6 +345,7 @@ def _extracted(inputs: Inputs, folder: Path, gallery: Path, progress: Progress, 
     if outcome.rejects:
         listed = extract.rejects_beside(gallery)
         extract.rejects_beside(features).replace(listed)
-        log(f"{len(outcome.rejects):,} images are left out, listed in {listed}: {rejects.summary(outcome.rejects)}")
+        number = counted(len(outcome.rejects), "image")
+        log(f"{number} left out, listed in {listed}: {rejects.summary(outcome.rejects)}")
     plan.write_text(record, encoding="utf-8")
     return features

@@ -151,6 +151,20 @@ def test_a_query_of_images_needs_the_model_of_the_gallery(run, benchmark, built,
     assert str(run) in error
 
 
+def test_images_that_cannot_be_read_are_left_out_counted_and_listed(run, benchmark, tmp_path, capsys):
+    folder = tmp_path / "some"
+    folder.mkdir()
+    for path in sorted((benchmark / "bounding_box_test").glob("*.jpg"))[:30]:
+        shutil.copy(path, folder)
+    (folder / "broken_c1.jpg").write_bytes(b"no image")
+    assert main(["gallery", "build", str(folder), str(tmp_path / "gallery"), "--model", str(run)]) == EXIT_COMPLETE
+    out, err = capsys.readouterr()
+    assert f"30 images in {tmp_path / 'gallery'}. Search: exact" in out
+    assert f"1 image left out, listed in {tmp_path / 'gallery.rejects.jsonl'}" in err
+    assert json.loads((tmp_path / "gallery.rejects.jsonl").read_text())["key"] == "broken_c1.jpg"
+    assert "broken_c1.jpg" not in open_gallery(tmp_path / "gallery").rows["id"].to_pylist()
+
+
 def test_a_build_that_is_killed_goes_on_and_nothing_half_written_has_its_name(run, benchmark, built, tmp_path):
     where, log = tmp_path / "gallery", tmp_path / "log"
     arguments = ["-m", "personmae", "gallery", "build", benchmark / "bounding_box_test", where, "--model", run]
