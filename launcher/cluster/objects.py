@@ -98,7 +98,7 @@ def delete(kubectl: Kubectl, run: str) -> tuple[list[str], list[str]]:
 def runs_of_suite(kubectl: Kubectl, suite: str) -> list[str]:
     """The runs of which something is there that bears the suite's label; without the suite itself."""
     found, _ = _listed(kubectl, KINDS, "-l", f"{SUITE}={suite}")
-    return sorted({run_of(item) for item in found} - {suite})
+    return sorted({run_of(item) for item in found if item["metadata"].get("labels", {}).get(SUITE) == suite} - {suite})
 
 
 def workloads(kubectl: Kubectl) -> tuple[list[Object], list[str]]:
