@@ -2,6 +2,7 @@
 comes to its end."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from typing import Any
 import pytest
 from programs import ROOT, SETTINGS, environment
 
+sys.path.append(str(ROOT / "benchmarks"))  # which is no package
+board: Any = importlib.import_module("dashboard")
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 PORT = 20000 + os.getpid() % 9000
 AGENT, SERVER = f"127.0.0.1:{PORT}", f"127.0.0.1:{PORT + 1}"
@@ -80,6 +83,7 @@ class Scraped:
     samples: list[dict[str, Any]]  # all that the server has, by series
     types: dict[str, str]
     refused: list[str]  # expressions of the dashboard that the server does not take
+    empty: set[str]  # panels of the dashboard that show nothing
     lost: float
     ended: int
     last: dict[str, float]  # what the server knows of a run that is complete
@@ -120,8 +124,7 @@ def scraped(shard_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def watch(folder: Path, shard_dir: Path, start: Callable[..., subprocess.Popen[Any]]) -> Scraped:
-    log = folder / "agent.log"
-    data = folder / "data"
+    log, data, begun = folder / "agent.log", folder / "data", time.time()
     server = ["--config.file", folder / "prometheus.yaml", "--storage.tsdb.path", data, "--web.listen-address", SERVER]
     start("prometheus", "prometheus", *server)
     start("store", sys.executable, "-m", "launcher.elastic", "store", "--port", str(PORT + 2))
@@ -148,6 +151,8 @@ def watch(folder: Path, shard_dir: Path, start: Callable[..., subprocess.Popen[A
     time.sleep(1.5)
     samples = query('{__name__=~"personmae_.*"}[1h]')
     refused = [expression for expression in dashboard() if not is_taken(expression)]
+    answers = board.ask_all(SERVER, board.panels_of(json.loads(board.BOARD.read_text())), begun, time.time(), 1)
+    empty = {f"{panel.row}: {panel.title}" for panel, curves in answers if not curves}
     agent.terminate()
     ended = agent.wait(timeout=60)
     short = [f"run_dir={folder / 'short'}", "train.total_steps=3", "engine.name=native", "metrics.peak_tflops=1"]
@@ -165,7 +170,7 @@ def watch(folder: Path, shard_dir: Path, start: Callable[..., subprocess.Popen[A
     types = {name: found[0]["type"] for name, found in metadata.items() if name.startswith("personmae_")}
     agent.terminate()
     complete, left = agent.wait(timeout=60), (folder / "short/openmetrics.txt").read_text()
-    return Scraped(before, stopped, text, samples, types, refused, lost, ended, last, left, complete)
+    return Scraped(before, stopped, text, samples, types, refused, empty, lost, ended, last, left, complete)
 
 
 def dashboard() -> list[str]:
@@ -222,6 +227,14 @@ def test_the_stall_alert_goes_pending_when_a_rank_is_stopped(scraped: Scraped) -
 def test_the_dashboard_asks_nothing_that_prometheus_does_not_understand(scraped: Scraped) -> None:
     assert len(dashboard()) > 15
     assert scraped.refused == []
+
+
+def test_every_panel_of_the_dashboard_shows_something_but_those_that_need_what_is_not_here(scraped: Scraped) -> None:
+    gpus = {
+        f"{panel.row}: {panel.title}" for panel in board.panels_of(json.loads(board.BOARD.read_text())) if panel.row == "GPUs"
+    }
+    bucket = {"Data: Reads of the store", "Data: Time of a read, 99th percentile", "Data: Share of shards found in the cache"}
+    assert scraped.empty == gpus | bucket
 
 
 def test_promtool_finds_nothing_wrong_with_what_is_exported(scraped: Scraped) -> None:
