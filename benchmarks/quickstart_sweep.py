@@ -1,6 +1,6 @@
 """What the quickstart's choices are worth: mask, batch, steps and decoders, each by frozen features and by fine-tuning.
 
-    python benchmarks/quickstart_sweep.py                     # all arms with seed 0: about two hours and a half on 2 CPU cores; resumable
+    python benchmarks/quickstart_sweep.py                     # all arms with seed 0: 2.5 hours on 2 CPU cores; resumable
     python benchmarks/quickstart_sweep.py quickstart half     # these alone
 
 Writes ``benchmarks/results/quickstart_sweep.json``, a row for each arm: the pixel loss at the end, mAP of the probe's two
