@@ -82,7 +82,6 @@ def test_several_are_one_person_the_mean_of_their_features(gallery):
         (Filters(cameras=("2",), other_cameras=True), lambda n: False),
         (Filters(since=30, cameras=("0",), other_cameras=True), lambda n: n >= 30 and n % 4 == 0),
     ],
-    ids=str,
 )
 def test_filters_leave_exactly_what_they_say(gallery, filters, keeps):
     answer = search.search(gallery, search.by_ids(gallery, [IDS[6]]), top=0, filters=filters)

@@ -142,7 +142,6 @@ def test_batches_change_nothing_and_no_image_gives_no_row(loaded, paths):
         ("gone.jpg", "cannot read gone.jpg"),
         (Image.new("F", (4, 8)), "pixels of a known range is required. Got mode F"),
     ],
-    ids=str,
 )
 def test_what_is_no_image_is_refused_in_one_line(loaded, image, message):
     with pytest.raises(UserError, match=message) as caught:
