@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that spin while they wait cost four times the time on a busy machine
+# scikit-learn sets these when it is imported. Programs under test have them from the start, whatever ran before.
+os.environ |= {"KMP_DUPLICATE_LIB_OK": "True", "KMP_INIT_AT_FORK": "FALSE"}
 
 import cv2
 import numpy as np
