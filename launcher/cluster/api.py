@@ -33,9 +33,9 @@ class Refused(OSError):  # noqa: N818 - an answer
     """
 
     def __init__(self, what: str, code: int, text: str):
-        told = _status_of(text)
-        super().__init__(f"{what} was refused ({code}): {' '.join(told.get('message', text).split())[:_MOST_WORDS]}")
-        self.code, self.reason, self.details = code, told.get("reason", ""), told.get("details") or {}
+        status = _status_of(text)
+        super().__init__(f"{what} was refused ({code}): {' '.join(status.get('message', text).split())[:_MOST_WORDS]}")
+        self.code, self.reason, self.details = code, status.get("reason", ""), status.get("details") or {}
         passing = code >= 500 or code in _PASSING_CODES or any(words in str(self) for words in _PASSING_WORDS)
         self.final = not passing
 
@@ -113,7 +113,7 @@ class Api:
 def _status_of(text: str) -> dict[str, Any]:
     """The ``Status`` object of an answer; a proxy's answer is none."""
     try:
-        told = json.loads(text)
+        status = json.loads(text)
     except ValueError:
         return {}
-    return told if isinstance(told, dict) else {}
+    return status if isinstance(status, dict) else {}

@@ -133,8 +133,8 @@ class Stages:
     def given_up(self, error: OSError) -> dict[str, str]:
         """The states of all stages when the cluster says no more."""
         known = self._remembered or {}
-        told = {stage["name"]: known.get(stage["name"], "") for stage in self._plan["stages"]}
-        return {name: state if suite.is_over(state) else f"Failed: not known, {error}" for name, state in told.items()}
+        states = {stage["name"]: known.get(stage["name"], "") for stage in self._plan["stages"]}
+        return {name: state if suite.is_over(state) else f"Failed: not known, {error}" for name, state in states.items()}
 
     def _look(self, stage: Stage, known: str) -> str:
         """The state of a stage that is not over as far as is remembered."""

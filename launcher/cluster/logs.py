@@ -89,11 +89,11 @@ def _waiting(there: list[Object]) -> str:
     """What keeps pods from running, in a line."""
     size = max(map(pods.index_of, there), default=-1) + 1
     rows = pods.by_index(there, size, time.time(), alive=True)
-    told: dict[str, list[str]] = {}  # words -> the indexes that they are of
+    waiting: dict[str, list[str]] = {}  # words -> the indexes that they are of
     for row in rows:
         if row["phase"] not in _AT_REST:
-            told.setdefault(f"{row['phase']}, {row['reason']}", []).append(f"index {row['index']}")
-    lines = [f"{deployed.several(of)}: {words}" for words, of in told.items()]
+            waiting.setdefault(f"{row['phase']}, {row['reason']}", []).append(f"index {row['index']}")
+    lines = [f"{deployed.several(of)}: {words}" for words, of in waiting.items()]
     return "; ".join(lines[:3]) + (" ..." if len(lines) > 3 else "") or "there is no pod yet"
 
 

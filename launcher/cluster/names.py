@@ -119,5 +119,5 @@ def warn_of_left_stores(kubectl: Kubectl) -> None:
     for item in kubectl.items("deployments.apps", "-l", f"{OURS},app.kubernetes.io/component=store"):
         metadata = item["metadata"]
         if run_of(item) not in alive and not metadata.get("ownerReferences") and not metadata.get("deletionTimestamp"):
-            told = f"{path_of(item)} is left of the run {run_of(item)}, whose workload is gone"
-            print(f"warning: {told}: personmae delete {run_of(item)} -n {kubectl.namespace}", file=sys.stderr)
+            found = f"{path_of(item)} is left of the run {run_of(item)}, whose workload is gone"
+            print(f"warning: {found}: personmae delete {run_of(item)} -n {kubectl.namespace}", file=sys.stderr)

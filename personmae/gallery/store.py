@@ -105,7 +105,7 @@ def writing(gallery: Path, log: Log = lambda line: None, *, wait_seconds: float 
 
 
 def _wait_for(file: int, gallery: Path, log: Log, wait_seconds: float) -> None:
-    deadline, told = time.monotonic() + wait_seconds, False
+    deadline, logged = time.monotonic() + wait_seconds, False
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,9 +114,9 @@ def _wait_for(file: int, gallery: Path, log: Log, wait_seconds: float) -> None:
                 raise Unavailable(
                     f"another process has been writing {gallery} for {wait_seconds:g} s. Run this again when it has ended"
                 ) from None
-            if not told:
+            if not logged:
                 log(f"waiting for another process that writes {gallery}")
-            told = True
+            logged = True
             time.sleep(0.05)
 
 
