@@ -232,9 +232,9 @@ def _with_nan(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_settings(path: Path) -> Settings:
-    """The configuration of a run. Pre-training has no ``init``, and only unsupervised training has clusters."""
+    """The configuration of a run. Pre-training has no benchmark, and only unsupervised training has clusters."""
     fields = config.read(path).values
-    kind = config.Unsupervised if "cluster" in fields else config.Finetune if "init" in fields else config.Pretrain
+    kind = config.Unsupervised if "cluster" in fields else config.Finetune if "benchmark" in fields else config.Pretrain
     return config.load(kind, path)
 
 

@@ -9,7 +9,7 @@ import foreign
 import pytest
 import torch
 from people import FEW_CLUSTERS, draw_few_people
-from test_importer import GOLDEN
+from test_foreign import GOLDEN
 from torch import Tensor
 from torch.testing import assert_close
 
