@@ -31,7 +31,13 @@ STAGES = (
     *("inputs", "teacher", "student forward", "student backward", "pixel decoder", "feature decoder", "losses"),
     *("optimizer", "average"),
 )
-MODELS = {"micro": (128, 64), "small": (256, 128), "base": (256, 128), "large": (256, 128)}  # the sizes at what they train on
+MODELS = {
+    "micro": (128, 64),
+    "tiny": (256, 128),
+    "small": (256, 128),
+    "base": (256, 128),
+    "large": (256, 128),
+}  # the sizes at what they train on
 
 
 @dataclass(frozen=True, slots=True)

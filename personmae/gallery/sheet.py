@@ -7,6 +7,7 @@ from typing import Final
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from personmae import images
 from personmae.errors import UserError
 from personmae.gallery import facts, sources
 from personmae.gallery.catalog import Gallery
@@ -102,8 +103,8 @@ def _paste(sheet: Image.Image, canvas: ImageDraw.ImageDraw, jpeg: bytes, at: tup
     """An image in the middle of its cell, or an empty cell."""
     canvas.rectangle((at[0], at[1], at[0] + CELL[1] - 1, at[1] + CELL[0] - 1), fill=_EMPTY)
     if jpeg:
-        with Image.open(io.BytesIO(jpeg)) as image:
-            sheet.paste(image.convert("RGB"), (at[0] + (CELL[1] - image.width) // 2, at[1] + (CELL[0] - image.height) // 2))
+        image = Image.fromarray(images.decode(jpeg).pixels)
+        sheet.paste(image, (at[0] + (CELL[1] - image.width) // 2, at[1] + (CELL[0] - image.height) // 2))
 
 
 def _from_file(name: str) -> bytes:
