@@ -125,7 +125,7 @@ def precision_line(native: Native, rates: dict[str, float]) -> Line:
 
 
 def size_lines(speeds: Speeds) -> list[Line]:
-    """Images a second of each size that people train here."""
+    """Images a second of each size that people train here: all but large."""
     lines = []
     for size, img_size in MODELS.items():
         if size != "large":

@@ -42,7 +42,7 @@ def test_sizes_that_were_not_measured_follow_by_their_operations() -> None:
     assert lines["small at 256x128"] == "about 30 images/s"
     base = 30 * small / Work("base", spec_at(MODELS["base"])).flops
     assert lines["base at 256x128"] == f"about {base:.2g} images/s, counted from small's"
-    assert len(lines) == 3
+    assert len(lines) == len(MODELS) - 1  # all but large, which nobody trains on such a machine
 
 
 def test_the_quickstart_is_its_steps_its_drawing_and_its_starts(monkeypatch: pytest.MonkeyPatch) -> None:
