@@ -222,7 +222,7 @@ class Rehearsal:
         """What ``what`` returns once that is true. Raises ``TimeoutError``, at once where a process has failed."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and not any(process.poll() in (1, 78) for process in self._started):
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(OSError, ValueError, LookupError):  # not up yet, or nothing there yet
                 if found := what():
                     return found
             time.sleep(0.5)

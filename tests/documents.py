@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+ROOT = Path(__file__).resolve().parents[1]
+TOP = ("README.md", "CONTRIBUTING.md", "configs/README.md", "benchmarks/README.md", "k8s/README.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 MOST_CHARACTERS = 100
 _PROMPT = re.compile(r"^[\w-]+\$ ")
 _COMMENT = re.compile(r"(^|\s)#\s.*$")
@@ -31,6 +34,10 @@ class Measures:
     median_words: float  # of a sentence, outside of tables and code
     semicolons: float  # in 1,000 words, tables included
     long_lines: list[str]  # that could be shorter
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(text: str) -> list[Block]:

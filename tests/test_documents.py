@@ -1,48 +1,25 @@
-"""The documents are true: their commands parse, the files they name exist, their Python runs, and their sentences are short."""
+"""The documents are true: their commands parse, the files they name exist, and their Python runs."""
 
-import argparse
 import ast
-import itertools
 import re
-import runpy
 import shlex
 import signal
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import documents
 import pytest
+from documents import PAGES, ROOT, name_of
+from typed_commands import check
 
-import launcher.program
-from launcher.cluster import suite
-from launcher.elastic import __main__ as elastic
-from personmae import __main__, config
+from personmae import __main__
 from personmae.checkpoint import portable
 from personmae.commands import about
 from personmae.errors import UserError
-from personmae.keys.renamed import print_new_name
 
-ROOT = Path(__file__).resolve().parents[1]
-TOP = ("README.md", "CONTRIBUTING.md", "configs/README.md", "benchmarks/README.md", "k8s/README.md")
-PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
-OTHER_CONFIG = {"pretrain": "pretrain_vit_base", "finetune": "finetune_market1501", "unsupervised": "usl_market1501"}
 NO_FILES = {"results.md", "config.yaml", "X.py"}  # what programs leave in a run, and what stands for several
-PLAIN_WORDS = {  # what was written before, and what is written now
-    "the usual way": "baseline",
-    "by hand": "measured once",
-    "mend": "fix",
-    "anew": "again",
-    "milestone": "nothing outside the repository",
-    "the design": "nothing outside the repository",
-}
 _OURS = re.compile(r"\bpersonmae (?!-)|-m launcher\.elastic|launcher/\w+\.py")
 SHORT = re.compile(r"\.\.\.|\bX\b|[|\[]")  # a command that leaves something out, or stands for several
-
-
-def name_of(page: Path) -> str:
-    return str(page.relative_to(ROOT))
 
 
 def typed(page: Path) -> list[str]:
@@ -73,155 +50,6 @@ SPANS = {(name_of(page), span) for page in PAGES for span in said(page)}
 
 
 # --- commands ---
-
-
-class Checked(Exception):  # noqa: N818 - a way to end
-    """A program's own parser has taken its command line; nothing is done then."""
-
-
-def check(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Have a command line parsed by the parser that it is for. Fails where that refuses it, or where a name is an old one."""
-    print_new_name.cache_clear()
-    monkeypatch.chdir(ROOT)
-    try:
-        check_line(line, monkeypatch)
-    except SystemExit:
-        pytest.fail(f"{line!r} is refused: {capsys.readouterr().err}")
-    assert "is called" not in capsys.readouterr().err
-
-
-def check_line(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if inner := re.search(r"--wrap '([^']*)'|\"\$\(([^)]*)\)\"", line):
-        line = inner[1] or inner[2]
-    variables = re.sub(r"\$\{[^}]*\}|\$\w+", "1", line)
-    words = [word for word in shlex.split(variables) if word not in ("...", "&")]
-    check_words(list(itertools.takewhile(lambda word: word not in (">", "|"), words)), monkeypatch)
-
-
-def check_words(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``check_line``; before the program may stand what starts it, such as srun or docker."""
-    start = next((i for i, word in enumerate(words) if word in _CHECKS), None)
-    assert start is not None, f"no test knows how to check {words}"
-    _CHECKS[words[start]](words[start + 1 :], monkeypatch)
-
-
-def check_verb(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if words[:1] == ["--"]:  # another program in the image
-        check_words(words[1:], monkeypatch)
-        return
-    args = __main__.build_parser().parse_args(words)
-    if hasattr(args, "overrides"):
-        check_settings(args.verb, str(args.config), [*args.overrides, *getattr(args, "set", [])])
-    elif config_path := getattr(args, "config", None):
-        assert str(config_path).isupper() or (ROOT / config_path).is_file()
-
-
-def check_settings(verb: str, path: str, overrides: Sequence[str]) -> None:
-    """The configuration of a command with its overrides; for a name such as CONFIG, one of the same program."""
-    file = ROOT / path
-    if path.isupper():
-        file = ROOT / "configs" / f"{OTHER_CONFIG.get(verb, 'pretrain_vit_base')}.yaml"
-    if suite.is_suite(file):
-        assert suite.load(file, overrides)
-        return
-    assert config.load(config.PROGRAMS[verb if verb in config.PROGRAMS else config.program_of(file)], file, overrides)
-
-
-def check_python(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if words[:2] == ["-m", "launcher.elastic"]:
-        args = elastic.build_parser().parse_args(words[2:])
-        if script := [word for word in getattr(args, "command", []) if word != "--"]:
-            check_launched(script, monkeypatch)
-    elif words[:2] == ["-m", "pytest"]:
-        assert [word for word in words if word.startswith("tests/") and not (ROOT / word).exists()] == []
-    else:
-        check_benchmark(words[0], words[1:], monkeypatch)
-
-
-def check_benchmark(script: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start a script of ``benchmarks/`` up to where its command line is parsed."""
-    assert (ROOT / script).is_file()
-    if "parse_args" not in documents.read(ROOT / script):
-        assert words == [], f"{script} takes no arguments"
-        return
-    parse = argparse.ArgumentParser.parse_args
-
-    def parse_and_stop(parser: argparse.ArgumentParser, *_: object) -> None:
-        parse(parser, words)
-        raise Checked
-
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    monkeypatch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
-    with pytest.raises(Checked):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-
-
-def check_launched(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """``launcher/X.py`` and its arguments, by its own parser; before it may stand the launcher's."""
-    at = next(i for i, word in enumerate(words) if word.startswith("launcher/"))
-    assert (ROOT / words[at]).is_file()
-
-    def run_config(name: str, path: str, args: argparse.Namespace) -> None:
-        check_settings(name, path, args.overrides)
-
-    monkeypatch.setattr(launcher.program, "run_config", run_config)
-    monkeypatch.setattr(sys, "argv", words[at:])
-    if code := launcher.program.main(Path(words[at]).stem):
-        raise SystemExit(code)
-
-
-def check_deepspeed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeed.launcher import runner
-
-    check_launched(words, monkeypatch)
-    assert runner.parse_args(words).user_script.startswith("launcher/")
-
-
-def check_torchrun(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.distributed import run
-
-    check_launched(words, monkeypatch)
-    assert run.parse_args(words).training_script.startswith("launcher/")
-
-
-def check_make(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    makefile = documents.read(ROOT / "Makefile")
-    for word in words:
-        name, equals, _ = word.partition("=")
-        assert re.search(rf"(?m)^{name} \?=" if equals else rf"(?m)^{name}:.*##", makefile), f"the Makefile has no {word}"
-
-
-def check_gpu_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    script = documents.read(ROOT / "benchmarks/gpu.sh")
-    assert [word for word in words if word.startswith("--") and f"    {word})" not in script] == []
-
-
-def check_docker(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if words[0] == "run":  # else it is about the image as a whole
-        check_words(words[1:], monkeypatch)
-
-
-def check_kubectl(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [folder for option, folder in itertools.pairwise(words) if option == "-k" and not (ROOT / folder).is_dir()] == []
-
-
-def check_nothing(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command of the shell's own."""
-
-
-_CHECKS = {
-    "personmae": check_verb,
-    "REGISTRY/personmae": check_verb,
-    "python": check_python,
-    ".venv/bin/python": check_python,
-    "deepspeed": check_deepspeed,
-    "torchrun": check_torchrun,
-    "make": check_make,
-    "benchmarks/gpu.sh": check_gpu_script,
-    "docker": check_docker,
-    "kubectl": check_kubectl,
-    "export": check_nothing,
-}
 
 
 @pytest.mark.parametrize(("page", "line"), cases(COMMANDS))
@@ -410,58 +238,3 @@ def test_python_blocks_compile_and_no_block_is_of_an_unknown_language(page):
         assert block.language in ("", "bash", "python", "text", "yaml", "mermaid")
         if block.language == "python":
             compile(block.text, name_of(page), "exec")
-
-
-# --- prose ---
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_sentences_are_short_and_lines_fit(page):
-    found = documents.measure(documents.read(page))
-    assert found.median_words <= 18
-    assert found.semicolons <= 2
-    assert found.long_lines == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_words_are_plain(page):
-    text = " ".join(documents.without_code(documents.read(page)).lower().split())
-    assert [word for word in PLAIN_WORDS if re.search(rf"\b{word}\b", text)] == []
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_lines_of_configurations_fit(file):
-    assert [line for line in documents.read(file).splitlines() if len(line) > documents.MOST_CHARACTERS] == []
-
-
-def test_the_readme_is_a_screen_and_a_half():
-    assert len(documents.read(ROOT / "README.md").splitlines()) <= 90
-
-
-def test_measures_count_what_they_say():
-    text = """# A heading; not prose
-
-One two three. Four `five; six` seven; eight nine? See Eq. (5) too.
-
-| a | b; c |
-|---|---|
-
-- an item of
-  five words
-
-```
-code; code; code. Not a sentence.
-```
-"""
-    assert documents.sentences(text) == [
-        "One two three.",
-        "Four code seven; eight nine?",
-        "See Eq (5) too.",
-        "an item of five words",
-    ]
-    found = documents.measure(text)
-    assert found.median_words == 4.5
-    assert found.semicolons == pytest.approx(1000 * 3 / 24)
-    assert found.long_lines == []
-    assert documents.long_lines(f"{'word ' * 30}\n| {'cell ' * 30}\n{'x' * 130}\n") == ["word " * 30]
-    assert documents.anchors("## What may be deleted\n### `a.b`, twice") == {"what-may-be-deleted", "ab-twice"}

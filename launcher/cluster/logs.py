@@ -24,6 +24,7 @@ PAUSE_SECONDS = 2.0
 _LOST_SECONDS = 5.0  # a connection that has ended is taken up again where its container still runs then
 _LAST_SECONDS = 10.0  # for what is still under way when the run is over
 _MISSES = 30  # looks in a row without an answer
+_REFUSALS = 30  # kubectls in a row that fail before they print a line
 _AT_REST = ("Running", "Succeeded", "-")
 _MOST = "--max-log-requests=200"
 Part = tuple[str, str]  # a pod and one of its containers
@@ -104,6 +105,7 @@ class _Stream:
     parts: list[Part]
     process: "subprocess.Popen[str]"
     printer: threading.Thread
+    printed: threading.Event
     ended: float | None = None  # of time.monotonic
 
 
@@ -119,9 +121,16 @@ class _Follower:
     unread: threading.Event = field(default_factory=threading.Event)
     streams: list[_Stream] = field(default_factory=list)
     known: set[Part] = field(default_factory=set)
+    refusals: int = 0
     said: str = ""
 
     def follow(self) -> None:
+        """Print until the run is over.
+
+        Raises:
+            UserError: the cluster does not answer, or shows no logs, for too long.
+            BrokenPipeError: nobody reads them any more.
+        """
         try:
             self._follow()
         finally:
@@ -163,6 +172,7 @@ class _Follower:
         for stream in self.streams:
             if stream.ended is None and stream.process.poll() is not None:
                 stream.ended = time.monotonic()
+                self._count(stream)
             lost = stream.ended is not None and time.monotonic() - stream.ended > _LOST_SECONDS
             for part in [part for part in stream.parts if lost and part in running]:
                 stream.parts.remove(part)
@@ -174,6 +184,12 @@ class _Follower:
             self._start(group, since)
         self.known.update(fresh)
 
+    def _count(self, stream: _Stream) -> None:
+        """Count failures in a row: a right that is missing never comes by itself."""
+        self.refusals = self.refusals + 1 if stream.process.returncode and not stream.printed.is_set() else 0
+        if self.refusals == _REFUSALS:
+            raise UserError(f"kubectl logs has failed {_REFUSALS} times in a row; its own words are above")
+
     def _start(self, parts: list[Part], since: list[str]) -> None:
         """Follow containers: one by its name, several by what selects them all."""
         pod, container = parts[0]
@@ -181,14 +197,16 @@ class _Follower:
         command = [*self.kubectl.command, "logs", *named, "-c", container, "--prefix", "--follow", *since]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", errors="replace")
         assert process.stdout
-        printer = threading.Thread(target=self._print, args=(process.stdout,), daemon=True)
+        printed = threading.Event()
+        printer = threading.Thread(target=self._print, args=(process.stdout, printed), daemon=True)
         printer.start()
-        self.streams.append(_Stream(parts, process, printer))
+        self.streams.append(_Stream(parts, process, printer, printed))
 
-    def _print(self, lines: IO[str]) -> None:
+    def _print(self, lines: IO[str], printed: threading.Event) -> None:
         """Pass on whole lines, of several streams in turn."""
         with lines:
             for line in lines:
+                printed.set()
                 with self.lock:
                     try:
                         sys.stdout.write(line)

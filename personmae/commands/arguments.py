@@ -174,3 +174,19 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def add_max_rejects(parser: argparse.ArgumentParser) -> None:
+    """``--max-rejects``, of the verbs that read images of all kinds."""
+    parser.add_argument(
+        "--max-rejects",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="largest share of unreadable images (default 0.05). Above it the exit code is 1",
+    )
+
+
+def add_unfinished(parser: argparse.ArgumentParser) -> None:
+    """``--unfinished``, of the verbs that take a run."""
+    parser.add_argument("--unfinished", action="store_true", help="accept a run whose training is not finished")

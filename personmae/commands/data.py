@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from personmae.commands.arguments import Progress, place, positive
+from personmae.commands.arguments import Progress, add_max_rejects, place, positive
 from personmae.monitor.progress import counted, ending, log_to_stderr, stamped
 
 _SHARDS_WRITE = """\
@@ -94,13 +94,7 @@ def _shards_write_arguments(actions: argparse._SubParsersAction) -> None:
     write.add_argument("--shard-mb", type=positive, default=64, metavar="N", help="largest size of a shard in MiB (default 64)")
     write.add_argument("--max-side", type=int, metavar="N", help="shrink images whose longer side exceeds N pixels")
     write.add_argument("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: one a CPU core)")
-    write.add_argument(
-        "--max-rejects",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="largest share of unreadable images (default 0.05). Above it the exit code is 1",
-    )
+    add_max_rejects(write)
     write.add_argument("--if-missing", action="store_true", help="do nothing when DEST already holds a complete data set")
     write.add_argument("--column", metavar="NAME", help="the column of images in MDS shards and parquet files")
     write.add_argument(

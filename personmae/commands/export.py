@@ -5,7 +5,7 @@ import shlex
 import time
 from pathlib import Path
 
-from personmae.commands.arguments import Progress, counting, place
+from personmae.commands.arguments import Progress, add_max_rejects, add_unfinished, counting, place
 from personmae.monitor.progress import counted, ending, log, log_to_stderr
 
 _EXPORT = """\
@@ -49,7 +49,7 @@ def add_export(verbs: argparse._SubParsersAction) -> None:
         metavar=("NAME", "ROOT"),
         help="also compare mAP of the checkpoint and of an exported file on a benchmark",
     )
-    verb.add_argument("--unfinished", action="store_true", help="accept a run whose training is not finished")
+    add_unfinished(verb)
     verb.set_defaults(run=_export)
 
 
@@ -84,14 +84,8 @@ def add_extract(verbs: argparse._SubParsersAction) -> None:
         "--precision", choices=["fp32", "bf16"], default="fp32", help="fp32 gives what evaluate gives (default). bf16 is faster"
     )
     verb.add_argument("--processes", type=counting, metavar="N", help="(default: one a CPU core, or one a GPU)")
-    verb.add_argument(
-        "--max-rejects",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="largest share of unreadable images (default 0.05). Above it the exit code is 1",
-    )
-    verb.add_argument("--unfinished", action="store_true", help="accept a run whose training is not finished")
+    add_max_rejects(verb)
+    add_unfinished(verb)
     verb.set_defaults(run=_extract)
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from personmae.commands.arguments import Parser, Progress, counting, place
+from personmae.commands.arguments import Parser, Progress, add_unfinished, counting, place
 from personmae.errors import UserError
 from personmae.monitor.progress import counted, ending, log_to_stderr
 
@@ -64,7 +64,7 @@ def _add_inputs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--table", type=Path, metavar="CSV", help="cameras and times by id")
     verb.add_argument("--column", metavar="NAME", help="the column of images in MDS shards and parquet files")
     verb.add_argument("--no-thumbnails", action="store_true", help="keep no small images")
-    verb.add_argument("--unfinished", action="store_true", help="accept a run whose training is not finished")
+    add_unfinished(verb)
 
 
 def _inputs(args: argparse.Namespace) -> Any:
@@ -111,7 +111,7 @@ def _add_query(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--format", choices=["table", "json", "ids"], default="table", help="what is printed (default table)")
     verb.add_argument("--picture", type=Path, metavar="FILE", help="also draw what was found, into a .png or .jpg")
     verb.add_argument("--model", type=place, metavar="RUN", help="for images (default: what the gallery was built with)")
-    verb.add_argument("--unfinished", action="store_true", help="accept a run whose training is not finished")
+    add_unfinished(verb)
     verb.set_defaults(run=_query)
 
 

@@ -6,10 +6,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 import cv2
+
+from personmae.errors import Stopped
 
 
 @contextmanager
@@ -52,7 +55,25 @@ def leave_interrupts_to_main() -> None:
 
 
 @contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
+def kept_when_stopped() -> Iterator[None]:
+    """Let SIGTERM be a Ctrl-C, and say of either, and of the loss of a process, that what is finished is kept.
+
+    Raises:
+        Stopped: that has happened.
+    """
+    try:
+        with _sigterm_as_interrupt():
+            yield
+    except KeyboardInterrupt:
+        raise Stopped("interrupted. What is finished is kept: run the same command again to continue") from None
+    except BrokenProcessPool as error:
+        raise Stopped(
+            "a worker process was killed, usually for lack of memory. Run the same command again, with fewer --processes"
+        ) from error
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
     """Let SIGTERM be a Ctrl-C, where this thread may say so."""
     if threading.current_thread() is not threading.main_thread():
         yield

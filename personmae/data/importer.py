@@ -14,7 +14,6 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,13 @@ from typing import Any
 from personmae.data import rejects
 from personmae.data.import_home import DONE, PLAN, STAGING, locked, open_staging, standing
 from personmae.data.import_plan import WHOLE, ImportPlan, Part, make_plan
-from personmae.data.import_workers import leave_interrupts_to_main, sigterm_as_interrupt, workers
+from personmae.data.import_workers import kept_when_stopped, leave_interrupts_to_main, workers
 from personmae.data.mds import INDEX
 from personmae.data.rejects import REJECTS
 from personmae.data.selection import Selection
 from personmae.data.shards import SHARD_BYTES, Progress, Record, Task, shard_name, write_shard
 from personmae.data.sources import open_source, summary
-from personmae.errors import Stopped, UserError
+from personmae.errors import UserError
 from personmae.system import storage
 
 _NUM_KEEPERS = 4  # shards on their way to the destination, besides those that are being written
@@ -93,20 +92,13 @@ def carry_out(
     if not 1 <= part.number <= part.count:
         raise UserError(f"--part takes I/N with I from 1 to N, got {part}")
     destination = destination.rstrip("/") if storage.is_remote(destination) else _resolved(destination)
-    try:
-        with sigterm_as_interrupt():
-            standing(destination)  # listing a source may take minutes
-            plan = make_plan(open_source(source, column), selection or Selection(), shard_bytes, max_side, log)
-            plan = replace(plan, max_rejects=max_rejects)
-            log(str(plan))
-            outcome = _import(plan, destination, part, num_processes, progress or (lambda done, total: None))
-            return replace(outcome, passed_over=summary(plan.source.passed_over))
-    except KeyboardInterrupt:
-        raise Stopped("interrupted. What is finished is kept: run the same command again to continue") from None
-    except BrokenProcessPool as error:
-        raise Stopped(
-            "a worker process was killed, usually for lack of memory. Run the same command again, with fewer --processes"
-        ) from error
+    with kept_when_stopped():
+        standing(destination)  # listing a source may take minutes
+        plan = make_plan(open_source(source, column), selection or Selection(), shard_bytes, max_side, log)
+        plan = replace(plan, max_rejects=max_rejects)
+        log(str(plan))
+        outcome = _import(plan, destination, part, num_processes, progress or (lambda done, total: None))
+        return replace(outcome, passed_over=summary(plan.source.passed_over))
 
 
 def _resolved(destination: str) -> str:

@@ -6,7 +6,8 @@ import numpy as np
 import xxhash
 
 from personmae.data import mds, order
-from personmae.data.cache import HeldShard, ShardCache, persist
+from personmae.data.attempts import persist
+from personmae.data.cache import HeldShard, ShardCache
 from personmae.data.counters import StreamCounters
 from personmae.data.mds import MappedShard
 from personmae.errors import UserError

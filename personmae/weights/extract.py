@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -22,9 +21,9 @@ import xxhash
 
 from personmae import dist
 from personmae.data import rejects
-from personmae.data.import_workers import sigterm_as_interrupt, workers
+from personmae.data.import_workers import kept_when_stopped, workers
 from personmae.data.rejects import Reject
-from personmae.errors import Stopped, UserError
+from personmae.errors import UserError
 from personmae.system import files
 from personmae.weights import feature_file
 from personmae.weights.encoder import Encoder
@@ -111,17 +110,10 @@ def run(
         require_free(feature_file.ids_beside(out))
     encoder = load_for_command(model, log, device=device, unfinished=unfinished)
     settings = _settings(model, encoder, precision, num_processes, unfinished)
-    try:
-        with sigterm_as_interrupt():
-            plan = make_plan(encoder, settings, open_images(source, boxes=boxes, column=column, log=log))
-            with partial_folder(out, keep=True) as folder:
-                return _carry_out(plan, out, folder, num_processes, max_rejects, progress)
-    except KeyboardInterrupt:
-        raise Stopped("interrupted. What is finished is kept: run the same command again to continue") from None
-    except BrokenProcessPool as error:
-        raise Stopped(
-            "a worker process was killed, usually for lack of memory. Run the same command again, with fewer --processes"
-        ) from error
+    with kept_when_stopped():
+        plan = make_plan(encoder, settings, open_images(source, boxes=boxes, column=column, log=log))
+        with partial_folder(out, keep=True) as folder:
+            return _carry_out(plan, out, folder, num_processes, max_rejects, progress)
 
 
 def features_of(encoder: Encoder, images: Images, *, batch_size: int = 64) -> torch.Tensor:

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -141,15 +141,12 @@ def _encoder(model: str, device: str, unfinished: bool) -> Encoder:
     return load_for_command(model, lambda _: None, device=device, unfinished=unfinished)
 
 
-class _one_thread:  # noqa: N801 - a context
+@contextmanager
+def _one_thread(device: str) -> Iterator[None]:
     """Compute with one thread on a CPU: other processes have the other cores, and results do not depend on their number."""
-
-    def __init__(self, device: str):
-        self._wanted = 1 if device == "cpu" else torch.get_num_threads()
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(self._wanted)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

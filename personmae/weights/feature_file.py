@@ -72,14 +72,16 @@ def _table(rows: Rows, dim: int, about: dict[str, Any]) -> pa.Table:
 
 
 def _write_npy(path: Path, ids: Path, parts: Iterable[Rows], num_rows: int, dim: int) -> None:
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(num_rows, dim))
-    place = 0
-    with ids.open("w", encoding="utf-8", newline="\n") as file:
+    header = {"descr": np.dtype(np.float32).str, "fortran_order": False, "shape": (num_rows, dim)}
+    num_written = 0
+    # Written, not mapped: where the disk is full a mapped file ends the process by a signal.
+    with path.open("wb") as features, ids.open("w", encoding="utf-8", newline="\n") as names:
+        np.lib.format.write_array_header_1_0(features, header)
         for rows in parts:
-            array[place : place + len(rows.ids)] = rows.features
-            file.writelines(f"{name}\n" for name in rows.ids)
-            place += len(rows.ids)
-    array.flush()
+            features.write(np.ascontiguousarray(rows.features, np.float32).data)
+            names.writelines(f"{name}\n" for name in rows.ids)
+            num_written += len(rows.ids)
+    assert num_written == num_rows
 
 
 def read(path: Path) -> Rows:

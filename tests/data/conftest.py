@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from caches import NUM_SHARDS
 
-from personmae.data import cache
+from personmae.data import attempts
 from personmae.system import mosaic, storage
 
 
@@ -49,5 +49,5 @@ def copying(many: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         file.write((many / name).read_bytes()[file.tell() :])
 
     monkeypatch.setattr(storage, "fetch_into", fetch_into)
-    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(attempts, "FIRST_DELAY_SECONDS", 0.01)
     return fetched

@@ -13,39 +13,14 @@ import numpy as np
 import pytest
 import torch
 import warm
-from botocore.config import Config
 from botocore.exceptions import ClientError
 from caches import NUM_SHARDS, OPTIONS, assert_same, cache_of, num_bytes, present, read_epochs, remote_set
 
-from personmae.data import cache, mds
-from personmae.data.counters import StreamCounters
+from personmae.data import attempts, cache, mds
 from personmae.data.shard_set import ShardSet
 from personmae.data.stream import CanvasBatch
 from personmae.errors import UserError
-from personmae.monitor import heartbeat
 from personmae.system import mosaic, storage
-
-
-def test_an_address_that_nobody_answers_at_is_told_at_once_but_waited_for_below_an_agent(s3_server, monkeypatch):
-    s3_server.bucket("bucket")
-    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
-
-    def ask() -> int:
-        client = boto3.client("s3", endpoint_url=endpoints.pop(0), config=Config(retries={"total_max_attempts": 1}))
-        with storage.explained("s3://bucket", "listing"):
-            return client.list_objects_v2(Bucket="bucket")["KeyCount"]
-
-    endpoints = ["http://127.0.0.1:1", s3_server.endpoint]
-    monkeypatch.delenv(heartbeat.DIRECTORY, raising=False)
-    with pytest.raises(UserError, match="Could not connect"):
-        cache.persist(ask, "s3://bucket", 5, StreamCounters())
-    endpoints = ["http://127.0.0.1:1", "http://127.0.0.1:1", s3_server.endpoint]
-    monkeypatch.setenv(heartbeat.DIRECTORY, "/somewhere")
-    assert cache.persist(ask, "s3://bucket", 5, StreamCounters()) == 0
-    endpoints = ["http://127.0.0.1:1"] * 3
-    with pytest.raises(UserError, match="Tried again for 0 s"):
-        cache.persist(ask, "s3://bucket", 0.0, StreamCounters())
-
 
 # --- fetched once, checked, kept ---
 
@@ -81,7 +56,7 @@ def test_another_data_set_at_the_same_place_does_not_meet_the_files_of_the_first
 
 
 def test_a_download_whose_hash_does_not_agree_is_refused_and_not_kept(shard_dir, put, s3_server, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(attempts, "FIRST_DELAY_SECONDS", 0.01)
     location = put(shard_dir, "flipped")
     content = bytearray((shard_dir / "shard.00001.mds").read_bytes())
     content[-1] ^= 1
@@ -91,7 +66,7 @@ def test_a_download_whose_hash_does_not_agree_is_refused_and_not_kept(shard_dir,
         with pytest.raises(UserError, match=r"s3://flipped/set/shard\.00001\.mds does not have the size and hash"):
             data.open(1)
         assert present(data) == ["shard.00000.mds"]
-        assert data.counters.totals()["personmae_corrupt_shards_total"] == cache.MAX_BAD_FETCHES
+        assert data.counters.totals()["personmae_corrupt_shards_total"] == attempts.MAX_BAD_FETCHES
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -379,7 +354,7 @@ class FromDirectory(mosaic.load("streaming.base.storage").CloudDownloader):
 @pytest.fixture
 def other_store(monkeypatch: pytest.MonkeyPatch) -> type[FromDirectory]:
     monkeypatch.setitem(mosaic.load("streaming.base.storage.download").DOWNLOADER_MAPPINGS, "test", FromDirectory)
-    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.01)
+    monkeypatch.setattr(attempts, "FIRST_DELAY_SECONDS", 0.01)
     FromDirectory.asked.clear()
     FromDirectory.failures.clear()
     return FromDirectory

@@ -17,7 +17,7 @@ import pytest
 import torch
 from fault_proxy import FaultProxy, moto_process
 
-from personmae.data import cache
+from personmae.data import attempts, cache
 from personmae.data.shard_set import ShardSet
 from personmae.data.stream import BatchReader, CanvasBatch
 from personmae.errors import UserError
@@ -113,7 +113,7 @@ def proxy(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(cache, "FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr(attempts, "FIRST_DELAY_SECONDS", 0.02)
     yield made
     made.stop()
     assert made.requests

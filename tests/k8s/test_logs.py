@@ -103,6 +103,18 @@ def test_a_connection_that_is_lost_while_its_container_runs_is_taken_up_again(
     assert again[-1] == "--since=1s"
 
 
+def test_logs_that_are_refused_again_and_again_end_with_an_error(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logs, "_LOST_SECONDS", 0.0)
+    monkeypatch.setattr(logs, "_REFUSALS", 3)
+    recorder.answer("get pods", items(FIRST))
+    recorder.answer("logs run-trainer-0-first", code=1, err='pods "run-trainer-0-first" is forbidden\n')
+    assert personmae("logs", "run", "-f") == 78
+    assert asked(recorder, "logs", "run-trainer-0-first") == 3
+    assert "error: kubectl logs has failed 3 times in a row; its own words are above" in capfd.readouterr().err
+
+
 def test_a_cluster_that_does_not_answer_for_a_moment_does_not_end_the_logs(
     recorder: Recorder, meanwhile: Callable[..., None], capsys: Captured
 ) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import small_runs
 import torch
 import warm
+from full_disk import full_disk
 from small_runs import personmae, refusal
 
 import personmae as package
@@ -78,6 +80,20 @@ def test_npy_has_the_same_rows_and_a_list_of_ids(run, images, tmp_path):
     one, two = feature_file.read(tmp_path / "f.npy"), feature_file.read(tmp_path / "f.parquet")
     assert one.ids == two.ids
     np.testing.assert_array_equal(one.features, two.features)
+
+
+def test_npy_is_what_numpy_writes_and_a_full_disk_is_an_error(tmp_path):
+    """A file that is mapped would end the process by a signal there."""
+    features = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    parts = [feature_file.Rows(["a", "b"], {}, features[:2]), feature_file.Rows(["c", "d", "e"], {}, features[2:])]
+    (tmp_path / "staging").mkdir()
+    write = partial(feature_file.write, staging=tmp_path / "staging", parts=parts, num_rows=5, dim=3, about={})
+    write(tmp_path / "f.npy")
+    np.save(tmp_path / "theirs.npy", features)
+    assert (tmp_path / "f.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        write(tmp_path / "g.npy")
+    assert not (tmp_path / "g.npy").exists()
 
 
 def test_a_list_of_paths_is_taken_in_its_order(run, images, tmp_path):
