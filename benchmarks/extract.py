@@ -4,8 +4,9 @@
     python benchmarks/extract.py --work DIR --rounds 1
 
 Draws crops of 150 to 500 pixels height as JPEG files, and makes models of random weights: the quickstart's size, for which
-reading and decoding is most of the work, and a ViT-S, for which it is little. The ways run in turn. Each is timed from its
-call to its file of features, with the start of its processes. Writes ``benchmarks/results/extract.json``.
+reading and decoding is most of the work, and a ViT-S, for which it is little. The ways run in turn, each as the command that
+a user types, timed from its start to its file of features. Two more only read, decode and resize, as when the network is on
+a GPU. A list of one image says what a command costs before its first. Writes ``benchmarks/results/extract.json``.
 """
 
 import argparse
@@ -13,34 +14,31 @@ import json
 import multiprocessing
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import crops
 import numpy as np
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from personmae import dist
 from personmae.checkpoint import portable
-from personmae.model.vit import SIZES, VisionTransformer
+from personmae.data.import_workers import workers
 from personmae.monitor import environment
-from personmae.reid.heads import ReIDModel, build_head
 from personmae.synthetic.plan import SynthSettings, plan
-from personmae.weights import export, extract, stored
-from personmae.weights.encoder import load
-from personmae.weights.stored import Stored
+from personmae.weights.extract_images import Images, open_images
+from personmae.weights.extract_parts import PART_IMAGES, decoded
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "extract.json"
-MODELS = {"micro": ((128, 64), 20_000), "small": ((256, 128), 1_500)}  # (height, width) in pixels, and images
+MODELS = {"micro": ((128, 64), 20_000), "small": ((256, 128), 1_000)}  # (height, width) in pixels, and images
 BATCH = 64
+PLAIN, READING = "plain loop", "reading alone"
 
 
 def draw(folder: Path, num_images: int) -> None:
@@ -57,84 +55,88 @@ def draw(folder: Path, num_images: int) -> None:
 
 def make_model(folder: Path, size: str, img_size: tuple[int, int]) -> None:
     """A model of random weights, as a folder that ``load`` reads, with timm's beside it."""
+    import torch
+
+    from personmae.model.vit import SIZES, VisionTransformer
+    from personmae.reid.heads import ReIDModel, build_head
+    from personmae.weights import export, stored
+
     torch.manual_seed(0)
     encoder = VisionTransformer(**SIZES[size])
     model = ReIDModel(encoder, build_head(encoder, 1, kind="bnneck"))
     settings = {"size": size, "img_size": img_size, "patch_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
-    about = {"num_classes": 1}
-    plain = Stored("random weights", settings, model.state_dict(), head={"kind": "bnneck"}, about=about)
+    plain = stored.Stored("random weights", settings, model.state_dict(), head={"kind": "bnneck"}, about={"num_classes": 1})
     with tempfile.TemporaryDirectory() as made:
         stored.write_folder(Path(made), plain)
         export.run(made, folder, formats=["timm"])
 
 
-class Crops(Dataset):
-    """What most scripts have: a file, opened by Pillow, resized, made a tensor, normalised."""
-
-    def __init__(self, paths: list[Path], img_size: tuple[int, int]):
-        self.paths = paths
-        bicubic = transforms.InterpolationMode.BICUBIC
-        steps = [transforms.Resize(img_size, bicubic), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-        self.transform = transforms.Compose(steps)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.transform(Image.open(self.paths[index]).convert("RGB"))
-
-
-def plain_loop(model: torch.nn.Module, paths: list[Path], img_size: tuple[int, int], out: Path) -> None:
-    """The loop of most scripts, with one worker a core. The features go to a file too."""
-    loader = DataLoader(Crops(paths, img_size), batch_size=BATCH, num_workers=dist.usable_cores())
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        rows = [torch.nn.functional.normalize(model(images.to(device)), dim=1).cpu() for images in loader]
-    np.save(out, torch.cat(rows).numpy())
+def commands(size: str, work: Path, images: Path) -> dict[str, list[str]]:
+    """The ways as a user types them, by name."""
+    out, model = str(work / "features.npy"), str(work / size)
+    img_size = [str(side) for side in MODELS[size][0]]
+    plain = [sys.executable, str(ROOT / "benchmarks" / "plain_extract.py"), str(images), out, "--img-size", *img_size]
+    ours = [sys.executable, "-m", "personmae", "extract", str(images), out, "--model", model]
+    return {
+        PLAIN: [*plain, "--model", f"{model}/timm"],
+        "extract, fp32": ours,
+        "extract, bf16": [*ours, "--precision", "bf16"],
+        f"{PLAIN}, {READING}": plain,
+        f"extract, {READING}": [sys.executable, __file__, "--read", str(images), *img_size],
+    }
 
 
-def timed(way: Callable[[Path], object], out: Path) -> float:
+def timed(command: list[str], work: Path) -> float:
     """Seconds of one way."""
-    out.unlink(missing_ok=True)
-    out.with_name(f"{out.stem}.ids.txt").unlink(missing_ok=True)
+    for name in ("features.npy", "features.ids.txt"):
+        (work / name).unlink(missing_ok=True)
     began = time.monotonic()
-    way(out)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return time.monotonic() - began
 
 
 def measure(size: str, work: Path, rounds: int, most_images: int) -> dict[str, Any]:
     """All ways on one model, in turn."""
-    import timm
-
     img_size, num_images = MODELS[size][0], min(MODELS[size][1], most_images)
     draw(work / "crops", min(max(count for _, count in MODELS.values()), most_images))
     if not (work / size).exists():
         make_model(work / size, size, img_size)
-    paths = sorted((work / "crops").glob("*.jpg"))[:num_images]
-    (work / f"{size}.txt").write_text("\n".join(map(str, paths)), encoding="utf-8")
-    ours, theirs = load(work / size), timm.create_model(f"local-dir:{work / size / 'timm'}", pretrained=True).eval()
-    run = partial(extract.run, str(work / f"{size}.txt"), model=str(work / size))
-    ways: dict[str, Callable[[Path], object]] = {
-        "plain loop, our ViT": lambda out: plain_loop(ours.model, paths, img_size, out),
-        "plain loop, timm's ViT": lambda out: plain_loop(theirs.to(ours.device), paths, img_size, out),
-        "extract, fp32": lambda out: run(out),
-        "extract, bf16": lambda out: run(out, precision="bf16"),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    paths = [str(path) for path in sorted((work / "crops").glob("*.jpg"))[:num_images]]
+    one, listed = work / "one.txt", work / f"{size}.txt"
+    one.write_text(paths[0], encoding="utf-8")
+    listed.write_text("\n".join(paths), encoding="utf-8")
+    starts = {name: timed(command, work) for name, command in commands(size, work, one).items()}
+    seconds: dict[str, list[float]] = {name: [] for name in starts}
     for number in range(rounds):
-        for name, way in ways.items():
-            seconds[name].append(timed(way, work / "features.npy"))
+        for name, command in commands(size, work, listed).items():
+            seconds[name].append(timed(command, work))
             print(f"{size}, round {number + 1}: {name}: {num_images / seconds[name][-1]:,.0f} images/s", flush=True)
     rates = {name: [num_images / each for each in found] for name, found in seconds.items()}
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    fastest = max(medians[name] for name in medians if name.startswith("plain"))
+    beside = {name: f"{PLAIN}, {READING}" if name.endswith(READING) else PLAIN for name in medians}
     return {
         "img_size": img_size,
         "num_images": num_images,
+        "seconds_of_one_image": starts,
         "images_per_second": rates,
         "median": medians,
-        "times_the_faster_plain_loop": {name: medians[name] / fastest for name in medians if name.startswith("extract")},
+        "times_the_plain_loop": {name: medians[name] / medians[beside[name]] for name in medians if name != beside[name]},
     }
+
+
+def read(listed: str, img_size: tuple[int, int]) -> None:
+    """Read, decode and resize by processes as ``extract`` has them, without a network."""
+    images, cores = open_images(listed), dist.usable_cores()
+    parts = [range(start, start + PART_IMAGES) for start in range(0, len(images.ids), PART_IMAGES)]
+    with workers(cores, preload="personmae.weights.extract_parts") as pool:
+        for future in [pool.submit(_read_part, images.part(part), img_size) for part in parts]:
+            future.result()
+
+
+def _read_part(images: Images, img_size: tuple[int, int]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        for _, ready in decoded(images, img_size, BATCH, pool):
+            np.stack([pixels for pixels in ready if isinstance(pixels, np.ndarray)])
 
 
 def main() -> None:
@@ -148,23 +150,28 @@ def main() -> None:
     parser.add_argument("--most-images", type=int, default=1 << 30, help="fewer than usual, to try this script")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the record is written")
     parser.add_argument("--beside", default="nothing", help="what else runs on this machine, for the record")
+    parser.add_argument("--read", nargs=3, metavar=("LIST", "HEIGHT", "WIDTH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.read:
+        return read(arguments.read[0], (int(arguments.read[1]), int(arguments.read[2])))
     arguments.work.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {
+    models = {
+        size: measure(size, arguments.work.resolve(), arguments.rounds, arguments.most_images)
+        for size in arguments.sizes.split(",")
+    }
+    record = {
         "commit": environment.git_commit(),
         "hardware": environment.describe_hardware(),
         "versions": portable.versions(),
         "running_beside": arguments.beside,
         "rounds": arguments.rounds,
-        "models": {
-            size: measure(size, arguments.work.resolve(), arguments.rounds, arguments.most_images)
-            for size in arguments.sizes.split(",")
-        },
+        "models": models,
     }
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    for size, found in record["models"].items():
-        for name, times in found["times_the_faster_plain_loop"].items():
-            print(f"{size}: {name}: {found['median'][name]:,.0f} images/s, {times:.2f} times the faster plain loop")
+    for size, found in models.items():
+        for name, times in found["times_the_plain_loop"].items():
+            print(f"{size}: {name}: {found['median'][name]:,.0f} images/s, {times:.2f} times the plain loop")
+    return None
 
 
 if __name__ == "__main__":

@@ -93,10 +93,10 @@ def compute(settings: Settings, images: Images) -> PartResult:
     kept, rejects, rows = np.zeros(len(images.ids), bool), [], [np.empty((0, encoder.config["dim"]), np.float32)]
     cv2.setNumThreads(1)
     with _one_thread(settings.device), ThreadPoolExecutor(settings.num_threads) as pool:
-        for batch, decoded in _decoded(images, encoder.config["size"], settings.batch_size, pool):
-            whole = [pixels for pixels in decoded if isinstance(pixels, np.ndarray)]
-            kept[batch.start : batch.stop] = [isinstance(pixels, np.ndarray) for pixels in decoded]
-            rejects += [reject for reject in decoded if isinstance(reject, dict)]
+        for batch, ready in decoded(images, encoder.config["size"], settings.batch_size, pool):
+            whole = [pixels for pixels in ready if isinstance(pixels, np.ndarray)]
+            kept[batch.start : batch.stop] = [isinstance(pixels, np.ndarray) for pixels in ready]
+            rejects += [reject for reject in ready if isinstance(reject, dict)]
             if whole:
                 rows.append(_features(encoder, np.stack(whole), settings.precision))
     return PartResult(np.concatenate(rows), kept, rejects)
@@ -109,7 +109,7 @@ def _features(encoder: Encoder, pixels: UInt8[np.ndarray, "B 3 H W"], precision:
         return encoder.model(images).float().cpu().numpy()
 
 
-def _decoded(
+def decoded(
     images: Images, size: tuple[int, int], batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[range, list[np.ndarray | Reject]]]:
     """Batches of images, resized, and what is wrong with those that cannot be read. A few batches are decoded ahead."""
