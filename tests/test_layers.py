@@ -39,7 +39,7 @@ PROGRAMS = {
             "downstream",
             "evaluate",
         ),
-        *("bench", "report", "inspect", "dry_run"),
+        *("bench", "report", "visualise", "inspect", "dry_run"),
     )
 }
 SHARED_RUN = "personmae.downstream"
