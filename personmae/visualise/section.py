@@ -1,7 +1,7 @@
 """What a section of the page is made from and made of.
 
 A section is drawn by a function of a ``Subject``. It returns a ``Part``, or raises the error whose sentence stands in its
-place.
+place. ``images.py`` has one for each of the first three names of ``TITLES``, called so: ``attention(subject) -> Part``.
 """
 
 from collections.abc import Callable, Sequence
