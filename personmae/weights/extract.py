@@ -24,7 +24,6 @@ from personmae.data import rejects
 from personmae.data.import_workers import kept_when_stopped, workers
 from personmae.data.rejects import Reject
 from personmae.errors import UserError
-from personmae.model.vit import Block
 from personmae.system import files
 from personmae.weights import feature_file
 from personmae.weights.encoder import Encoder
@@ -38,9 +37,7 @@ PLAN: Final = "plan.json"
 _FORMAT: Final = 1  # one more with each rule of what a file of features holds
 _FEW_IMAGES, _SMALL_PART = 4096, 64  # so that a short work is shared by all cores too
 _WORTH_STARTING: Final = 10.0  # seconds of work for one process, above which others save more than their start costs
-_BATCH: Final = {"cpu": 64, "cuda": 256}  # images, at most
-_IN_CACHE: Final = 1 << 20  # numbers of a layer's widest activations. With more, a core waits for its memory
-_LEAST_BATCH: Final = 8
+_BATCH: Final = {"cpu": 64, "cuda": 256}
 Progress = Callable[[int, int], None]
 
 
@@ -168,19 +165,7 @@ def _usual_processes(device: torch.device) -> int:
 def _settings(model: str, encoder: Encoder, precision: str, processes: int | None, unfinished: bool) -> Settings:
     kind = encoder.device.type
     threads = 1 if kind == "cpu" else max(1, dist.usable_cores() // (processes or _usual_processes(encoder.device)))
-    return Settings(model, str(encoder.device), precision, batch_size(encoder), threads, unfinished)
-
-
-def batch_size(encoder: Encoder) -> int:
-    """Images at a time: on a CPU as many as have their activations in a core's cache."""
-    kind = encoder.device.type
-    if kind != "cpu":
-        return _BATCH.get(kind, _BATCH["cpu"])
-    vit = encoder.model.network.encoder
-    num_tokens = 1 + math.prod(vit.grid(encoder.config["size"]))
-    widest = max(block.mlp.fc1.out_features for block in vit.modules() if isinstance(block, Block))
-    fitting = _IN_CACHE // (num_tokens * widest)
-    return min(max(fitting, _LEAST_BATCH), _BATCH["cpu"])
+    return Settings(model, str(encoder.device), precision, _BATCH.get(kind, 64), threads, unfinished)
 
 
 def _carry_out(plan: Plan, out: Path, folder: Path, processes: int | None, max_rejects: float, progress: Progress) -> Outcome:

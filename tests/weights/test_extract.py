@@ -21,12 +21,9 @@ from small_runs import personmae, refusal
 
 import personmae as package
 from personmae.errors import Stopped, TooManyRejects, UserError
-from personmae.model.vit import SIZES, VisionTransformer
 from personmae.weights import extract, feature_file
-from personmae.weights.encoder import Encoder, Features, build
 from personmae.weights.extract import gpu_of
 from personmae.weights.extract_images import open_images
-from personmae.weights.stored import Stored
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +48,6 @@ def loaded(run: Path, paths: list[Path]) -> torch.Tensor:
 
 
 # --- sources ---
-
-
-def test_a_large_network_takes_as_many_images_at_a_time_as_a_core_keeps_close():
-    def batch(size: str, img_size: tuple[int, int]) -> int:
-        settings = {"size": size, "img_size": img_size, "patch_size": 16, "mean": [0.5] * 3, "std": [0.5] * 3}
-        tensors = VisionTransformer(**SIZES[size]).state_dict()
-        weights = Stored("random weights", settings, tensors)
-        return extract.batch_size(Encoder(Features(build(weights)), weights, torch.device("cpu")))
-
-    assert batch("micro", (128, 64)) == 2**20 // (33 * 512)
-    assert batch("tiny", (256, 128)) == 2**20 // (129 * 768)
-    assert batch("small", (256, 128)) == 8
-    assert batch("micro", (32, 32)) == 64
 
 
 def test_a_folder_gives_what_load_gives_for_each_image(run, images, tmp_path):
