@@ -127,6 +127,20 @@ def rank_lists(
     return torch.cat(lists)
 
 
+def closest_wrong(
+    similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_SIZE
+) -> tuple[Float[Tensor, " Q"], Int[Tensor, " Q"]]:
+    """The similarity of the closest gallery image of another person to each query, and its index. -inf and -1 without one."""
+    values, indices = [], []
+    for block in _blocks(similarity, labels, np.arange(len(labels.query_pids)), block_size):
+        rows, slots = block.matches.nonzero().unbind(1)
+        block.similarity[rows, block.candidates[rows, slots]] = -torch.inf
+        best = block.similarity.max(dim=1)
+        values.append(best.values.cpu())
+        indices.append(best.indices.masked_fill(best.values == -torch.inf, -1).cpu())
+    return torch.cat(values), torch.cat(indices)
+
+
 def _blocks(similarity: Similarity, labels: Labels, queries: Int[np.ndarray, " q"], block_size: int) -> Iterator[_Block]:
     junk = torch.from_numpy(np.flatnonzero(labels.gallery_pids == JUNK_PID))
     by_pid = np.argsort(labels.gallery_pids, kind="stable")

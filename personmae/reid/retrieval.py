@@ -58,10 +58,7 @@ def measure(
     if rerank not in RERANKINGS:
         raise UserError(f"rerank must be one of {', '.join(RERANKINGS)}. Got {rerank!r}")
     start = time.monotonic()
-    samples = [*benchmark.query, *benchmark.gallery]
-    with ThreadPoolExecutor(num_threads) as pool, timed(log, f"extracting {len(samples):,} images"):
-        images = ImageSet([sample.path for sample in samples], img_size, pool=pool, cache_bytes=0)  # each is read once
-        vectors = features(images, pids_and_camids(samples)[1])
+    vectors = extract_all(benchmark, features, img_size=img_size, num_threads=num_threads, log=log)
 
     def rank() -> dict[str, Any]:
         with timed(log, f"ranking {len(benchmark.query):,} x {len(benchmark.gallery):,}"):
@@ -69,6 +66,25 @@ def measure(
         return found | {"seconds": time.monotonic() - start}
 
     return dist.on_first_rank(rank)
+
+
+def extract_all(
+    benchmark: Benchmark,
+    features: Features,
+    *,
+    img_size: tuple[int, int],
+    num_threads: int,
+    log: Callable[[str], None] = lambda _: None,
+) -> Tensor:
+    """The features (N, F) of all queries and then all gallery images, by all ranks together.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
+    samples = [*benchmark.query, *benchmark.gallery]
+    with ThreadPoolExecutor(num_threads) as pool, timed(log, f"extracting {len(samples):,} images"):
+        images = ImageSet([sample.path for sample in samples], img_size, pool=pool, cache_bytes=0)  # each is read once
+        return features(images, pids_and_camids(samples)[1])
 
 
 def rank_all(
@@ -88,7 +104,7 @@ def rank_all(
             raise Stopped("while the gallery was ranked")
         return compared(queries)
 
-    labels = _labels(benchmark)
+    labels = labels_of(benchmark)
     result = ranking.evaluate(similarity, labels)
     chosen = np.linspace(0, len(query) - 1, min(NUM_RANK_LISTS, len(query))).astype(int)
     lists = ranking.rank_lists(similarity, labels, queries=chosen, top_k=TOP_K)
@@ -113,8 +129,8 @@ def rank_all(
     }
 
 
-def _labels(benchmark: Benchmark) -> ranking.Labels:
-    """A query that is in the gallery too is found by its path."""
+def labels_of(benchmark: Benchmark) -> ranking.Labels:
+    """Who is seen by which camera. A query that is in the gallery too is found by its path."""
     places = {sample.path: place for place, sample in enumerate(benchmark.gallery)}
     own_index = np.array([places.get(sample.path, -1) for sample in benchmark.query])
     return ranking.Labels(*pids_and_camids(benchmark.query), *pids_and_camids(benchmark.gallery), own_index)

@@ -124,7 +124,7 @@ def load_ahead(images: ImageSet, batches: Iterable[Int[np.ndarray, " B"]]) -> It
 def normalise(images: UInt8[Tensor, "B C H W"], mean: Sequence[float], std: Sequence[float]) -> Float[Tensor, "B C H W"]:
     """The test transform: 0 ... 255 to 0 ... 1, minus ``mean``, over ``std`` (per channel, on the 0 ... 1 scale)."""
     mean_, std_ = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
-    return images.to(torch.float32, copy=True).div_(255).sub_(mean_).div_(std_)  # in place: new memory costs more than the sums
+    return (images.float() / 255 - mean_) / std_
 
 
 class Augmentation(NamedTuple):
