@@ -18,17 +18,17 @@ from personmae.report.places import printable
 LIGHT: Final = ("#0d3b9e", "#e8590c", "#139a80", "#5b1130", "#9d6bff")
 DARK: Final = ("#4f86f0", "#ffb454", "#5eead4", "#e8505b", "#e0c8ff")
 DASHES: Final = ("solid", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
-_STAND_INS: Final = {"--ink": "#010101", "--muted": "#010102", "--line": "#010103"} | {
+STAND_INS: Final = {"--ink": "#010101", "--muted": "#010102", "--line": "#010103"} | {
     f"--curve-{i}": f"#0101{16 + i:02x}" for i in range(len(LIGHT))
 }
-_STYLE: Final[dict[Any, Any]] = {
+STYLE: Final[dict[Any, Any]] = {
     "font.size": 9.5,
     "svg.fonttype": "none",  # words stay words
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.color": _STAND_INS["--ink"],
-    **dict.fromkeys(("xtick.color", "ytick.color", "axes.labelcolor"), _STAND_INS["--muted"]),
-    **dict.fromkeys(("axes.edgecolor", "grid.color"), _STAND_INS["--line"]),
+    "text.color": STAND_INS["--ink"],
+    **dict.fromkeys(("xtick.color", "ytick.color", "axes.labelcolor"), STAND_INS["--muted"]),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), STAND_INS["--line"]),
 }
 Curve = tuple[Sequence[float], Sequence[float]]  # x and y; NaN leaves a gap
 
@@ -38,7 +38,7 @@ def draw_chart(
 ) -> str:
     """An ``<svg>`` of curves by name, with a description for screen readers. The page writes the title."""
     legend_rows = math.ceil(len(curves) / 2) if len(curves) > 1 else 0
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": title}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": title}):
         figure = Figure(figsize=(4.8, 2.7 + 0.19 * legend_rows), layout="constrained")
         axes = figure.subplots()
         for i, (name, (x, y)) in enumerate(curves.items()):
@@ -52,15 +52,23 @@ def draw_chart(
             axes.set_ylim(bottom=0)
         if legend_rows:
             figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize=8.5, handlelength=2.6)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _for_the_page(buffer.getvalue(), describe(title, curves, percent=percent))
+        return to_svg(figure, describe(title, curves, percent=percent))
+
+
+def to_svg(figure: Figure, words: str) -> str:
+    """A figure in the colours of ``STAND_INS`` as an ``<svg>`` that takes the page's. Called within its style.
+
+    ``words`` describe it to screen readers.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    return _for_the_page(buffer.getvalue(), words)
 
 
 def line_style(i: int, num_points: int) -> dict[str, Any]:
     """Colour and dashes of the i-th curve. A single point is drawn as one."""
     return {
-        "color": _STAND_INS[f"--curve-{i % len(LIGHT)}"],
+        "color": STAND_INS[f"--curve-{i % len(LIGHT)}"],
         "linestyle": DASHES[i % len(DASHES)],
         "linewidth": 1.5,
         "marker": "." if num_points == 1 else "",
@@ -91,7 +99,7 @@ def _for_the_page(svg: str, words: str) -> str:
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', _opening(words), svg, count=1)
     svg = re.sub(r' id="[A-Za-z.]+(?:3d|2d)?_\d+"', "", svg)
-    for variable, colour in _STAND_INS.items():
+    for variable, colour in STAND_INS.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would hold for the whole page
     return re.sub(r" font-family: [^;\"]*;", "", svg)

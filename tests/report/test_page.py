@@ -4,10 +4,9 @@ import html.parser
 import json
 import re
 import shutil
-import subprocess
-from importlib.resources import files
 from pathlib import Path
 
+import axe
 import cv2
 import numpy as np
 import pytest
@@ -116,27 +115,7 @@ def test_the_page_says_how_far_and_which_data(written: Path) -> None:
 @pytest.mark.parametrize("width", [1400, 420])
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_axe_finds_nothing(written: Path, tmp_path: Path, width: int, mode: str) -> None:
-    browser = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-    if not browser:
-        pytest.skip("no chromium here; on Debian: apt-get install chromium")
-    axe = pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
-    script = files(axe).joinpath("axe.min.js").read_text(encoding="utf-8")
-    run = """axe.run().then(r => parent.postMessage({
-        w: innerWidth, dark: matchMedia("(prefers-color-scheme: dark)").matches, wide: document.documentElement.scrollWidth,
-        found: r.violations.map(v => `${v.impact} ${v.id} ${v.nodes[0].html}`), passed: r.passes.length}, "*"))"""
-    page = written.read_text(encoding="utf-8").replace("</body>", f"<script>{script}</script><script>{run}</script></body>")
-    (tmp_path / "page.html").write_text(page, encoding="utf-8")
-    (tmp_path / "frame.html").write_text(  # a window is never narrower than 500 pixels, a frame is
-        f'<body><iframe src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe>'
-        "<script>onmessage = e => document.body.innerText = JSON.stringify(e.data)</script></body>"
-    )
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1500,1000", "--virtual-time-budget=60000"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files"]
-    options += [f"--blink-settings=preferredColorScheme={0 if mode == 'dark' else 1}"]
-    done = subprocess.run([browser, *options, "--dump-dom", (tmp_path / "frame.html").as_uri()], capture_output=True, text=True)
-    output = re.search(r"<body>({.*})</body>", done.stdout)
-    assert output, done.stderr
-    seen = json.loads(output[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    seen = axe.find(written.read_text(encoding="utf-8"), tmp_path, width, mode)
     assert seen["passed"] > 15
     assert (seen["w"], seen["dark"]) == (width, mode == "dark")
     assert seen["wide"] <= width  # nothing but the named regions scrolls sideways
