@@ -13,7 +13,7 @@ TORCH_ONLY = {"personmae.model", "personmae.optim", "personmae.flops"} | {
     f"personmae.reid.{name}"
     for name in (
         *("heads", "losses", "cluster", "memory", "ranking", "rerank", "sampler", "samples", "transforms"),
-        *("benchmark", "datasets", "rows", "cluster_quality", "frozen"),
+        *("benchmark", "breakdown", "latency", "datasets", "rows", "cluster_quality", "frozen"),
     )
 }
 MIDDLE = {

@@ -60,6 +60,15 @@ class RankingResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Hits:
+    """Every match that is not removed, by query and then rank: both images by number, and the match's rank from 1."""
+
+    query: Int[np.ndarray, " P"]
+    rank: Int[np.ndarray, " P"]
+    gallery: Int[np.ndarray, " P"]
+
+
+@dataclass(frozen=True, slots=True)
 class _Block:
     """Some queries: what is removed has similarity -inf. ``candidates`` are gallery images that may be matches."""
 
@@ -86,18 +95,27 @@ def cosine(query_features: Float[Tensor, "Q F"], gallery_features: Float[Tensor,
 
 
 def evaluate(similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_SIZE, max_rank: int = 50) -> RankingResult:
-    """Score a retrieval. Memory besides the features is about 12 bytes * ``block_size`` * G, on a GPU 40.
+    """Score a retrieval: ``score`` of ``find_hits``, which say what it costs and what is refused."""
+    return score(find_hits(similarity, labels, block_size=block_size), len(labels.query_pids), max_rank=max_rank)
+
+
+def find_hits(similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_SIZE) -> Hits:
+    """The rank of every match. Memory besides the features is about 12 bytes * ``block_size`` * G, on a GPU 40.
 
     Raises:
         UserError: no query has a match that is not removed.
     """
     queries = np.arange(len(labels.query_pids))
     found = [_hit_ranks(block) for block in _blocks(similarity, labels, queries, block_size)]
-    query, ranks = np.concatenate([np.empty((2, 0), np.int64), *found], axis=1)
-    if not len(query):
+    hits = np.concatenate([np.empty((3, 0), np.int64), *found], axis=1)
+    if not hits.shape[1]:
         raise UserError(_why_no_match(labels))
-    order = np.lexsort((ranks, query))
-    query, ranks = query[order], ranks[order]
+    return Hits(*hits[:, np.lexsort((hits[1], hits[0]))])
+
+
+def score(hits: Hits, num_queries: int, *, max_rank: int = 50) -> RankingResult:
+    """The scores of a retrieval of so many queries out of its matches, of which there is one at least."""
+    query, ranks = hits.query, hits.rank
     starts, num_hits = np.unique(query, return_index=True, return_counts=True)[1:]  # of the valid queries alone
     nth = np.arange(1, len(query) + 1) - starts.repeat(num_hits)  # 1 at a query's first hit
     precision = nth / ranks
@@ -109,9 +127,9 @@ def evaluate(similarity: Similarity, labels: Labels, *, block_size: int = BLOCK_
         cmc=tuple((ranks[starts, None] <= np.arange(1, max_rank + 1)).mean(axis=0).tolist()),
         mINP=float((num_hits / ranks[starts + num_hits - 1]).mean()),
         mAP_trapezoid=float((np.add.reduceat((precision + just_before) / 2, starts) / num_hits).mean()),
-        num_queries=len(queries),
+        num_queries=num_queries,
         num_valid=len(starts),
-        ap=tuple(by_query.get(i) for i in range(len(queries))),
+        ap=tuple(by_query.get(i) for i in range(num_queries)),
     )
 
 
@@ -175,8 +193,8 @@ def _same_pid(
     return by_pid[np.minimum(places, len(by_pid) - 1)], places < end[:, None]
 
 
-def _hit_ranks(block: _Block) -> Int[np.ndarray, "2 P"]:
-    """Query and rank, from 1, of every match."""
+def _hit_ranks(block: _Block) -> Int[np.ndarray, "3 P"]:
+    """Query, rank from 1, and gallery image of every match."""
     similarity, candidates = block.similarity, block.candidates
     values = similarity.gather(1, candidates)
     ascending = _ascending(similarity)
@@ -188,7 +206,8 @@ def _hit_ranks(block: _Block) -> Int[np.ndarray, "2 P"]:
         equal = similarity[rows] == values[rows, slots, None]
         ranks[rows, slots] += (equal & (columns < candidates[rows, slots, None])).sum(dim=1)
     matches = block.matches.cpu().numpy()
-    return np.stack([block.queries[np.nonzero(matches)[0]], ranks.cpu().numpy()[matches]])
+    found = (array.cpu().numpy()[matches] for array in (ranks, candidates))
+    return np.stack([block.queries[np.nonzero(matches)[0]], *found])
 
 
 def _ascending(similarity: Float[Tensor, "b G"]) -> Float[Tensor, "b G"]:

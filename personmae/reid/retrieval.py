@@ -15,7 +15,7 @@ from torch import Tensor
 
 from personmae import dist
 from personmae.errors import Stopped, UserError
-from personmae.reid import datasets, ranking
+from personmae.reid import breakdown, datasets, ranking
 from personmae.reid.datasets import Benchmark, Sample, pids_and_camids
 from personmae.reid.features import Extractor, colour_histogram, extract, require_finite, thumbnail, timed
 from personmae.reid.rerank import alpha_query_expansion, k_reciprocal
@@ -105,7 +105,8 @@ def rank_all(
         return compared(queries)
 
     labels = labels_of(benchmark)
-    result = ranking.evaluate(similarity, labels)
+    hits = ranking.find_hits(similarity, labels)
+    result = ranking.score(hits, len(query))
     chosen = np.linspace(0, len(query) - 1, min(NUM_RANK_LISTS, len(query))).astype(int)
     lists = ranking.rank_lists(similarity, labels, queries=chosen, top_k=TOP_K)
     return {
@@ -121,6 +122,7 @@ def rank_all(
         "num_queries": result.num_queries,
         "num_valid": result.num_valid,
         "num_gallery": len(gallery),
+        "camera_pairs": breakdown.to_record(breakdown.by_camera_pair(hits, labels)),
         "rank_lists": [
             _rank_list(benchmark.query[i], [benchmark.gallery[j] for j in row if j >= 0])
             for i, row in zip(chosen.tolist(), lists.tolist(), strict=True)

@@ -12,7 +12,7 @@ import torch
 from closeness import assert_allclose
 
 from personmae.errors import Stopped, UserError
-from personmae.reid import retrieval
+from personmae.reid import ranking, retrieval
 from personmae.reid.datasets import Benchmark, Sample, resume_key
 from personmae.reid.rows import whiten_per_camera
 from personmae.reid.transforms import ImageSet
@@ -66,6 +66,23 @@ def test_the_record_holds_scores_counts_and_rank_lists(samples: list[Sample]):
     removed = {s.path for s in samples if s.pid == 0 and s.camid == 0}
     assert not removed & set(first["gallery"])
     assert first["correct"] == [Path(path).name.startswith("0_") for path in first["gallery"]]
+
+
+def test_camera_pairs_are_recorded_and_compare_no_image_again(samples: list[Sample], monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def counted(query: torch.Tensor, gallery: torch.Tensor) -> ranking.Similarity:
+        compared = ranking.cosine(query, gallery)
+        return lambda queries: asked.append(len(queries)) or compared(queries)
+
+    monkeypatch.setitem(retrieval.RERANKINGS, "none", counted)
+    record = measure(split(samples))
+    assert asked == [6, 6]  # the queries once for the scores, once for the rank lists
+    pairs = record["camera_pairs"]
+    assert (pairs["query_cameras"], pairs["gallery_cameras"]) == ([0], [0, 1])
+    assert pairs["num_queries"] == [[0, 6]]
+    for name in ("mAP", "rank1"):
+        assert pairs[name] == [[None, pytest.approx(record[name], abs=1e-6)]]
 
 
 @pytest.mark.parametrize("rerank", ["aqe", "k_reciprocal"])
