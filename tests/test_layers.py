@@ -19,7 +19,7 @@ TORCH_ONLY = {"personmae.model", "personmae.optim", "personmae.flops"} | {
 MIDDLE = {
     f"personmae.{name}"
     for name in (
-        *("engine", "checkpoint", "batch_plan", "guard", "floor", "data", "synthetic", "weights", "gallery"),
+        *("engine", "checkpoint", "batch_plan", "guard", "floor", "data", "synthetic", "weights", "gallery", "explain"),
         *("monitor.run_log", "monitor.rank_metrics"),
         *("reid.features", "reid.probe", "reid.retrieval"),
     )

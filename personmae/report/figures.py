@@ -6,33 +6,36 @@ Images are uint8 RGB arrays (H, W, 3). ``report.py`` chooses the runs to draw an
 import base64
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
 from personmae import config, images
-from personmae.checkpoint import portable
 from personmae.data.decode import decode_onto
 from personmae.data.order import sample_keys
 from personmae.data.shard_set import ShardSet
 from personmae.errors import UserError
-from personmae.model import regions
-from personmae.model.inputs import Draws, RegionSpec, cut_batch, draw_batch
-from personmae.model.personmae import PersonMAE
-from personmae.model.vit import patchify, unpatchify
+from personmae.explain.reconstruction import (
+    GREY,
+    TARGET_STATISTICS,
+    VISIBLE_STATISTICS,
+    Reconstruction,
+    open_pretrained,
+    reconstruct_batch,
+)
+from personmae.model.inputs import RegionSpec, draw_batch
 
 Pixels = NDArray[np.uint8]
-Images = UInt8[Tensor, "B H W 3"]
 Row = Sequence[tuple[Pixels, bool | None]]  # a query (None), then gallery images and whether they are right
 
-GREY: Final = 160  # the pixels of a hidden patch
 GREEN, RED, DARK = (22, 148, 72), (208, 40, 40), (70, 76, 84)
 FIGURE_WIDTH: Final = 1200  # pixels
 CAPTIONS: Final = ("RegionA", "visible", "RegionB", "prediction ¹", "prediction ²")
@@ -43,39 +46,26 @@ REGION_WORDS: Final = (
     "prediction with the target's own patch statistics",
     "prediction with RegionA's statistics",
 )
-FOOTNOTE: Final = (
-    "Target of the prediction: RegionB.  ¹ drawn with the target's own mean and std of each patch, which gives away its "
-    "colours.  ² drawn with one mean and one std per image, of RegionA's visible patches: nothing of the target is used."
-)
+FOOTNOTE: Final = f"Target of the prediction: RegionB.  ¹ {TARGET_STATISTICS}.  ² {VISIBLE_STATISTICS}."
 
 
 class NotYet(UserError):  # noqa: N818 - not an error
     """A run has not got this far yet. Nothing is wrong."""
 
 
-class Reconstruction(NamedTuple):
-    """What the model saw and predicted for B images. The two predictions differ only in how they are coloured."""
+def reconstruct_run(
+    settings: config.Pretrain, directory: Path, count: int, *, checkpoint: Path | None = None
+) -> Reconstruction:
+    """``reconstruct_batch`` with a run's newest student, for ``count`` images spread over the first of its shards.
 
-    region_a: Images
-    masked: Images  # RegionA, hidden patches grey
-    region_b: Images  # the target
-    with_target_stats: Images  # each patch with the target patch's own mean and std: that leaks its colours
-    with_visible_stats: Images  # all patches with the mean and std of RegionA's visible pixels: leaks nothing
-
-
-def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> Reconstruction:
-    """``reconstruct`` with a run's newest student, for ``count`` images spread over the first of its shards.
-
-    Regions and masks are those the images have in the run's first epoch.
+    Regions and masks are those the images have in the run's first epoch. ``checkpoint`` names an older student.
 
     Raises:
         UserError: there is no checkpoint, or the shards cannot be read.
     """
-    path = portable.newest(directory)
-    if not path:
-        raise UserError(f"{directory} has no checkpoint that can be read, so there is nothing to predict with")
-    model, spec = PersonMAE(**settings.model_arguments()), RegionSpec(**settings.region_arguments())
-    portable.load_strictly(model, portable.read(path).tensors["student"], path)
+    pretrained = open_pretrained(checkpoint or directory, device="cpu")
+    own = pretrained.spec  # an encoder of another project brings its normalisation along
+    spec = replace(RegionSpec(**settings.region_arguments()), mean=own.mean, std=own.std)
     with open_shards(settings, directory) as shards:
         ids = np.linspace(0, shards.sizes[0] - 1, min(count, shards.sizes[0])).astype(np.int64)
         height, width = spec.canvas_size
@@ -83,7 +73,7 @@ def reconstruct_run(settings: config.Pretrain, directory: Path, count: int) -> R
         placed = [decode_onto(shards.jpeg(int(i)), row) for i, row in zip(ids, canvas, strict=True)]
     native, size = (torch.tensor(sizes) for sizes in zip(*placed, strict=True))
     keys = torch.from_numpy(sample_keys(ids, seed=settings.seed, epoch=0))
-    return reconstruct(model, torch.from_numpy(canvas), size, draw_batch(keys, native, spec), spec)
+    return reconstruct_batch(pretrained.model, torch.from_numpy(canvas), size, draw_batch(keys, native, spec), spec)
 
 
 def open_shards(settings: config.Pretrain, directory: Path) -> ShardSet:
@@ -91,58 +81,11 @@ def open_shards(settings: config.Pretrain, directory: Path) -> ShardSet:
     return ShardSet(settings.data.shards, settings.data.cache_dir or directory / "shards")
 
 
-@torch.no_grad()
-def reconstruct(
-    model: PersonMAE, canvas: UInt8[Tensor, "B Hc Wc 3"], size: Int[Tensor, "B 2"], draws: Draws, spec: RegionSpec
-) -> Reconstruction:
-    """Cut the regions exactly as training does, predict RegionB, and bring everything back to pixels.
-
-    The model predicts normalised patches (Eq. 5, left), so pixels need a mean and a std for each patch.
-    """
-    batch = cut_batch(canvas, size, draws, spec)
-    pred = model.predict_pixels(batch).float()
-    image = regions.resize_canvas(canvas, size, draws.regions, img_size=spec.img_size, max_shift=spec.max_shift)
-    region_a, region_b = regions.cut_regions(image, draws.regions.shift, spec.img_size)
-    target, visible = batch["patches_b"], batch["patches_a"].flatten(1)
-    own_std = (target.var(dim=-1, keepdim=True) + 1e-6).sqrt()
-    own = pred * own_std + target.mean(dim=-1, keepdim=True)
-    from_visible = pred * visible.std(dim=1)[:, None, None] + visible.mean(dim=1)[:, None, None]
-    return Reconstruction(
-        region_a=_to_bytes(region_a),
-        masked=hide_patches(region_a, hidden_mask(draws.ids_keep, spec.grid), spec),
-        region_b=_to_bytes(region_b),
-        with_target_stats=_to_bytes(_to_pixels(own, spec)),
-        with_visible_stats=_to_bytes(_to_pixels(from_visible, spec)),
-    )
-
-
-def hidden_mask(ids_keep: Int[Tensor, "B K"], grid: tuple[int, int]) -> Bool[Tensor, "B L"]:
-    """True where a patch is hidden."""
-    everything = torch.ones(len(ids_keep), grid[0] * grid[1], dtype=torch.bool, device=ids_keep.device)
-    return everything.scatter(1, ids_keep, False)
-
-
-def hide_patches(region: Float[Tensor, "B 3 H W"], mask: Bool[Tensor, "B L"], spec: RegionSpec) -> Images:
-    """Paint hidden patches grey, for pixels in [0, 255]."""
-    patches = patchify(region, spec.patch_size).masked_fill(mask[..., None], GREY)
-    return _to_bytes(unpatchify(patches, spec.grid, spec.patch_size))
-
-
 def draw_map(shares: Float[Tensor, "h w"], cell: int = 24) -> Pixels:
     """A grid of shares in [0, 1] as squares of ``cell`` pixels with thin lines between them. Larger shares are darker."""
     grey = (255 * (1 - shares.numpy())).round().astype(np.uint8).repeat(cell, axis=0).repeat(cell, axis=1)
     grey[::cell], grey[:, ::cell] = GREY, GREY
     return np.repeat(grey[..., None], 3, axis=2)
-
-
-def _to_pixels(patches: Float[Tensor, "B L P"], spec: RegionSpec) -> Float[Tensor, "B 3 H W"]:
-    """Invert ``normalise`` and ``patchify``."""
-    mean, std = (torch.tensor(values)[:, None, None] * 255 for values in (spec.mean, spec.std))
-    return unpatchify(patches, spec.grid, spec.patch_size) * std + mean
-
-
-def _to_bytes(images: Float[Tensor, "B 3 H W"]) -> Images:
-    return images.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def read_thumbnail(path: Path, size: tuple[int, int]) -> Pixels:

@@ -37,8 +37,8 @@ from personmae.report.comparison import (
     group_results,
     summarise,
 )
-from personmae.report.places import Lost, Place, printable
-from personmae.report.runs import Result, RunFolder, find_runs
+from personmae.report.places import Place, printable
+from personmae.report.runs import Result, RunFolder, find_runs, pretraining_of
 from personmae.synthetic.benchmarks import read_mark
 from personmae.system import files
 
@@ -223,7 +223,7 @@ def data_counts(runs: Sequence[RunFolder]) -> list[tuple[str, Callable[[], str]]
 
 def count_shards(run: RunFolder) -> str:
     """Samples, shards and bytes of a pre-training run's data."""
-    with figures.open_shards(_pretraining(run), run.directory) as shards:
+    with figures.open_shards(pretraining_of(run), run.directory) as shards:
         num_bytes = sum(shard.num_bytes for shard in shards.shards)
         return f"{counted(len(shards), 'image')} in {counted(len(shards.shards), 'shard')}, {num_bytes / 2**20:,.1f} MiB"
 
@@ -287,29 +287,13 @@ def predict(run: RunFolder) -> list[list[figures.Pixels]]:
     """Groups of Figure 3 from the newest checkpoint of a pre-training run."""
     if not portable.folders(run.directory):
         raise figures.NotYet(f"{run.directory} has no checkpoint yet, so there is nothing to predict with")
-    drawn = figures.reconstruct_run(_pretraining(run), run.directory, NUM_GROUPS)
+    drawn = figures.reconstruct_run(pretraining_of(run), run.directory, NUM_GROUPS)
     return [[images[i].numpy() for images in drawn] for i in range(len(drawn.region_a))]
-
-
-def _pretraining(run: RunFolder) -> config.Pretrain:
-    """Its settings, with the data where it is now."""
-    settings = run.settings
-    assert isinstance(settings, config.Pretrain)
-    data = settings.data.model_copy(update={"shards": run.place.find(settings.data.shards), "cache_dir": _cache_dir(run)})
-    return settings.model_copy(update={"data": data})
-
-
-def _cache_dir(run: RunFolder) -> str | None:
-    assert isinstance(run.settings, config.Pretrain)
-    try:
-        return run.place.find(run.settings.data.cache_dir) if run.settings.data.cache_dir else None
-    except Lost:
-        return None
 
 
 def region_of(run: RunFolder, section: Section) -> dict[str, Any]:
     """Figure 3 of a run for the template, with what its masks hide."""
-    mark = read_mark(_pretraining(run).data.shards) if section.content else None
+    mark = read_mark(pretraining_of(run).data.shards) if section.content else None
     return {
         "name": printable(run.name),
         "unfinished": run.unfinished,

@@ -19,7 +19,7 @@ from personmae.checkpoint import portable
 from personmae.config import RANDOM
 from personmae.errors import UserError
 from personmae.monitor import run_log
-from personmae.report.places import Place
+from personmae.report.places import Lost, Place
 from personmae.system import files
 
 Settings = config.Pretrain | config.Finetune | config.Unsupervised
@@ -168,6 +168,26 @@ class RunFolder:
             return math.fsum(s for s in known if s is not None)
         parts = [s for s in (self.train_seconds, self.result.seconds if self.result else None) if s is not None]
         return math.fsum(parts) if parts else None
+
+
+def pretraining_of(run: RunFolder) -> config.Pretrain:
+    """The settings of a pre-training run, with the data where it is now.
+
+    Raises:
+        Lost: its shards are neither where they were nor where the record suggests.
+    """
+    settings = run.settings
+    assert isinstance(settings, config.Pretrain)
+    data = settings.data.model_copy(update={"shards": run.place.find(settings.data.shards), "cache_dir": _cache_dir(run)})
+    return settings.model_copy(update={"data": data})
+
+
+def _cache_dir(run: RunFolder) -> str | None:
+    assert isinstance(run.settings, config.Pretrain)
+    try:
+        return run.place.find(run.settings.data.cache_dir) if run.settings.data.cache_dir else None
+    except Lost:
+        return None
 
 
 def images_per_step(settings: Settings | None) -> int:

@@ -35,10 +35,15 @@ def to_pixels(image: ImageLike, img_size: tuple[int, int]) -> UInt8[np.ndarray, 
     Raises:
         UserError: it is no image, or its file cannot be read.
     """
-    return fitted(_decoded(image), img_size)
+    return fitted(to_rgb(image), img_size)
 
 
-def _decoded(image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
+def to_rgb(image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
+    """An image as RGB of its own size, upright.
+
+    Raises:
+        UserError: it is no image, or its file cannot be read.
+    """
     if isinstance(image, str | Path):
         return decode_image(str(image))
     if isinstance(image, Image.Image):

@@ -17,8 +17,10 @@ from personmae import config, pretrain
 from personmae.__main__ import main
 from personmae.checkpoint import portable
 from personmae.data import importer
+from personmae.data.decode import decode_onto
 from personmae.data.order import sample_keys
 from personmae.errors import Unavailable, UserError
+from personmae.explain import reconstruction
 from personmae.model.inputs import RegionSpec, cut_batch, draw_batch
 from personmae.model.personmae import PersonMAE
 from personmae.model.vit import patchify
@@ -312,12 +314,29 @@ def test_the_masked_image_hides_exactly_the_hidden_patches(trained: Path) -> Non
     ids = np.linspace(0, 11, 8).astype(np.int64)
     draws = draw_batch(torch.from_numpy(sample_keys(ids, seed=0, epoch=0)), torch.full((8, 2), 40) * torch.tensor([2, 1]), spec)
     differs = (drawn.masked != drawn.region_a).any(dim=-1)  # (B, H, W)
-    grey = (drawn.masked == figures.GREY).all(dim=-1)
-    hidden = figures.hidden_mask(draws.ids_keep, spec.grid).reshape(8, 4, 2)
+    grey = (drawn.masked == reconstruction.GREY).all(dim=-1)
+    hidden = reconstruction.hidden_mask(draws.ids_keep, spec.grid).reshape(8, 4, 2)
     hidden = hidden.repeat_interleave(16, dim=1).repeat_interleave(16, dim=2)
     assert hidden.float().mean() == 0.75
     assert torch.equal(grey, hidden)
     assert not (differs & ~hidden).any()
+
+
+def test_images_of_a_run_are_predicted_by_the_whole_model_of_its_configuration(trained: Path) -> None:
+    settings = _settings(trained)
+    spec, model = RegionSpec(**settings.region_arguments()), PersonMAE(**settings.model_arguments())
+    path = portable.newest(settings.run_dir)
+    assert path
+    portable.load_strictly(model, portable.read(path).tensors["student"], path)
+    height, width = spec.canvas_size
+    canvas, ids = np.zeros((8, height, width, 3), np.uint8), np.linspace(0, 11, 8).astype(np.int64)
+    with figures.open_shards(settings, Path(settings.run_dir)) as shards:
+        placed = [decode_onto(shards.jpeg(int(i)), row) for i, row in zip(ids, canvas, strict=True)]
+    native, size = (torch.tensor(sizes) for sizes in zip(*placed, strict=True))
+    draws = draw_batch(torch.from_numpy(sample_keys(ids, seed=0, epoch=0)), native, spec)
+    expected = reconstruction.reconstruct_batch(model, torch.from_numpy(canvas), size, draws, spec)
+    for ours, theirs in zip(figures.reconstruct_run(settings, Path(settings.run_dir), 8), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
@@ -332,7 +351,7 @@ def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
     canvas = torch.randint(0, 256, (2, height, width, 3), dtype=torch.uint8, generator=generator)
     size = torch.tensor([[80, 40], [70, 50]])
     draws = draw_batch(torch.tensor([5, 6]), size, spec)
-    drawn = figures.reconstruct(model, canvas, size, draws, spec)
+    drawn = reconstruction.reconstruct_batch(model, canvas, size, draws, spec)
 
     batch = cut_batch(canvas, size, draws, spec)
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""Pictures that explain a model: matched patches, attention, and hidden patches predicted."""
