@@ -87,5 +87,5 @@ def overlay(image: Pixels, heat: Float[np.ndarray, "rows columns"]) -> Pixels:
     share = heat.astype(np.float32) / max(float(heat.max()), 1e-12)
     smooth = cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR)  # a cubic would ring beside a peak
     colours = cv2.applyColorMap((255 * smooth).round().astype(np.uint8), cv2.COLORMAP_PLASMA)[..., ::-1]
-    alpha = STRENGTH * smooth[..., None]
+    alpha = STRENGTH * smooth[..., None] ** 2  # squared: what is weak leaves the colours of the image
     return (image * (1 - alpha) + colours * alpha).round().astype(np.uint8)

@@ -66,16 +66,18 @@ def test_encoders_of_other_projects_match_too(options):
     assert {one.first for one in found} == {(y, x) for y in range(rows) for x in range(columns)}
 
 
+@pytest.mark.parametrize("places", [False, True])
 @pytest.mark.parametrize("head", ["none", "mgn"])
-def test_a_mirrored_and_a_moved_copy_match_to_the_true_places(head):
-    """Tokens that know no place are the same wherever their patch is."""
-    encoder, image = made(head, places=False), patches(1)
+def test_a_mirrored_and_a_moved_copy_match_to_the_true_places(head, places):
+    """Tokens that know no place are the same wherever their patch is. With places, what is in a patch outweighs them here."""
+    encoder, image = made(head, places=places), patches(1)
     mirrored = correspondence.match(encoder, image, image[:, ::-1], most=ALL)
     assert len(mirrored) == 32
     assert all(one.second == (one.first[0], 3 - one.first[1]) for one in mirrored)
     moved = correspondence.match(encoder, image, np.roll(image, (3 * 16, 16), (0, 1)), most=ALL)
     assert len(moved) == 32
     assert all(one.second == ((one.first[0] + 3) % 8, (one.first[1] + 1) % 4) for one in moved)
+    assert (min(one.similarity for one in moved) > 1 - 1e-5) is not places
 
 
 def test_the_best_matches_come_first_and_no_more_than_asked_for():
