@@ -92,7 +92,9 @@ def add_extract(verbs: argparse._SubParsersAction) -> None:
 def _extract(args: argparse.Namespace) -> None:
     began = time.monotonic()
     with Progress("extract", "images") as progress:
-        from personmae.data import rejects
+        from personmae.data import import_workers, rejects
+
+        import_workers.prepare("personmae.weights.extract_parts")  # before torch is imported here, which takes as long
         from personmae.weights import extract
 
         outcome = extract.run(

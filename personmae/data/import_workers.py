@@ -8,11 +8,26 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
+from typing import Any
 
 import cv2
 
 from personmae.errors import Stopped
+
+
+def prepare(preload: str) -> None:
+    """Let another process import ``preload`` for ``workers`` while this one imports its own, given a second core."""
+    if (os.cpu_count() or 1) > 1:
+        _prepared(preload)
+        forkserver.ensure_running()
+
+
+def _prepared(preload: str) -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([preload])  # seconds of imports, once for all
+    return context
 
 
 @contextmanager
@@ -25,8 +40,7 @@ def workers(num_processes: int, *, preload: str = "personmae.data.importer") -> 
         finally:
             thread.shutdown(cancel_futures=True)
         return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([preload])  # seconds of imports, once for all
+    context = _prepared(preload)
     watched, held = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(num_processes, context, initializer=_become_worker, initargs=(watched,))
     try:
