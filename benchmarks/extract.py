@@ -1,6 +1,6 @@
 """Images a second of ``personmae extract`` beside a plain loop of torch, Pillow and a DataLoader, on the same files.
 
-    python benchmarks/extract.py                          # 20 minutes on 2 idle CPU cores
+    python benchmarks/extract.py                          # a quarter of an hour on 2 idle CPU cores
     python benchmarks/extract.py --work DIR --rounds 1
 
 Draws crops of 150 to 500 pixels height as JPEG files, and makes models of random weights: the quickstart's size, for which
@@ -36,7 +36,7 @@ from personmae.weights.extract_parts import PART_IMAGES, decoded
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "extract.json"
-MODELS = {"micro": ((128, 64), 40_000), "small": ((256, 128), 1_000)}  # (height, width) in pixels, and images
+MODELS = {"micro": ((128, 64), 20_000), "small": ((256, 128), 1_000)}  # (height, width) in pixels, and images
 BATCH = 64
 PLAIN, READING = "plain loop", "reading alone"
 

@@ -9,7 +9,7 @@ from personmae.system import signals
 if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "personmae":  # the console script imports this
     signals.answer_early()
 
-from personmae.commands import about, data, export, gallery, inspect, training, weights
+from personmae.commands import about, data, export, gallery, inspect, training, visualise, weights
 from personmae.commands.arguments import Parser
 from personmae.errors import EXIT_COMPLETE, run_command, run_program
 
@@ -19,7 +19,7 @@ VERBS = (
     weights.add_import,
     *(export.add_export, export.add_extract),
     gallery.add_gallery,
-    *(inspect.add_report, inspect.add_bench, inspect.add_doctor),
+    *(inspect.add_report, visualise.add_visualise, inspect.add_bench, inspect.add_doctor),
 )
 
 

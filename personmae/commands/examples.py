@@ -17,6 +17,7 @@ EXAMPLES = {
     "gallery add": "personmae gallery add gallery MORE_CROPS/",
     "gallery remove": "personmae gallery remove gallery 0001_c2s1_000451_03.jpg",
     "report": "personmae report runs/quickstart",
+    "visualise": "personmae visualise runs/quickstart/finetune_personmae",
     "bench data": "personmae bench data runs/quickstart/shards",
     "bench step": "personmae bench step --sizes micro,small --batches 32,64",
     "bench counts": "personmae bench counts --batch 256 --measure",
