@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from personmae.checkpoint import portable
 from personmae.checkpoint.writer import Writer
 from personmae.model.personmae import PersonMAE
-from personmae.model.vit import build_encoder
-from personmae.reid.heads import ReIDModel, build_head
+from personmae.model.vit import build_encoder, init_weights
+from personmae.reid.heads import MGN, ReIDModel, build_head
 from personmae.weights.encoder import Encoder, Features, build
 from personmae.weights.stored import Stored
 
@@ -50,6 +50,8 @@ def made(head: str = "none", *, seed: int = 0, places: bool = True, **settings: 
             torch.nn.init.zeros_(encoder.pos_embed)
         options = HEADS[head]
         network = ReIDModel(encoder, build_head(encoder, 5, **options)) if options else None
+        if network and isinstance(network.head, MGN):
+            init_weights(network.head.branches)  # which begin as copies of one block
     tensors = (network or encoder).state_dict()
     stored = Stored("made", model, tensors, options, about={"num_classes": 5})
     return Encoder(Features(build(stored)), stored, torch.device("cpu"))

@@ -339,6 +339,15 @@ def test_images_of_a_run_are_predicted_by_the_whole_model_of_its_configuration(t
         assert torch.equal(ours, theirs)
 
 
+def test_a_run_is_drawn_with_the_normalisation_that_its_weights_came_with(trained: Path) -> None:
+    """That of another project's encoder is in the checkpoint and not in the configuration."""
+    settings, directory = _settings(trained), _settings(trained).run_dir
+    model = settings.model.model_copy(update={"mean": (0.1, 0.2, 0.3), "std": (0.9, 0.8, 0.7)})
+    other = settings.model_copy(update={"model": model})
+    both = [figures.reconstruct_run(one, Path(directory), 2) for one in (settings, other)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*both, strict=True))
+
+
 def test_predictions_equal_a_patch_by_patch_computation(trained: Path) -> None:
     settings = _settings(trained)
     spec = RegionSpec(**settings.region_arguments())
