@@ -9,7 +9,7 @@ from personmae.system import signals
 if __name__ == "__main__" or os.path.basename(sys.argv[0]) == "personmae":  # the console script imports this
     signals.answer_early()
 
-from personmae.commands import about, data, export, gallery, inspect, training, visualise, weights
+from personmae.commands import about, data, export, gallery, inspect, serve, training, visualise, weights
 from personmae.commands.arguments import Parser
 from personmae.errors import EXIT_COMPLETE, run_command, run_program
 
@@ -18,7 +18,7 @@ VERBS = (
     *(training.add_pretrain, training.add_finetune, training.add_unsupervised, training.add_evaluate),
     weights.add_import,
     *(export.add_export, export.add_extract),
-    gallery.add_gallery,
+    *(gallery.add_gallery, serve.add_serve),
     *(inspect.add_report, visualise.add_visualise, inspect.add_bench, inspect.add_doctor),
 )
 

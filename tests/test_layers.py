@@ -39,7 +39,7 @@ PROGRAMS = {
             "downstream",
             "evaluate",
         ),
-        *("bench", "report", "visualise", "inspect", "dry_run"),
+        *("bench", "report", "visualise", "inspect", "dry_run", "serve"),
     )
 }
 SHARED_RUN = "personmae.downstream"

@@ -31,7 +31,7 @@ PRELOADED = (
     *("personmae.commands.training", "personmae.commands.data", "personmae.commands.inspect", "personmae.data.importer"),
     *("personmae.pretrain", "personmae.finetune", "personmae.unsupervised", "personmae.evaluate", "personmae.dry_run"),
     *("personmae.engine.native", "personmae.engine.deepspeed", "personmae.engine.fsdp", "personmae.report.report"),
-    *("personmae.gallery.edit", "personmae.gallery.search", "personmae.gallery.sheet"),
+    *("personmae.gallery.edit", "personmae.gallery.search", "personmae.gallery.sheet", "personmae.serve.server"),
     *(
         "launcher.elastic.agent",
         "launcher.elastic.store",

@@ -16,6 +16,7 @@ EXAMPLES = {
     "gallery query": "personmae gallery query gallery person.jpg --picture found.png",
     "gallery add": "personmae gallery add gallery MORE_CROPS/",
     "gallery remove": "personmae gallery remove gallery 0001_c2s1_000451_03.jpg",
+    "serve": "personmae serve gallery --pretrained runs/vit_small",
     "report": "personmae report runs/quickstart",
     "visualise": "personmae visualise runs/quickstart/finetune_personmae",
     "bench data": "personmae bench data runs/quickstart/shards",

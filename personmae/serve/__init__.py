@@ -1,0 +1,1 @@
+"""``personmae serve``: a web page that searches a gallery and shows what a model sees."""
