@@ -126,17 +126,19 @@ def _scatter(title: str, what: str, places: Float[np.ndarray, "n 2"], groups: Se
         return ink.scatter(places, groups, queries, colours, legend=what)
 
     pixels, svg = ink.to_pixels(lambda: figure(ink.COLOURS)), ink.to_svg(lambda: figure(charts.STAND_INS), alt)
-    return Drawing(title, f"A colour and a shape for each {what}. Queries have a dark edge.", alt, pixels, svg)
+    return Drawing(title, f"A colour and a shape for each {what}. Queries have an edge.", alt, pixels, svg)
 
 
 def _with_images(places: Float[np.ndarray, "n 2"], samples: Sequence[Sample], people: Sequence[str]) -> Drawing:
     colour = {name: charts.LIGHT[number % len(charts.LIGHT)] for number, name in enumerate(dict.fromkeys(people))}
     images = [figures.read_thumbnail(Path(sample.path), THUMBNAIL) for sample in samples]
-    sheet, shown = ink.sheet_of_points(places, images, [colour[name] for name in people], size=SHEET)
+    placed = ink.place_images(places, images, [colour[name] for name in people], size=SHEET)
+    alt = f"The map with {len(placed):,} small images of people at their places"
     return Drawing(
         "With its images",
-        f"The same map with {shown:,} of its images at their places. Those that would cover another are left out. Frames have "
-        "the colours of people, which repeat after five.",
-        f"The map with {shown:,} small images of people at their places",
-        sheet,
+        f"The same map with {len(placed):,} of its images at their places. Those that would cover another are left out. Frames "
+        "have the colours of people, which repeat after five.",
+        alt,
+        ink.sheet_of(placed, SHEET),
+        ink.html_of(placed, SHEET, alt),
     )

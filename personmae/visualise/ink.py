@@ -57,16 +57,15 @@ def sheet_of_rows(rows: Sequence[tuple[str, Sequence[Pixels]]]) -> Pixels:
     return np.asarray(sheet)
 
 
-def sheet_of_points(
+def place_images(
     places: np.ndarray, images: Sequence[Pixels], colours: Sequence[str], *, size: tuple[int, int]
-) -> tuple[Pixels, int]:
+) -> list[tuple[int, int, Pixels]]:
     """Small images at points (n, 2) in 0 ... 1, y upwards, in frames of their colours. Those that would overlap are left out.
 
-    Returns the sheet of ``size`` (height, width) and how many images are on it.
+    Returns (left, top, image) of each that is left, in pixels of a sheet of ``size`` (height, width).
     """
-    sheet = np.full((*size, 3), 250, np.uint8)
     taken = np.zeros(size, bool)
-    shown = 0
+    placed = []
     for number in np.random.default_rng(0).permutation(len(images)).tolist():  # no group comes first
         (x, y), image = places[number], images[number]
         height, width = image.shape[:2]
@@ -76,10 +75,31 @@ def sheet_of_points(
             continue
         framed = np.array(image)
         cv2.rectangle(framed, (0, 0), (width - 1, height - 1), _rgb(str(colours[number])), 5)
-        sheet[top : top + height, left : left + width] = framed
         taken[top : top + height, left : left + width] = True
-        shown += 1
-    return sheet, shown
+        placed.append((left, top, framed))
+    return placed
+
+
+def sheet_of(placed: Sequence[tuple[int, int, Pixels]], size: tuple[int, int]) -> Pixels:
+    """Placed images as one."""
+    sheet = np.full((*size, 3), 250, np.uint8)
+    for left, top, image in placed:
+        sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return sheet
+
+
+def html_of(placed: Sequence[tuple[int, int, Pixels]], size: tuple[int, int], words: str) -> Markup:
+    """Placed images on the page's own paper."""
+    height, width = size
+    images = Markup("").join(
+        Markup('<img src="{}" alt="" style="left: {:.2f}%; top: {:.2f}%; width: {:.2f}%">').format(
+            data_uri(image, photograph=True), 100 * left / width, 100 * top / height, 100 * image.shape[1] / width
+        )
+        for left, top, image in placed
+    )
+    return Markup('<div class="placed" role="img" aria-label="{}" style="aspect-ratio: {} / {}">{}</div>').format(
+        words, width, height, images
+    )
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:
@@ -113,7 +133,7 @@ def to_png(pixels: Pixels) -> bytes:
 def scatter(
     places: np.ndarray, groups: Sequence[str], queries: np.ndarray, colours: Mapping[str, str], *, legend: str
 ) -> Figure:
-    """Points (n, 2) by group. A group has a colour and a marker of its own, and a query a dark edge."""
+    """Points (n, 2) by group. A group has a colour and a marker of its own, and a query an edge."""
     names = list(dict.fromkeys(sorted(groups, key=_by_number)))
     rows = -(-len(names) // 5)
     figure = Figure(figsize=(5.4, 4.6 + 0.2 * rows), layout="constrained")

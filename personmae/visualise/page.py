@@ -60,7 +60,8 @@ def file_names(sections: Sequence[Section]) -> list[list[str]]:
     for section in sections:
         own = []
         for drawing in section.drawings:
-            words = re.sub(r"[^a-z0-9]+", "-", drawing.title.lower()).strip("-")[:60]
+            title = re.sub(r"\S*/|\.\w+\b", "", drawing.title.lower())  # an image's name without folders and suffix
+            words = re.sub(r"[^a-z0-9]+", "-", title).strip("-")[:60]
             stem = f"{section.name}-{words}".strip("-")
             seen[stem] = seen.get(stem, 0) + 1
             own.append(f"{stem}.png" if seen[stem] == 1 else f"{stem}-{seen[stem]}.png")

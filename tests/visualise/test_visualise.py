@@ -92,7 +92,13 @@ def test_the_page_needs_nothing_else_and_every_drawing_is_a_png(written):
 
 def test_every_picture_is_named_and_every_link_leads_somewhere(written):
     parsed = Parsed((written / "index.html").read_text())
-    assert all(image["alt"] for image in parsed.all("img"))
+    unnamed = [image for image in parsed.all("img") if not image["alt"]]
+    assert all("left: " in (image.get("style") or "") for image in unnamed)  # of the map, which is named as a whole
+    (placed,) = [div for div in parsed.all("div") if div.get("class") == "placed"]
+    assert (placed["role"], placed["aria-label"]) == (
+        "img",
+        f"The map with {len(unnamed)} small images of people at their places",
+    )
     assert all(svg["role"] == "img" and svg["aria-label"] for svg in parsed.all("svg"))
     scrolling = [div for div in parsed.all("div") if "scroll" in (div.get("class") or "")]
     assert {(div["tabindex"], div["role"], bool(div["aria-label"])) for div in scrolling} == {("0", "region", True)}
@@ -217,9 +223,9 @@ def test_an_image_that_is_gone_costs_its_section_and_the_exit_code_says_so(tuned
 
 
 def test_equal_titles_have_files_of_their_own():
-    drawing = Drawing("A / B", "", "a picture", np.zeros((2, 2, 3), np.uint8))
+    drawing = Drawing("query/A_1.jpg and B", "", "a picture", np.zeros((2, 2, 3), np.uint8))
     named = page.file_names([Section("ranks", Part("", [drawing, drawing, replace(drawing, title="…")])), Section("map")])
-    assert named == [["ranks-a-b.png", "ranks-a-b-2.png", "ranks.png"], []]
+    assert named == [["ranks-a-1-and-b.png", "ranks-a-1-and-b-2.png", "ranks.png"], []]
 
 
 def test_words_of_a_drawing_are_never_markup():
