@@ -123,10 +123,8 @@ def page_html(service: Service, name: str) -> str:
 
 @functools.cache
 def stylesheet() -> str:
-    """The style of the report, and what this page adds to it."""
-    from personmae.report.charts import DARK, LIGHT
-
-    return _templates().get_template("page.css.j2").render(light=LIGHT, dark=DARK)
+    """The style of the report without its curves' colours, and what this page adds to it. Matplotlib is not imported."""
+    return _templates().get_template("page.css.j2").render(light=(), dark=())
 
 
 @functools.cache

@@ -16,7 +16,6 @@ export function showProblem(text) {
   const place = find("problem");
   place.textContent = text;
   place.hidden = !text;
-  if (text) place.scrollIntoView({ block: "nearest" });
 }
 
 // Do something with the problem line cleared, a button disabled, and an error shown.

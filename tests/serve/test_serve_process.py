@@ -2,6 +2,8 @@
 
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -81,6 +83,15 @@ def test_hostile_uploads_are_refused_and_the_memory_stays_bounded(made: Made, ru
 
 
 # --- start and end ---
+
+
+def test_the_page_is_there_before_torch_is():
+    """Seconds would otherwise pass until a visitor sees anything."""
+    code = "import sys; from personmae.serve import app, server; app.stylesheet(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    loaded = set(done.stdout.split())
+    assert {"uvicorn", "fastapi", "numpy"} <= loaded
+    assert loaded & {"torch", "matplotlib", "cv2", "scipy", "sklearn", "faiss"} == set()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
