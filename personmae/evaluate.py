@@ -1,5 +1,6 @@
 """A model, frozen features or a baseline, and a benchmark, to mAP, CMC and mINP with the field's protocol."""
 
+import os
 import shlex
 import tempfile
 import time
@@ -15,9 +16,9 @@ from personmae.config import RANDOM
 from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer, build_encoder
 from personmae.monitor import environment, progress
-from personmae.reid import probe, retrieval
+from personmae.reid import latency, probe, retrieval
 from personmae.reid.datasets import Benchmark, describe, load_benchmark
-from personmae.reid.features import Extractor
+from personmae.reid.features import Extractor, timed
 from personmae.reid.frozen import FrozenRows
 from personmae.reid.heads import Neck, Pool, ReIDModel, build_head
 from personmae.reid.samples import SPLITS
@@ -34,14 +35,15 @@ class Options:
 
     ``pool`` takes a pre-trained encoder as it is, its tokens pooled so ("rows" are means of rows of patches). What it finds
     is a lower bound, not a ReID system. ``per_camera`` changes features before they are compared, without labels. Baselines
-    are standardised where it is None. ``probe`` has both readings of frozen rows instead. The last three are of random
-    weights, which are drawn on the spot.
+    are standardised where it is None. ``probe`` has both readings of frozen rows instead. ``latency`` measures the model alone
+    too. ``size``, ``img_size`` and ``seed`` are of random weights, which are drawn on the spot.
     """
 
     pool: Pool | Literal["rows"] | None = None
     per_camera: retrieval.PerCamera | None = None
     probe: bool = False
     rerank: str = "none"
+    latency: bool = False
     size: str | None = None
     img_size: tuple[int, int] | None = None
     seed: int | None = None
@@ -88,8 +90,11 @@ def run(
     else:
         record = _measure(_find(where, options, unfinished), benchmark, options)
     record |= {"commit": environment.git_commit()}
+    _log_domain(record)
     for row in _rows(record):
         print(retrieval.table_row(row))
+    if "latency" in record:
+        print(f"{record['name']}: {latency.in_words(record['latency'])}")
     if out:
         retrieval.write_record(out, record)
         seconds, where_it_is = time.monotonic() - began, f"the result is in {out / 'result.json'}"
@@ -103,6 +108,10 @@ def _require_fitting(where: str, options: Options) -> None:
         for name in ("pool", "probe"):
             if getattr(options, name):
                 raise UserError(f"{_PRETRAINED_ONLY[name]}. {where!r} has no tokens: leave it out")
+    if options.latency and options.probe:
+        raise UserError("--latency is the time of one feature, and --probe reads two: leave one of them out")
+    if options.latency and where in retrieval.BASELINES:
+        raise UserError(f"--latency is the time of a model. {where!r} has none: leave it out")
     drawn = {"size": options.size, "img-size": options.img_size, "seed": options.seed}
     if where != RANDOM and (given := [f"--{name}" for name, value in drawn.items() if value is not None]):
         raise UserError(f"{', '.join(given)} is for 'random' weights. {where} has its own: leave it out")
@@ -140,9 +149,10 @@ def _measure(subject: Subject, benchmark: Benchmark, options: Options) -> dict[s
         record = probe.measure(benchmark, encoder, img_size=img_size, **inputs, **shared)
         named |= {"name": f"{subject.name}, rows"}
     else:
-        assert isinstance(subject.model, torch.nn.Module)
+        model = subject.model
+        assert isinstance(model, torch.nn.Module)
         features = retrieval.model_features(
-            subject.model.to(device), mean=settings["mean"], std=settings["std"], device=device, log=progress.log
+            model.to(device), mean=settings["mean"], std=settings["std"], device=device, log=progress.log
         )
         if whitening := subject.source.get("whiten"):
             features = retrieval.for_each_camera(features, "whiten", **whitening)
@@ -150,6 +160,9 @@ def _measure(subject: Subject, benchmark: Benchmark, options: Options) -> dict[s
             features = retrieval.for_each_camera(features, how)
             named["init"] += f", {_IN_WORDS[how]}"
         record = retrieval.measure(benchmark, features, img_size=img_size, rerank=options.rerank, **shared)
+        if options.latency:
+            with timed(progress.log, "measuring the time of the model alone"):
+                named["latency"] = latency.measure(model.features, img_size=img_size, device=device)
     assert record  # one process
     return record | named
 
@@ -174,6 +187,7 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
     if not unfinished:
         portable.require_finished(where, path, " give --unfinished,")
     source = {"checkpoint": str(path), "step": portable.step_of(path.name), "digest": portable.digest(path)}
+    source["run"] = os.path.abspath(portable.run_of(path))
     if reached := portable.unfinished(path):
         source["unfinished"] = reached
     progress.log(f"evaluating {path}" + (f", whose run is not finished: it is at {reached}" if reached else ""))
@@ -182,6 +196,7 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
         for option, refusal in _PRETRAINED_ONLY.items():
             if getattr(options, option):
                 raise UserError(f"{refusal}. {path} is fine-tuned and has a head of its own: leave it out")
+        source["trained_on"] = _trained_on(source["run"], record)
         if record.get("whiten") and not options.per_camera:
             source["whiten"] = record["whiten"]  # as the run was evaluated at its own end
         model = load_model(portable.read(path, moments=False), path)
@@ -195,6 +210,30 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
     encoder = build_encoder(settings)
     portable.load_strictly(encoder, weights, path)
     return _frozen(name, where, encoder, settings, options, source)
+
+
+def _trained_on(run_dir: str, state: dict[str, Any]) -> dict[str, Any]:
+    """Which data a run with a head was trained on, as far as that is known.
+
+    ``benchmark_digest`` and ``benchmark_title`` are of the test set that belongs to its training images.
+    """
+    key, own = state.get(portable.RESUME_KEY, {}), retrieval.read_record(run_dir) or {}
+    data = {
+        "benchmark": state.get("benchmark"),
+        "root": state.get("root"),
+        **{name: key.get(f"data.{name}") for name in ("num_images", "num_ids", "digest")},
+        **{name: own.get(name) for name in ("benchmark_digest", "benchmark_title")},
+        "labels": "cluster.eps" not in key,
+    }
+    return {name: value for name, value in data.items() if value is not None}
+
+
+def _log_domain(record: dict[str, Any]) -> None:
+    """Log that a model is tested on other data than it was trained on."""
+    data = record.get("trained_on", {})
+    if "benchmark_digest" in data and data["benchmark_digest"] != record["benchmark_digest"]:
+        title = data.get("benchmark_title") or data["benchmark"]
+        progress.log(f"zero shot: {record['name']} was trained on {title} and is tested on {record['benchmark_title']}")
 
 
 def _draw(options: Options) -> Subject:

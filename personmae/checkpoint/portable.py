@@ -289,6 +289,12 @@ def locate(where: str | Path, *, moments: bool = True) -> Path:
     return found
 
 
+def run_of(path: Path) -> Path:
+    """The run directory that a checkpoint lies in, or its own where it lies alone."""
+    run_dir = path.parent.parent
+    return run_dir if folder(run_dir) == path.parent else path
+
+
 def digest(path: Path) -> str:
     """A short digest of all files of a checkpoint, from its manifest."""
     return hashlib.sha256(_content(path / MANIFEST)).hexdigest()[:12]

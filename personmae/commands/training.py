@@ -70,6 +70,9 @@ CHECKPOINT is a run of finetune or unsupervised, or one of its checkpoints. It i
 'random' is an encoder of random weights, the control of both. Three baselines need no training: 'histogram', 'thumbnail'
 and 'thumbnail+histogram'. A model has to beat the best of them.
 
+A fine-tuned run may be tested on any benchmark: on another than its own this is zero shot, and the record says what it was
+trained on.
+
 --probe takes seconds and trains nothing. It compares rows of patch tokens in two ways. "rows" whitens them per camera and
 needs no labels. "LDA" knows the training identities and no camera. docs/method.md defines both.
 """
@@ -105,6 +108,9 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument(
         "--unfinished", action="store_true", help="accept a run whose training is not finished. The record says so"
     )
+    verb.add_argument(
+        "--latency", action="store_true", help="also measure the model alone: ms of one image, images/s of a batch"
+    )
     drawn = verb.add_argument_group("of 'random'")
     drawn.add_argument("--size", choices=["micro", "tiny", "small", "base", "large"], help="of the encoder (default base)")
     drawn.add_argument("--img-size", type=size, metavar="HxW", help="pixels (default 256x128)")
@@ -114,7 +120,7 @@ def add_evaluate(verbs: argparse._SubParsersAction) -> None:
         log("evaluate: starting ...")
         from personmae import evaluate
 
-        names = ("pool", "per_camera", "probe", "rerank", "size", "img_size", "seed")
+        names = ("pool", "per_camera", "probe", "rerank", "latency", "size", "img_size", "seed")
         options = evaluate.Options(**{name: vars(args)[name] for name in names})
         evaluate.run(args.checkpoint, args.benchmark, args.root, out=args.out, options=options, unfinished=args.unfinished)
 

@@ -71,9 +71,36 @@ def test_a_run_ends_with_scores_that_evaluate_repeats(finished: Path, benchmarks
     found = result(tmp_path)
     assert [found[key] for key in ("checkpoint", "digest")] == [str(newest), portable.digest(newest)]
     assert found["step"] == portable.step_of(newest.name)
-    other = personmae("evaluate", finished, "occluded_duke", benchmarks / "occluded_duke")
-    assert other.returncode == 0, other.stderr
-    assert "occluded_duke" in other.stdout.splitlines()[-1]
+    assert found["trained_on"]["benchmark_digest"] == found["benchmark_digest"]
+    assert "zero shot" not in again.stdout + again.stderr
+    assert found["camera_pairs"] == scores["camera_pairs"]
+    assert sum(map(sum, found["camera_pairs"]["num_queries"])) >= 32
+
+
+def test_a_run_is_tested_on_another_benchmark_and_the_record_says_what_it_was_trained_on(
+    finished: Path, benchmarks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "other"
+    done = personmae("evaluate", finished, "occluded_duke", benchmarks / "occluded_duke", "--latency", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "occluded_duke" in next(line for line in done.stdout.splitlines() if " mAP " in line)
+    found, own = result(out), result(finished)
+    assert found["run"] == str(finished)
+    assert found["trained_on"] == {
+        "benchmark": "market1501",
+        "root": str((benchmarks / "market1501").resolve()),
+        **{name: own["identity"][f"data.{name}"] for name in ("num_images", "num_ids", "digest")},
+        **{name: own[name] for name in ("benchmark_digest", "benchmark_title")},
+        "labels": True,
+    }
+    assert found["benchmark_digest"] != own["benchmark_digest"]
+    assert f"zero shot: run was trained on {own['benchmark_title']}" in done.stdout + done.stderr
+    time_of_the_model = found["latency"]
+    assert time_of_the_model["img_size"] == [128, 64]
+    assert 0 < time_of_the_model["milliseconds"] < 60_000
+    assert time_of_the_model["images_per_second"] > 0
+    assert time_of_the_model["hardware"]["cores"] == os.cpu_count()
+    assert f"run: {time_of_the_model['milliseconds']:.1f} ms an image" in done.stdout
 
 
 def test_a_stopped_run_ends_with_the_scores_of_an_uninterrupted_one(finished: Path, benchmarks: Path, tmp_path: Path) -> None:

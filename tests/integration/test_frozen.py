@@ -107,6 +107,8 @@ def test_the_baselines_need_no_training(market, tmp_path):
     ("arguments", "expected"),
     [
         (["histogram", "--probe"], "--probe is for pre-trained encoders. 'histogram' has no tokens: leave it out"),
+        (["histogram", "--latency"], "--latency is the time of a model. 'histogram' has none: leave it out"),
+        (["RUN", "--probe", "--latency"], "--latency is the time of one feature, and --probe reads two"),
         (["thumbnail", "--pool", "mean"], "'thumbnail' has no tokens: leave it out"),
         (["random"], "'random' weights have no head. Give --probe, or --pool mean"),
         (["random", "--probe", "--img-size", "100x64"], "--img-size must be multiples of 16 pixels. Got 100x64"),
