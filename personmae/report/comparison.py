@@ -8,16 +8,18 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import stdtrit
 
 from personmae import config
 from personmae.config import RANDOM
-from personmae.errors import UserError
-from personmae.report.places import Lost, printable
-from personmae.report.runs import Result, RunFolder, read_settings
+from personmae.report.places import printable
+from personmae.report.records import Latency, Result
+from personmae.report.repeats import data_of, how_of, without_repeats
+from personmae.report.runs import RunFolder
+from personmae.report.weights import FULL, MAE_LIKE, Known, known_settings, pretrained_as, started_from
 
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 _NOT_THE_RECIPE = ("seed", "run_dir", "root", "init", "checkpoint.", "metrics.", "data.cache_dir", "train.log_every")
@@ -49,14 +51,15 @@ class Row:
         names = [result.name for result in self.results]
         if len(names) == 1:
             return printable(names[0])
-        same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
-        common = re.sub(r"[-_. ]*(seed|s)?[-_. \d]*$", "", "".join(letters[0] for letters in same))
-        return printable(common or f"{names[0]} and {len(names) - 1} more")
+        heads, _, tails = zip(*(name.partition(", ") for name in names), strict=True)  # "pretrain_s0, rows" of a probe
+        common = re.sub(r"[-_. ]*(seed|s)?[-_. \d]*$", "", _common_start(heads))
+        kind = f", {tails[0]}" if len(set(tails)) == 1 and tails[0] else ""
+        return printable(common + kind if common else f"{names[0]} and {len(names) - 1} more")
 
     @property
     def seeds(self) -> list[int]:
-        """One for each run. Empty where nothing was trained here."""
-        return [run.settings.seed for run in self.runs if run.settings]
+        """One for each run, or for each run that was evaluated. Empty where nothing was trained here or drawn."""
+        return [run.seed for run in self.runs if run.seed is not None]
 
     @property
     def seeds_in_words(self) -> str:
@@ -73,7 +76,7 @@ class Row:
     def started(self) -> str:
         """What it started from, in words."""
         starts = {result.init for result in self.results}
-        if starts == {RANDOM}:
+        if starts == {RANDOM} or (len(starts) > 1 and all(result.random for result in self.results)):
             return "random weights"
         return printable(self.first.init) if len(starts) == 1 else f"{len(starts)} encoders of one recipe"
 
@@ -99,6 +102,24 @@ class Row:
         """Lowest and highest in per cent where there are several runs: "20.4-22.4"."""
         values = sorted(100 * getattr(result, score) for result in self.results)
         return f"{values[0]:.1f}-{values[-1]:.1f}" if len(values) > 1 else ""
+
+    def half_width(self, score: str) -> float | None:
+        """Half of the 95 % interval of the mean by Student's t, in [0, 1]. None for fewer than three seeds."""
+        values = [getattr(result, score) for result in self.results]
+        if len(set(self.seeds)) < 3 or len(set(self.seeds)) < len(values):
+            return None
+        return float(stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / len(values) ** 0.5)
+
+    @property
+    def untrained(self) -> bool:
+        """Whether it is a baseline without any weights."""
+        first = self.runs[0]
+        return first.settings is None and not (self.first.checkpoint or self.first.random)
+
+    @property
+    def latency(self) -> Latency | None:
+        """The first that was measured of its runs."""
+        return next((result.latency for result in self.results if result.latency), None)
 
     def in_words(self, score: str) -> str:
         """Such as "21.5 (20.4-22.4, 3 seeds)" or "21.5 (one seed)", in per cent."""
@@ -173,10 +194,9 @@ def _ranked(row: Row) -> tuple[str, bool]:
 def group_results(runs: Sequence[RunFolder]) -> list[Group]:
     """Tables by data: one for each digest or, without a digest, for each layout and folder."""
     groups: dict[tuple[str, str], dict[Any, list[RunFolder]]] = {}
-    for run in runs:
-        if result := run.result:
-            data = ("", result.benchmark_digest) if result.benchmark_digest else (result.benchmark, result.root)
-            groups.setdefault(data, {}).setdefault(_recipe(run, runs), []).append(run)
+    for run in without_repeats(runs):
+        if run.result:
+            groups.setdefault(data_of(run.result), {}).setdefault(recipe_of(run, runs), []).append(run)
     return [Group(_named([Row(tuple(same)) for same in recipes.values()])) for recipes in groups.values()]
 
 
@@ -196,23 +216,40 @@ def _named(rows: Sequence[Row]) -> tuple[Row, ...]:
     return tuple(replace(row, label=name) for row, name in zip(rows, distinct(whole), strict=True))
 
 
+def _common_start(texts: Sequence[str]) -> str:
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in same)
+
+
 def _in_full(row: Row) -> str:
     """The names of its runs, or the first and the last where there are many."""
-    names = [result.name for result in row.results]
+    names = list(dict.fromkeys(result.name for result in row.results))
     return printable(", ".join(names) if len(names) <= _MOST_NAMES else f"{names[0]} to {names[-1]}")
 
 
 def find_pairs(group: Group) -> list[tuple[Row, Row]]:
-    """The (pre-trained, random) fine-tuning of one table, the best mAP of each kind. Empty where one is missing."""
+    """The (pre-trained, random) fine-tuning of one table, the best mAP of each kind. Empty where one is missing.
+
+    MAE-like pre-training stands there only where there is no other.
+    """
     rows = [row for row in group.rows if row.is_finetuning and not row.unfinished and _ranked(row) == ("none", False)]
     kinds = [[row for row in rows if row.from_random is random] for random in (False, True)]
-    return [(max(kinds[0], key=_by_map), max(kinds[1], key=_by_map))] if all(kinds) else []
+    if not all(kinds):
+        return []
+    return [(max(kinds[0], key=lambda row: (method_of(row) != MAE_LIKE, _by_map(row))), max(kinds[1], key=_by_map))]
+
+
+def method_of(row: Row) -> str:
+    """The pre-training that fine-tunings began with. PersonMAE where its settings cannot be read."""
+    run = row.runs[0]
+    start = started_from(run, run.settings.init, {}) if isinstance(run.settings, config.Finetune) else None
+    return pretrained_as(start) if isinstance(start, config.Pretrain) else FULL
 
 
 def compare_queries(group: Group) -> list[Queries]:
     """Each trained row next to the random start of its table, and next to the best row without training."""
     references = [pair[1] for pair in find_pairs(group)]
-    baselines = [row for row in group.rows if row.runs[0].settings is None and not row.unfinished]
+    baselines = [row for row in group.rows if row.untrained and not row.unfinished]
     references += [max(baselines, key=_by_map)] if baselines else []
     pairs = itertools.product([row for row in group.rows if row.runs[0].settings], references)
     found = [_compare(ours, theirs) for ours, theirs in pairs if ours != theirs and comparable(ours, theirs)]
@@ -270,28 +307,44 @@ def data_notes(groups: Sequence[Group]) -> list[str]:
     return notes
 
 
-def _recipe(run: RunFolder, runs: Sequence[RunFolder]) -> Any:
-    """What runs of different seeds have in common, or a run's own folder where nothing can be compared."""
-    if run.settings is None or run.result is None:
+def recipe_of(run: RunFolder, runs: Sequence[RunFolder]) -> Any:
+    """What runs of different seeds have in common, or a run's own folder where nothing can be compared.
+
+    Evaluations of runs have the recipe of those, and how their features were taken.
+    """
+    of, result = run.trained, run.result
+    if result and result.random:
+        drawn = sorted((key, value) for key, value in result.random.items() if key != "seed")
+        return "random", repr(drawn), how_of(run), result.rerank, bool(result.probe)
+    if of.settings is None or result is None:
         return str(run.directory)
-    flat = {key: value for key, value in _flat(run).items() if not key.startswith(_NOT_THE_RECIPE)}
-    data = run.result.identity.get("data.digest") or printable(run.result.root)
-    return type(run.settings).__name__, repr(sorted(flat.items())), data, _start(run, runs), bool(run.unfinished)
+    flat = {key: value for key, value in _flat(of).items() if not key.startswith(_NOT_THE_RECIPE)}
+    data = of.result.identity.get("data.digest") or printable(of.result.root) if of.result else ""
+    how = () if run is of else (how_of(run), result.rerank, bool(result.probe), result.step if run.unfinished else None)
+    start = _start(of, of.settings.init, known_settings(runs))
+    return (
+        type(of.settings).__name__,
+        repr(sorted(flat.items())),
+        data,
+        start,
+        bool(run.unfinished),
+        how,
+    )
 
 
-def _start(run: RunFolder, runs: Sequence[RunFolder]) -> str:
-    """The recipe of what a run started from where that can be read, for each seed may have an encoder of its own."""
-    init = getattr(run.settings, "init", "")
+def _start(run: RunFolder, init: str, known: Known) -> str:
+    """The recipe of what a run started from where that can be read, for each seed may have an encoder of its own.
+
+    What that started from is a part of it: domain adaptation begins with a fine-tuned run.
+    """
     if init == RANDOM:
         return init
-    try:
-        directory = Path(run.place.find(init)).resolve()
-        known = {other.directory.resolve(): other.settings for other in runs if other.settings}
-        settings = known.get(directory) or read_settings(directory / "config.yaml")
-    except (Lost, OSError, UserError):
+    settings = started_from(run, init, known)
+    if settings is None:
         return init
     flat = config.flatten(settings.model_dump(mode="json"))
-    return repr(sorted((key, value) for key, value in flat.items() if not key.startswith(_NOT_THE_RECIPE)))
+    recipe = sorted((key, value) for key, value in flat.items() if not key.startswith(_NOT_THE_RECIPE))
+    return repr((recipe, _start(run, settings.init, known)))
 
 
 def _flat(run: RunFolder) -> dict[str, Any]:
@@ -322,7 +375,7 @@ def _summarise_pair(group: Group) -> list[str]:
         if (ours.seeds_in_words, theirs.seeds_in_words) == ("one seed", "one seed"):
             one, other, each = (*(text.removesuffix(" (one seed)") for text in (one, other)), ", one seed each")
         sentences.append(
-            f"{_on(group)}, fine-tuning from PersonMAE pre-training reaches {one}, from random "
+            f"{_on(group)}, fine-tuning from {method_of(ours)} pre-training reaches {one}, from random "
             f"weights {other}{each}: {difference(ours, theirs)}."
         )
         best = max((row for row in group.rows if comparable(row, ours)), key=_by_map)

@@ -6,7 +6,8 @@ from pathlib import Path
 from personmae.report import figures
 from personmae.report.comparison import distinct
 from personmae.report.places import Lost, printable
-from personmae.report.runs import RankList, RunFolder
+from personmae.report.records import RankList
+from personmae.report.runs import RunFolder
 
 NUM_QUERIES = 6  # on the page
 THUMBNAIL = (128, 64)  # (height, width) of an image

@@ -26,7 +26,7 @@ from personmae.model.inputs import RegionSpec
 from personmae.monitor import progress
 from personmae.monitor.progress import counted
 from personmae.reid.datasets import describe, load_benchmark
-from personmae.report import charts, figures, rank_lists, sections
+from personmae.report import camera_pairs, charts, compared, cross_domain, figures, rank_lists, sections
 from personmae.report.comparison import (
     SCORES,
     Group,
@@ -38,7 +38,8 @@ from personmae.report.comparison import (
     summarise,
 )
 from personmae.report.places import Place, printable
-from personmae.report.runs import Result, RunFolder, find_runs, pretraining_of
+from personmae.report.records import Result
+from personmae.report.runs import RunFolder, find_below, find_runs, pretraining_of
 from personmae.synthetic.benchmarks import read_mark
 from personmae.system import files
 
@@ -106,7 +107,7 @@ def run(run_dir: Path) -> Path:
     progress.log(f"report: drawing curves, images and rank lists of {len(runs)} runs ...")
     groups = group_results(runs)
     summary = summarise(runs, groups)
-    print_tables(groups)
+    print_tables(groups, runs)
     regions = [(r, attempt(lambda r=r: predict(r))) for r in runs if isinstance(r.settings, config.Pretrain)]
     title, lists = find_rank_lists(runs, groups)
     data = [(printable(what), attempt(count)) for what, count in data_counts(runs)]
@@ -120,7 +121,8 @@ def run(run_dir: Path) -> Path:
         summary=summary,
         facts=sections.facts(groups),
         notes=data_notes(groups),
-        tables=[sections.table_of(group) for group in groups],
+        tables=[sections.table_of(group) | beside(group, runs) for group in groups],
+        matrix=cross_domain.build(run_dir, find_below(run_dir, runs)),
         scores=SCORES,
         comparison=compare_settings(groups),
         cmc=draw_cmc(groups),
@@ -178,8 +180,13 @@ def attempt(build: Callable[[], T]) -> Section:
 # --- numbers --------------------------------------------------------------------------------------------------------
 
 
-def print_tables(groups: Sequence[Group]) -> None:
-    """A table for each data set on the terminal, the best of each bold."""
+def beside(group: Group, runs: Sequence[RunFolder]) -> dict[str, Any]:
+    """What stands next to a table: what is compared in it, and its numbers by cameras."""
+    return {"compared": compared.sentences(group, runs), "pairs": camera_pairs.tables_of(group)}
+
+
+def print_tables(groups: Sequence[Group], runs: Sequence[RunFolder]) -> None:
+    """A table for each data set on the terminal, the best of each bold, and what is compared in it."""
     console = Console()
     console = console if console.is_terminal else Console(width=160)
     for note in data_notes(groups):
@@ -191,6 +198,8 @@ def print_tables(groups: Sequence[Group]) -> None:
         for row in shown["rows"]:
             table.add_row(*_cells(row))
         console.print(table)
+        for sentence in compared.sentences(group, runs):
+            console.print(sentence, markup=False, highlight=False)
         for row in shown["frozen"]:
             line = f"{row['name']}, frozen, mAP / Rank-1 %: rows {row['rows']}, LDA {row['lda']}"
             console.print(line, markup=False, highlight=False)
@@ -327,7 +336,8 @@ def find_rank_lists(runs: Sequence[RunFolder], groups: Sequence[Group]) -> tuple
                 chosen = [pair[0], pair[1]]
                 return group.title, attempt(lambda chosen=chosen: rank_lists.draw(chosen))
     chosen = [run for run in runs if run.rank_lists][-1:]
-    title = next((group.title for group in groups for row in group.rows if chosen and chosen[0] in row.runs), "")
+    of_row = ((group.title, run.directory) for group in groups for row in group.rows for run in row.runs)
+    title = next((title for title, directory in of_row if chosen and chosen[0].directory == directory), "")
     return title, attempt(lambda: rank_lists.draw(chosen))
 
 

@@ -4,15 +4,17 @@ Programs write ``config.yaml``, ``run.json``, ``metrics.jsonl`` and checkpoints.
 ``rank_lists.json`` and ``queries.json``.
 """
 
+import contextlib
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, PlainValidator, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from personmae import config
 from personmae.checkpoint import portable
@@ -20,77 +22,10 @@ from personmae.config import RANDOM
 from personmae.errors import UserError
 from personmae.monitor import run_log
 from personmae.report.places import Lost, Place
+from personmae.report.records import Queries, RankLists, Result
 from personmae.system import files
 
 Settings = config.Pretrain | config.Finetune | config.Unsupervised
-
-
-def _as_text(value: Any) -> str:
-    """Any string: pydantic's own check refuses file names that are not UTF-8."""
-    if not isinstance(value, str):
-        raise ValueError("Input should be a valid string")
-    return value
-
-
-Text = Annotated[str, PlainValidator(_as_text)]
-
-
-class Scores(BaseModel):
-    """The scores of one reading of a probe, in [0, 1]."""
-
-    mAP: float  # noqa: N815
-    rank1: float
-
-
-class Result(BaseModel):
-    """The measurements of ``finetune`` and ``evaluate``, with scores in [0, 1]. What older records lack is None or empty."""
-
-    name: Text
-    init: Text
-    benchmark: str
-    root: Text
-    mAP: float  # noqa: N815 - the field's name for it
-    rank1: float
-    rank5: float
-    rank10: float
-    mINP: float  # noqa: N815
-    num_queries: int
-    num_valid: int
-    num_gallery: int
-    seconds: float
-    commit: str | None = None
-    rerank: str = "none"
-    whiten: dict[str, Any] | None = None  # how features were whitened per camera, where they were
-    cmc: list[float] = []
-    benchmark_digest: str | None = None
-    benchmark_title: Text | None = None
-    synthetic: bool | None = None
-    counts: dict[str, tuple[int, int]] = {}
-    checkpoint: Text | None = None
-    step: int | None = None
-    unfinished: str | None = None  # how far an evaluated run had come, such as "step 3 of 4"
-    identity: dict[str, Any] = {}
-    probe: dict[str, Scores] = {}  # of frozen features: rows, whose scores stand above too, and lda
-
-
-class RankList(BaseModel):
-    """One query and its nearest gallery images. Paths are absolute, or relative to ``RankLists.root``."""
-
-    query: Text
-    gallery: list[Text]
-    correct: list[bool]
-
-
-class RankLists(BaseModel):
-    root: Text
-    entries: list[RankList]
-
-
-class Queries(BaseModel):
-    """AP of every query in their order, None where a query has no match."""
-
-    benchmark_digest: str | None = None
-    ap: list[float | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +56,7 @@ class RunFolder:
     queries: Queries | None
     progress: RunProgress | None
     clusters: Sequence[dict[str, float]] = ()  # what unsupervised training knows of each of its clusterings
+    evaluated: "RunFolder | None" = None  # the run that an evaluation is of, where it was trained here
 
     @property
     def from_random(self) -> bool:
@@ -133,6 +69,17 @@ class RunFolder:
         if self.progress:
             return "" if self.progress.finished else str(self.progress)
         return (self.result.unfinished or "") if self.result else ""
+
+    @property
+    def trained(self) -> "RunFolder":
+        """The run whose model was measured: itself, or the one that it is an evaluation of."""
+        return self.evaluated or self
+
+    @property
+    def seed(self) -> int | None:
+        """That of the training, or of random weights. None where there is neither."""
+        settings = self.trained.settings
+        return settings.seed if settings else (self.result.random.get("seed") if self.result else None)
 
     @property
     def place(self) -> Place:
@@ -216,7 +163,50 @@ def find_runs(run_dir: Path) -> list[RunFolder]:
         )
     # The order of rows: baselines, then random, then pre-trained.
     kinds = (config.Pretrain, type(None), config.Finetune, config.Unsupervised)
-    return sorted(runs, key=lambda run: (kinds.index(type(run.settings)), not run.from_random, run.name))
+    return linked(sorted(runs, key=lambda run: (kinds.index(type(run.settings)), not run.from_random, run.name)))
+
+
+def find_below(run_dir: Path, known: Sequence[RunFolder]) -> list[RunFolder]:
+    """Runs and evaluations with a result in deeper folders, down to the fourth, next to the ``known`` ones."""
+    seen = {run.directory.resolve() for run in known}
+    deeper = [folder for folder in _folders_below(run_dir, 4) if (folder / "result.json").is_file()]
+    return linked([*known, *(read_run(folder) for folder in deeper if folder.resolve() not in seen)])
+
+
+def _folders_below(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders in their order, without what is in checkpoints or cannot be listed. Links are not followed."""
+    try:
+        entries = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir(follow_symlinks=False))
+    except OSError:
+        return
+    for name in entries:
+        if name != "checkpoints":
+            yield folder / name
+            yield from _folders_below(folder / name, depth - 1) if depth > 1 else ()
+
+
+def linked(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """The runs, each evaluation with the run that it is of."""
+    trained = {run.directory.resolve(): run for run in runs if run.settings}
+    return [replace(run, evaluated=_evaluated_run(run.result, trained)) if not run.settings else run for run in runs]
+
+
+def _evaluated_run(result: Result | None, trained: Mapping[Path, RunFolder]) -> RunFolder | None:
+    """The run at the recorded place, or the only one of that name where all were moved or copied."""
+    where = result.run or (result.checkpoint and str(Path(result.checkpoint).parent.parent)) if result else None
+    if not where or not result:
+        return None
+    path = Path(where).resolve()
+    named = [run for run in trained.values() if run.name == path.name]
+    moved = len(named) == 1 and (not path.exists() or any(found == result.digest for found in _digests(named[0].directory)))
+    return trained.get(path) or (named[0] if moved else None)
+
+
+def _digests(run_dir: Path) -> Iterator[str]:
+    """Those of a run's checkpoints, the newest first."""
+    for path in portable.folders(run_dir):
+        with contextlib.suppress(OSError):
+            yield portable.digest(path)
 
 
 def read_run(directory: Path) -> RunFolder:

@@ -10,8 +10,9 @@ from typing import Any
 from personmae import config
 from personmae.config import RANDOM
 from personmae.reid.cluster_quality import follows_cameras
-from personmae.report.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs
+from personmae.report.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs, method_of
 from personmae.report.places import printable
+from personmae.report.repeats import how_of
 from personmae.report.runs import RunFolder
 
 NextStep = tuple[str, str]  # why, and the command to type
@@ -19,22 +20,46 @@ NextStep = tuple[str, str]  # why, and the command to type
 
 def table_of(group: Group) -> dict[str, Any]:
     """One table of results, in per cent, with its comparison query by query."""
+    machines = machines_of(group)
     return {
         "title": group.title,
-        "rows": [_row(group, row) for row in group.rows],
+        "rows": [_row(group, row, machines) for row in group.rows],
+        "machines": machines,
+        "intervals": any(row.half_width("mAP") is not None for row in group.rows),
         "frozen": [_frozen(row) for row in group.rows if row.first.probe],
         "queries": compare_queries(group),
     }
 
 
 def _frozen(row: Row) -> dict[str, str]:
-    """A probe of frozen features, mAP and Rank-1 of both readings in per cent."""
-    found = {"name": row.name.removesuffix(", rows"), "started": row.started.partition(", frozen")[0]}
-    return found | {reading: f"{100 * s.mAP:.1f} / {100 * s.rank1:.1f}" for reading, s in row.first.probe.items()}
+    """A probe of frozen features, mAP and Rank-1 of both readings in per cent, means over seeds."""
+
+    def scores(reading: str) -> str:
+        found = [result.probe[reading] for result in row.results if reading in result.probe]
+        return " / ".join(f"{100 * statistics.fmean(getattr(each, name) for each in found):.1f}" for name in ("mAP", "rank1"))
+
+    name = row.name.removesuffix(", rows") + (f" ({row.seeds_in_words})" if len(row.runs) > 1 else "")
+    return {"name": name, "started": row.started.partition(", frozen")[0]} | {each: scores(each) for each in row.first.probe}
 
 
-def _row(group: Group, row: Row) -> dict[str, Any]:
-    first = row.first
+def machines_of(group: Group) -> dict[str, str]:
+    """On what models were timed, by a letter: times of different machines are not compared."""
+    kinds = dict.fromkeys(printable(row.latency) for row in group.rows if row.latency)
+    return {kind: chr(ord("A") + place) for place, kind in enumerate(kinds)}
+
+
+def _latency(row: Row, machines: dict[str, str]) -> dict[str, str]:
+    """Milliseconds of one image, the rate of a batch, and on which machine where there are several."""
+    found = row.latency
+    if found is None:
+        return {"text": "–", "notes": ""}
+    rate = f"{found.images_per_second:,.0f} images/s"
+    on = f"on {machines[printable(found)]}" if len(machines) > 1 else ""
+    return {"text": f"{found.milliseconds:.1f}", "notes": ", ".join(note for note in (rate, on) if note)}
+
+
+def _row(group: Group, row: Row, machines: dict[str, str]) -> dict[str, Any]:
+    first, half_width = row.first, row.half_width("mAP")
     of_all = f" of {first.num_queries:,}" if first.num_valid != first.num_queries else ""
     return {
         "name": row.name,
@@ -44,6 +69,8 @@ def _row(group: Group, row: Row) -> dict[str, Any]:
             {"text": f"{100 * row.mean(score):.1f}", "spread": _spread(row, score), "best": group.is_best(row, score)}
             for score in SCORES
         ],
+        "interval": f"± {100 * half_width:.1f}" if half_width is not None else "",
+        "latency": _latency(row, machines),
         "started": row.started,
         "queries": f"{first.num_valid:,}{of_all}",
         "gallery": f"{first.num_gallery:,}",
@@ -61,6 +88,7 @@ def _details(row: Row) -> str:
     notes = []
     if len(row.runs) > 1:
         notes.append(f"seeds {', '.join(map(str, row.seeds))}")
+        notes += [how] if (how := how_of(row.runs[0])) else []
     if row.first.rerank != "none":
         notes.append(f"re-ranked: {row.first.rerank}")
     if row.first.whiten:
@@ -96,7 +124,7 @@ def facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         return []
     group, ours, theirs = pairs[0]
     found = [
-        ("mAP from PersonMAE pre-training", f"{100 * ours.mean('mAP'):.1f} %", _spread(ours, "mAP")),
+        (f"mAP from {method_of(ours)} pre-training", f"{100 * ours.mean('mAP'):.1f} %", _spread(ours, "mAP")),
         ("mAP from random weights", f"{100 * theirs.mean('mAP'):.1f} %", _spread(theirs, "mAP")),
         ("mAP, pre-trained beside random", difference(ours, theirs), ""),
     ]

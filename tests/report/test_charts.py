@@ -57,7 +57,8 @@ def test_curves_and_words_stand_out_from_their_ground(mode: str, palette: tuple[
     grounds = ("--paper", "--card")
     assert min(contrast(colour, page[ground]) for colour in palette for ground in grounds) >= 3  # WCAG 1.4.11
     words = [(ink, ground) for ink in ("--ink", "--muted", "--accent", "--good") for ground in grounds]
-    words += [("--warn-ink", "--warn-paper"), ("--accent", "--tag-paper")]
+    words += [("--warn-ink", "--warn-paper"), ("--accent", "--tag-paper"), ("--ink", "--tag-paper")]
+    words += [("--ink", f"--heat-{level}") for level in "abcde"]
     assert {pair: contrast(*(page[name] for name in pair)) >= 4.5 for pair in words} == dict.fromkeys(words, True)
 
 

@@ -126,6 +126,20 @@ def test_seeds_with_an_encoder_each_are_one_row_where_the_encoders_are_of_one_re
     assert [row.seeds for row in group.rows] == ([[0, 1]] if alike else [[0], [1]])
 
 
+def test_adaptations_of_runs_that_differ_by_their_encoder_are_not_one_row(make_run: MakeRun, tmp_path: Path) -> None:
+    """Both sources are fine-tuned by one recipe, and were taken for two seeds of one start."""
+    fields = {"run_dir": "pretrain", "data": {"shards": "shards"}}
+    write_training(tmp_path / "pretrain", config.Pretrain.model_validate(fields), step=60, total=60)
+    for seed, init in enumerate((str(tmp_path / "pretrain"), "random")):
+        source = make_run(f"source_{seed}", init=init, overrides={"seed": seed})
+        folder = make_run(f"uda_{seed}", mAP=0.2)
+        settings = {"run_dir": str(folder), "root": "gone", "init": str(source), "seed": seed}
+        text = config.dump_yaml(config.Unsupervised.model_validate(settings))
+        (folder / "config.yaml").write_text(text, encoding="utf-8")
+    _, (group,) = read(tmp_path)
+    assert sorted(row.name for row in group.rows) == ["source_0", "source_1", "uda_0", "uda_1"]
+
+
 def test_other_data_in_the_same_layout_is_another_table_and_never_compared(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("finetune_random", mAP=0.3, **REAL)
     make_run("finetune_personmae", init="pretrain", mAP=0.432)

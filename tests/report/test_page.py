@@ -16,6 +16,24 @@ from personmae import config
 from personmae.report import report
 from personmae.report.runs import find_runs
 
+MEASURED = {  # what records have had since there were camera pairs and latency
+    "camera_pairs": {
+        "query_cameras": [1, 2, 3],
+        "gallery_cameras": [1, 2, 3],
+        "mAP": [[None, 0.1, 0.2], [0.3, None, 0.4], [0.5, 0.6, None]],
+        "rank1": [[None, 0.1, 0.2], [0.3, None, 0.4], [0.5, 0.6, None]],
+        "num_queries": [[0, 1, 2], [3, 0, 4], [5, 6, 0]],
+    },
+    "latency": {
+        "milliseconds": 5.04,
+        "images_per_second": 310.0,
+        "batch_size": 32,
+        "precision": "fp32",
+        "device": "cpu",
+        "threads": 2,
+        "hardware": {"cpu": "a <processor>"},
+    },
+}
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 
 
@@ -60,7 +78,7 @@ def written(make_run: MakeRun, tmp_path: Path) -> Path:
         make_run(f"finetune_random_s{seed}", ap=[0.1, 0.2, 0.3, 0.4], overrides={"seed": seed})
     for name in ("finetune_personmae", "finetune_unfinished"):
         step = 40 if name == "finetune_personmae" else 20
-        folder = make_run(name, init="pretrain", ap=[0.4, 0.3, 0.2, 0.5], step=step)
+        folder = make_run(name, init="pretrain", ap=[0.4, 0.3, 0.2, 0.5], step=step, **MEASURED)
         entry = {"query": "00.jpg", "gallery": [f"{g:02}.jpg" for g in range(1, 11)], "correct": [True] + 9 * [False]}
         (folder / "rank_lists.json").write_text(json.dumps({"root": str(root), "entries": [entry]}))
     make_run("elsewhere", init=None, benchmark_digest="e" * 16, benchmark_title="Market-1501", synthetic=False)
@@ -106,6 +124,13 @@ def test_the_page_says_how_far_and_which_data(written: Path) -> None:
         "2 tables here are in the layout market1501.",
         "(25.0-25.0, 2 seeds)",
         "of 4 queries, worse in 1",
+        "Fine-tuned: PersonMAE (one seed) compared with random weights (2 seeds).",
+        "Shown, but compared with nothing: finetune_unfinished (unfinished).",
+        "Highest from camera 3 to 2 with 60.0 %",
+        "All on a &lt;processor&gt;, 2 threads, fp32, batches of 32.",
+        "Each model on each benchmark",
+        "in-domain",
+        "elsewhere market1501 gone --out",
     ):
         assert output in text
 
