@@ -18,6 +18,12 @@ export function showProblem(text) {
   place.hidden = !text;
 }
 
+// Move to what has just come, its heading first. On a narrow page it begins at the top of the window.
+export function reveal(section, title) {
+  title.focus({ preventScroll: true });
+  section.scrollIntoView({ block: innerWidth < 860 ? "start" : "nearest" });
+}
+
 // Do something with the problem line cleared, a button disabled, and an error shown.
 export async function attempt(button, work) {
   showProblem("");

@@ -1,7 +1,7 @@
 // Figure 3 of the paper for one image, with a mask that the visitor draws.
 
 import { browse } from "./browse.js";
-import { ask, attempt, find, make, refusal, showProblem, takeFiles } from "./parts.js";
+import { ask, attempt, find, make, refusal, reveal, showProblem, takeFiles } from "./parts.js";
 
 const SHARE = 0.75; // hidden by "random blocks", as in pre-training
 const PARTS = [
@@ -145,8 +145,7 @@ function show(answer) {
     ...PARTS.map(([name, words]) => make("figure", {}, make("img", { src: answer[name], alt: words }), make("figcaption", { textContent: words }))),
   );
   find("figure-note").textContent = `${answer.words} RegionB is RegionA itself here: nothing is shifted.`;
-  find("figure-title").focus({ preventScroll: true });
-  find("figure").scrollIntoView({ block: "nearest" });
+  reveal(find("figure"), find("figure-title"));
 }
 
 export function start() {

@@ -1,7 +1,7 @@
 // The search: its options, and what was found.
 
 import { compare } from "./compare.js";
-import { ask, attempt, counted, find, make, picture } from "./parts.js";
+import { ask, attempt, counted, find, make, picture, reveal } from "./parts.js";
 import * as queries from "./queries.js";
 
 function options() {
@@ -32,8 +32,7 @@ function show({ hits, how, num_images: total }) {
     ? `${counted(hits.length, "image")} of ${total.toLocaleString("en")}, the most similar first. Search: ${how}.`
     : "Nothing was found. Ask for more cameras, or for another time.";
   find("hits").replaceChildren(...hits.map(hit));
-  find("results-title").focus({ preventScroll: true });
-  find("results").scrollIntoView({ block: "nearest" });
+  reveal(find("results"), find("results-title"));
 }
 
 function hit(found) {

@@ -14,6 +14,7 @@ from personmae.reid.datasets import Benchmark, Sample, load_benchmark
 from personmae.reid.transforms import decode_image
 from personmae.report import figures, runs
 from personmae.report.places import Lost, Place
+from personmae.synthetic.benchmarks import read_mark
 from personmae.visualise import search
 from personmae.visualise.search import Search
 from personmae.visualise.section import Pair, Shown
@@ -99,9 +100,25 @@ def _shown(sample: Sample, benchmark: Benchmark) -> Shown:
 
 def _of_shards(run: Path, count: int) -> list[Shown]:
     """Images spread over the first shard that a pre-training run was trained on. Empty where it was no pre-training."""
-    folder = runs.read_run(run) if (run / "config.yaml").is_file() else None
-    if folder is None or not isinstance(folder.settings, config.Pretrain):
+    settings = _pretraining(run)
+    if settings is None:
         return []
-    with figures.open_shards(runs.pretraining_of(folder), run) as shards:
+    with figures.open_shards(settings, run) as shards:
         ids = np.linspace(0, shards.sizes[0] - 1, min(count, shards.sizes[0])).astype(np.int64)
         return [Shown(f"image {number}", images.decode(bytes(shards.jpeg(int(number)))).pixels) for number in ids]
+
+
+def are_drawn(encoder: Encoder) -> bool:
+    """Whether the shards that a pre-training run was trained on are marked as drawn people. False where that is not known."""
+    run = run_of(encoder)
+    try:
+        settings = _pretraining(run) if run else None
+    except Lost:
+        return False
+    return settings is not None and read_mark(settings.data.shards) is not None
+
+
+def _pretraining(run: Path) -> config.Pretrain | None:
+    """The settings of a pre-training run, with its data where it is now. None where it was none."""
+    folder = runs.read_run(run) if (run / "config.yaml").is_file() else None
+    return runs.pretraining_of(folder) if folder and isinstance(folder.settings, config.Pretrain) else None

@@ -180,7 +180,9 @@ def _context(work: Work) -> dict[str, Any]:
 
 def _tags(work: Work) -> list[tuple[str, bool]]:
     tags = [(datasets.title(work.benchmark), work.benchmark.synthetic)] if work.benchmark else []
-    if work.encoder.config["kind"] == "encoder":
+    if not work.benchmark and sources.are_drawn(work.encoder):
+        tags.append(("synthetic people", True))
+    if work.found and work.encoder.config["kind"] == "encoder":
         tags.append(("frozen features, no head", True))
     return tags
 

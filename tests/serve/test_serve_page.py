@@ -172,10 +172,12 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, made: Made, page
 
 def test_what_is_no_image_is_refused_with_words(browser: Any, page: Page):
     with visit(browser, page) as tab:
+        assert tab.evaluate("document.body.dataset.mostBytes") == "10000000"
+        tab.evaluate("document.body.dataset.mostBytes = 100000")
         for name, kind, data, words in (
             ("text.jpg", "image/jpeg", b"no image", "no image that can be shown"),
             ("a.svg", "image/svg+xml", b"<svg/>", "a JPEG, PNG, WebP or BMP image is required"),
-            ("large.png", "image/png", bytes(11_000_000), "at most 10 MB"),
+            ("large.png", "image/png", bytes(200_000), "at most 0.1 MB"),
         ):
             tab.set_input_files("#search-file", {"name": name, "mimeType": kind, "buffer": data})
             playwright.expect(tab.locator("#problem")).to_contain_text(words, ignore_case=True)
