@@ -43,7 +43,7 @@ class Gate:
     def __init__(self, app: ASGIApp, limits: Limits, hosts: Iterable[str] | None):
         self._app, self._limits = app, limits
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
-        self._rates, self._places = Rates(limits.burst, limits.per_second), Places(limits.inside)
+        self._rates, self._places = Rates(limits.burst, limits.per_second), Places(limits.inside, limits.inside_each)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +62,7 @@ class Gate:
                 await self._app(scope, body.receive, answer)
             else:
                 self._require_sound(scope)
-                with self._places.one():
+                with self._places.one(client_of(scope)):
                     await self._app(scope, body.receive, answer)
         except Refusal as refusal:
             await refusal.response()(scope, body.receive, answer)
@@ -76,11 +76,16 @@ class Gate:
     def _require_sound(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
         require_same_origin(headers)
-        if wait := self._rates.take((scope.get("client") or ("", 0))[0]):
+        if wait := self._rates.take(client_of(scope)):
             raise later(429, f"too many requests: wait {math.ceil(wait)} s and try again", wait)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._limits.body:
             raise too_large(self._limits)
+
+
+def client_of(scope: Scope) -> str:
+    """The address that a request comes from."""
+    return (scope.get("client") or ("", 0))[0]
 
 
 class Body:

@@ -18,15 +18,16 @@ class Limits:
     """How much is taken.
 
     ``body`` bytes of a request. ``pixels`` of an uploaded image, and how many ``images`` are taken as one person. ``inside``
-    requests with a body are read and worked on at once. A body has ``body_seconds`` to arrive, a request line
-    ``header_seconds``. A client may send ``burst`` requests at once and ``per_second`` after that, and try ``passwords`` wrong
-    ones before it has to wait ``password_seconds`` for each.
+    requests with a body are read and worked on at once, ``inside_each`` of one client. A body has ``body_seconds`` to arrive,
+    a request line ``header_seconds``. A client may send ``burst`` requests at once and ``per_second`` after that, and try
+    ``passwords`` wrong ones before it has to wait ``password_seconds`` for each.
     """
 
     body: int = 10_000_000
     pixels: int = 24_000_000
     images: int = 8
     inside: int = 8
+    inside_each: int = 4
     body_seconds: float = 30.0
     header_seconds: float = 15.0
     burst: int = 40
@@ -77,22 +78,31 @@ class Rates:
 
 
 class Places:
-    """So many at once, and no queue behind them."""
+    """So many at once, a part of them for one client, and no queue behind them."""
 
-    def __init__(self, most: int):
-        self._most, self.taken = most, 0
+    def __init__(self, most: int, most_each: int):
+        self._most, self._most_each = most, most_each
+        self._taken: collections.Counter[str] = collections.Counter()
+
+    @property
+    def taken(self) -> int:
+        """How many are held."""
+        return self._taken.total()
 
     @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
+    def one(self, client: str) -> Iterator[None]:
         """Hold a place.
 
         Raises:
-            Refusal: 503, all are taken.
+            Refusal: 503, all are taken, or the client has its part of them.
         """
-        if self.taken >= self._most:
-            raise later(503, f"at most {self._most} requests are worked on at once: try again in a moment", 2)
-        self.taken += 1
+        if self.taken >= self._most or self._taken[client] >= self._most_each:
+            raise later(
+                503, f"at most {self._most} requests are worked on at once, {self._most_each} of one client: try again soon", 2
+            )
+        self._taken[client] += 1
         try:
             yield
         finally:
-            self.taken -= 1
+            self._taken[client] -= 1
+            self._taken += collections.Counter()  # forgets who has none

@@ -145,14 +145,17 @@ def test_rates_fill_up_again_and_forget_the_oldest_clients(monkeypatch: pytest.M
 
 
 def test_places_are_given_back():
-    places = Places(1)
-    with places.one():
-        with pytest.raises(Refusal) as caught, places.one():
+    places = Places(3, 2)
+    with places.one("a"), places.one("a"):
+        with pytest.raises(Refusal) as caught, places.one("a"):
             pass
         assert (caught.value.status, caught.value.headers) == (503, {"Retry-After": "2"})
-    with pytest.raises(KeyError), places.one():
+        with places.one("b"), pytest.raises(Refusal), places.one("c"):
+            pass
+        assert places.taken == 2
+    with pytest.raises(KeyError), places.one("a"):
         raise KeyError
-    assert places.taken == 0
+    assert (places.taken, len(places._taken)) == (0, 0)
 
 
 def test_a_body_is_bounded_by_what_it_announces_and_by_what_comes(made: Made):

@@ -245,6 +245,27 @@ def test_who_is_removed_is_gone_from_the_next_request_on(made: Made, tmp_path: P
         assert str(tmp_path) not in answer.text
 
 
+def test_a_gallery_that_is_built_again_in_the_same_place_is_seen(made: Made, tmp_path: Path):
+    def build(numbers: slice) -> list[str]:
+        shutil.rmtree(tmp_path / "gallery", ignore_errors=True)
+        gallery = open_gallery(made.gallery)
+        ids = gallery.rows["id"].to_pylist()[numbers]
+        np.save(tmp_path / "some.npy", gallery.features(np.arange(len(gallery))[numbers]))
+        (tmp_path / "some.ids.txt").write_text("".join(f"{name}\n" for name in ids))
+        edit.build(edit.Inputs(str(tmp_path / "some.npy")), tmp_path / "gallery")
+        return ids
+
+    first = build(slice(0, 4))
+    with serving(service_of(made, with_models=False, gallery=tmp_path / "gallery")) as page:
+        assert [row["id"] for row in rows_of(page)] == first
+        before = open_gallery(tmp_path / "gallery").manifest.generation
+        second = build(slice(4, 8))
+        assert open_gallery(tmp_path / "gallery").manifest.generation == before
+        assert [row["id"] for row in rows_of(page)] == second
+        assert [row["has_thumbnail"] for row in rows_of(page)] == [False] * 4
+        assert page.get("/thumbnail/0").status_code == 404
+
+
 def test_nothing_of_an_upload_is_written_to_the_disk(made: Made, page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Starlette's parser of forms writes what is larger than 1 MB into a temporary file, unless it is told not to."""
     import tempfile
