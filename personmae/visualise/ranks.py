@@ -38,9 +38,7 @@ def choose(found: Search, count: int, seed: int) -> list[Choice]:
         Choice("Best", "The highest AP. Equal ones are in the order of the benchmark.", search.best(found, count)),
         Choice("Worst", "The lowest AP. Equal ones are in the order of the benchmark.", search.worst(found, count)),
         Choice("Random", f"Drawn by chance, with seed {seed}.", search.drawn(found, count, seed)),
-        Choice(
-            "Most confused", "Another person scores higher here than in any other query.", search.most_confused(found, count)
-        ),
+        Choice("Most confused", "The highest scores of another person, of all queries.", search.most_confused(found, count)),
     ]
 
 
