@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from made_runs import MakeRun
 
 from personmae.__main__ import main
+from personmae.checkpoint import portable
 from personmae.config import RANDOM
 from personmae.report import compared, cross_domain, report
 from personmae.report.comparison import group_results
@@ -96,6 +98,17 @@ def test_a_run_that_was_moved_is_known_by_its_name_and_one_elsewhere_is_not(make
     assert list(cells(matrix)) == ["ft"]
     make_run("runs/ft", mAP=0.5)  # another run is at the recorded place
     assert [run.evaluated for run in find_runs(tmp_path / "moved")] == [None, None]
+
+
+def test_a_copy_is_known_by_its_checkpoint_while_the_original_is_still_there(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("runs/ft", mAP=0.3)
+    (saved,) = portable.folders(run)
+    (saved / portable.MANIFEST).write_text("{}")
+    evaluated(make_run, "runs/zero", run, mAP=0.1, digest=portable.digest(saved), **DUKE)
+    evaluated(make_run, "runs/other", run, mAP=0.1, digest="of another", **DUKE)
+    shutil.copytree(tmp_path / "runs", tmp_path / "copied")
+    known = {run.name: run.evaluated.directory if run.evaluated else None for run in find_runs(tmp_path / "copied")}
+    assert known == {"ft": None, "other": None, "zero": tmp_path / "copied" / "ft"}
 
 
 def test_a_model_that_is_not_here_says_itself_what_it_was_trained_on(make_run: MakeRun, tmp_path: Path) -> None:
