@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from personmae.reid.datasets import DISTRACTOR_PID, JUNK_PID, Benchmark, Sample
@@ -86,9 +88,6 @@ def _spread(samples: Sequence[Sample], pid: int) -> Int[np.ndarray, " n"]:
 
 def lay_out(vectors: Float[np.ndarray, "n F"], seed: int) -> Float[np.ndarray, "n 2"]:
     """Places in 0 ... 1 by t-SNE (van der Maaten and Hinton 2008). One thread, so that a seed gives one map."""
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     with threadpool_limits(1):
         places = TSNE(2, perplexity=perplexity, init="pca", learning_rate="auto", random_state=seed).fit_transform(vectors)

@@ -20,7 +20,7 @@ from personmae.monitor.progress import counted
 from personmae.reid import datasets, retrieval
 from personmae.reid.datasets import Benchmark, describe
 from personmae.report.places import printable
-from personmae.visualise import embedding, errors, occlusion, page, place, ranks, search, sources
+from personmae.visualise import embedding, errors, images, occlusion, page, place, ranks, search, sources
 from personmae.visualise.search import Search
 from personmae.visualise.section import TITLES, NotHere, Part, Section, Subject, attempt
 from personmae.weights.encoder import Encoder
@@ -137,8 +137,6 @@ def _draw(name: str, work: Work) -> Part:
     if name in of_search:
         assert found
         return of_search[name](found)
-    from personmae.visualise import images
-
     return getattr(images, name)(work.subject)
 
 
