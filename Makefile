@@ -1,7 +1,6 @@
 # The commands of the README. Each sets up .venv in the checkout first. Nothing outside the checkout is touched, except that
 # `make test-all` adds Debian packages for its servers when it may (root, on Debian).
 PYTHON ?= python3
-KUBECONFIG ?=
 VENV ?= .venv
 VENV_FLAGS ?=
 UPGRADE ?=
