@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from personmae.report.places import printable
 from personmae.report.records import Latency, Result
 from personmae.report.repeats import data_of, how_of, without_repeats
 from personmae.report.runs import RunFolder
-from personmae.report.weights import FULL, MAE_LIKE, Known, known_settings, pretrained_as, started_from
+from personmae.report.weights import MAE_LIKE, Known, known_settings, pretrained_as, started_from
 
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 _NOT_THE_RECIPE = ("seed", "run_dir", "root", "init", "checkpoint.", "metrics.", "data.cache_dir", "train.log_every")
@@ -236,14 +237,16 @@ def find_pairs(group: Group) -> list[tuple[Row, Row]]:
     kinds = [[row for row in rows if row.from_random is random] for random in (False, True)]
     if not all(kinds):
         return []
-    return [(max(kinds[0], key=lambda row: (method_of(row) != MAE_LIKE, _by_map(row))), max(kinds[1], key=_by_map))]
+    return [(max(kinds[0], key=lambda row: (not start_of(row).startswith(MAE_LIKE), _by_map(row))), max(kinds[1], key=_by_map))]
 
 
-def method_of(row: Row) -> str:
-    """The pre-training that fine-tunings began with. PersonMAE where its settings cannot be read."""
+def start_of(row: Row) -> str:
+    """What fine-tunings began with: the method of a pre-training, or the name of the weights where that cannot be read."""
     run = row.runs[0]
-    start = started_from(run, run.settings.init, {}) if isinstance(run.settings, config.Finetune) else None
-    return pretrained_as(start) if isinstance(start, config.Pretrain) else FULL
+    assert isinstance(run.settings, config.Finetune)
+    start = started_from(run, run.settings.init, {})
+    is_known = isinstance(start, config.Pretrain)
+    return f"{pretrained_as(start)} pre-training" if is_known else f"the weights {printable(Path(run.settings.init).name)}"
 
 
 def compare_queries(group: Group) -> list[Queries]:
@@ -375,7 +378,7 @@ def _summarise_pair(group: Group) -> list[str]:
         if (ours.seeds_in_words, theirs.seeds_in_words) == ("one seed", "one seed"):
             one, other, each = (*(text.removesuffix(" (one seed)") for text in (one, other)), ", one seed each")
         sentences.append(
-            f"{_on(group)}, fine-tuning from {method_of(ours)} pre-training reaches {one}, from random "
+            f"{_on(group)}, fine-tuning from {start_of(ours)} reaches {one}, from random "
             f"weights {other}{each}: {difference(ours, theirs)}."
         )
         best = max((row for row in group.rows if comparable(row, ours)), key=_by_map)

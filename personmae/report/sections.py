@@ -10,7 +10,7 @@ from typing import Any
 from personmae import config
 from personmae.config import RANDOM
 from personmae.reid.cluster_quality import follows_cameras
-from personmae.report.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs, method_of
+from personmae.report.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs, start_of
 from personmae.report.places import printable
 from personmae.report.repeats import how_of
 from personmae.report.runs import RunFolder
@@ -124,7 +124,7 @@ def facts(groups: Sequence[Group]) -> list[tuple[str, str, str]]:
         return []
     group, ours, theirs = pairs[0]
     found = [
-        (f"mAP from {method_of(ours)} pre-training", f"{100 * ours.mean('mAP'):.1f} %", _spread(ours, "mAP")),
+        (f"mAP from {start_of(ours)}", f"{100 * ours.mean('mAP'):.1f} %", _spread(ours, "mAP")),
         ("mAP from random weights", f"{100 * theirs.mean('mAP'):.1f} %", _spread(theirs, "mAP")),
         ("mAP, pre-trained beside random", difference(ours, theirs), ""),
     ]

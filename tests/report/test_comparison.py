@@ -40,7 +40,7 @@ def test_drawn_people_and_the_number_of_seeds_stand_in_the_headline(make_run: Ma
     make_run("finetune_random", mAP=0.111)
     make_run("finetune_personmae", init="pretrain", mAP=0.215)
     assert headline(tmp_path) == (
-        "On synthetic people, Market-1501 layout, 300 identities, fine-tuning from PersonMAE pre-training reaches "
+        "On synthetic people, Market-1501 layout, 300 identities, fine-tuning from the weights pretrain reaches "
         "21.5 % mAP, from random weights 11.1 % mAP, one seed each: 10.4 points more."
     )
     assert ("one seed", True) in sections.tags(*read(tmp_path))
