@@ -76,8 +76,14 @@ class Gallery:
         return self.segments[number].thumbnail(row - int(self.starts[number]))
 
     def is_current(self) -> bool:
-        """Whether no writer has changed the gallery since it was opened."""
-        return store.read_manifest(self.folder).generation == self.manifest.generation
+        """Whether the folder still has what was opened.
+
+        The whole manifest is compared. A gallery that was deleted and built again counts its changes from the start.
+
+        Raises:
+            UserError: the folder has no gallery any more.
+        """
+        return store.read_manifest(self.folder) == self.manifest
 
 
 def open_gallery_of(folder: Path, manifest: Manifest) -> Gallery:
@@ -99,9 +105,12 @@ def open_gallery(folder: str | Path) -> Gallery:
     for _ in range(_ATTEMPTS):
         manifest = store.read_manifest(folder)
         try:
-            return open_gallery_of(folder, manifest)
+            found = open_gallery_of(folder, manifest)
         except (OSError, ValueError, pa.ArrowException) as error:
-            if before == manifest.generation:
+            if before == manifest:
                 raise UserError(f"{folder} is damaged, part of it cannot be read ({error}): build it again") from error
-            before = manifest.generation
+            before = manifest
+            continue
+        if found.is_current():  # else its segments may be another gallery's, built in its place with the same names
+            return found
     raise UserError(f"{folder} changes faster than it can be read: wait for those who write it")

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int
 
 from personmae.errors import UserError
-from personmae.gallery import facts, store
+from personmae.gallery import facts
 from personmae.gallery.catalog import Gallery, open_gallery
 from personmae.serve.limits import Refusal
 
@@ -102,8 +102,7 @@ class Watched:
         """
         with self._lock:
             try:
-                # The whole of it, since a gallery that was deleted and built again counts its changes from the start.
-                if store.read_manifest(self.folder) != self._view.gallery.manifest:
+                if not self._view.gallery.is_current():
                     self._view = View(open_gallery(self.folder))
             except UserError as error:
                 raise Refusal(503, f"the gallery cannot be read: {hide(error, self.folder)}") from error

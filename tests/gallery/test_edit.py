@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import warnings
@@ -142,6 +143,34 @@ def test_a_gallery_that_is_open_stays_as_it_was(tmp_path):
     assert not gallery.is_current()
     assert ids_of(gallery) == ids
     np.testing.assert_allclose(gallery.features(np.arange(100))[7], galleries.feature(ids[7]), atol=1e-6)
+
+
+def test_a_gallery_that_was_built_again_in_its_folder_is_another_one(tmp_path):
+    where = build(tmp_path, named(20))
+    gallery = open_gallery(where)
+    shutil.rmtree(where)
+    build(tmp_path, named(20, "b"))
+    assert store.read_manifest(where).generation == gallery.manifest.generation
+    assert not gallery.is_current()
+    assert open_gallery(where).is_current()
+
+
+def test_no_gallery_is_opened_in_parts_of_two(tmp_path, monkeypatch):
+    """One is deleted and another built in its place after the manifest was read and before its segments are."""
+    (tmp_path / "other").mkdir()
+    where, other = build(tmp_path, named(20)), build(tmp_path / "other", named(12, "b"))
+    read = segment.read
+
+    def read_late(folder):
+        if other.exists():
+            shutil.rmtree(where)
+            other.rename(where)
+        return read(folder)
+
+    monkeypatch.setattr(segment, "read", read_late)
+    gallery = open_gallery(where)
+    assert len(gallery) == 12
+    require_whole(where, named(12, "b"))
 
 
 # --- what is refused ---
