@@ -215,7 +215,9 @@ def _remove(args: argparse.Namespace) -> None:
 
 
 def _lines(path: Path) -> list[str]:
+    from personmae.system import files
+
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return [line for line in files.lines(path, "utf-8-sig") if line]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"a text file with one id a line is required as --ids. {path} cannot be read: {error}") from error

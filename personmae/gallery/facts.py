@@ -17,6 +17,7 @@ from personmae.gallery.segment import UNKNOWN_CAMERA
 from personmae.reid.samples import CAMERA
 
 DATE, NUMBER = "date", "number"
+_FIRST, _END = -62_135_596_800, 253_402_300_800  # seconds of what a datetime can show in UTC
 _COLUMNS: Final = ("camera", "time")
 
 
@@ -103,7 +104,10 @@ def _parse(text: str, where: str) -> tuple[float, str | None]:
         date = datetime.fromisoformat(text)
     except ValueError:
         raise UserError(f"a time must be a number or a date such as 2026-05-31T14:00:00. {where} has {text!r}") from None
-    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp(), DATE
+    time = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    if not _FIRST <= time < _END:
+        raise UserError(f"a date from the year 1 to 9999 in UTC is required. {where} has {text!r}")
+    return time, DATE
 
 
 def in_words(time: float, kind: str | None) -> str:

@@ -24,6 +24,7 @@ from personmae.gallery import facts
 from personmae.gallery.facts import Facts
 from personmae.gallery.segment import PIECE_ROWS
 from personmae.images import BadImage
+from personmae.system import files
 from personmae.weights.extract_images import Images, open_images
 from personmae.weights.feature_file import ABOUT, ids_beside
 
@@ -140,7 +141,7 @@ def _open_npy(path: Path) -> Source:
     listed = ids_beside(path)
     if not listed.is_file():
         raise UserError(f"a list of ids, one a line, is required beside {path}. There is no {listed}")
-    ids = listed.read_text(encoding="utf-8").splitlines()
+    ids = files.lines(listed)
     if len(ids) != len(features):
         raise UserError(f"as many ids as features are required. {listed} has {len(ids):,} and {path} has {len(features):,}")
     return Source(path, ids, facts.of_names(ids), features.shape[1], None)

@@ -18,6 +18,7 @@ from personmae.data.files import patiently
 from personmae.data.sources import Source, open_source, summary
 from personmae.errors import UserError
 from personmae.images import BadImage, Pixels
+from personmae.system.files import lines as text_lines
 from personmae.system.retry import LOST
 
 LIST_SUFFIX: Final = ".txt"
@@ -225,7 +226,7 @@ class BoxedImages:
 def _listed(path: Path) -> ListedImages:
     """The files that a list names. Those that are not there are left for the reading, which counts them."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in text_lines(path, "utf-8-sig")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"a list of paths in UTF-8 is required. {path} cannot be read: {error}") from error
     names = [line for line in lines if line]

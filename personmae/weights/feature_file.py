@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from personmae.errors import UserError
+from personmae.system import files
 from personmae.weights.staging import put_in_place
 
 SUFFIXES: Final = (".parquet", ".npy")
@@ -93,7 +94,7 @@ def read(path: Path) -> Rows:
     require_suffix(path)
     try:
         if path.suffix.lower() == ".npy":
-            return Rows(ids_beside(path).read_text(encoding="utf-8").splitlines(), {}, np.load(path, mmap_mode="r"))
+            return Rows(files.lines(ids_beside(path)), {}, np.load(path, mmap_mode="r"))
         table = pq.read_table(path)
         flat = table["feature"].combine_chunks()
         features = flat.flatten().to_numpy().reshape(len(flat), -1)

@@ -18,7 +18,8 @@ import warm
 from full_disk import full_disk
 from galleries import build, ids_of, inputs, named, require_whole, write
 
-from personmae.errors import Unavailable, UserError
+from personmae.__main__ import main
+from personmae.errors import EXIT_COMPLETE, Unavailable, UserError
 from personmae.gallery import edit, segment, store
 from personmae.gallery.catalog import open_gallery
 
@@ -132,6 +133,14 @@ def test_what_was_removed_does_not_come_back_unless_it_is_asked_for(tmp_path):
     assert edit.add(where, inputs(tmp_path, ids[5:6])).num_changed == 0
     assert edit.add(where, inputs(tmp_path, ids[5:6]), again=True).num_changed == 1
     require_whole(where, [*ids[:5], *ids[8:], "new_c1", ids[5]])
+
+
+def test_ids_with_what_other_programs_take_for_the_end_of_a_line_are_removed_by_a_list(tmp_path):
+    ids = [f"a{mark}b_c1_{number}.jpg" for number, mark in enumerate("\x0b\x0c\x1c\x85\u2028\u2029")]
+    where = build(tmp_path, [*ids, "rest_c1.jpg"])
+    (tmp_path / "found.txt").write_bytes("".join(f"{name}\r\n" for name in ids).encode("utf-8-sig"))  # as Windows writes it
+    assert main(["gallery", "remove", str(where), "--ids", str(tmp_path / "found.txt")]) == EXIT_COMPLETE
+    require_whole(where, ["rest_c1.jpg"])
 
 
 def test_a_gallery_that_is_open_stays_as_it_was(tmp_path):

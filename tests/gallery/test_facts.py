@@ -37,6 +37,9 @@ def test_a_date_without_a_zone_is_utc_and_comes_back_as_it_was():
         day = datetime(2026, 5, 31, 0 if len(text) == 10 else 14, tzinfo=UTC)
         assert time == day.timestamp()
         assert facts.in_words(time, kind) == day.strftime("%Y-%m-%dT%H:%M:%SZ")
+    for text in ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59Z"):
+        (time,), kind = facts.parse_times([text], "here")
+        assert facts.in_words(time, kind) == text
     assert facts.in_words(1234567.25, facts.NUMBER) == "1234567.25"
     assert facts.in_words(math.nan, None) == ""
 
@@ -47,6 +50,8 @@ def test_a_date_without_a_zone_is_utc_and_comes_back_as_it_was():
         ("id,time\na,soon\n", "must be a number or a date such as .* has 'soon'"),
         ("id,time\na,1\nb,2026-01-01\n", "must be all dates or all numbers"),
         ("id,time\na,nan\n", "must be a number or a date"),
+        ("id,time\na,0001-01-01T00:00:00+14:00\n", "from the year 1 to 9999 in UTC .* has '0001-01-01T00:00:00"),
+        ("id,time\na,9999-12-31T23:59:59-14:00\n", "from the year 1 to 9999 in UTC"),
         ("id,time\na,1\na,2\n", "line 3, names a a second time"),
         ("id,where\na,1\n", "needs the columns id and camera"),
         ("", "needs the columns id and camera"),
