@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from personmae import config
 from personmae.report.comparison import Group, Row, comparable
 from personmae.report.places import printable
+from personmae.report.repeats import how_of
 from personmae.report.runs import RunFolder
 from personmae.report.weights import FULL, known_settings, weights_of
 
@@ -49,7 +50,8 @@ def kind_of(row: Row) -> str:
         own = run.trained.result
         digest = first.trained_on.benchmark_digest if first.trained_on else own and own.benchmark_digest
         return "Evaluated again" if digest == first.benchmark_digest else "Zero shot, trained on other data"
-    return "Frozen features"
+    known = first.random or how_of(run) or isinstance(trained, config.Pretrain)
+    return "Frozen features" if known else "Trained elsewhere"  # older records do not say on what
 
 
 def describe(row: Row, runs: Sequence[RunFolder]) -> str:

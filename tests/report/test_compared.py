@@ -122,6 +122,13 @@ def test_frozen_features_of_several_seeds_are_one_row_and_are_compared_with_thei
     assert sorted(row.name for row in group.rows) == ["ft", "pretrain", "random", "random (2)"]
 
 
+def test_an_evaluation_of_unknown_training_is_not_called_frozen(make_run: MakeRun, tmp_path: Path) -> None:
+    for seed in range(2):  # as older records have it: the run is elsewhere, and no word of what it was trained on
+        evaluated = make_run(f"transfer_{seed}", init=None, mAP=0.1 + seed / 100, checkpoint="elsewhere/step-00000060", step=60)
+        rename(evaluated, f"source_{seed}", "elsewhere/pretrain")
+    assert said(tmp_path) == ["Trained elsewhere: source_1 compared with source_0."]
+
+
 def test_three_seeds_have_an_interval_by_students_t(make_run: MakeRun, tmp_path: Path) -> None:
     for seed, score in enumerate((0.204, 0.217, 0.224)):
         make_run(f"three_s{seed}", mAP=score, overrides={"seed": seed})
