@@ -22,9 +22,6 @@ Writes RUN/report.html and RUN/figure.png of all runs and results directly in RU
 Results are in one table where their data are the same, by digest. Runs that differ by their seed are one row.
 The page says what is not finished, which people are synthetic, and what to run next.
 Data is found from any folder. Where something that a run names is gone, the exit code is 1.
-
-example:
-  personmae report runs/quickstart
 """
 
 
