@@ -51,5 +51,5 @@ def _run(args: argparse.Namespace) -> None:
     from personmae.visualise import visualise
 
     given = ("benchmark", "data", "queries", "seed", "table", "per_camera", "unfinished")
-    options = {name: vars(args)[name] for name in given} | ({"sections": args.sections} if args.sections else {})
+    options = {name: vars(args)[name] for name in given} | ({} if args.sections is None else {"sections": args.sections})
     visualise.run(args.run_dir, visualise.Options(**options), out=args.out)

@@ -22,7 +22,12 @@ from personmae.visualise.search import Search
 from personmae.visualise.section import Drawing, NotHere, Part
 
 MOST_CAMERAS: Final = 16  # of a map of pairs: a page has no room for more
-_SHARES: Final = ((0.05, "under 5 % hidden"), (0.25, "5 to 25 %"), (0.5, "25 to 50 %"), (1.01, "over 50 %"))
+_SHARES: Final = (  # a group ends below its bound
+    (0.05, "under 5 % hidden"),
+    (0.25, "5 % to under 25 %"),
+    (0.5, "25 % to under 50 %"),
+    (1.01, "50 % and more"),
+)
 _NOTE: Final = """Scores are means over queries, so those of few queries are uncertain. The number of queries stands with each.
 A pair of cameras counts the matches of the second camera alone, as the code of Market-1501 does. The diagonal is empty, since
 images of a query's own person from its own camera do not count."""

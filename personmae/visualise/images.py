@@ -66,8 +66,12 @@ def _pretraining_run(where: str) -> tuple[RunFolder, Path | None]:
         raise NotHere(f"only a pre-training run can predict hidden patches. {where} has no config.yaml of one")
     run = read_run(directory)
     if not isinstance(run.settings, config.Pretrain):
-        raise NotHere(f"only a pre-training run can predict hidden patches. {where} is of another program")
+        raise NotHere(f"only a pre-training run can predict hidden patches. {where} is {_kind_of(run)}")
     return run, path if is_checkpoint else None
+
+
+def _kind_of(run: RunFolder) -> str:
+    return f"a run of {type(run.settings).__name__.lower()!r}" if run.settings else "no run of this program"
 
 
 def _reconstruction(drawn: Reconstruction, number: int) -> Drawing:

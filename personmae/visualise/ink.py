@@ -1,8 +1,6 @@
 """Sheets of images with words on them, and figures of matplotlib as pixels and as vectors."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
 import cv2
@@ -12,8 +10,9 @@ from jaxtyping import UInt8
 from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from personmae.explain.sheet import font
 from personmae.report import charts, figures
 from personmae.report.figures import Pixels
 
@@ -32,12 +31,6 @@ STYLE: Final[dict[Any, Any]] = charts.STYLE | {
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")  # beside five colours these make 35 kinds of points
 DPI: Final = 160
 MARGIN, GAP, LINE = 16, 5, 20  # pixels of a sheet
-
-
-@cache
-def font(size: int) -> ImageFont.FreeTypeFont:
-    """Matplotlib's own, which has the letters of most languages. ``size`` is in pixels."""
-    return ImageFont.truetype(str(Path(mpl.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def sheet_of_rows(rows: Sequence[tuple[str, Sequence[Pixels]]]) -> Pixels:

@@ -4,6 +4,7 @@ A section that cannot be drawn is left out of the page, with a sentence that say
 the terminal says so too and the exit code is 1.
 """
 
+import difflib
 import os
 import shlex
 import sys
@@ -87,17 +88,28 @@ def run(where: str, options: Options, *, out: Path | None = None) -> Path:
 
 def _target(where: str, options: Options, out: Path | None) -> Path:
     """The folder to write, with everything checked that needs no model."""
-    if unknown := [name for name in options.sections if name not in TITLES]:
-        raise UserError(f"--sections takes {', '.join(TITLES)}, with commas between them. Got {unknown[0]!r}")
+    _require_sections(options.sections)
     if (options.benchmark is None) != (options.data is None):
         raise UserError("--benchmark and --data belong together: the benchmark's name and its directory. Give both")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed must be a whole number from 0 to {2**32 - 1:,}. Got {options.seed}")
     if options.table:
         occlusion.read_table(options.table)
+    if out is None and not os.path.lexists(where):
+        raise UserError(f"a run, a checkpoint, a folder of weights or a file of them is required. {where} does not exist")
     if out is None and not Path(where).is_dir():
         raise UserError(f"--out DIR is required where the weights are not a folder. {where} is none: give one")
     return (out or Path(where) / "visualise").absolute()
+
+
+def _require_sections(sections: Sequence[str]) -> None:
+    """Raise a UserError with the nearest name where one is mistyped, or where there is none."""
+    unknown = next((name for name in sections if name not in TITLES), None)
+    if sections and unknown is None:
+        return
+    near = difflib.get_close_matches(unknown or "", TITLES, n=1)
+    got = (repr(unknown) if unknown else "none") + (f". Did you mean {near[0]!r}?" if near else "")
+    raise UserError(f"--sections takes {', '.join(TITLES)}, with commas between them. Got {got}")
 
 
 def _prepare(where: str, options: Options) -> Work:
@@ -107,6 +119,8 @@ def _prepare(where: str, options: Options) -> Work:
     found = None
     if benchmark:
         print(_counts(benchmark), flush=True)
+    if benchmark and options.table and "errors" in options.sections:
+        occlusion.of_queries(benchmark, options.table, progress.log)  # ids that fit nothing are found before hours of work
     if benchmark and set(options.sections) & set(_OF_A_BENCHMARK):
         found = search.search(benchmark, encoder, per_camera=options.per_camera, log=progress.log)
         print(f"mAP {100 * found.record['mAP']:.1f} %, Rank-1 {100 * found.record['rank1']:.1f} %", flush=True)
@@ -153,9 +167,9 @@ def _complain(sections: Sequence[Section]) -> None:
     Raises:
         Incomplete: something was lost.
     """
-    for section in sections:
-        if section.missing:
-            print(printable(f"left out, {section.name}: {section.missing}"), file=sys.stderr, flush=True)
+    for reason in dict.fromkeys(section.missing for section in sections if section.missing):
+        names = ", ".join(section.name for section in sections if section.missing == reason)
+        print(printable(f"left out, {names}: {reason}"), file=sys.stderr, flush=True)
     if num_lost := sum(section.lost for section in sections):
         raise Incomplete(f"the page is written without {counted(num_lost, 'section')}, which could not be drawn")
 

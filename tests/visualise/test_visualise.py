@@ -181,7 +181,8 @@ def test_the_same_command_again_replaces_its_own_page_and_nothing_else(tuned, tm
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--sections", "ranks,rnks"], "Got 'rnks'"),
+        (["--sections", "ranks,rnks"], "Got 'rnks'. Did you mean 'ranks'?"),
+        (["--sections", ","], "Got none"),
         (["--benchmark", "market1501"], "--benchmark and --data belong together"),
         (["--seed", "-1"], "--seed must be a whole number from 0"),
         (["--queries", "0"], "must be a whole number above 0"),
@@ -200,6 +201,22 @@ def test_what_does_not_fit_is_refused_in_one_line_and_nothing_is_written(tuned, 
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_of_other_images_is_refused_before_anything_is_computed(tuned, tmp_path, capsys):
+    table = tmp_path / "hidden.csv"
+    table.write_text("id,occlusion\nnobody.jpg,0.5\n")
+    out = tmp_path / "out"
+    assert main(["visualise", str(tuned), "--out", str(out), "--table", str(table)]) == EXIT_USER_ERROR
+    said = capsys.readouterr()
+    assert "None of its 1 is" in said.err
+    assert "mAP" not in said.out
+    assert not out.exists()
+
+
+def test_a_run_that_is_not_there_is_said_to_be_missing(tmp_path, capsys):
+    assert main(["visualise", str(tmp_path / "typo")]) == EXIT_USER_ERROR
+    assert f"{tmp_path / 'typo'} does not exist" in capsys.readouterr().err
 
 
 def test_a_benchmark_that_has_moved_is_named(tuned, tmp_path, capsys):

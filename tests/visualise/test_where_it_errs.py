@@ -109,17 +109,19 @@ def test_people_that_were_not_drawn_need_a_table(found, tmp_path):
 
 
 def test_a_table_names_queries_by_file_or_by_path(found, tmp_path):
-    first, second = found.benchmark.query[:2]
+    first, second, third = found.benchmark.query[:3]
     table = tmp_path / "hidden.csv"
-    table.write_text(f"id,occlusion\n{Path(first.path).name},0.75\nquery/{Path(second.path).name},0.0\nother.jpg,1\n")
+    table.write_text(
+        f"id,occlusion\n{Path(first.path).name},0.75\nquery/{Path(second.path).name},0.0\nother.jpg,1\n{Path(third.path).name},0.5\n"
+    )
     shares = occlusion.of_queries(found.benchmark, table, nothing)
-    assert shares[:2].tolist() == [0.75, 0.0]
-    assert np.isnan(shares[2:]).all()
+    assert shares[:3].tolist() == [0.75, 0.0, 0.5]
+    assert np.isnan(shares[3:]).all()
     (drawing,) = errors.by_occlusion(found, table, nothing)
-    assert "over 50 %: mAP" in drawing.alt
+    assert re.search(r"50 % and more: mAP [\d.]+ %, Rank-1 [\d.]+ %, 2 queries", drawing.alt)
     assert "under 5 % hidden: mAP" in drawing.alt
     assert "not known: mAP" in drawing.alt
-    assert drawing.alt.index("under 5 %") < drawing.alt.index("over 50 %") < drawing.alt.index("not known")
+    assert drawing.alt.index("under 5 %") < drawing.alt.index("50 % and more") < drawing.alt.index("not known")
     assert "hidden.csv" in drawing.caption
 
 
