@@ -102,14 +102,14 @@ async def read(request: Request, kind: type[Kind], limits: Limits) -> tuple[Kind
 
 
 async def _form(request: Request, limits: Limits) -> FormData:
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise Refusal(415, "a form of the kind multipart/form-data is required")
     parser = _InMemory(request.headers, request.stream(), max_files=limits.images, max_fields=1, max_part_size=_MOST_TEXT)
     try:
         return await parser.parse()
     except MultiPartException as error:
         raise Refusal(400, f"the form cannot be read: {error.message} At most {limits.images} images are taken") from error
-    except FormParserError as error:
+    except (FormParserError, UnicodeError) as error:  # the second where the form names an encoding that cannot be
         raise Refusal(400, f"the form cannot be read: {error}") from error
 
 

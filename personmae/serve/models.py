@@ -67,7 +67,8 @@ class Models:
             except (UserError, Unavailable) as error:
                 self._fail(slot, error, is_required)
             except BaseException:
-                slot.state = FAILED
+                for left in (one for one, _, _ in wanted if one.state == LOADING):
+                    left.state = FAILED  # for nobody loads it any more
                 raise
 
     def _fail(self, slot: Slot[Any], error: UserError | Unavailable, is_required: bool) -> None:

@@ -146,6 +146,7 @@ def _of_uploads(service: Service, view: View, wanted: Sequence[asked.Image], fil
     if not wanted:
         return []
     encoder = service.models.encoder.get()
+    _require_model(view, encoder)
     import torch
 
     from personmae.gallery import search
@@ -156,9 +157,21 @@ def _of_uploads(service: Service, view: View, wanted: Sequence[asked.Image], fil
         try:
             found += search.by_images(view.gallery, encoder, [pixels])
         except UserError as error:
-            raise Refusal(422, hide(error, service.watched.folder, encoder.config["source"])) from error
+            raise Refusal(422, str(error)) from error
     features = torch.stack([query.feature for query in found])
     return search.together(["upload"] * len(found), features, [-1] * len(found), [""] * len(found))
+
+
+def _require_model(view: View, encoder: Any) -> None:
+    """Raise a Refusal where the gallery was built again with another model. Where that lies is not told to visitors."""
+    from personmae.gallery import search
+
+    try:
+        search.require_model(view.gallery, encoder)
+    except UserError as error:
+        raise Refusal(
+            409, "uploads cannot be compared with this gallery, which now is of another model: start the server again"
+        ) from error
 
 
 def _answer(view: View, queries: list[Any], asked_for: asked.Search) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import threading
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -91,8 +91,8 @@ class Watched:
     """The newest state of a gallery, opened again where another process has changed it."""
 
     def __init__(self, folder: Path):
-        self.folder, self._lock = folder, threading.Lock()
-        self._view = View(open_gallery(folder))
+        self.folder, self._lock = folder.absolute(), threading.Lock()  # whole, for ``hide`` takes it out of messages
+        self._view = View(open_gallery(self.folder))
 
     def now(self) -> View:
         """The state that holds.
@@ -109,9 +109,6 @@ class Watched:
             return self._view
 
 
-def hide(error: Exception, *places: Any) -> str:
-    """The message of an error without the server's own paths."""
-    text = str(error)
-    for place in filter(None, places):
-        text = text.replace(str(place), "it")
-    return text
+def hide(error: Exception, folder: Path) -> str:
+    """The message of an error without a path of the server's own, which has to be whole: a word may be its last part."""
+    return str(error).replace(str(folder), "it")

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from served import Made, Page, png, service_of, serving
 
 from personmae import images
 from personmae.explain import correspondence, reconstruction
-from personmae.gallery import edit, search
+from personmae.gallery import edit, search, store
 from personmae.gallery.catalog import open_gallery
 from personmae.gallery.search import Filters
+from personmae.serve.models import Models
 
 SOME = {"images": [{"key": 0}]}
 
@@ -276,3 +278,41 @@ def test_nothing_of_an_upload_is_written_to_the_disk(made: Made, page: Page, tmp
     assert len(large) > 2_000_000
     assert page.ask("/api/search", {"images": [{"upload": 0}]}, [large]).status_code == 200
     assert opened == []
+
+
+def test_a_message_keeps_its_words_beside_a_folder_of_a_common_name(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(made.gallery, tmp_path / "gallery")
+    monkeypatch.chdir(tmp_path)
+    with serving(service_of(made, with_models=False, gallery=Path("gallery"))) as page:
+        shutil.rmtree("gallery")
+        error = page.get("/api/state").json()["error"]
+        assert "'personmae gallery build'" in error
+        assert "it has no gallery.json" in error
+
+
+def test_uploads_are_refused_once_the_gallery_is_of_another_model(made: Made, tmp_path: Path):
+    shutil.copytree(made.gallery, tmp_path / "gallery")
+    with serving(service_of(made, gallery=tmp_path / "gallery")) as page:
+        manifest = tmp_path / "gallery" / store.MANIFEST
+        content = json.loads(manifest.read_text())
+        content["model"] = {"place": "/secret/run", "digest": "another"}
+        manifest.write_text(json.dumps(content))
+        answer = page.ask("/api/search", {"images": [{"upload": 0}]}, [made.image()])
+        assert answer.status_code == 409
+        assert "another model" in answer.json()["error"]
+        assert "secret" not in answer.text
+        assert str(made.run) not in answer.text
+        assert page.ask("/api/search", SOME).status_code == 200
+
+
+def test_a_model_that_breaks_leaves_no_other_one_loading_for_ever(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    models = Models(lambda line: None)
+
+    def broken() -> None:
+        raise RuntimeError("a bug")
+
+    models.load([(models.encoder, broken, False), (models.pretrained, broken, True)]).join()
+    assert (models.encoder.state, models.pretrained.state) == ("failed", "failed")
