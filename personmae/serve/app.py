@@ -1,26 +1,27 @@
 """The web application: a page, its files, and what the page asks for. No file of the server has a route."""
 
 import asyncio
+import contextlib
 import functools
 import math
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from typing import Annotated, Any, Final, TypeVar
 
 import jinja2
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
-from fastapi.security import HTTPBasic, HTTPBasicCredentials
+from fastapi.security import HTTPBasic
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from personmae.serve import asked
-from personmae.serve.gate import Gate
+from personmae.serve.gate import Gate, Guard, client_of
 from personmae.serve.limits import Limits, Rates, Refusal, later
 from personmae.serve.service import Service
 
@@ -33,25 +34,25 @@ Kind = TypeVar("Kind", bound=Any)
 def build(service: Service, *, name: str, password: str | None = None, hosts: Iterable[str] | None = None) -> ASGIApp:
     """The application for a gallery called ``name``. ``hosts`` are the names by which it may be called, None for any."""
     limits = service.limits
-    guards = [Depends(_guard(password, limits))] if password else []
-    app = FastAPI(dependencies=guards, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     _add_errors(app)
     _add_page(app, service, name)
     _add_gallery(app, service)
     _add_work(app, service)
-    return Gate(app, limits, hosts)
+    return Gate(app, limits, hosts, _guard(password, limits) if password else None)
 
 
-def _guard(password: str, limits: Limits) -> Callable[..., Awaitable[None]]:
+def _guard(password: str, limits: Limits) -> Guard:
     """What lets through who knows the password. The name is not looked at."""
     rates, expected = Rates(limits.passwords, 1 / limits.password_seconds), password.encode()
+    read = HTTPBasic(auto_error=False)
 
-    async def require_password(
-        request: Request, given: Annotated[HTTPBasicCredentials | None, Depends(HTTPBasic(auto_error=False))]
-    ) -> None:
-        client = request.client.host if request.client else ""
+    async def require_password(request: Request) -> None:
+        client, given = client_of(request.scope), None
         if wait := rates.wait(client):
             raise later(429, f"too many wrong passwords: wait {math.ceil(wait)} s", wait)
+        with contextlib.suppress(HTTPException):  # a header that holds no password
+            given = await read(request)
         if given and secrets.compare_digest(given.password.encode(), expected):
             return
         if given:

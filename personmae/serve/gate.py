@@ -9,11 +9,12 @@ import contextlib
 import ipaddress
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from personmae.serve.limits import Limits, Places, Rates, Refusal, later
@@ -35,13 +36,17 @@ HEADERS: Final = {
 _ENCODED: Final = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 _DRAIN_BYTES, _DRAIN_SECONDS = 128_000_000, 10.0  # of a refused body that are read, so that the client hears the answer
 _READING: Final = ("GET", "HEAD")
+Guard = Callable[[Request], Awaitable[None]]
 
 
 class Gate:
-    """An app behind these checks. ``hosts`` are the names by which it may be called, None for any."""
+    """An app behind these checks. ``hosts`` are the names by which it may be called, None for any.
 
-    def __init__(self, app: ASGIApp, limits: Limits, hosts: Iterable[str] | None):
-        self._app, self._limits = app, limits
+    ``guard`` raises a Refusal for who may not see the page. Such a client holds no place, however slowly it sends.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits, hosts: Iterable[str] | None, guard: Guard | None = None):
+        self._app, self._limits, self._guard = app, limits, guard
         self._hosts = None if hosts is None else {host.lower() for host in hosts}
         self._rates, self._places = Rates(limits.burst, limits.per_second), Places(limits.inside, limits.inside_each)
 
@@ -58,8 +63,10 @@ class Gate:
 
         try:
             self._require_known(Headers(scope=scope))
-            if scope["method"] in _READING:
-                await self._app(scope, body.receive, answer)
+            if self._guard:
+                await self._guard(Request(scope))
+            if scope["method"] in _READING:  # of the answer to HEAD the server sends the headers alone
+                await self._app({**scope, "method": "GET"}, body.receive, answer)
             else:
                 self._require_sound(scope)
                 with self._places.one(client_of(scope)):
@@ -84,8 +91,12 @@ class Gate:
 
 
 def client_of(scope: Scope) -> str:
-    """The address that a request comes from."""
-    return (scope.get("client") or ("", 0))[0]
+    """The address that a request comes from, or its network: who has one IPv6 address has at least 2 ** 64 of them."""
+    host = (scope.get("client") or ("", 0))[0]
+    with contextlib.suppress(ValueError):
+        if (address := ipaddress.ip_address(host.partition("%")[0])).version == 6:
+            return str(address.ipv4_mapped or ipaddress.ip_network((address, 64), strict=False))
+    return host
 
 
 class Body:

@@ -26,7 +26,7 @@ from personmae.serve.service import Service
 from personmae.serve.watched import Watched
 
 PASSWORD: Final = "PERSONMAE_SERVE_PASSWORD"
-_SHORTEST: Final = 8  # characters of a password
+_SHORTEST, _LONGEST = 8, 1000  # characters of a password, and a browser has to fit it into a header
 _OPTIONS: Final[dict[str, Any]] = {
     "loop": "asyncio",
     "ws": "none",
@@ -135,8 +135,8 @@ def read_password(file: Path | None) -> str | None:
         raise UserError(f"a file with a password of ASCII characters is required. {file} cannot be read: {error}") from error
     if text is None:
         return None
-    if len(text) < _SHORTEST or not text.isascii() or not text.isprintable():
-        raise UserError(f"a password of at least {_SHORTEST} printable ASCII characters is required. Fix that of {where}")
+    if not _SHORTEST <= len(text) <= _LONGEST or not text.isascii() or not text.isprintable():
+        raise UserError(f"a password of {_SHORTEST} to {_LONGEST} printable ASCII characters is required. Fix that of {where}")
     if file and stat.S_IMODE(file.stat().st_mode) & 0o077:
         _log(f"others can read {file}: chmod 600 {file}")
     return text

@@ -64,6 +64,13 @@ def test_no_file_and_no_other_page_is_there(page: Page, path: str):
     assert list(answer.json()) == ["error"]
 
 
+def test_head_is_answered_as_get_without_a_body(page: Page):
+    for path, status in (("/", 200), ("/thumbnail/0", 200), ("/nothing", 404)):
+        answer, whole = requests.head(page.url + path, timeout=30), page.get(path)
+        assert (answer.status_code, answer.content) == (status, b"")
+        assert answer.headers["content-length"] == str(len(whole.content))
+
+
 # --- names and origins ---
 
 
@@ -113,6 +120,32 @@ def test_guessing_ends_soon_and_the_password_does_not_help_then(made: Made):
         late = page.get("/api/state", auth=("", PASSWORD))
         assert late.status_code == 429
         assert int(late.headers["retry-after"]) > 900
+
+
+def test_who_does_not_know_the_password_holds_no_place(made: Made):
+    with serving(service_of(made, Limits(inside=1, inside_each=1), with_models=False), password=PASSWORD, hosts=None) as page:
+        head = f"POST /api/search HTTP/1.1\r\nHost: a\r\nOrigin: {page.url}\r\nContent-Length: 9000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(page.url.rpartition(":")[2])), timeout=20) as sock:
+            sock.sendall(head.encode())
+            assert page.get("/api/state", auth=("", PASSWORD)).status_code == 200  # so the first was looked at
+            assert page.ask("/api/search", SOME, auth=("", PASSWORD)).status_code == 200
+            sock.sendall(bytes(9000))
+            assert sock.recv(12) == b"HTTP/1.1 401"
+
+
+@pytest.mark.parametrize(
+    ("host", "client"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:10.1.2.3", "10.1.2.3"),
+        ("a.socket", "a.socket"),
+    ],
+)
+def test_a_network_of_ipv6_is_one_client(host: str, client: str):
+    assert gate.client_of({"client": (host, 1)}) == client
 
 
 # --- how much ---
