@@ -38,10 +38,10 @@ class Place:
         for candidate in self._candidates(Path(path).expanduser()):
             if candidate.exists():
                 return str(candidate)
-        hint = "" if Path(path).is_absolute() else ". Run 'personmae report' where the run was started"
+        hint = "" if Path(path).is_absolute() else ", or run this where the run was started"
         raise Lost(
             f"{path} is needed by {self.directory} and is not there. It is neither below the folder where the run was started, "
-            f"nor next to the run, nor here{hint}, or put it back"
+            f"nor next to the run, nor here. Put it back{hint}"
         )
 
     def _candidates(self, path: Path) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from personmae.reid.samples import UNKNOWN_CAMID
 from personmae.reid.transforms import decode_image
 from personmae.visualise import ink, occlusion
 from personmae.visualise.search import Search
-from personmae.visualise.section import Drawing, NotHere, Part
+from personmae.visualise.section import Drawing, NotHere, Part, capital
 
 MOST_CAMERAS: Final = 16  # of a map of pairs: a page has no room for more
 _SHARES: Final = (  # a group ends below its bound
@@ -43,12 +43,8 @@ def draw(found: Search, table: Path | None, log: Callable[[str], None]) -> Part:
         except NotHere as reason:
             reasons.append(str(reason))
     if not drawings:
-        raise NotHere(". ".join(_capital(reason) for reason in reasons))
+        raise NotHere(". ".join(capital(reason) for reason in reasons))
     return Part(" ".join([_NOTE, *(f"Left out: {reason}." for reason in reasons)]), drawings)
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
 
 
 # --- cameras ---------------------------------------------------------------------------------------------------------
@@ -78,7 +74,7 @@ def _map_of_pairs(pairs: CameraPairs, score: str, values: Float[np.ndarray, "C D
     title, counts = f"{score} by pair of cameras", pairs.num_queries[np.isfinite(values)]
     return Drawing(
         title,
-        f"In per cent, a row for each camera of a query. {_capital(words)}. "
+        f"In per cent, a row for each camera of a query. {capital(words)}. "
         f"Means over {counts.min():,} to {counts.max():,} queries.",
         f"Map of {title}: {words}",
         ink.to_pixels(lambda: _heat_map(pairs, score, values)),

@@ -16,7 +16,7 @@ from personmae.images import Pixels
 from personmae.report import figures
 from personmae.report.places import printable
 from personmae.report.runs import RunFolder, pretraining_of, read_run
-from personmae.visualise.section import Drawing, NotHere, Pair, Part, Shown, Subject
+from personmae.visualise.section import Drawing, NotHere, Pair, Part, Shown, Subject, capital
 from personmae.weights.encoder import Encoder
 
 NUM_RECONSTRUCTIONS: Final = 6  # where the subject has no images to count by
@@ -80,8 +80,8 @@ def _reconstruction(drawn: Reconstruction, number: int) -> Drawing:
     words = f"the prediction is {own:.0f} ¹ and {visible:.0f} ² grey levels of 255 away from RegionB on average"
     return Drawing(
         f"Image {number + 1}",
-        f"{words[0].upper()}{words[1:]}.",
-        f"Image {number + 1} of the shards, five times: {', '.join(figures.REGION_WORDS)}. {words[0].upper()}{words[1:]}.",
+        f"{capital(words)}.",
+        f"Image {number + 1} of the shards, five times: {', '.join(figures.REGION_WORDS)}. {capital(words)}.",
         sheet.row(images, figures.CAPTIONS),
     )
 

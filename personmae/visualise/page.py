@@ -17,9 +17,12 @@ from personmae.visualise.section import Section
 def write(folder: Path, sections: Sequence[Section], **context: Any) -> None:
     """Write the PNGs and then the page. ``context`` is the rest of what the template needs.
 
+    What is missing comes last, so that a page begins with pictures.
+
     Raises:
         OSError: one cannot be written.
     """
+    sections = sorted(sections, key=lambda section: section.part is None)
     names = file_names(sections)
     shown = [
         {

@@ -102,6 +102,11 @@ class Section:
         return self.part.drawings if self.part else ()
 
 
+def capital(sentence: str) -> str:
+    """A sentence as it begins: with a capital letter."""
+    return sentence[:1].upper() + sentence[1:]
+
+
 def attempt(name: str, draw: Callable[[], Part]) -> Section:
     """The section that ``draw`` gives, or the sentence of the error that a missing piece gives."""
     try:

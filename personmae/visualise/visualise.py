@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from personmae.checkpoint import portable
 from personmae.errors import Incomplete, UserError
 from personmae.monitor import environment, progress
 from personmae.monitor.progress import counted
@@ -23,7 +24,7 @@ from personmae.reid.datasets import Benchmark, describe
 from personmae.report.places import printable
 from personmae.visualise import embedding, errors, images, occlusion, page, place, ranks, search, sources
 from personmae.visualise.search import Search
-from personmae.visualise.section import TITLES, NotHere, Part, Section, Subject, attempt
+from personmae.visualise.section import TITLES, NotHere, Part, Section, Subject, attempt, capital
 from personmae.weights.encoder import Encoder
 from personmae.weights.loading import load_for_command
 
@@ -99,6 +100,10 @@ def _target(where: str, options: Options, out: Path | None) -> Path:
         raise UserError(f"a run, a checkpoint, a folder of weights or a file of them is required. {where} does not exist")
     if out is None and not Path(where).is_dir():
         raise UserError(f"--out DIR is required where the weights are not a folder. {where} is none: give one")
+    if out is None and portable.run_of(Path(where).resolve()) != Path(where).resolve():
+        raise UserError(
+            f"--out DIR is required for a checkpoint, since nothing is added to its folder. {where} is one: give one"
+        )
     return (out or Path(where) / "visualise").absolute()
 
 
@@ -157,8 +162,8 @@ def _draw(name: str, work: Work) -> Part:
 def _require_something(sections: Sequence[Section]) -> None:
     """Raise a UserError with the reasons where no section has a picture."""
     if not any(section.drawings for section in sections):
-        reasons = dict.fromkeys(section.missing for section in sections if section.missing)
-        raise UserError(f"nothing can be drawn: {'. '.join(reasons)}")
+        first, *others = dict.fromkeys(section.missing for section in sections if section.missing)
+        raise UserError(". ".join((f"nothing can be drawn: {first}", *map(capital, others))))
 
 
 def _complain(sections: Sequence[Section]) -> None:

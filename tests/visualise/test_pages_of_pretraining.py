@@ -63,6 +63,7 @@ def test_without_its_shards_nothing_is_drawn_and_the_line_says_why(run, shards, 
     assert main(["visualise", str(run), "--unfinished"]) == EXIT_USER_ERROR
     err = capsys.readouterr().err
     assert f"error: nothing can be drawn: {shards} is needed by {run}" in err
+    assert "nor here. Put it back. There are no images to look at. Name a benchmark" in err
     assert not (run / "visualise").exists()
 
 

@@ -105,7 +105,8 @@ def test_every_picture_is_named_and_every_link_leads_somewhere(written):
     ids = [attributes["id"] for _, attributes in parsed.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     targets = [(link["href"] or "").removeprefix("#") for link in parsed.all("a")]
-    assert [*TITLES, "made"] == targets
+    drawn = [name for name in TITLES if name != "reconstructions"]
+    assert [*drawn, "reconstructions", "made"] == targets  # what is left out comes last
     assert set(targets) <= set(ids)
 
 
@@ -118,7 +119,8 @@ def test_frames_say_right_and_wrong_in_words_too(written):
 
 def test_a_part_that_cannot_be_drawn_says_why(written):
     text = (written / "index.html").read_text()
-    assert "This part is left out: only a pre-training run can predict hidden patches" in text
+    place = text.index("This part is left out: only a pre-training run can predict hidden patches")
+    assert place > text.rindex('<div class="drawing">')  # a page begins with pictures
 
 
 def test_frozen_features_are_those_of_evaluate_with_rows(pretrained, people, tmp_path):
@@ -154,6 +156,16 @@ def test_an_exported_folder_needs_a_benchmark_and_is_then_the_run(tuned, people,
     assert main(["visualise", str(folder), *given]) == EXIT_COMPLETE
     expected = json.loads((tuned / "result.json").read_text())["mAP"]
     assert record_of(folder / "visualise")["mAP"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_checkpoint_needs_another_place_and_stays_as_it_is(tuned, tmp_path, capsys):
+    (checkpoint,) = copy(tuned, tmp_path / "run").glob("checkpoints/step-*")
+    before = sorted(path.name for path in checkpoint.iterdir())
+    assert main(["visualise", str(checkpoint)]) == EXIT_USER_ERROR
+    assert "--out DIR is required for a checkpoint" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert main(["visualise", str(checkpoint), "--sections", "attention", "--out", str(out)]) == EXIT_COMPLETE
+    assert sorted(path.name for path in checkpoint.iterdir()) == before
 
 
 def test_attention_alone_searches_for_nothing(tuned, tmp_path, capsys):
