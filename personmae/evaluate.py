@@ -22,6 +22,7 @@ from personmae.reid.features import Extractor, timed
 from personmae.reid.frozen import FrozenRows
 from personmae.reid.heads import Neck, Pool, ReIDModel, build_head
 from personmae.reid.samples import SPLITS
+from personmae.weights import stored
 
 DEFAULT_SIZE, DEFAULT_IMG_SIZE = "base", (256, 128)  # of random weights: those of the configuration's own defaults
 BASELINE_SIZE = (128, 64)  # (height, width) in pixels that images are brought to for what is not trained
@@ -183,6 +184,10 @@ def _find(where: str, options: Options, unfinished: bool) -> Subject:
     """
     if where == RANDOM:
         return _draw(options)
+    if (Path(where) / stored.DESCRIPTION).is_file():
+        raise UserError(
+            f"a run or one of its checkpoints is required. {where} is an exported folder: name the run it came from"
+        )
     path = portable.locate(where)
     if not unfinished:
         portable.require_finished(where, path, " give --unfinished,")
