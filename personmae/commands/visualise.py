@@ -12,7 +12,8 @@ A run of finetune or unsupervised knows its benchmark. Others need --benchmark a
 
 Writes RUN/visualise: index.html, which needs nothing else, and a PNG of each picture. --sections takes some of
 reconstructions, attention, correspondence, ranks, map and errors. What cannot be drawn is left out, and the page says why.
-Scores are those of 'personmae evaluate'. Without a head, features are rows of tokens, as with its --pool rows.
+Scores are those of 'personmae evaluate'. Without a head, features are rows of tokens, as with its --pool rows. Imported
+weights of other projects have the class token or what timm pools.
 """
 
 

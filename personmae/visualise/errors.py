@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -65,11 +65,9 @@ def by_camera_pair(found: Search) -> list[Drawing]:
 
 
 def _map_of_pairs(pairs: CameraPairs, score: str, values: Float[np.ndarray, "C D"]) -> Drawing:
-    known = np.argwhere(np.isfinite(values))
-    low, high = (known[np.argmin(values[tuple(known.T)])], known[np.argmax(values[tuple(known.T)])])
     words = ", ".join(
-        f"{name} {100 * values[tuple(at)]:.1f} % from camera {pairs.query_cameras[at[0]]} to {pairs.gallery_cameras[at[1]]}"
-        for name, at in (("lowest", low), ("highest", high))
+        f"{name} {100 * value:.1f} % {_where(pairs, np.argwhere(values == value))}"
+        for name, value in (("lowest", np.nanmin(values)), ("highest", np.nanmax(values)))
     )
     title, counts = f"{score} by pair of cameras", pairs.num_queries[np.isfinite(values)]
     return Drawing(
@@ -80,6 +78,13 @@ def _map_of_pairs(pairs: CameraPairs, score: str, values: Float[np.ndarray, "C D
         ink.to_pixels(lambda: _heat_map(pairs, score, values)),
         _table_of_pairs(pairs, score, values),
     )
+
+
+def _where(pairs: CameraPairs, cells: Int[np.ndarray, "n 2"]) -> str:
+    """The pair of cameras with a score, or how many have it."""
+    if len(cells) > 1:
+        return f"in {len(cells)} pairs"
+    return f"from camera {pairs.query_cameras[cells[0, 0]]} to {pairs.gallery_cameras[cells[0, 1]]}"
 
 
 def _heat_map(pairs: CameraPairs, score: str, values: Float[np.ndarray, "C D"]) -> Figure:

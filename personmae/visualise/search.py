@@ -15,6 +15,12 @@ from personmae.reid.datasets import Benchmark, Sample
 from personmae.weights.encoder import Encoder
 
 TOP_K: Final = 10
+_POOLED: Final = {  # what a frozen encoder's feature is, in words
+    "cls": "class token",
+    "mean": "mean of patch tokens",
+    "cls_mean": "class token and mean of patch tokens",
+    "rows": "rows of patch tokens",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +102,7 @@ def in_words(encoder: Encoder, per_camera: retrieval.PerCamera | None) -> str:
     kind = (
         f"those of its {config['feature']} head"
         if config["kind"] == "reid"
-        else f"the frozen encoder's {config['feature']} of tokens"
+        else f"the frozen encoder's {_POOLED.get(config['feature'], config['feature'])}"
     )
     whitened = "whiten" if per_camera is None and encoder.stored.about.get("whiten") else per_camera or "none"
     changed = {"none": "", "standardise": ", standardised per camera", "whiten": ", whitened per camera"}[whitened]

@@ -133,6 +133,7 @@ def test_frozen_features_are_those_of_evaluate_with_rows(pretrained, people, tmp
     assert record_of(out)["mAP"] == pytest.approx(expected["mAP"], abs=1e-9)
     text = (out / "index.html").read_text()
     assert "frozen features, no head" in text
+    assert "rows of patch tokens" in text
     assert f"{100 * expected['mAP']:.1f} %" in text.replace("\u00a0", " ")
     assert set(re.findall(r'<h2 id="(\w+)"', text)) == {"ranks", "made"}
 
@@ -152,6 +153,8 @@ def test_an_exported_folder_needs_a_benchmark_and_is_then_the_run(tuned, people,
     assert main(["visualise", str(folder)]) == EXIT_USER_ERROR
     assert "names no benchmark: give --benchmark NAME --data ROOT" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == ["model.safetensors", "personmae.json"]
+    assert main(["evaluate", str(folder), "market1501", str(people / "market1501")]) == EXIT_USER_ERROR
+    assert "is an exported folder: name the run it came from" in capsys.readouterr().err
     given = ["--benchmark", "market1501", "--data", str(people / "market1501"), "--sections", "ranks", "--queries", "1"]
     assert main(["visualise", str(folder), *given]) == EXIT_COMPLETE
     expected = json.loads((tuned / "result.json").read_text())["mAP"]

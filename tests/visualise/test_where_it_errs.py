@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from personmae.errors import UserError
+from personmae.reid import breakdown, ranking
 from personmae.reid.datasets import load_benchmark
 from personmae.reid.transforms import decode_image
 from personmae.synthetic.plan import SynthSettings, plan
@@ -37,6 +38,16 @@ def test_the_map_of_cameras_has_the_scores_of_the_queries_of_each_pair(found):
     assert all(0 <= float(score) <= 100 and int(count) > 0 for count, score in cells)
     assert f"{max(float(score) for _, score in cells):.1f} % from camera" in mean_ap.alt
     assert mean_ap.pixels.std() > 5
+
+
+def test_a_score_that_several_pairs_share_names_none_of_them(found):
+    pairs = breakdown.by_camera_pair(ranking.find_hits(found.similarity, found.labels), found.labels)
+    values = np.where(np.isfinite(pairs.mAP), 0.0, np.nan)
+    first, *others = np.argwhere(np.isfinite(values))
+    values[tuple(first)] = 0.5
+    words = errors._map_of_pairs(pairs, "mAP", values).alt
+    cameras = f"from camera {pairs.query_cameras[first[0]]} to {pairs.gallery_cameras[first[1]]}"
+    assert words == f"Map of mAP by pair of cameras: lowest 0.0 % in {len(others)} pairs, highest 50.0 % {cameras}"
 
 
 def test_unknown_cameras_and_too_many_are_left_out(found, monkeypatch):
