@@ -28,6 +28,7 @@ from personmae.serve.service import Service
 _SCRIPTS: Final = ("page.js", "parts.js", "browse.js", "queries.js", "search.js", "compare.js", "reconstruct.js")
 _FAILED: Final = "something failed in the server: its output says what"
 _MOST_PAGES: Final = 1_000_000
+_LONGEST: Final = 4000  # characters of a name of a camera, or of a part of an id
 Kind = TypeVar("Kind", bound=Any)
 
 
@@ -151,8 +152,8 @@ def _add_gallery(app: FastAPI, service: Service) -> None:
     @app.get("/api/rows")
     def rows(
         page: Annotated[int, Query(ge=0, le=_MOST_PAGES)] = 0,
-        camera: Annotated[str, Query(max_length=200)] = "",
-        part: Annotated[str, Query(max_length=200)] = "",
+        camera: Annotated[str, Query(max_length=_LONGEST)] = "",
+        part: Annotated[str, Query(max_length=_LONGEST)] = "",
     ) -> dict[str, Any]:
         return service.rows(page, camera, part)
 

@@ -53,7 +53,8 @@ function show({ pair, matches, words }, found) {
   find("comparison-words").textContent = words;
   const nothing = matches.length ? "" : "No two patches are each other's nearest. ";
   const query = queries.asked().images.length > 1 ? "the first image of the query" : "the query";
-  find("comparison-note").textContent = `${nothing}On the left ${query}, on the right ${found.id}. ${COPIES}`;
+  const id = make("bdi", { textContent: found.id }); // it may turn the direction of what follows
+  find("comparison-note").replaceChildren(`${nothing}On the left ${query}, on the right `, id, `. ${COPIES}`);
 }
 
 function line({ from, to }, colour) {

@@ -55,9 +55,13 @@ class Gate:
             return
         body = Body(receive, self._limits, is_whole=scope["method"] in _READING)
 
+        has_begun = False
+
         async def answer(message: Message) -> None:
+            nonlocal has_begun
             if message["type"] == "http.response.start":
                 await body.drain()
+                has_begun = True
                 message = {**message, "headers": [*message.get("headers", []), *_ENCODED]}
             await send(message)
 
@@ -73,6 +77,10 @@ class Gate:
                     await self._app(scope, body.receive, answer)
         except Refusal as refusal:
             await refusal.response()(scope, body.receive, answer)
+        except asyncio.CancelledError:  # the server ends, and has waited for this request as long as it does
+            body.give_up()
+            if not has_begun:
+                await Refusal(503, "the server ends: ask whoever runs it").response()(scope, body.receive, answer)
 
     def _require_known(self, headers: Headers) -> None:
         """A page of another site cannot be this server under another name, which its own DNS points here (DNS rebinding)."""
@@ -121,6 +129,10 @@ class Body:
         if self._bytes > self._limits.body:
             raise too_large(self._limits)
         return message
+
+    def give_up(self) -> None:
+        """Read nothing more."""
+        self._is_whole = True
 
     async def drain(self) -> None:
         """Read what is left and keep nothing. A client that still writes would not read the answer."""

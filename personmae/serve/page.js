@@ -2,7 +2,7 @@
 
 import { browse } from "./browse.js";
 import * as comparison from "./compare.js";
-import { attempt, counted, find, get } from "./parts.js";
+import { attempt, counted, find, get, showProblem } from "./parts.js";
 import * as queries from "./queries.js";
 import * as reconstruction from "./reconstruct.js";
 import * as search from "./search.js";
@@ -30,6 +30,7 @@ async function refresh(gallery) {
 }
 
 function choose(chosen) {
+  showProblem("");
   for (const tab of document.querySelectorAll("[role=tab]")) {
     const isOn = tab === chosen;
     tab.setAttribute("aria-selected", String(isOn));

@@ -1,6 +1,6 @@
 // The images of the person that is searched for: rows of the gallery, and uploads with a box on them.
 
-import { find, make, refusal, showProblem, takeFiles } from "./parts.js";
+import { find, make, picture, refusal, showProblem, takeFiles } from "./parts.js";
 
 const chosen = []; // {row} of the gallery, or {file, url, box}
 const listeners = [];
@@ -59,7 +59,7 @@ function render() {
 
 function item(query, place) {
   const name = query.row ? query.row.id : `upload ${place + 1}`;
-  const image = make("img", { src: query.url ?? `/thumbnail/${query.row.key}`, alt: query.row ? `Query ${name}` : "Uploaded image" });
+  const image = query.row ? picture(query.row, `Query ${name}`) : make("img", { src: query.url, alt: "Uploaded image" });
   image.addEventListener("error", () => query.file && unreadable(query));
   const frame = make("div", { className: "frame" }, image);
   const removal = make("button", { type: "button", textContent: "Remove", attributes: { "aria-label": `Remove ${name}` } });

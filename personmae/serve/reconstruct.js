@@ -115,6 +115,9 @@ function press(event) {
 // --- the image ---
 
 function setImage(chosen) {
+  const isKept = chosen.file || chosen.row.has_thumbnail;
+  showProblem(isKept ? "" : "The gallery keeps no small copy of that image. Choose a file in its place.");
+  if (!isKept) return;
   if (image?.url) URL.revokeObjectURL(image.url);
   image = chosen;
   find("patches").querySelector("img")?.remove();

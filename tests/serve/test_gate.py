@@ -1,6 +1,7 @@
 """Who may ask, by which name, how often and how much. And what every answer says to the browser."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -10,7 +11,7 @@ import pytest
 import requests
 from served import Made, Page, ask, service_of, serving
 
-from personmae.serve import gate
+from personmae.serve import gate, server
 from personmae.serve.limits import Limits, Places, Rates, Refusal
 
 SOME = {"images": [{"key": 0}]}
@@ -251,6 +252,23 @@ def test_a_connection_without_a_request_is_closed(made: Made):
                 assert sock.recv(100) == b""
                 assert time.monotonic() - began < 15
         assert page.get("/api/state").status_code == 200
+
+
+def test_an_unfinished_form_gets_an_answer_when_the_server_ends(made: Made, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setitem(server._OPTIONS, "timeout_graceful_shutdown", 0.1)
+    kind = "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 9000\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        with serving(service_of(made, with_models=False)) as page:
+            socks = []
+            for begun in ("--x", "no form"):  # the second is refused, and the rest of it is waited for
+                sock = socket.create_connection(("127.0.0.1", int(page.url.rpartition(":")[2])), timeout=20)
+                socks.append(stack.enter_context(sock))
+                head = f"POST /api/search HTTP/1.1\r\nHost: {page.url[7:]}\r\nOrigin: {page.url}\r\n"
+                sock.sendall(f"{head}{kind}{begun}".encode())
+            assert page.get("/api/state").status_code == 200  # so both have begun
+        for sock in socks:
+            assert sock.recv(12) == b"HTTP/1.1 503"
+    assert [record for record in caplog.records if record.exc_info] == []
 
 
 def test_a_client_that_goes_away_leaves_the_server_well(made: Made, page: Page):

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from served import Made, Page, png, service_of, serving
 
@@ -208,6 +209,36 @@ def test_who_was_removed_is_said_to_be_gone(browser: Any, made: Made, tmp_path: 
         tab.click("#search-button")
         tab.wait_for_selector("#problem:not([hidden])")
         assert "is not in the gallery any more" in text(tab, "#problem")
+
+
+@pytest.mark.parametrize("width", [1400, 420])
+def test_names_of_any_kind_are_text_and_no_small_copy_is_no_broken_picture(
+    browser: Any, made: Made, tmp_path: Path, width: int
+):
+    from personmae.gallery import edit
+    from personmae.gallery.catalog import open_gallery
+
+    ids, cameras = ["<img src=x onerror=alert(1)>", "\u202egpj.exe", "c" * 240], ["<b>1</b>", "\u202e2", "3" * 300]
+    np.save(tmp_path / "some.npy", open_gallery(made.gallery).features(np.arange(3)))
+    (tmp_path / "some.ids.txt").write_text("".join(f"{name}\n" for name in ids))
+    (tmp_path / "facts.csv").write_text("\n".join(["id,camera", *map(",".join, zip(ids, cameras, strict=True))]))
+    edit.build(edit.Inputs(str(tmp_path / "some.npy"), table=tmp_path / "facts.csv"), tmp_path / "gallery")
+    with serving(service_of(made, gallery=tmp_path / "gallery")) as page, visit(browser, page, width=width) as tab:
+        tab.locator("#browse-search .picture").first.click()
+        assert tab.locator("#chosen img").count() == 0
+        assert text(tab, "#chosen .frame") == "no small copy is kept"
+        assert set(search(tab)) == set(ids[1:])
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        with tab.expect_response("**/api/rows?*"):
+            tab.select_option("#browse-search-camera", cameras[2])
+        tab.wait_for_function("document.querySelectorAll('#browse-search .picture').length === 1")
+        tab.click("#tab-reconstruct")
+        tab.wait_for_selector("#patches [role=gridcell]")
+        tab.locator("#browse-reconstruct .picture").first.click()
+        assert "keeps no small copy" in text(tab, "#problem")
+        assert tab.locator("#patches img").count() == 0
+        tab.click("#tab-search")
+        assert not tab.locator("#problem").is_visible()
 
 
 @pytest.mark.parametrize("width", [1400, 420])
