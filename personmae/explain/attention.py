@@ -71,14 +71,20 @@ def join(maps: Sequence[Float[Tensor, "h T T"]]) -> Float[Tensor, "T T"]:
 
 def in_words(heat: Float[np.ndarray, "rows columns"]) -> str:
     """Where the shares of ``rollout`` lie, for those who do not see them. Rows and columns are counted from 1."""
-    thirds = [100 * float(part.sum()) for part in np.array_split(heat, 3)]
+    thirds = 100 * thirds_of(heat)
     row, column = np.unravel_index(int(heat.argmax()), heat.shape)
     rows, columns = heat.shape
     return (
         f"{thirds[0]:.0f} % of the attention lies in the upper third, {thirds[1]:.0f} % in the middle and {thirds[2]:.0f} % "
         f"in the lower third. Of {rows} x {columns} patches the strongest is in row {row + 1}, column {column + 1}, "
-        f"with {100 * float(heat.max()):.1f} %."
+        f"with {100 * float(heat.max()):.1f} %. Evenly spread, each would have {100 / heat.size:.1f} %."
     )
+
+
+def thirds_of(heat: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "3"]:
+    """The shares of the upper, middle and lower third. A row that a border cuts counts in both by its parts."""
+    above = np.concatenate([[0.0], heat.sum(axis=1).cumsum()])
+    return np.diff(np.interp(np.linspace(0, len(heat), 4), np.arange(len(above)), above))
 
 
 def overlay(image: Pixels, heat: Float[np.ndarray, "rows columns"]) -> Pixels:

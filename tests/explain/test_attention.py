@@ -120,5 +120,10 @@ def test_words_say_where_the_shares_lie():
     heat[0, 3], heat[3, 1], heat[5, 0] = 0.2, 0.5, 0.3
     assert attention.in_words(heat) == (
         "20 % of the attention lies in the upper third, 50 % in the middle and 30 % in the lower third. Of 6 x 4 patches the "
-        "strongest is in row 4, column 2, with 50.0 %."
+        "strongest is in row 4, column 2, with 50.0 %. Evenly spread, each would have 4.2 %."
     )
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 24])
+def test_even_attention_has_even_thirds_for_any_number_of_rows(rows):
+    np.testing.assert_allclose(attention.thirds_of(np.full((rows, 4), 0.25 / rows)), [1 / 3] * 3, atol=1e-12)
