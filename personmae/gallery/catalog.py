@@ -79,11 +79,11 @@ class Gallery:
         """Whether the folder still has what was opened.
 
         The whole manifest is compared. A gallery that was deleted and built again counts its changes from the start.
-
-        Raises:
-            UserError: the folder has no gallery any more.
         """
-        return store.read_manifest(self.folder) == self.manifest
+        try:
+            return store.read_manifest(self.folder) == self.manifest
+        except UserError:  # there is none any more
+            return False
 
 
 def open_gallery_of(folder: Path, manifest: Manifest) -> Gallery:

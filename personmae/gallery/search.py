@@ -250,9 +250,10 @@ def _index(gallery: Gallery, log: Log) -> Any:
         log("faiss is not installed, so the search is exact: pip install 'personmae[gallery]'")
         return None
     try:
-        return approximate.read(gallery.folder / gallery.manifest.index["file"])
+        index = approximate.read(gallery.folder / gallery.manifest.index["file"])
     except FileNotFoundError:  # a writer has just replaced it: this state of the gallery can be searched without
         return None
+    return index if gallery.is_current() else None  # a gallery built in its place has an index of the same name
 
 
 def _approximate(gallery: Gallery, index: Any, queries: Sequence[Query], features: Float[Tensor, "Q D"], wanted: int) -> Found:

@@ -1,5 +1,6 @@
 """FAISS beside the exact search: what it misses is what is printed, and it follows what is added and removed."""
 
+import shutil
 import sys
 
 import galleries
@@ -79,6 +80,21 @@ def test_what_is_added_is_found_and_what_is_removed_is_not(tmp_path):
     assert again.how.startswith("faiss")
     assert [hit.id for hit in again.hits[0]][:5] == [hit.id for hit in first.hits[0]][1:6]
     assert len(list(where.glob("index-*"))) == 1
+
+
+def test_the_index_of_a_gallery_that_was_built_in_its_place_is_not_taken(tmp_path):
+    where = build(tmp_path, named(100), index="faiss")
+    gallery = open_gallery(where)
+    queries = search.by_ids(gallery, named(100)[:5], each=True)
+    expected = search.search(gallery, queries, only_exact=True).hits
+    shutil.rmtree(where)
+    build(tmp_path, named(500, "b"), index="faiss")
+    found = search.search(gallery, queries)
+    assert found.how == "exact"
+    assert [[(hit.id, hit.score) for hit in hits] for hits in found.hits] == [
+        [(hit.id, hit.score) for hit in hits] for hits in expected
+    ]
+    assert search.search(open_gallery(where), search.by_ids(open_gallery(where), named(1, "b"))).how.startswith("faiss")
 
 
 def test_filters_are_searched_exactly(tmp_path):

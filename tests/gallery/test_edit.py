@@ -162,6 +162,8 @@ def test_a_gallery_that_was_built_again_in_its_folder_is_another_one(tmp_path):
     assert store.read_manifest(where).generation == gallery.manifest.generation
     assert not gallery.is_current()
     assert open_gallery(where).is_current()
+    shutil.rmtree(where)
+    assert not gallery.is_current()
 
 
 def test_no_gallery_is_opened_in_parts_of_two(tmp_path, monkeypatch):
