@@ -146,11 +146,16 @@ def _require_fitting(gallery: Gallery, source: Source) -> None:
         raise UserError(f"features of the gallery's own model are required. {source.path} has another's: use {place}")
     if source.facts.kind and ours.times and source.facts.kind != ours.times:
         raise UserError(f"times must be written as {ours.times}s, as in the gallery. Those of {source.path} are not")
-    there = gallery.rows_of(source.ids) >= 0
+    _require_new(gallery, source.ids)
+
+
+def _require_new(gallery: Gallery, ids: list[str]) -> None:
+    """Raise a UserError where ids are in a gallery already."""
+    there = gallery.rows_of(ids) >= 0
     if there.any():
         raise UserError(
             f"ids that are not in the gallery are required. {int(there.sum()):,} of {len(there):,} are, such as "
-            f"{source.ids[int(there.argmax())]}: leave them out, or remove them first"
+            f"{ids[int(there.argmax())]}: leave them out, or remove them first"
         )
 
 
@@ -327,8 +332,11 @@ def _place(model: str | None) -> str | None:
 def _extracted(inputs: Inputs, folder: Path, gallery: Path, progress: Progress, log: Log) -> Path:
     """Features of images in ``folder``. Those of an earlier call of the same images and model are taken."""
     features, plan, model = folder / _EXTRACTED, folder / _PLAN, str(inputs.model)
+    images = open_images(inputs.where, column=inputs.column)
+    if gallery.exists():  # seen again when the features are there, for others may add in the meantime
+        _require_new(open_gallery(gallery), images.ids)
     encoder = load_for_command(model, log, unfinished=inputs.unfinished)
-    record = json.dumps([open_images(inputs.where, column=inputs.column).digest(), extract.digest(encoder)])
+    record = json.dumps([images.digest(), extract.digest(encoder)])
     if plan.exists() and plan.read_text(encoding="utf-8") == record:
         return features
     if not (features.exists() and partial_of(features).exists()):

@@ -45,6 +45,8 @@ def to_rgb(image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
         UserError: it is no image, or its file cannot be read.
     """
     if isinstance(image, str | Path):
+        if not Path(image).is_file():
+            raise UserError(f"a file with an image is required. There is none at {image}")
         return decode_image(str(image))
     if isinstance(image, Image.Image):
         try:

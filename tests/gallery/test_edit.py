@@ -78,6 +78,14 @@ def test_what_is_added_comes_last_and_small_segments_are_joined(tmp_path):
     )
 
 
+def test_images_that_are_there_already_are_refused_before_a_model_is_read(tmp_path, images):
+    names = sorted(str(path.relative_to(images)) for path in images.rglob("*.jp*g"))
+    where = tmp_path / "gallery"
+    edit.build(edit.Inputs(str(write(tmp_path / "f.npy", names[:1]))), where)
+    with pytest.raises(UserError, match=rf"1 of {len(names)} are, such as {names[0]}"):
+        edit.add(where, edit.Inputs(str(images), model=str(tmp_path / "no_model")))
+
+
 def test_what_is_removed_is_in_no_file_any_more(tmp_path, images):
     names = sorted(str(path.relative_to(images)) for path in images.rglob("*.jp*g"))
     features = edit.Inputs(str(write(tmp_path / "f.npy", names)), images=str(images))

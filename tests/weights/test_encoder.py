@@ -139,7 +139,7 @@ def test_batches_change_nothing_and_no_image_gives_no_row(loaded, paths):
         (torch.full((3, 8, 4), 2.0), "reaches from 2 to 2: normalised images go to .model"),
         (torch.full((3, 8, 4), torch.nan), "reaches from nan"),
         (torch.zeros(3, 8, 4, dtype=torch.int64), "int64"),
-        ("gone.jpg", "cannot read gone.jpg"),
+        ("gone.jpg", "a file with an image is required. There is none at gone.jpg"),
         (Image.new("F", (4, 8)), "pixels of a known range is required. Got mode F"),
     ],
 )
