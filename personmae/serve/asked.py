@@ -38,9 +38,13 @@ class Area(_Asked):
 
 
 class Image(_Asked):
-    """An image of the gallery by its ``key``, or an ``upload`` by its place in the form, of which a ``box`` may count."""
+    """An image of the gallery by its ``key``, or an ``upload`` by its place in the form, of which a ``box`` may count.
+
+    ``id`` is what the image with the key has to be called still.
+    """
 
     key: Key | None = None
+    id: str | None = None
     upload: Annotated[int, Field(ge=0)] | None = None
     box: Area | None = None
 
@@ -68,6 +72,7 @@ class Comparison(_Asked):
 
     query: Image
     key: Key
+    id: str | None = None
 
 
 class Reconstruction(_Asked):

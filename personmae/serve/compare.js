@@ -27,7 +27,7 @@ export async function compare(found, opener) {
   const { images, files } = queries.first();
   const answer = await attempt(opener, async () => {
     if (!images.length) throw new Error("an image of the person is required: choose one");
-    const reply = await ask("/api/compare", { query: images[0].upload === undefined ? images[0] : { ...images[0], upload: 0 }, key: found.key }, files);
+    const reply = await ask("/api/compare", { query: images[0].upload === undefined ? images[0] : { ...images[0], upload: 0 }, key: found.key, id: found.id }, files);
     return { ...reply, pair: await Promise.all([sized(reply.first), sized(reply.second)]) };
   });
   if (!answer) return;

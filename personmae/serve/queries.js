@@ -14,7 +14,7 @@ export const isEmpty = () => chosen.length === 0;
 // What the server is asked, and the files that go along.
 export function asked() {
   const files = chosen.filter((query) => query.file).map((query) => query.file);
-  const images = chosen.map((query) => (query.row ? { key: query.row.key } : { upload: files.indexOf(query.file), box: query.box }));
+  const images = chosen.map((query) => (query.row ? { key: query.row.key, id: query.row.id } : { upload: files.indexOf(query.file), box: query.box }));
   return { images, files };
 }
 

@@ -137,7 +137,7 @@ function takeUpload([file]) {
 async function predict() {
   const [rows, columns] = shape;
   const mask = Array.from({ length: rows }, (_, row) => hidden.slice(row * columns, (row + 1) * columns));
-  const wanted = image.row ? { key: image.row.key } : { upload: 0 };
+  const wanted = image.row ? { key: image.row.key, id: image.row.id } : { upload: 0 };
   const answer = await attempt(find("predict"), () => ask("/api/reconstruct", { image: wanted, mask }, image.file ? [image.file] : []));
   if (answer) show(answer);
 }

@@ -87,7 +87,7 @@ class Service:
         encoder, view = self.models.encoder.get(), self.watched.now()
         from personmae.explain import correspondence, tokens
 
-        first, second = self._pixels(view, asked_for.query, files), _stored(view, asked_for.key)
+        first, second = self._pixels(view, asked_for.query, files), _stored(view, asked_for.key, asked_for.id)
         found, grid = correspondence.match(encoder, first, second), tokens.grid_of(encoder)
         return {
             "first": _as_jpeg(first),
@@ -126,7 +126,7 @@ class Service:
 
     def _pixels(self, view: View, image: asked.Image, files: Files) -> Pixels:
         if image.key is not None:
-            return _stored(view, image.key)
+            return _stored(view, image.key, image.id)
         return asked.pixels(image, files, self.limits)
 
 
@@ -135,7 +135,7 @@ def _queries(service: Service, view: View, wanted: Sequence[asked.Image], files:
     uploads = _of_uploads(service, view, [image for image in wanted if image.key is None], files)
     from personmae.gallery import search
 
-    rows = np.array([view.row_of(image.key) for image in wanted if image.key is not None], np.int64)
+    rows = np.array([view.row_of(image.key, image.id) for image in wanted if image.key is not None], np.int64)
     queries = search.by_ids(view.gallery, view.gallery.rows["id"].take(rows).to_pylist()) if len(rows) else []
     queries += uploads
     return queries if len(queries) == 1 else [search.joined(queries)]
@@ -218,9 +218,9 @@ def _time(view: View, text: str, what: str) -> float | None:
     return float(value)
 
 
-def _stored(view: View, key: int) -> Pixels:
+def _stored(view: View, key: int, name: str | None) -> Pixels:
     """The small copy that a gallery keeps of an image."""
-    jpeg = view.gallery.thumbnail(view.row_of(key))
+    jpeg = view.gallery.thumbnail(view.row_of(key, name))
     if not jpeg:
         raise Refusal(404, "the gallery keeps no small copy of that image, so its patches cannot be compared")
     return images.decode(jpeg).pixels

@@ -43,14 +43,15 @@ class View:
         """All cameras that are known."""
         return sorted(filter(None, self.gallery.rows["camera"].unique().to_pylist()), key=lambda name: (len(name), name))
 
-    def row_of(self, key: int) -> int:
-        """The row with a key.
+    def row_of(self, key: int, name: str | None = None) -> int:
+        """The row with a key, and with an id where that is given. A gallery that was built again has others by the same keys.
 
         Raises:
             Refusal: 410, it is not there, or not any more.
         """
         row = int(np.searchsorted(self.keys, key))
-        if row == len(self.keys) or self.keys[row] != key:
+        is_there = row < len(self.keys) and self.keys[row] == key
+        if not is_there or name not in (None, self.gallery.rows["id"][row].as_py()):
             raise Refusal(410, "that image is not in the gallery any more: choose another one")
         return row
 

@@ -150,7 +150,7 @@ def test_everything_can_be_done_with_the_keyboard(browser: Any, made: Made, page
             tab.keyboard.press("Enter")
         (sent,) = forms
         row, upload = json.loads(sent["request"])["images"]
-        assert list(row) == ["key"]
+        assert list(row) == ["key", "id"]
         assert upload == {"upload": 0, "box": {"left": 0.1, "top": 0.2, "right": 0.9, "bottom": 0.6}}
         assert [file.filename for file in sent.getlist("image")] == ["image"]  # a file's own name stays with the visitor
         tab.wait_for_selector("#hits li")

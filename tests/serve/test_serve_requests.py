@@ -258,12 +258,19 @@ def test_a_gallery_that_is_built_again_in_the_same_place_is_seen(made: Made, tmp
         return ids
 
     first = build(slice(0, 4))
-    with serving(service_of(made, with_models=False, gallery=tmp_path / "gallery")) as page:
+    with serving(service_of(made, gallery=tmp_path / "gallery")) as page:
         assert [row["id"] for row in rows_of(page)] == first
         before = open_gallery(tmp_path / "gallery").manifest.generation
         second = build(slice(4, 8))
         assert open_gallery(tmp_path / "gallery").manifest.generation == before
         assert [row["id"] for row in rows_of(page)] == second
+        for path, request in (  # of a browser that has shown the first
+            ("/api/search", {"images": [{"key": 0, "id": first[0]}]}),
+            ("/api/compare", {"query": {"upload": 0}, "key": 0, "id": first[0]}),
+            ("/api/reconstruct", {"image": {"key": 0, "id": first[0]}, "mask": [[True] * 4] * 4 + [[False] * 4] * 4}),
+        ):
+            assert page.ask(path, request, [made.image()]).status_code == 410
+        assert page.ask("/api/search", {"images": [{"key": 0, "id": second[0]}]}).status_code == 200
         assert [row["has_thumbnail"] for row in rows_of(page)] == [False] * 4
         assert page.get("/thumbnail/0").status_code == 404
 
