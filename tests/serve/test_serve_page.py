@@ -231,7 +231,7 @@ def test_names_of_any_kind_are_text_and_no_small_copy_is_no_broken_picture(
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         with tab.expect_response("**/api/rows?*"):
             tab.select_option("#browse-search-camera", cameras[2])
-        tab.wait_for_function("document.querySelectorAll('#browse-search .picture').length === 1")
+        tab.wait_for_selector("#browse-search .rows li:only-child")
         tab.click("#tab-reconstruct")
         tab.wait_for_selector("#patches [role=gridcell]")
         tab.locator("#browse-reconstruct .picture").first.click()
