@@ -95,7 +95,7 @@ def start(world: World) -> None:
         torch.cuda.set_device(world.device)
     else:
         torch.set_num_threads(compute_threads(world))
-        _keep_freed_memory()
+        keep_freed_memory()
     if tdist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
@@ -106,7 +106,7 @@ def start(world: World) -> None:
         tdist.init_process_group(backend, store=store, rank=0, world_size=1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Tell glibc not to give large blocks back to the system: page faults were a quarter of a step on CPUs."""
     with contextlib.suppress(OSError, AttributeError):  # another C library manages on its own
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 
+from personmae import dist
 from personmae.data.rejects import Reject
 from personmae.images import BadImage
 from personmae.reid.transforms import fitted, normalise
@@ -138,6 +139,8 @@ def _pixels(images: Images, number: int, name: str, size: tuple[int, int]) -> np
 @functools.lru_cache(maxsize=1)
 def _encoder(model: str, device: str, unfinished: bool) -> Encoder:
     """This process's model, read once."""
+    if device == "cpu":
+        dist.keep_freed_memory()  # a batch's activations are new each time
     return load_for_command(model, lambda _: None, device=device, unfinished=unfinished)
 
 
