@@ -94,10 +94,7 @@ def take(tab: Any, url: str, args: argparse.Namespace, name: str) -> None:
     shot(tab, args.out / f"start-{name}.png")
     tab.set_input_files("#search-file", args.query)
     tab.click("#search-button")
-    tab.wait_for_selector("#hits li")
-    if tab.viewport_size["width"] > NARROW:
-        tab.evaluate("scrollTo(0, 0)")
-    shot(tab, args.out / f"search-{name}.png")
+    shot_of_all(tab, "#hits li", args.out / f"search-{name}.png")
     tab.locator("#hits .picture").nth(1).click()
     tab.wait_for_selector("#comparison[open] svg")
     shot(tab, args.out / f"compare-{name}.png")
@@ -112,10 +109,15 @@ def take(tab: Any, url: str, args: argparse.Namespace, name: str) -> None:
         tab.wait_for_selector("#patches [role=gridcell]")
         tab.set_input_files("#reconstruct-file", args.query)
         tab.click("#predict")
-        tab.wait_for_selector("#regions img")
-        if tab.viewport_size["width"] > NARROW:
-            tab.evaluate("scrollTo(0, 0)")
-        shot(tab, args.out / f"reconstruct-{name}.png")
+        shot_of_all(tab, "#regions img", args.out / f"reconstruct-{name}.png")
+
+
+def shot_of_all(tab: Any, awaited: str, path: Path) -> None:
+    """The page once a selector is there, in a wide window from its top."""
+    tab.wait_for_selector(awaited)
+    if tab.viewport_size["width"] > NARROW:
+        tab.evaluate("scrollTo(0, 0)")
+    shot(tab, path)
 
 
 def shot(tab: Any, path: Path) -> None:

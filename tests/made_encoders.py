@@ -80,6 +80,21 @@ def write_pretraining(
     return folder, student
 
 
+def write_finetuning(folder: Path, img_size: tuple[int, int] = SIZE, *, seed: int = 0) -> Path:
+    """A finished fine-tuning, whose head has a row of patches for every one of an image of ``img_size``."""
+    head = {"kind": "neck", "pool": "rows", "num_rows": img_size[0] // 16}
+    model = MODEL | {"img_size": list(img_size), "mean": [0.5] * 3}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = build_encoder(model)
+        network = ReIDModel(encoder, build_head(encoder, 5, **head)).eval()
+    tensors = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+    state = {"total_steps": 3, "model": model, "head": head, "num_classes": 5, "init": "random"}
+    with closing(Writer(folder, keep_last=1)) as writer:
+        writer.save(portable.Checkpoint(3, {"model": tensors}, state))
+    return folder
+
+
 def patches(seed: int = 0, grid: tuple[int, int] = GRID, size: int = 16) -> UInt8[np.ndarray, "H W 3"]:
     """An image in which each patch has a texture of its own that is the same upside down and in a mirror.
 

@@ -1,4 +1,4 @@
-"""Which results may be in one table, and the notes that a report adds to it.
+"""Which results may be in one table, and what stands in a row of it.
 
 Results belong together when they are of the same data, by its digest and not by the name of its layout. Runs that differ
 in nothing but their seed are one row. An unfinished run is shown but never compared.
@@ -8,7 +8,6 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +19,12 @@ from personmae.report.places import printable
 from personmae.report.records import Latency, Result
 from personmae.report.repeats import data_of, how_of, without_repeats
 from personmae.report.runs import RunFolder
-from personmae.report.weights import MAE_LIKE, Known, known_settings, pretrained_as, started_from
+from personmae.report.weights import Known, known_settings, started_from
 
 SCORES = {"mAP": "mAP", "rank1": "Rank-1", "rank5": "Rank-5", "rank10": "Rank-10", "mINP": "mINP"}
 _NOT_THE_RECIPE = ("seed", "run_dir", "root", "init", "checkpoint.", "metrics.", "data.cache_dir", "train.log_every")
 _PRECISION = "train.precision"
 _MOST_NAMES = 3  # that stand side by side
-_EQUAL = 1e-6  # APs are recorded with six digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,27 +165,12 @@ class Group:
         return len(rivals) > 1 and row in rivals and row.mean(score) == max(other.mean(score) for other in rivals)
 
 
-@dataclass(frozen=True, slots=True)
-class Queries:
-    """How two rows of one table differ query by query: in how many the first has the higher AP, the lower, the same."""
-
-    ours: Row
-    theirs: Row
-    total: int
-    better: int
-    worse: int
-
-    def __str__(self) -> str:
-        same = self.total - self.better - self.worse
-        return f"of {self.total:,} queries, better in {self.better:,}, worse in {self.worse:,}, the same in {same:,}"
-
-
 def comparable(one: Row, other: Row) -> bool:
     """Whether both are finished and ranked alike. A row is comparable with itself."""
-    return not one.unfinished and not other.unfinished and _ranked(one) == _ranked(other)
+    return not one.unfinished and not other.unfinished and ranked(one) == ranked(other)
 
 
-def _ranked(row: Row) -> tuple[str, bool]:
+def ranked(row: Row) -> tuple[str, bool]:
     """How the results were ranked, apart from the features."""
     return row.first.rerank, row.first.whiten is not None
 
@@ -228,69 +211,6 @@ def _in_full(row: Row) -> str:
     return printable(", ".join(names) if len(names) <= _MOST_NAMES else f"{names[0]} to {names[-1]}")
 
 
-def find_pairs(group: Group) -> list[tuple[Row, Row]]:
-    """The (pre-trained, random) fine-tuning of one table, the best mAP of each kind. Empty where one is missing.
-
-    MAE-like pre-training stands there only where there is no other.
-    """
-    rows = [row for row in group.rows if row.is_finetuning and not row.unfinished and _ranked(row) == ("none", False)]
-    kinds = [[row for row in rows if row.from_random is random] for random in (False, True)]
-    if not all(kinds):
-        return []
-    return [(max(kinds[0], key=lambda row: (not start_of(row).startswith(MAE_LIKE), _by_map(row))), max(kinds[1], key=_by_map))]
-
-
-def start_of(row: Row) -> str:
-    """What fine-tunings began with: the method of a pre-training, or the name of the weights where that cannot be read."""
-    run = row.runs[0]
-    assert isinstance(run.settings, config.Finetune)
-    start = started_from(run, run.settings.init, {})
-    is_known = isinstance(start, config.Pretrain)
-    return f"{pretrained_as(start)} pre-training" if is_known else f"the weights {printable(Path(run.settings.init).name)}"
-
-
-def compare_queries(group: Group) -> list[Queries]:
-    """Each trained row next to the random start of its table, and next to the best row without training."""
-    references = [pair[1] for pair in find_pairs(group)]
-    baselines = [row for row in group.rows if row.untrained and not row.unfinished]
-    references += [max(baselines, key=_by_map)] if baselines else []
-    pairs = itertools.product([row for row in group.rows if row.runs[0].settings], references)
-    found = [_compare(ours, theirs) for ours, theirs in pairs if ours != theirs and comparable(ours, theirs)]
-    return [queries for queries in found if queries]
-
-
-def summarise(runs: Sequence[RunFolder], groups: Sequence[Group]) -> str:
-    """The headline: pre-trained against random in mAP points, by data, or the state of the runs."""
-    sentences = [sentence for group in groups for sentence in _summarise_pair(group)]
-    if not sentences and (ready := [group for group in groups if any(not row.unfinished for row in group.rows)]):
-        for group in ready:
-            best = max((row for row in group.rows if not row.unfinished), key=_by_map)
-            sentences.append(f"{_on(group)}, best so far is {best.name} with {_percent(best)}.")
-        sentences.append("There is no pair to compare yet.")
-    unfinished = [f"{run.name} ({run.unfinished})" for run in runs if run.unfinished and (run.records or run.result)]
-    if unfinished:
-        sentences.append(f"Not finished: {printable(', '.join(unfinished))}.")
-    if not sentences and (trained := [run for run in runs if run.records]):
-        last = trained[0].records[-1]
-        sentences.append(
-            f"{printable(trained[0].name)} is at step {last['step']:.0f} with a loss of {last.get('loss', float('nan')):.3f}. "
-            "Nothing is evaluated yet."
-        )
-    return " ".join(sentences) or "Nothing is trained or evaluated yet."
-
-
-def compare_settings(groups: Sequence[Group]) -> list[str]:
-    """For each pair of the headline, every setting in which the two rows differ."""
-    sentences = []
-    for ours, theirs in (pair for group in groups for pair in find_pairs(group)):
-        one, other = (_flat(row.runs[0]) for row in (ours, theirs))
-        several = len(ours.runs) > 1 or len(theirs.runs) > 1
-        keys = one.keys() - ({"run_dir", "seed"} if several else {"run_dir"})
-        differing = [f"{key} ({one[key]} / {other.get(key)})" for key in one if key in keys and one[key] != other.get(key)]
-        sentences.append(printable(f"Settings in which {ours.name} and {theirs.name} differ: {', '.join(differing)}."))
-    return sentences
-
-
 def data_notes(groups: Sequence[Group]) -> list[str]:
     """Notes on the data, which a reader needs before comparing tables."""
     notes = []
@@ -321,7 +241,7 @@ def recipe_of(run: RunFolder, runs: Sequence[RunFolder]) -> Any:
         return "random", repr(drawn), how_of(run), result.rerank, bool(result.probe)
     if of.settings is None or result is None:
         return str(run.directory)
-    flat = {key: value for key, value in _flat(of).items() if not key.startswith(_NOT_THE_RECIPE)}
+    flat = {key: value for key, value in flat_of(of).items() if not key.startswith(_NOT_THE_RECIPE)}
     data = of.result.identity.get("data.digest") or printable(of.result.root) if of.result else ""
     how = () if run is of else (how_of(run), result.rerank, bool(result.probe), result.step if run.unfinished else None)
     start = _start(of, of.settings.init, known_settings(runs))
@@ -350,49 +270,11 @@ def _start(run: RunFolder, init: str, known: Known) -> str:
     return repr((recipe, _start(run, settings.init, known)))
 
 
-def _flat(run: RunFolder) -> dict[str, Any]:
+def flat_of(run: RunFolder) -> dict[str, Any]:
     """Settings by key, with the precision that ``auto`` chose where the result has it."""
     flat = config.flatten(run.settings.model_dump(mode="json")) if run.settings else {}
     used = run.result.identity.get(_PRECISION) if run.result else None
     return flat | {_PRECISION: used} if flat and used else flat
-
-
-def _by_map(row: Row) -> float:
-    return row.mean("mAP")
-
-
-def _on(group: Group) -> str:
-    return f"On {group.title}"
-
-
-def _percent(row: Row) -> str:
-    """Such as "21.5 % mAP (20.4-22.4, 3 seeds)"."""
-    number, space, rest = row.in_words("mAP").partition(" ")
-    return f"{number} % mAP{space}{rest}"
-
-
-def _summarise_pair(group: Group) -> list[str]:
-    sentences = []
-    for ours, theirs in find_pairs(group):
-        one, other, each = _percent(ours), _percent(theirs), ""
-        if (ours.seeds_in_words, theirs.seeds_in_words) == ("one seed", "one seed"):
-            one, other, each = (*(text.removesuffix(" (one seed)") for text in (one, other)), ", one seed each")
-        sentences.append(
-            f"{_on(group)}, fine-tuning from {start_of(ours)} reaches {one}, from random "
-            f"weights {other}{each}: {difference(ours, theirs)}."
-        )
-        best = max((row for row in group.rows if comparable(row, ours)), key=_by_map)
-        if best.mean("mAP") > max(ours.mean("mAP"), theirs.mean("mAP")):
-            sentences.append(f"More than both: {best.name}, {_percent(best)}.")
-    return sentences
-
-
-def difference(ours: Row, theirs: Row) -> str:
-    """Of two mAPs, in points."""
-    points = round(100 * ours.mean("mAP"), 1) - round(100 * theirs.mean("mAP"), 1)
-    if abs(points) < 0.05:
-        return "no difference"
-    return f"{abs(points):.1f} points {'more' if points > 0 else 'less'}"
 
 
 def _own_ap(run: RunFolder) -> list[float | None] | None:
@@ -407,11 +289,3 @@ def _own_ap(run: RunFolder) -> list[float | None] | None:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def _compare(ours: Row, theirs: Row) -> Queries | None:
-    one, other = ours.query_ap(), theirs.query_ap()
-    if one is None or other is None or len(one) != len(other):
-        return None
-    gains = np.array([a - b for a, b in zip(one, other, strict=True) if a is not None and b is not None])
-    return Queries(ours, theirs, len(gains), int((gains > _EQUAL).sum()), int((gains < -_EQUAL).sum()))

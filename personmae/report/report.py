@@ -27,16 +27,8 @@ from personmae.monitor import progress
 from personmae.monitor.progress import counted
 from personmae.reid.datasets import describe, load_benchmark
 from personmae.report import camera_pairs, charts, compared, cross_domain, figures, rank_lists, sections
-from personmae.report.comparison import (
-    SCORES,
-    Group,
-    compare_settings,
-    data_notes,
-    distinct,
-    find_pairs,
-    group_results,
-    summarise,
-)
+from personmae.report.comparison import SCORES, Group, data_notes, distinct, group_results
+from personmae.report.pairs import compare_settings, find_pairs, summarise
 from personmae.report.places import Place, printable
 from personmae.report.records import Result
 from personmae.report.runs import RunFolder, find_below, find_runs, pretraining_of

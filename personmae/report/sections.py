@@ -10,7 +10,8 @@ from typing import Any
 from personmae import config
 from personmae.config import RANDOM
 from personmae.reid.cluster_quality import follows_cameras
-from personmae.report.comparison import SCORES, Group, Row, compare_queries, difference, find_pairs, start_of
+from personmae.report.comparison import SCORES, Group, Row
+from personmae.report.pairs import compare_queries, difference, find_pairs, start_of
 from personmae.report.places import printable
 from personmae.report.repeats import how_of
 from personmae.report.runs import RunFolder

@@ -4,43 +4,29 @@ import json
 import re
 import shutil
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import warm
+from made_encoders import write_finetuning
 from people import draw_few_people
 from PIL import Image
 
 from personmae import evaluate
 from personmae.__main__ import main
-from personmae.checkpoint import portable
-from personmae.checkpoint.writer import Writer
 from personmae.errors import EXIT_COMPLETE, EXIT_USER_ERROR
 from personmae.gallery.catalog import open_gallery
-from personmae.model.vit import SIZES, VisionTransformer
-from personmae.reid.heads import ReIDModel, build_head
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
-MODEL: dict[str, Any] = {"size": "micro", "img_size": [64, 32], "patch_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
-HEAD: dict[str, Any] = {"kind": "neck", "pool": "rows", "num_rows": 4}
+SIZE = 64, 32  # of the images that the model sees, in pixels
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished fine-tuning with random weights."""
-    folder = tmp_path_factory.mktemp("model") / "run"
-    torch.manual_seed(0)
-    encoder = VisionTransformer(**SIZES["micro"])
-    model = ReIDModel(encoder, build_head(encoder, 5, **HEAD)).eval()
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    state = {"total_steps": 3, "model": MODEL, "head": HEAD, "num_classes": 5, "init": "random"}
-    with closing(Writer(folder, keep_last=1)) as writer:
-        writer.save(portable.Checkpoint(3, {"model": tensors}, state))
-    return folder
+    return write_finetuning(tmp_path_factory.mktemp("model") / "run", SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +121,7 @@ def test_images_are_added_searched_for_drawn_and_removed(run, benchmark, built, 
 
 
 def test_a_query_of_images_needs_the_model_of_the_gallery(run, benchmark, built, tmp_path, capsys):
-    other = tmp_path / "other"
-    shutil.copytree(run, other)
-    torch.manual_seed(1)
-    encoder = VisionTransformer(**SIZES["micro"])
-    model = ReIDModel(encoder, build_head(encoder, 5, **HEAD)).eval()
-    shutil.rmtree(portable.folder(other))
-    state = {"total_steps": 3, "model": MODEL, "head": HEAD, "num_classes": 5, "init": "random"}
-    with closing(Writer(other, keep_last=1)) as writer:
-        writer.save(portable.Checkpoint(3, {"model": {f"model.{n}": t for n, t in model.state_dict().items()}}, state))
+    other = write_finetuning(tmp_path / "other", SIZE, seed=1)
     query = str(sorted((benchmark / "query").glob("*.jpg"))[0])
     assert main(["gallery", "query", str(built), query, "--model", str(other)]) == EXIT_USER_ERROR
     error = capsys.readouterr().err

@@ -9,7 +9,8 @@ from made_runs import MakeRun, write_training
 
 from personmae import config
 from personmae.report import compared, sections, weights
-from personmae.report.comparison import group_results, summarise
+from personmae.report.comparison import group_results
+from personmae.report.pairs import summarise
 from personmae.report.runs import find_runs
 
 

@@ -11,16 +11,8 @@ from made_runs import UNTOLD, MakeRun, write_training
 
 from personmae import config
 from personmae.report import sections
-from personmae.report.comparison import (
-    Group,
-    compare_queries,
-    compare_settings,
-    data_notes,
-    distinct,
-    find_pairs,
-    group_results,
-    summarise,
-)
+from personmae.report.comparison import Group, data_notes, distinct, group_results
+from personmae.report.pairs import compare_queries, compare_settings, find_pairs, summarise
 from personmae.report.report import draw_cmc
 from personmae.report.runs import RunFolder, find_runs
 

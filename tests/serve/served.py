@@ -6,32 +6,24 @@ import json
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import requests
-import torch
 import warm
-from made_encoders import SIZE, write_pretraining
+from made_encoders import write_finetuning, write_pretraining
 from people import draw_few_people
 from PIL import Image
 
-from personmae.checkpoint import portable
-from personmae.checkpoint.writer import Writer
 from personmae.gallery import edit
-from personmae.model.vit import SIZES, VisionTransformer
-from personmae.reid.heads import ReIDModel, build_head
 from personmae.serve import app, server
 from personmae.serve.limits import Limits
 from personmae.serve.models import Models
 from personmae.serve.service import Service
 from personmae.serve.watched import Watched
 
-MODEL: dict[str, Any] = {"size": "micro", "img_size": list(SIZE), "patch_size": 16, "mean": [0.5] * 3, "std": [0.2] * 3}
-HEAD: dict[str, Any] = {"kind": "neck", "pool": "rows", "num_rows": 8}
 PATIENT = Limits(burst=10_000)  # tests ask more often than people
 
 
@@ -57,19 +49,6 @@ def make(folder: Path) -> Made:
     (folder / "facts.csv").write_text("\n".join(["id,camera,time", *lines]))
     edit.build(edit.Inputs(str(images), model=str(run), table=folder / "facts.csv"), folder / "gallery")
     return Made(folder / "gallery", run, pretrained, images)
-
-
-def write_finetuning(folder: Path) -> Path:
-    """A finished fine-tuning with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        encoder = VisionTransformer(**SIZES["micro"])
-        model = ReIDModel(encoder, build_head(encoder, 5, **HEAD)).eval()
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    state = {"total_steps": 3, "model": MODEL, "head": HEAD, "num_classes": 5, "init": "random"}
-    with closing(Writer(folder, keep_last=1)) as writer:
-        writer.save(portable.Checkpoint(3, {"model": tensors}, state))
-    return folder
 
 
 # --- the page ---

@@ -7,12 +7,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from made_encoders import write_pretraining
-from made_runs import write_training
+from saved_runs import save_pretraining
 
-from personmae import config
 from personmae.__main__ import main
-from personmae.checkpoint import portable
 from personmae.errors import EXIT_COMPLETE, EXIT_FAILED, EXIT_USER_ERROR
 
 
@@ -25,18 +22,7 @@ def shards(shard_dir: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def run(shards: Path, tmp_path: Path) -> Path:
     """A pre-training on them with random weights, at step 2 of 9."""
-    folder = tmp_path / "run"
-    settings = config.Pretrain.model_validate(
-        {
-            "run_dir": str(folder),
-            "data": {"shards": str(shards)},
-            "model": {"size": "micro", "img_size": (128, 64)},
-            "regions": {"max_shift": 16},
-        }
-    )
-    write_training(folder, settings, step=2, total=9)
-    shutil.rmtree(portable.folder(folder))
-    return write_pretraining(folder)[0]
+    return save_pretraining(tmp_path / "run", shards)
 
 
 def test_without_a_benchmark_its_own_images_are_looked_at_and_the_rest_says_what_to_give(run):

@@ -1,6 +1,5 @@
 """The sections that look at images: what each draws, says, and cannot draw."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 import torch
 from made_encoders import made, patches, write_pretraining
 from made_runs import write_training
+from saved_runs import save_pretraining
 
 from personmae import config
 from personmae.checkpoint import portable
@@ -29,18 +29,7 @@ def subject(where: str = "made", head: str = "mgn", **fields) -> Subject:
 @pytest.fixture
 def run(tmp_path: Path, shard_dir: Path) -> Path:
     """A pre-training on the session's shards, with random weights, at step 2."""
-    folder = tmp_path / "run"
-    settings = config.Pretrain.model_validate(
-        {
-            "run_dir": str(folder),
-            "data": {"shards": str(shard_dir)},
-            "model": {"size": "micro", "img_size": (128, 64), "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.2, 0.2)},
-            "regions": {"max_shift": 16},
-        }
-    )
-    write_training(folder, settings, step=2, total=9)
-    shutil.rmtree(portable.folder(folder))
-    return write_pretraining(folder)[0]
+    return save_pretraining(tmp_path / "run", shard_dir, mean=(0.4, 0.5, 0.6), std=(0.2, 0.2, 0.2))
 
 
 def said(drawing: Drawing) -> str:
