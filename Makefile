@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKOV := $(VENV)/checkov/bin/checkov
 # A worker that has done its share takes over from the other, so that neither is left alone with the last files.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -rs
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal -rsfE # what failed comes last
 UV := $(BIN)/uv --quiet
 LOCKED := --constraint requirements.txt --build-constraint requirements.txt
 # uv does not see the system's packages, which a venv made with VENV_FLAGS=--system-site-packages is to keep. pip does.
