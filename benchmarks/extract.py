@@ -13,6 +13,8 @@ import argparse
 import json
 import multiprocessing
 import os
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -88,10 +90,12 @@ def commands(size: str, work: Path, images: Path, read: Path) -> dict[str, list[
 
 def timed(command: list[str], work: Path) -> float:
     """Seconds of one way."""
-    for name in ("features.npy", "features.ids.txt"):
-        (work / name).unlink(missing_ok=True)
+    for left in work.glob("features*"):  # of the run before, which may have been killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     began = time.monotonic()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr}")
     return time.monotonic() - began
 
 
