@@ -97,21 +97,28 @@ class Cluster:
         agent.kill()
         agent.wait()
 
-    def close(self) -> list[str]:
-        """End everything; returns what was still running on a host whose agent had ended."""
+    def close(self) -> list[int]:
+        """End everything; returns what was still running on a host a while after its agent had ended."""
         ended = all(process.poll() is not None for process in self.started)
         for process in self.started:
             process.kill()
             process.wait()
-        time.sleep(0.2)
-        strays = []
+        deadline = time.monotonic() + (10 if ended else 0.2)  # what was killed with its agent takes a moment to be gone
+        while (strays := self.pids()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        for pid in strays:
+            with contextlib.suppress(ProcessLookupError):  # it has ended since
+                os.kill(pid, signal.SIGKILL)
         for name in self.names.values():
-            pids = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=True).stdout.split()
-            strays += pids
-            for pid in pids:
-                os.kill(int(pid), signal.SIGKILL)
             ip("netns", "delete", name)
         return strays if ended else []
+
+    def pids(self) -> list[int]:
+        """What runs on the hosts."""
+        listed = [
+            subprocess.run(["ip", "netns", "pids", name], capture_output=True, check=True) for name in self.names.values()
+        ]
+        return [int(pid) for done in listed for pid in done.stdout.split()]
 
 
 def build_hosts(tag: str) -> tuple[dict[str, str], dict[str, str]]:

@@ -3,6 +3,7 @@
 docs/operations.md has the table of launchers that these tests back.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -94,7 +95,8 @@ def run(tmp_path: Path, shard_dir: Path) -> Iterator[Run]:
         process.kill()
         process.wait()
     for pid in there.processes():
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.kill(pid, signal.SIGKILL)
 
 
 def to_main(run: subprocess.Popen[str], number: int) -> None:
