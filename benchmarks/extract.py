@@ -93,7 +93,7 @@ def timed(command: list[str], work: Path) -> float:
     for left in work.glob("features*"):  # of the run before, which may have been killed
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     began = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} ended with {done.returncode}:\n{done.stderr}")
     return time.monotonic() - began

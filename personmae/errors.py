@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
@@ -15,6 +16,7 @@ EXIT_COMPLETE = 0  # the work is finished
 EXIT_FAILED = 1  # counts against a restart budget
 EXIT_STOPPED = 75  # stopped early with its state saved: run it again
 EXIT_USER_ERROR = 78  # wrong configuration or data: running it again cannot help
+FIRST_RANK_SECONDS = 10.0  # how much later than another rank the first may find what all find
 EXIT_UNREAD = 141  # as by SIGPIPE: nobody reads the output any more, as of a command before "head"
 
 _CALLED = {
@@ -142,7 +144,24 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
         _running.pop()
     if not quiet:
         print(" ".join(message.split()), file=sys.stderr, flush=True)
+    elif code in (EXIT_FAILED, EXIT_USER_ERROR):
+        _let_first_rank_speak()
     return code
+
+
+def _let_first_rank_speak() -> None:
+    """Stay until the launcher ends this rank: it ends all ranks as soon as one has failed, also the one that will say why."""
+    before = signal.signal(signal.SIGTERM, _end_now)
+    try:
+        time.sleep(FIRST_RANK_SECONDS)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_now(*_: object) -> NoReturn:
+    raise Terminated
 
 
 def has_lost_reader(stream: TextIO) -> bool:

@@ -3,11 +3,15 @@
 import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
+from personmae import errors
 from personmae.errors import (
     EXIT_COMPLETE,
     EXIT_STOPPED,
@@ -15,6 +19,7 @@ from personmae.errors import (
     Diverged,
     RankError,
     Stopped,
+    Unavailable,
     UserError,
     run_program,
 )
@@ -80,7 +85,8 @@ def test_what_is_not_the_users_to_fix_keeps_its_traceback(error):
     assert caught.value is error
 
 
-def test_other_ranks_end_with_the_same_code_in_silence(capsys):
+def test_other_ranks_end_with_the_same_code_in_silence(capsys, monkeypatch):
+    monkeypatch.setattr(errors, "FIRST_RANK_SECONDS", 0.01)
     assert ending(UserError("wrong"), capsys, quiet=True) == (78, "")
     assert ending(Stopped("now"), capsys, quiet=True) == (75, "")
 
@@ -89,7 +95,20 @@ def test_a_user_error_is_a_value_error():
     assert issubclass(UserError, ValueError)
 
 
-def test_a_quiet_rank_tells_only_what_it_alone_has_seen(capsys):
+@pytest.mark.parametrize(("error", "code"), [(UserError("wrong"), 78), (Unavailable("away"), 1), (Diverged("lost"), 1)])
+def test_a_quiet_rank_that_fails_stays_until_it_is_ended(capsys, error, code):
+    """A launcher that sees its end would end the first rank, which may not have said why yet."""
+    before, began = signal.getsignal(signal.SIGTERM), time.monotonic()
+    ender = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    ender.start()
+    assert ending(error, capsys, quiet=True) == (code, "")
+    assert 0.5 <= time.monotonic() - began < errors.FIRST_RANK_SECONDS
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_quiet_rank_tells_only_what_it_alone_has_seen(capsys, monkeypatch):
+    monkeypatch.setattr(errors, "FIRST_RANK_SECONDS", 0.01)
+
     def shared() -> None:
         raise UserError("all ranks see this")
 

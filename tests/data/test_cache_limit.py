@@ -50,7 +50,7 @@ def test_a_cache_of_a_tenth_of_the_data_set_is_never_exceeded_and_reads_the_same
     with watching(data.cache.directory) as largest:
         assert_same(read_epochs(data, 2), expected)
     assert num_bytes(many) // 20 < largest[0] <= limit
-    assert len(copying) <= 2 * NUM_SHARDS + 8
+    assert len(copying) <= 2.25 * NUM_SHARDS  # on a busy machine some that came ahead give way and come again
     totals = data.counters.totals()
     assert totals["personmae_cache_evictions_total"] >= 2 * NUM_SHARDS - 16
     assert totals["personmae_cache_bytes"] <= limit

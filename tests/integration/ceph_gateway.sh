@@ -54,6 +54,7 @@ osd pool default pg num = 4
 osd pool default pgp num = 4
 osd pool default pg autoscale mode = off
 mon max pg per osd = 1000
+mon data avail crit = 1
 osd crush chooseleaf type = 0
 public addr = 127.0.0.1
 cluster addr = 127.0.0.1

@@ -135,7 +135,7 @@ def test_an_evaluation_needs_no_training_images(market, tmp_path):
 
 FIRST_RANK = """
 import sys
-from personmae import dist
+from personmae import dist, errors
 from personmae.errors import Unavailable, UserError, leave, run_program
 
 def work():
@@ -154,6 +154,7 @@ def program():
     dist.stop()
 
 import os
+errors.FIRST_RANK_SECONDS = 0.1  # nothing ends these
 code = run_program(program, quiet=os.environ["RANK"] != "0")
 print(f"rank {os.environ['RANK']} ends with {code}", flush=True)
 leave(0)  # as our programs do: a rank that shuts its interpreter down may die of SIGABRT, which torchrun shows as a traceback
@@ -170,3 +171,25 @@ def test_all_ranks_end_alike_when_the_first_alone_has_failed(tmp_path, how, code
     assert [f"rank {rank} ends with {code}" in done.stdout for rank in (0, 1)] == [True, True], done.stdout + done.stderr
     assert done.stderr.count("only the first rank sees this") == (how != "well")
     assert "Traceback" not in done.stderr
+
+
+LATE_FIRST_RANK = """
+import os, sys, time
+from personmae import errors
+
+def program():
+    time.sleep(4 if os.environ["RANK"] == "0" else 0)
+    raise errors.UserError("all ranks see this")
+
+errors.leave(errors.run_program(program, quiet=os.environ["RANK"] != "0"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [("deepspeed", "--num_gpus=2", "--master_port=29617"), ("torchrun", "--standalone", "--nproc-per-node=2")]
+)
+def test_what_all_ranks_have_seen_is_said_also_where_the_first_comes_late(tmp_path, launcher):
+    (tmp_path / "ranks.py").write_text(LATE_FIRST_RANK)
+    done = launch(*launcher, str(tmp_path / "ranks.py"))
+    assert (done.stdout + done.stderr).count("error: all ranks see this") == 1, done.stdout + done.stderr
