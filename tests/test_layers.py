@@ -46,7 +46,7 @@ SHARED_RUN = "personmae.downstream"
 GROUND = {
     f"personmae.{name}"
     for name in (
-        *("errors", "images", "precision", "system"),
+        *("errors", "images", "normalisation", "precision", "system"),
         *("monitor.heartbeat", "monitor.progress", "monitor.environment", "monitor.exporter", "monitor.endpoint"),
     )
 }

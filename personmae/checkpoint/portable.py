@@ -19,6 +19,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
+from personmae import normalisation
 from personmae.checkpoint.host_copy import Fingerprint, Tensors
 from personmae.errors import Unavailable, UserError, is_passing
 from personmae.model.positions import x_first
@@ -323,13 +324,23 @@ def read_encoder(where: str | Path, kind: str = "student") -> tuple[Tensors, dic
     """The encoder's weights by timm's names, and the ``model`` settings (size, img_size, mean, std) they belong to.
 
     Raises:
-        UserError: there is no checkpoint, or ``where`` is a run directory whose training has not reached its end.
+        UserError: there is no checkpoint, ``where`` is a run directory whose training has not reached its end, or the
+            settings are none that weights can have.
     """
     path = locate(where)
     require_finished(where, path)
     if not (tensors := read_kind(path, kind)):
         raise UserError(f"a pre-training checkpoint is required. {path} has no {kind} weights")
-    return encoder_of(tensors), read_state(path)["model"]
+    settings = read_state(path)["model"]
+    if "mean" in settings:
+        require_normalisation(path, settings)
+    return encoder_of(tensors), settings
+
+
+def require_normalisation(where: str | Path, settings: dict[str, Any]) -> None:
+    """Raise a UserError where the ``model`` settings of stored weights have a normalisation that cannot be one."""
+    if wrong := normalisation.fault(settings.get("mean"), settings.get("std")):
+        raise UserError(f"{where} cannot be used: its {wrong}. Import, export or train it again")
 
 
 def encoder_of(tensors: Tensors) -> Tensors:

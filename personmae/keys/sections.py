@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from personmae import normalisation
 from personmae.keys.values import Place
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]  # (height, width) in pixels
@@ -47,8 +48,8 @@ class Model(Section):
     def _whole_patches(self) -> "Model":
         if any(side % self.patch_size for side in self.img_size):
             raise ValueError(f"img_size={self.img_size} must be multiples of patch_size={self.patch_size}")
-        if min(self.std) <= 0:
-            raise ValueError(f"std={self.std} must be above 0")
+        if wrong := normalisation.fault(self.mean, self.std):
+            raise ValueError(wrong)
         return self
 
 

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from personmae import normalisation
 from personmae.checkpoint import commit
 from personmae.errors import UserError
 from personmae.weights import architecture, families, positions
-from personmae.weights.families import Triple
+from personmae.weights.families import HALF, Triple
 from personmae.weights.files import read_file, unwrap
 from personmae.weights.found import Found, checked
 from personmae.weights.stored import Stored, as_fp32
@@ -70,6 +71,8 @@ def read(source: str, options: Options, log: Callable[[str], None] = lambda _: N
     Raises:
         UserError: it is not an encoder that can be read.
     """
+    if wrong := normalisation.fault(options.mean or HALF[0], options.std or HALF[1]):
+        raise UserError(f"--{wrong}")
     if source.startswith(TIMM):
         from personmae.weights import from_timm
 
@@ -81,15 +84,13 @@ def read(source: str, options: Options, log: Callable[[str], None] = lambda _: N
         raise UserError(f"--file is for a model of timm's, as in timm:NAME. {source} is a file itself: leave it out")
     else:
         found = find_in_file(Path(source), options.img_size)
-    for line in found.lines:
-        log(f"import: {line}")
+    geometry = _geometry(found, options.img_size)
     mean, std = options.mean or found.family.normalisation[0], options.std or found.family.normalisation[1]
-    if min(std) <= 0:
-        raise UserError(f"--std must be above 0. Got {std}")
     why = "as given" if options.mean or options.std else found.family.why
-    log(f"import: normalisation: mean {_numbers(mean)}, std {_numbers(std)}, {why}")
+    for line in (*found.lines, f"normalisation: mean {_numbers(mean)}, std {_numbers(std)}, {why}"):
+        log(f"import: {line}")
     settings = {"size": found.size, "patch_size": found.patch_size, "mean": list(mean), "std": list(std)}
-    settings |= _geometry(found, options.img_size)
+    settings |= geometry
     about = {"family": found.family.name, "source": source, "finetuned": found.family.finetuned}
     settings |= {"encoder": found.options} if found.options else {}
     return Stored(source, settings, found.tensors, pool=found.family.pool, about={"import": about})

@@ -105,5 +105,6 @@ def as_fp32(tensor: Tensor) -> Tensor:
 
 
 def _stored(where: str, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
+    portable.require_normalisation(where, state["model"])
     about = {name: state[name] for name in _KEPT if name not in ("head", "pool") and state.get(name) is not None}
     return Stored(where, state["model"], tensors, state.get("head"), state.get("pool"), about)

@@ -170,6 +170,10 @@ def test_a_wrong_type_names_key_origin_and_value(path):
         ("teacher.momentum=[0.9, 1.5]", "less than or equal to 1"),
         ("model.img_size=[256, x]", "model.img_size"),
         ("model.img_size=[250, 128]", "img_size=(250, 128) must be multiples of patch_size=16"),
+        ("model.mean=[128, 128, 128]", "mean must be three numbers from 0 to 1. Got (128, 128, 128): divide numbers of 0"),
+        ("model.mean=[-0.1, 0, 0]", "mean must be three numbers from 0 to 1. Got (-0.1, 0, 0)"),
+        ("model.std=[0.5, 0, 0.5]", "std must be above 0 and at most 1, three numbers. Got (0.5, 0, 0.5)"),
+        ("model.std=[0.5, 58, 0.5]", "Got (0.5, 58, 0.5): divide numbers of 0 ... 255 by 255"),
         ("model=3", "valid dictionary"),
     ],
 )

@@ -152,7 +152,7 @@ def test_null_is_nothing_for_a_key_that_may_have_nothing_and_quotes_make_it_a_te
         ("model.img_size=[128,64]", (128, 64)),
         ("model.img_size=128, 64", (128, 64)),
         ("optim.betas=0.9,0.99", (0.9, 0.99)),
-        ("model.std=[1e-1, 1_0, .5]", (0.1, 10.0, 0.5)),
+        ("model.std=[1e-1, 1_0e-1, .5]", (0.1, 1.0, 0.5)),
         ("train.compile=off", False),
         ("train.compile=1", True),
         ("train.compile=No", False),

@@ -1,5 +1,6 @@
 """``personmae.load``: the same features as ``evaluate`` computes, from everything that may be called an image."""
 
+import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -176,6 +177,25 @@ def test_whitening_of_an_evaluation_is_told(tmp_path):
     run, _ = made_weights.finetuned(tmp_path / "run", "neck", whiten={"dim": 4, "shrinkage": 0.3})
     with pytest.warns(UserWarning, match="was evaluated with features whitened per camera"):
         personmae.load(run)
+
+
+@pytest.mark.parametrize(("name", "values"), [("mean", [128, 128, 128]), ("std", [float("nan"), 1, 1]), ("std", [0.5, 0.5])])
+def test_weights_whose_normalisation_cannot_be_one_are_refused(name, values, tmp_path):
+    """Of a folder that somebody has edited, and of a checkpoint that an earlier version wrote."""
+    run, model = made_weights.finetuned(tmp_path / "run", "neck")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stored.write_folder(folder, stored.read(run))
+    described = json.loads((folder / stored.DESCRIPTION).read_text())
+    described["model"][name] = values
+    (folder / stored.DESCRIPTION).write_text(json.dumps(described))
+    tensors = {"student": dict(model.encoder.state_dict())}
+    earlier = made_weights.write_run(tmp_path / "earlier", tensors, model=made_weights.MODEL | {name: values})
+    for where in (folder, earlier):
+        with pytest.raises(UserError, match=rf"{where}.* cannot be used: its {name} must be .*three numbers"):
+            personmae.load(where)
+    with pytest.raises(UserError, match=rf"cannot be used: its {name} must be"):
+        portable.read_encoder(earlier)  # what init= reads
 
 
 ALONE = """

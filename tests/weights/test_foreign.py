@@ -328,12 +328,29 @@ def test_places_that_cannot_be_written_and_files_that_are_not_there_are_told_in_
     assert "file. Fix it or choose another place" in refusal(file, str(tmp_path / "file/out"))
     assert "is required" in refusal(str(tmp_path / "gone.pth"), str(tmp_path / "out"))
     assert "is required" in refusal(str(tmp_path / "there"), str(tmp_path / "out"))
-    assert "--img-size must be multiples of 16 pixels. Got 100x100" in refusal(
-        file, str(tmp_path / "out"), "--img-size", "100x100"
-    )
-    assert "--std must be above 0" in refusal(file, str(tmp_path / "out"), "--std", "0", "1", "1")
     assert "--file is for a model of timm's" in refusal(file, str(tmp_path / "out"), "--file", file)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("--mean 128 128 128", "--mean must be three numbers from 0 to 1. Got (128, 128, 128): divide numbers of 0 ... 255"),
+        ("--mean nan 0 0", "--mean must be three numbers from 0 to 1. Got (nan, 0, 0)"),
+        ("--mean -0.1 0 0", "--mean must be three numbers from 0 to 1. Got (-0.1, 0, 0)"),
+        ("--std 0 1 1", "--std must be above 0 and at most 1, three numbers. Got (0, 1, 1)"),
+        ("--std 1 inf 1", "--std must be above 0 and at most 1, three numbers. Got (1, inf, 1)"),
+        ("--std 58 57 58", "Got (58, 57, 58): divide numbers of 0 ... 255 by 255"),
+        ("--img-size 100x100", "--img-size must be multiples of 16 pixels. Got 100x100"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_before_anything_is_said_to_be_found(given, reason, folder, tmp_path, capsys):
+    capsys.readouterr()
+    assert main(["import", str(foreign.write("CION", folder)), str(tmp_path / "out"), *given.split()]) == 78
+    said = capsys.readouterr()
+    assert reason in said.err.splitlines()[-1]
+    assert "the encoder's" not in said.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_importing_needs_no_deepspeed_and_no_streaming(folder, tmp_path):
