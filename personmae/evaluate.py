@@ -17,7 +17,7 @@ from personmae.errors import UserError
 from personmae.model.vit import SIZES, VisionTransformer, build_encoder
 from personmae.monitor import environment, progress
 from personmae.reid import latency, probe, retrieval
-from personmae.reid.datasets import Benchmark, describe, load_benchmark
+from personmae.reid.datasets import Benchmark, describe, load_benchmark, renewed_digest
 from personmae.reid.features import Extractor, timed
 from personmae.reid.frozen import FrozenRows
 from personmae.reid.heads import Neck, Pool, ReIDModel, build_head
@@ -234,9 +234,12 @@ def _trained_on(run_dir: str, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _log_domain(record: dict[str, Any]) -> None:
-    """Log that a model is tested on other data than it was trained on."""
+    """Log that a model is tested on other data than it was trained on. An earlier digest in the record is renewed."""
     data = record.get("trained_on", {})
-    if "benchmark_digest" in data and data["benchmark_digest"] != record["benchmark_digest"]:
+    if data.get("benchmark_digest", record["benchmark_digest"]) == record["benchmark_digest"]:
+        return
+    data["benchmark_digest"] = renewed_digest(data["benchmark_digest"], data.get("benchmark"), data.get("root", ""))
+    if data["benchmark_digest"] != record["benchmark_digest"]:
         title = data.get("benchmark_title") or data["benchmark"]
         progress.log(f"zero shot: {record['name']} was trained on {title} and is tested on {record['benchmark_title']}")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -19,7 +20,7 @@ SMALL = ["model.img_size=[64,32]", "train.precision=fp32", "batch.num_ids=4", "b
 def people(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An own data set, each folder and file of which has such a name."""
     root, rng = tmp_path_factory.mktemp("people"), np.random.default_rng(0)
-    for split, pids, number in (("train", "abcd", 4), ("query", "ef", 1), ("gallery", "ef", 4)):
+    for split, pids, number in (("train", "bcdf", 4), ("query", "ae", 1), ("gallery", "ae", 4)):
         for pid in pids:
             base = rng.integers(0, 256, (8, 4, 3))
             folder = root / split / f"{pid}{NAME}"
@@ -58,12 +59,27 @@ def test_fine_tuning_ends_with_rank_lists_whose_images_can_be_opened(people, run
 def test_an_evaluation_of_it_and_training_without_labels_do_too(people, run, tmp_path, capsys):
     assert main(["evaluate", str(run), "folder", str(people), "--out", str(tmp_path / "out")]) == 0
     listed(tmp_path / "out", people)
+    digests = [json.loads((folder / "result.json").read_text())["benchmark_digest"] for folder in (run, tmp_path / "out")]
+    assert digests[0] == digests[1]  # training images were read for the first alone
+    assert "zero shot" not in capsys.readouterr().err
     settings = ["benchmark=folder", f"root={people}", f"run_dir={tmp_path / 'usl'}", f"init={run}", *SMALL]
     settings += ["cluster.k1=4", "cluster.k2=2", "cluster.min_samples=2", "train.epochs=1", "train.iters_per_epoch=2"]
     assert main(["unsupervised", "configs/quickstart_usl.yaml", *settings]) == 0
     listed(tmp_path / "usl", people)
     assert main(["doctor", "--data", str(people)]) == 0
     assert "every file opens as an image" in capsys.readouterr().out
+
+
+def test_an_evaluation_of_a_run_that_recorded_the_earlier_digest_is_not_called_zero_shot(people, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    earlier = datasets.earlier_digest(datasets.load_benchmark("folder", people))
+    assert earlier != result["benchmark_digest"]
+    (tmp_path / "run" / "result.json").write_text(json.dumps(result | {"benchmark_digest": earlier}))
+    assert main(["evaluate", str(tmp_path / "run"), "folder", str(people), "--out", str(tmp_path / "out")]) == 0
+    assert "zero shot" not in capsys.readouterr().err
+    evaluated = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
+    assert evaluated["trained_on"]["benchmark_digest"] == result["benchmark_digest"]
 
 
 def test_an_image_with_such_a_name_that_cannot_be_read_is_named_by_evaluation_and_doctor(people, run, tmp_path, capsys):

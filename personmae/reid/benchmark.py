@@ -21,6 +21,7 @@ from personmae.reid.samples import SPLITS, UNKNOWN_CAMID, Sample
 JUNK_PID: Final = -1  # a bad detection: neither a match nor a mistake
 DISTRACTOR_PID: Final = 0  # people without an identity, in Market-1501: wrong answers for every query
 SYNTHETIC_MARK: Final = "synthetic.json"  # 'personmae synth' writes it into each set and beside all of them
+OWN: Final = ("folder", "csv")  # data sets of the user's own, whose identities have names
 Counts = Mapping[str, tuple[int, int]]  # split to (images, identities)
 TITLES: Final = {
     "market1501": "Market-1501",
@@ -102,11 +103,27 @@ def resume_key(benchmark: Benchmark) -> dict[str, int | str]:
 def digest(benchmark: Benchmark) -> str:
     """A digest of a test set: names below the root, bytes, ids and cameras of all queries and gallery images.
 
-    Neither the place of the set matters, nor the name of its layout.
+    Neither the place of the set matters, nor the name of its layout, nor whether its training images were read. So people who
+    have names are numbered here by those of query and gallery alone.
 
     Raises:
         UserError: an image is gone.
     """
+    pids = sorted({sample.pid for sample in (*benchmark.query, *benchmark.gallery)})
+    return _digest(benchmark, {pid: place for place, pid in enumerate(pids)} if benchmark.name in OWN else {})
+
+
+def earlier_digest(benchmark: Benchmark) -> str:
+    """What ``digest`` was once: people who have names had numbers that depended on those of the training images.
+
+    Raises:
+        UserError: an image is gone.
+    """
+    return _digest(benchmark, {})
+
+
+def _digest(benchmark: Benchmark, numbers: Mapping[int, int]) -> str:
+    """``numbers`` replace pids."""
     lines = []
     for split in ("query", "gallery"):
         for sample in getattr(benchmark, split):
@@ -115,7 +132,7 @@ def digest(benchmark: Benchmark) -> str:
             except OSError as error:
                 raise UserError(f"cannot read {sample.path}: {error.strerror}. Check the data set") from error
             name = os.path.relpath(sample.path, benchmark.root)
-            lines.append(f"{split}\t{name}\t{num_bytes}\t{sample.pid}\t{sample.camid}\n")
+            lines.append(f"{split}\t{name}\t{num_bytes}\t{numbers.get(sample.pid, sample.pid)}\t{sample.camid}\n")
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()[:16]
 
 

@@ -16,6 +16,7 @@ from personmae.errors import UserError
 from personmae.reid.benchmark import (
     DISTRACTOR_PID,
     JUNK_PID,
+    OWN,
     SYNTHETIC_MARK,
     TITLES,
     Benchmark,
@@ -24,6 +25,7 @@ from personmae.reid.benchmark import (
     count,
     describe,
     digest,
+    earlier_digest,
     is_synthetic,
     joined,
     matched_queries,
@@ -63,6 +65,7 @@ __all__ = [  # what is known of a benchmark once it is read is offered here too
     "load_benchmark",
     "pids_and_camids",
     "record",
+    "renewed_digest",
     "resume_key",
     "title",
     "train_labels",
@@ -98,7 +101,7 @@ LAYOUTS: Final = {
 # MSMT17 in Market-1501's folders, with either the names of its own archive or those that ECN (arXiv 1904.01990) gave it.
 RELAID: Final = Layout(re.compile(r"(?P<pid>\d+)_(?:c|\d+_)(?P<camid>\d+)_\w+\.jpg"), "0000_c14_0030.jpg", ("MSMT17",))
 VERSIONS: Final = {"msmt17_v1": ("MSMT17_V1", "train", "test"), "msmt17_v2": ("MSMT17_V2", "mask_train_v2", "mask_test_v2")}
-NAMES: Final = (*LAYOUTS, "msmt17", *VERSIONS, "folder", "csv")
+NAMES: Final = (*LAYOUTS, "msmt17", *VERSIONS, *OWN)
 _MSMT17: Final = {"train": (32_621, 1_041), "query": (11_659, 3_060), "gallery": (82_161, 3_060)}
 WITHOUT_VAL: Final = _MSMT17 | {"train": (30_248, 1_041)}
 PUBLISHED: Final[dict[str, Counts]] = {
@@ -131,7 +134,7 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, sp
         benchmark = _in_market_folders(name, _find_root(name, root, LAYOUTS[name]), LAYOUTS[name], splits)
     elif name == "msmt17" or name in VERSIONS:
         benchmark = _msmt17(name, root, train_on_val, splits)
-    elif name in ("folder", "csv"):
+    elif name in OWN:
         found, remark = read_folders(root, splits) if name == "folder" else read_tables(root, splits)
         train, query, gallery = (tuple(found.get(split, ())) for split in SPLITS)
         benchmark = Benchmark(name, str(root), train, query, gallery, remark=remark)
@@ -140,6 +143,20 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, sp
         raise UserError(f"there is no benchmark {name!r}. The nearest is {near!r}, of {', '.join(NAMES)}")
     _check_usable(benchmark)
     return replace(benchmark, synthetic=is_synthetic(benchmark.root))
+
+
+def renewed_digest(recorded: str, name: str | None, root: str | Path) -> str:
+    """The digest of a data set whose ``recorded`` one may be earlier. Data that are gone or have changed keep what is recorded.
+
+    An earlier one was recorded where training images were read with the test set.
+    """
+    if name not in OWN:
+        return recorded
+    try:
+        benchmark = load_benchmark(name, root)
+        return digest(benchmark) if earlier_digest(benchmark) == recorded else recorded
+    except (UserError, OSError):
+        return recorded
 
 
 def _in_market_folders(name: str, folder: Path, layout: Layout, splits: Sequence[str]) -> Benchmark:

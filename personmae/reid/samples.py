@@ -131,6 +131,9 @@ def read_lists(files: Sequence[Path], folder: Path, present: set[str]) -> list[S
 def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[Sample]], str]:
     """``root/SPLIT/IDENTITY/*.jpg`` by split, with a remark. A camera is the N of _cN where every file name has one.
 
+    Where a name of the training images alone has none, query and gallery keep theirs: their scores must not depend on
+    whether the training images were read.
+
     Raises:
         UserError: a split is missing or empty, or something other than identity folders of images is there.
     """
@@ -139,18 +142,20 @@ def read_folders(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, 
     for name in _names(root, passed_over):
         if name not in SPLITS and ((root / name).is_dir() or name.lower().endswith(SUFFIXES)):
             _count(passed_over, f"folders or images beside {', '.join(SPLITS)}")
-    without = None  # a file name without a camera
+    without: dict[str, Path] = {}  # the first image of a split whose name has no camera
     for split in splits:
         rows[split] = []
         for path in _images_of(root, split, passed_over):
             match = CAMERA.search(path.stem)
-            without = without or (None if match else path)
+            if not match:
+                without.setdefault(split, path)
             rows[split].append((str(path), path.parent.name, int(match[1]) if match else UNKNOWN_CAMID))
-    if not without:
-        return _numbered(rows), summary(passed_over)
-    rows = {split: [(path, pid, UNKNOWN_CAMID) for path, pid, _ in found] for split, found in rows.items()}
-    remark = f"no camera is known, as {without} has no _cN in its name"
-    return _numbered(rows), "; ".join([remark, *([summary(passed_over)] if passed_over else [])])
+    tested = next((path for split, path in without.items() if split != "train"), None)
+    for split in rows if tested else without:
+        rows[split] = [(path, pid, UNKNOWN_CAMID) for path, pid, _ in rows[split]]
+    path, of_split = (tested, "") if tested else (without.get("train"), " of train")
+    remark = f"no camera{of_split} is known, as {path} has no _cN in its name" if path else ""
+    return _numbered(rows), "; ".join(filter(None, [remark, summary(passed_over)]))
 
 
 def read_tables(root: Path, splits: Sequence[str] = SPLITS) -> tuple[dict[str, list[Sample]], str]:

@@ -53,6 +53,7 @@ class TrainedOn(BaseModel):
     """What a run was trained on. Digest and title are of the test set that belongs to its training images."""
 
     benchmark: str | None = None
+    root: Text | None = None
     benchmark_digest: str | None = None
     benchmark_title: Text | None = None
     labels: bool = True

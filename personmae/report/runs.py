@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from personmae.checkpoint import portable
 from personmae.config import RANDOM
 from personmae.errors import UserError
 from personmae.monitor import run_log
+from personmae.report import renewed
 from personmae.report.places import Lost, Place
 from personmae.report.records import Queries, RankLists, Result
 from personmae.system import files
@@ -186,7 +188,10 @@ def _folders_below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def linked(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    """The runs, each evaluation with the run that it is of."""
+    """The runs, each evaluation with the run that it is of. An earlier digest of own data is replaced by the new one."""
+    digests = renewed.new_digests((run.result, run.place) for run in runs if run.result)
+    renew = partial(renewed.renew, digests=digests)
+    runs = [replace(run, result=renew(run.result), queries=renew(run.queries)) for run in runs]
     trained = {run.directory.resolve(): run for run in runs if run.settings}
     return [replace(run, evaluated=_evaluated_run(run.result, trained)) if not run.settings else run for run in runs]
 

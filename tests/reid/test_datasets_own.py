@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from personmae.errors import UserError
-from personmae.reid.datasets import describe, load_benchmark, train_labels
+from personmae.reid.datasets import (
+    Benchmark,
+    describe,
+    digest,
+    earlier_digest,
+    load_benchmark,
+    record,
+    renewed_digest,
+    resume_key,
+    train_labels,
+)
 
 FOLDERS = {
     "train": ["anna/a_c1.jpg", "anna/b_c2.png", "10/x_c1.JPEG", "9/z_c3.jpg"],
@@ -40,6 +50,11 @@ def build_tables(root: Path, tables: dict[str, str] = TABLES) -> Path:
 
 def without_cameras(tables: dict[str, str]) -> dict[str, str]:
     return {split: "\n".join(line.rpartition(",")[0] for line in text.splitlines()) for split, text in tables.items()}
+
+
+def searched(name: str, root: Path) -> Benchmark:
+    """As an evaluation reads it: without training images."""
+    return load_benchmark(name, root, splits=("query", "gallery"))
 
 
 def refused(name: str, root: Path) -> str:
@@ -119,6 +134,15 @@ def test_a_missing_or_empty_split_is_named(tmp_path, split):
 def test_queries_whose_identities_are_not_in_the_gallery_cannot_be_evaluated(tmp_path):
     build_folders(tmp_path, FOLDERS | {"gallery": ["emil/1.jpg"]})
     assert "has a gallery image of the same pid, so nothing can be evaluated" in refused("folder", tmp_path)
+
+
+def test_a_training_image_without_a_camera_leaves_those_of_query_and_gallery_known(tmp_path):
+    root = build_folders(tmp_path, FOLDERS | {"train": [*FOLDERS["train"], "anna/c.jpg"]})
+    benchmark = load_benchmark("folder", root)
+    assert {s.camid for s in benchmark.train} == {-1}
+    assert [s.camid for s in benchmark.query + benchmark.gallery] == [2, 1, 1, 2, 1]
+    assert describe(benchmark).note.endswith(f"no camera of train is known, as {root}/train/anna/c.jpg has no _cN in its name")
+    assert digest(benchmark) == digest(searched("folder", root))
 
 
 # --- tables ---
@@ -210,3 +234,51 @@ def test_people_and_images_in_train_and_test_are_told_of_own_data_too(tmp_path):
     root = build_tables(tmp_path / "tables", TABLES | {"train": TABLES["train"] + "images/6.jpg,emma,1\n"})
     (line,) = [line for line in describe(load_benchmark("csv", root)).table.splitlines() if line.startswith("warning: ")]
     assert f"1 image is in train and in query or gallery (first: {root}/images/6.jpg)" in line  # as another person
+
+
+# --- digests ---
+
+MORE_TABLES = TABLES | {"train": TABLES["train"] + "images/7.jpg,cora,3\n"}  # between carl and dora
+MORE_FOLDERS = FOLDERS | {"train": [*FOLDERS["train"], "cora/1_c1.jpg"]}
+
+
+def build_own(name: str, root: Path) -> Path:
+    """Own data with people of train between those of the test set, and images of one byte."""
+    root = build_folders(root, MORE_FOLDERS) if name == "folder" else build_tables(root, MORE_TABLES)
+    for path in root.rglob("*.[jJp]*"):
+        path.write_bytes(b"1")
+    return root
+
+
+@pytest.mark.parametrize("name", ["folder", "csv"])
+def test_the_digest_of_own_data_is_the_same_with_and_without_training_images(tmp_path, name):
+    root = build_own(name, tmp_path)
+    whole, alone = load_benchmark(name, root), searched(name, root)
+    assert [s.pid for s in whole.query] != [s.pid for s in alone.query]
+    assert record(whole)["benchmark_digest"] == record(alone)["benchmark_digest"] == digest(alone)
+    assert digest(alone) == earlier_digest(alone)  # what evaluations have recorded so far is still right
+
+
+def test_the_digest_of_own_data_tells_other_people_apart(tmp_path):
+    one = build_own("csv", tmp_path / "one")
+    other = build_own("csv", tmp_path / "other")
+    assert digest(searched("csv", one)) == digest(searched("csv", other))
+    (other / "gallery.csv").write_text(TABLES["gallery"].replace("dora", "carl"))
+    assert digest(searched("csv", one)) != digest(searched("csv", other))
+
+
+def test_what_a_training_is_resumed_by_does_not_depend_on_the_new_digest(tmp_path):
+    found = resume_key(load_benchmark("folder", build_own("folder", tmp_path)))
+    assert found == {"data.num_images": 5, "data.num_ids": 4, "data.digest": "f801926f9735"}
+
+
+@pytest.mark.parametrize("name", ["folder", "csv"])
+def test_an_earlier_digest_is_renewed_where_the_data_are_as_they_were(tmp_path, name):
+    root = build_own(name, tmp_path / "own")
+    earlier, now = earlier_digest(load_benchmark(name, root)), digest(searched(name, root))
+    assert earlier != now
+    assert renewed_digest(earlier, name, root) == renewed_digest(now, name, root) == now
+    assert renewed_digest(earlier, "market1501", root) == earlier
+    assert renewed_digest(earlier, name, tmp_path / "gone") == earlier
+    next(path for path in root.rglob("*6.jpg" if name == "csv" else "dora/*")).write_bytes(b"22")
+    assert renewed_digest(earlier, name, root) == earlier
