@@ -1,16 +1,22 @@
-"""The files of an exported folder: each written for one library, by that library's own names."""
+"""The files of an exported folder: each written for one library, by that library's own names.
 
+All raise an ``OSError`` where a file cannot be written, as on a full disk.
+"""
+
+import io
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from personmae.checkpoint.host_copy import write_blocks
 from personmae.weights.flat import FlatViT
 
 _TIMM: Final = {  # the model of timm's that a width is closest to. Its other sizes are given beside the name
@@ -63,7 +69,7 @@ def write_timm(folder: Path, flat: FlatViT, preprocessing: dict[str, Any], dtype
     }
     folder.mkdir()
     write_json(folder / "config.json", config)
-    save_file(_as(flat.tensors, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    write_blocks(folder / "model.safetensors", [safetensors.torch.save(_as(flat.tensors, dtype), {"format": "pt"})])
 
 
 def write_transformers(folder: Path, flat: FlatViT, preprocessing: dict[str, Any], dtype: torch.dtype) -> None:
@@ -101,7 +107,8 @@ def write_transformers(folder: Path, flat: FlatViT, preprocessing: dict[str, Any
     folder.mkdir()
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", processor)
-    save_file(_as(to_transformers(flat.tensors), dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = _as(to_transformers(flat.tensors), dtype)
+    write_blocks(folder / "model.safetensors", [safetensors.torch.save(tensors, {"format": "pt"})])
 
 
 def to_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -148,7 +155,7 @@ def write_transreid(path: Path, flat: FlatViT, dtype: torch.dtype) -> None:
     Its loaders call ``torch.load``. There is nothing but tensors in the file, so ``weights_only=True`` reads it.
     """
     path.parent.mkdir()
-    torch.save(_as(flat.tensors, dtype), path)
+    _write(path, lambda file: torch.save(_as(flat.tensors, dtype), file))
 
 
 def write_boxmot_metadata(onnx: Path, img_size: tuple[int, int]) -> None:
@@ -159,7 +166,14 @@ def write_boxmot_metadata(onnx: Path, img_size: tuple[int, int]) -> None:
 
 def write_torch_export(path: Path, program: torch.export.ExportedProgram) -> None:
     path.parent.mkdir()
-    torch.export.save(program, path)
+    _write(path, lambda file: torch.export.save(program, file))
+
+
+def _write(path: Path, save: Callable[[io.BytesIO], None]) -> None:
+    """Write what torch saves, by way of memory: a full disk is then the operating system's error, and not one of torch's."""
+    content = io.BytesIO()
+    save(content)
+    write_blocks(path, [content.getbuffer()])
 
 
 def _as(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

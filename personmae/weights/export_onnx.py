@@ -6,6 +6,7 @@ The number of images is free, the image size is fixed: trackers read it from the
 
 import contextlib
 import logging
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -113,6 +114,8 @@ def to_int8(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     small = path.with_suffix(".int8")
+    shutil.copyfile(path, small)  # a full disk is an error here. The library's own copy would be cut off without a word
+    small.unlink()
     with _quiet():
         quantize_dynamic(path, small, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
     small.replace(path)

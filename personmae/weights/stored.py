@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from personmae.checkpoint import portable
+from personmae.checkpoint.host_copy import write_blocks
 from personmae.errors import UserError
 from personmae.system import files
 
@@ -95,7 +96,7 @@ def write_folder(folder: Path, stored: Stored) -> None:
     described = {"format": FORMAT, "model": stored.model, **stored.about}
     described |= {"head": stored.head} if stored.head else {}
     described |= {"pool": stored.pool} if stored.pool else {}
-    save_file(own, folder / WEIGHTS)
+    write_blocks(folder / WEIGHTS, [save(own)])
     files.replace(folder / DESCRIPTION, files.to_json(described, indent=1) + "\n")
 
 

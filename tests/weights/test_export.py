@@ -14,6 +14,7 @@ import pytest
 import small_runs
 import torch
 import torch.nn.functional as F
+from full_disk import full_disk
 from safetensors.torch import load_file
 from small_runs import personmae, refusal
 from torch import Tensor
@@ -276,6 +277,68 @@ def test_a_file_with_wrong_positions_is_refused_and_nothing_is_left(name, tmp_pa
     with pytest.raises(Incomplete, match=r"must have a cosine of at least 0.9999 .* Nothing was written"):
         export.run(str(run), tmp_path / "out", formats=["timm", "huggingface"])
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+WRITERS = ["timm", "huggingface", "reid", "transreid", "torch_export"]
+
+
+def write(name: str, folder: Path, encoder: Encoder) -> None:
+    """One format of an encoder, into a folder that is not there yet."""
+    plain, options = flat.flatten(encoder), (encoder.config, torch.float32)
+    if name == "timm":
+        export_formats.write_timm(folder, plain, *options)
+    elif name == "huggingface":
+        export_formats.write_transformers(folder, plain, *options)
+    elif name == "reid":
+        export_formats.write_reid(folder, folder.with_name("timm"), folder.with_name("timm"), plain, encoder.config)
+    elif name == "transreid":
+        export_formats.write_transreid(folder / "weights.pt", plain, torch.float32)
+    else:
+        program = torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),))
+        export_formats.write_torch_export(folder / "model.pt2", program)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_the_operating_systems_error_in_every_format(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_formats, "write_json", lambda *_: None)  # the small files come first and need no library
+    encoder = load(small_runs.make(tmp_path / "run", "bnneck"))
+    write("timm", tmp_path / "timm", encoder)
+    monkeypatch.setattr(export_formats.os, "link", refuse)  # else there is a second name and no second file
+    write(name, tmp_path / "whole", encoder)
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        write(name, tmp_path / "cut", encoder)
+
+
+def refuse(*_: object) -> None:
+    raise OSError
+
+
+def test_a_full_disk_ends_an_export_in_one_line_and_leaves_nothing(tmp_path):
+    """The first file of all formats is the folder's own."""
+    run = small_runs.make(tmp_path / "run", "bnneck")
+    with full_disk(), pytest.raises(OSError, match="File too large") as caught:
+        export.run(str(run), tmp_path / "out", formats=["timm"])
+    assert caught.value.filename.endswith("model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@needs_onnx
+@pytest.mark.parametrize("fewer_bits", [export_onnx.to_bf16, export_onnx.to_int8])
+def test_a_full_disk_is_an_error_where_an_onnx_file_gets_fewer_bits(fewer_bits, tmp_path):
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 64]) for name in "xy"]
+    weights = numpy_helper.from_array(np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weights])
+    whole = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(whole, tmp_path / "whole.onnx")
+    before = (tmp_path / "whole.onnx").read_bytes()
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        fewer_bits(tmp_path / "whole.onnx")
+    (tmp_path / "whole.onnx").write_bytes(before)
+    fewer_bits(tmp_path / "whole.onnx")
+    assert (tmp_path / "whole.onnx").stat().st_size < 0.7 * len(before)
 
 
 def test_numbers_that_are_not_finite_never_agree():
