@@ -286,7 +286,8 @@ def locate(where: str | Path, *, moments: bool = True) -> Path:
         raise UserError(f"checkpoint {path} is damaged: {fault}. Use another one of its run")
     found = newest(path, moments=moments)
     if not found:
-        raise UserError(f"a checkpoint or a run directory with one is required. {where} has none: train it first")
+        problem = "has none: train it first" if os.path.lexists(path) else "does not exist"
+        raise UserError(f"a checkpoint or a run directory with one is required. {where} {problem}")
     return found
 
 

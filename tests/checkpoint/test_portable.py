@@ -175,6 +175,8 @@ def test_a_damaged_folder_given_by_name_is_refused(tmp_path):
 def test_a_place_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} has none: train it first"):
         portable.locate(tmp_path)
+    with pytest.raises(UserError, match=f"{tmp_path}/typo does not exist"):
+        portable.locate(tmp_path / "typo")
 
 
 @pytest.mark.parametrize("kind", ["student", "teacher"])

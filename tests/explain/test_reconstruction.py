@@ -154,7 +154,7 @@ def test_what_has_no_decoder_is_refused_with_a_reason(tmp_path):
     (tmp_path / "exported" / stored.DESCRIPTION).write_text("{}")
     with pytest.raises(UserError, match=r"exported is an exported folder, which holds no decoder: name the run itself"):
         open_pretrained(tmp_path / "exported")
-    with pytest.raises(UserError, match="none: train it first"):
+    with pytest.raises(UserError, match="absent does not exist"):
         open_pretrained(tmp_path / "absent")
 
 

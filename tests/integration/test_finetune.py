@@ -147,7 +147,7 @@ def test_two_ranks_end_with_the_weights_of_one(benchmarks: Path, tmp_path: Path)
     ("overrides", "expected"),
     [
         (["root=nowhere/at/all"], "nowhere/at/all"),
-        (["init=nowhere/at/all"], "nowhere/at/all has none: train it first"),
+        (["init=nowhere/at/all"], "nowhere/at/all does not exist"),
         (["batch.num_ids=9"], "9"),
         (["benchmark=market1502"], "'benchmark'"),
     ],
