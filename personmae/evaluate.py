@@ -1,5 +1,7 @@
 """A model, frozen features or a baseline, and a benchmark, to mAP, CMC and mINP with the field's protocol."""
 
+import contextlib
+import difflib
 import os
 import shlex
 import tempfile
@@ -79,10 +81,10 @@ def run(
         OSError: ``out`` cannot be written to. Found before anything is computed.
     """
     began, options = time.monotonic(), options or Options()
+    _require_known(where)
     _require_fitting(where, options)
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
+        _require_writable(out)
     benchmark = load_benchmark(benchmark_name, root, splits=SPLITS if options.probe else ("query", "gallery"))
     described = describe(benchmark)
     print(described.table, described.note, sep="\n")
@@ -99,8 +101,30 @@ def run(
     if out:
         retrieval.write_record(out, record)
         seconds, where_it_is = time.monotonic() - began, f"the result is in {out / 'result.json'}"
-        following = f"personmae report {shlex.quote(str(out.resolve().parent))}"
+        following = f"personmae report {shlex.quote(os.path.normpath(out / '..'))}"
         progress.log_to_stderr(progress.ending("evaluate", seconds, where_it_is, following))
+
+
+def _require_known(where: str) -> None:
+    """Raise a UserError unless ``where`` exists or is the name of what needs no training, with the nearest such name."""
+    names = (*retrieval.BASELINES, RANDOM)
+    if where in names or os.path.lexists(where):
+        return
+    near = difflib.get_close_matches(where, names, n=1)
+    hint = f". Did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"a run, a checkpoint or one of {', '.join(names)} is required. {where} does not exist{hint}")
+
+
+def _require_writable(out: Path) -> None:
+    """Raise an OSError unless files can be made in ``out``. What had to be made for that is gone afterwards."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # another process may have begun to write there
+                folder.rmdir()
 
 
 def _require_fitting(where: str, options: Options) -> None:

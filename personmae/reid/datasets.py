@@ -6,13 +6,15 @@ benchmark or version is refused.
 """
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from personmae.errors import UserError
+from personmae.errors import UserError, is_passing
 from personmae.reid.benchmark import (
     DISTRACTOR_PID,
     JUNK_PID,
@@ -124,25 +126,53 @@ def load_benchmark(name: str, root: str | Path, *, train_on_val: bool = True, sp
     Only ``splits`` are read, the others are empty: an evaluation needs no training images.
 
     Raises:
-        UserError: there is no such benchmark, a part of it is missing or does not fit, it is another benchmark or
+        UserError: there is no such benchmark or folder, a part of it is missing or does not fit, it is another benchmark or
             version, or nothing can be trained or evaluated.
     """
     root = Path(root)
+    _require_known(name)
+    _require_folder(name, root)
     if not train_on_val and not name.startswith("msmt17"):
         raise UserError(f"train_on_val=false is for MSMT17, which has a list_val.txt. {name} has none: leave it out")
     if name in LAYOUTS:
         benchmark = _in_market_folders(name, _find_root(name, root, LAYOUTS[name]), LAYOUTS[name], splits)
     elif name == "msmt17" or name in VERSIONS:
         benchmark = _msmt17(name, root, train_on_val, splits)
-    elif name in OWN:
+    else:
         found, remark = read_folders(root, splits) if name == "folder" else read_tables(root, splits)
         train, query, gallery = (tuple(found.get(split, ())) for split in SPLITS)
         benchmark = Benchmark(name, str(root), train, query, gallery, remark=remark)
-    else:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
-        raise UserError(f"there is no benchmark {name!r}. The nearest is {near!r}, of {', '.join(NAMES)}")
     _check_usable(benchmark)
     return replace(benchmark, synthetic=is_synthetic(benchmark.root))
+
+
+def _require_known(name: str) -> None:
+    """Raise a UserError with the nearest name unless there is a benchmark called ``name``."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+        raise UserError(f"there is no benchmark {name!r}. The nearest is {near!r}, of {', '.join(NAMES)}")
+
+
+def _require_folder(name: str, root: Path) -> None:
+    """Raise a UserError that says what is expected there unless ``root`` is a folder that can be listed."""
+    try:
+        os.scandir(root).close()
+    except OSError as error:
+        if is_passing(error):
+            raise
+        problems = {errno.ENOENT: "does not exist", errno.ENOTDIR: "is a file"}
+        problem = problems.get(error.errno or 0, f"cannot be read: {error.strerror}")
+        raise UserError(f"{name} is expected in a folder as {_parts(name)}, but {root} {problem}") from error
+
+
+def _parts(name: str) -> str:
+    """What a benchmark's folder holds, in words."""
+    if name in LAYOUTS:
+        return ", ".join(f"{subfolder}/" for subfolder in FOLDERS.values())
+    if name in OWN:
+        return ", ".join(f"{split}/IDENTITY/*.jpg" if name == "folder" else f"{split}.csv" for split in SPLITS)
+    _, train, test = VERSIONS.get(name, VERSIONS["msmt17_v1"])
+    return f"{train}/, {test}/ and list_{{train,val,query,gallery}}.txt"
 
 
 def renewed_digest(recorded: str, name: str | None, root: str | Path) -> str:
@@ -182,9 +212,9 @@ def _find_root(name: str, root: Path, layout: Layout) -> Path:
     for folder in (root, *(root / below for below in layout.folders)):
         if any((folder / subfolder).is_dir() for subfolder in FOLDERS.values()):
             return folder
-    problem = "does not exist" if not root.is_dir() else "has none of them"
-    wanted = ", ".join(f"{subfolder}/" for subfolder in FOLDERS.values())
-    raise UserError(f"{name} is expected in {root} or {root / layout.folders[0]} as {wanted}, but {root} {problem}")
+    raise UserError(
+        f"{name} is expected in {root} or {root / layout.folders[0]} as {_parts(name)}, but {root} has none of them"
+    )
 
 
 def _msmt17(name: str, root: Path, train_on_val: bool, splits: Sequence[str]) -> Benchmark:
@@ -240,12 +270,11 @@ def _relaid_msmt17(name: str, root: Path, folders: Sequence[Path], train_on_val:
     """MSMT17 in Market-1501's folders, which show neither its version nor its list_val."""
     relaid = next((folder for folder in folders if (folder / FOLDERS[splits[0]]).is_dir()), None)
     if name in VERSIONS or relaid is None:
-        folder_name, train, test = VERSIONS.get(name, VERSIONS["msmt17_v1"])
-        wanted = f"{train}/, {test}/ and list_{{train,val,query,gallery}}.txt"
+        folder_name, *_ = VERSIONS.get(name, VERSIONS["msmt17_v1"])
         came = (
             f"{relaid / FOLDERS['train']} does not show its version: set benchmark=msmt17" if relaid else "they are not there"
         )
-        raise UserError(f"{name} is expected in {root} or {root / folder_name} as {wanted}, but {came}")
+        raise UserError(f"{name} is expected in {root} or {root / folder_name} as {_parts(name)}, but {came}")
     if not train_on_val:
         raise UserError(f"train_on_val=false needs list_train.txt and list_val.txt, which {relaid} does not have")
     remark = "this layout does not show whether it is V1 or V2, whose results cannot be compared"

@@ -1,6 +1,9 @@
 """Benchmarks on disk: miniature trees in the real layouts."""
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -228,6 +231,30 @@ def test_a_missing_split_is_named(tmp_path, folder):
 def test_a_missing_root_says_what_is_expected(tmp_path):
     with pytest.raises(UserError, match=r"bounding_box_train/, query/, bounding_box_test/, but .* does not exist"):
         load_benchmark("market1501", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_root_that_is_missing_or_a_file_or_unreadable_is_named_with_what_is_expected_there(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir(mode=0)
+    for folder, problem in (("nope", "does not exist"), ("file", "is a file")):
+        with pytest.raises(UserError, match=f"^{name} is expected in a folder as .*, but {tmp_path}/{folder} {problem}$"):
+            load_benchmark(name, tmp_path / folder)
+    with without_root(), pytest.raises(UserError, match=f"as .*, but {tmp_path}/closed cannot be read: Permission denied$"):
+        load_benchmark(name, tmp_path / "closed")
+
+
+@contextlib.contextmanager
+def without_root() -> Iterator[None]:
+    """The block runs as an ordinary user, for whom permissions count. Folders of tests are root's own, up to the first."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def test_a_root_without_any_split_says_what_is_expected(tmp_path):
