@@ -4,14 +4,17 @@ The seconds in which torch is imported are the likeliest ones for a pod that is 
 the process ends with the code that says "run it again", instead of dying of the signal.
 """
 
+import contextlib
 import os
 import signal
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from personmae.errors import EXIT_STOPPED, Terminated, is_running
 
 _IMPORTING = "<frozen importlib"
 _first: list[int] = []  # the process that asked for this. A child that was forked from it is none of the answer's business
+_undoing: list[Callable[[], object]] = []  # what takes back that which is begun
 _beating: list[object] = []  # the heartbeat of the first seconds, which is kept until the program's own
 
 
@@ -29,6 +32,16 @@ def answer_early() -> None:
         _beating.append(Heartbeat())
 
 
+@contextlib.contextmanager
+def undone_by(undo: Callable[[], object]) -> Iterator[None]:
+    """Within, a signal during an import calls ``undo``: no exception is raised there that could do it on its way."""
+    _undoing.append(undo)
+    try:
+        yield
+    finally:
+        _undoing.remove(undo)
+
+
 def log(text: str) -> None:
     """Print a line from within a handler, once a host: unbuffered, since the buffer may be in use just now."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -44,9 +57,19 @@ def _answer(number: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), number)
     elif is_running() and not _is_importing(frame):
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-    else:  # nothing is begun that would have to be ended, and code in C does not survive an exception while it is imported
-        log("stopped: before anything was begun. Run this again")
-        os._exit(EXIT_STOPPED)
+    else:  # code in C does not survive an exception while it is imported
+        os._exit(_undone(number))
+
+
+def _undone(number: int) -> int:
+    """Take back what is begun, say how the program ends, and return its exit code: as ``run_program`` does."""
+    for undo in reversed(_undoing):
+        undo()
+    if _undoing and number == signal.SIGINT:
+        log("stopped: interrupted by the keyboard")
+        return 130  # as by SIGINT
+    log(f"stopped: {'by SIGTERM' if _undoing else 'before anything was begun'}. Run this again")
+    return EXIT_STOPPED
 
 
 def _is_importing(frame: FrameType | None) -> bool:

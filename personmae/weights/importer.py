@@ -20,6 +20,7 @@ from personmae.weights import architecture, families, positions
 from personmae.weights.families import HALF, Triple
 from personmae.weights.files import read_file, unwrap
 from personmae.weights.found import Found, checked
+from personmae.weights.staging import deleted_when_stopped
 from personmae.weights.stored import Stored, as_fp32
 
 TIMM: Final = "timm:"  # before the name of one of timm's models
@@ -49,14 +50,11 @@ def run(source: str, out: Path, options: Options, log: Callable[[str], None] = p
     partial.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()  # before gigabytes are read
-    try:
+    with deleted_when_stopped(partial):
         imported = read(source, options, log)
         state = {"step": 0, "model": imported.model, "pool": imported.pool, **imported.about}
         commit.write_alone(partial, {"student": dict(imported.tensors)}, state)
         partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     log(f"import: {out} is written. It starts finetune, unsupervised and pretrain with {_given(imported.model, out)}")
 
 

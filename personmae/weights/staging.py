@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from personmae.errors import UserError
+from personmae.system import signals
 
 
 def partial_of(out: Path) -> Path:
@@ -44,11 +45,22 @@ def partial_folder(out: Path, *, keep: bool) -> Iterator[Path]:
         _take(lock, out)
         if not keep:
             _empty(folder)
-        try:
+        with contextlib.nullcontext() if keep else deleted_when_stopped(folder):
             yield folder
+
+
+@contextlib.contextmanager
+def deleted_when_stopped(folder: Path) -> Iterator[None]:
+    """Delete a folder where the block fails, or where a signal ends the process."""
+
+    def delete() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+    with signals.undone_by(delete):
+        try:
+            yield
         except BaseException:
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
+            delete()
             raise
 
 

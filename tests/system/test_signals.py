@@ -105,6 +105,31 @@ def test_a_program_without_an_answer_of_its_own_cleans_up_and_ends_with_75(tmp_p
     assert ended(["-c", AT_WORK], signal.SIGINT, tmp_path) == (130, output)
 
 
+BEGUN = """
+from personmae.system import signals
+signals.answer_early()
+import sys
+from pathlib import Path
+from personmae.errors import leave, run_program
+from personmae.weights.staging import partial_folder
+def work():
+    with partial_folder(Path(sys.argv[1]), keep=False) as folder:
+        (folder / "half").write_text("written")
+        import slow
+leave(run_program(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGTERM, 75, "by SIGTERM. Run this again"), (signal.SIGINT, 130, "interrupted by the keyboard")],
+)
+def test_a_signal_during_a_late_import_leaves_nothing_half_written(number: int, code: int, line: str, tmp_path: Path) -> None:
+    slow_import(tmp_path, "slow")
+    assert ended(["-c", BEGUN, str(tmp_path / "out")], number, tmp_path) == (code, f"stopped: {line}\n")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != "") == ["slow.py"]
+
+
 @pytest.fixture
 def _handlers() -> Iterator[None]:
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
