@@ -6,24 +6,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from personmae.commands.arguments import Parser, Progress, add_unfinished, counting, place
+from personmae.commands.arguments import Parser, Progress, add_max_rejects, add_unfinished, counting, place
 from personmae.errors import UserError
 from personmae.monitor.progress import counted, ending, log_to_stderr
 
 _BUILD = """\
 SRC is a file of 'personmae extract' (.parquet or .npy), or images: a folder, a bucket, tars, a list. Images need --model.
-OUT is a new folder with the features, a small JPEG of each image, and the record of who changed it.
+OUT is a new folder with the features, a small JPEG of each image, and the record of who changed it. Images that cannot be
+read are left out and listed in OUT.rejects.jsonl.
 
-Cameras are read from names such as 0001_c2s1_000451.jpg, or from --table: a CSV file with the columns id and camera, time, or
-both. A time is a number or a date. The search is exact. --index faiss makes it approximate, and prints what it misses.
+Cameras are read from names such as 0001_c2s1_000451.jpg. --table is a CSV file with the columns id and camera, time, or both.
+Where it has no camera for an image, the name's counts. A time is a number or a date.
+
+The search is exact. --index faiss makes it approximate, and prints what it misses.
 """
 _QUERY = """\
 Several images, or ids with --id, are taken as one person. --each searches for each of them alone.
 What is printed is a table, JSON, or ids alone. A score is the cosine of two features, at most 1.
 """
 _ADD = """\
-SRC is what 'gallery build' takes. Ids must be new. Those that were removed earlier are passed over and counted, unless
---again is given. A query that runs at the same time sees the gallery before the change or after it.
+SRC is what 'gallery build' takes. Ids must be new, unless --skip-existing leaves out those that the gallery has. Those that
+were removed earlier are passed over and counted, unless --again is given. Neither is computed. A query that runs at the same
+time sees the gallery before the change or after it. Images that cannot be read are listed in GALLERY.rejects.jsonl.
 """
 _REMOVE = """\
 Removes images for good: features, ids, thumbnails and places in the index are in no file of the gallery afterwards.
@@ -64,13 +68,14 @@ def _add_inputs(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--table", type=Path, metavar="CSV", help="cameras and times by id")
     verb.add_argument("--column", metavar="NAME", help="the column of images in MDS shards and parquet files")
     verb.add_argument("--no-thumbnails", action="store_true", help="keep no small images")
+    add_max_rejects(verb)
     add_unfinished(verb)
 
 
 def _inputs(args: argparse.Namespace) -> Any:
     from personmae.gallery.edit import Inputs
 
-    names = ("model", "images", "table", "column", "unfinished")
+    names = ("model", "images", "table", "column", "unfinished", "max_rejects")
     return Inputs(args.source, thumbnails=not args.no_thumbnails, **{name: vars(args)[name] for name in names})
 
 
@@ -118,25 +123,37 @@ def _add_query(verbs: argparse._SubParsersAction) -> None:
 def _query(args: argparse.Namespace) -> None:
     from personmae.gallery import catalog, output, search, sheet
 
-    if args.picture:
-        sheet.require_suffix(args.picture)
     gallery = catalog.open_gallery(args.gallery)
+    filters = _filters(args, gallery)
+    search.require_sound(gallery, filters, args.top, args.rerank)
+    _require_files(args.images)
+    if args.picture:
+        sheet.require_place(args.picture)
     answer = search.search(
         gallery,
         _queries(args, gallery),
         top=args.top,
-        filters=_filters(args, gallery),
+        filters=filters,
         rerank=args.rerank,
         only_exact=args.exact,
         log=_log("query"),
     )
-    if args.picture:
-        sheet.write(args.picture, gallery, answer)
     if args.format == "table":
         print(output.to_table(gallery, answer))
         print(f"\n{counted(len(gallery), 'image')}, search: {answer.how}")
     else:
         print(output.to_json(gallery, answer) if args.format == "json" else output.to_ids(answer))
+    if args.picture:
+        sheet.write(args.picture, gallery, answer)
+
+
+def _require_files(images: list[str]) -> None:
+    """Raise a UserError for what is no file, before a model is read."""
+    for image in images:
+        if Path(image).is_dir():
+            raise UserError(f"images are required, and {image} is a folder: give its files. With --each each is searched for")
+        if not Path(image).is_file():
+            raise UserError(f"a file with an image is required. There is none at {image}")
 
 
 def _queries(args: argparse.Namespace, gallery: Any) -> list[Any]:
@@ -156,7 +173,9 @@ def _queries(args: argparse.Namespace, gallery: Any) -> list[Any]:
 def _filters(args: argparse.Namespace, gallery: Any) -> Any:
     from personmae.gallery import facts, search
 
-    cameras = tuple(name.strip() for name in args.cameras.split(",")) if args.cameras else ()
+    cameras = tuple(filter(None, map(str.strip, (args.cameras or "").split(","))))
+    if args.cameras is not None and not cameras:
+        raise UserError(f"--cameras needs names of cameras, set apart by commas. Got {args.cameras!r}")
     since, until = (_time(vars(args)[name], f"--{name}", gallery, facts) for name in ("since", "until"))
     return search.Filters(cameras, since, until, args.other_cameras, args.min_score)
 
@@ -176,6 +195,7 @@ def _add_add(verbs: argparse._SubParsersAction) -> None:
     _add_gallery_argument(verb)
     _add_source(verb)
     _add_inputs(verb)
+    verb.add_argument("--skip-existing", action="store_true", help="leave out what the gallery has, and add the rest")
     verb.add_argument("--again", action="store_true", help="also add what was removed earlier")
     verb.set_defaults(run=_add)
 
@@ -184,11 +204,14 @@ def _add(args: argparse.Namespace) -> None:
     with Progress("gallery", "images") as progress:
         from personmae.gallery import catalog, edit, search
 
-        outcome = edit.add(args.gallery, _inputs(args), again=args.again, progress=progress, log=_log("add"))
+        wanted: Any = {"again": args.again, "skip_existing": args.skip_existing}
+        outcome = edit.add(args.gallery, _inputs(args), **wanted, progress=progress, log=_log("add"))
+    skipped = f", {outcome.skipped:,} that are there already are skipped" if outcome.skipped else ""
     passed_over = f", {outcome.passed_over:,} that were removed earlier are passed over" if outcome.passed_over else ""
     how = search.in_words(catalog.open_gallery(args.gallery))
     print(
-        f"{counted(outcome.num_changed, 'image')} added{passed_over}. {outcome.num_images:,} in {args.gallery}. Search: {how}"
+        f"{counted(outcome.num_changed, 'image')} added{skipped}{passed_over}. {outcome.num_images:,} in {args.gallery}. "
+        f"Search: {how}"
     )
 
 

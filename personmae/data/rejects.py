@@ -28,7 +28,8 @@ def summary(rejects: Sequence[Reject]) -> str:
     for reject in rejects:
         kinds.setdefault(reject.get("kind", "cannot be decoded"), []).append(reject)
     by_number = sorted(kinds.items(), key=lambda kind: -len(kind[1]))
-    return "; ".join(f"{len(of):,} {kind} (first: {of[0]['key']}: {of[0]['reason']})" for kind, of in by_number)
+    named = [(kind, of, of[0]["key"].replace("\n", "\\n")) for kind, of in by_number]
+    return "; ".join(f"{len(of):,} {kind} (first: {name}: {of[0]['reason']})" for kind, of, name in named)
 
 
 def check(rejects: Sequence[Reject], num_images: int, max_rejects: float, root: str) -> None:
@@ -37,12 +38,21 @@ def check(rejects: Sequence[Reject], num_images: int, max_rejects: float, root: 
     Raises:
         TooManyRejects: it does. Written shards stay, so the same command with a larger share has little left to do.
     """
+    otherwise = f", which ends at once, or fix the source, delete {root} and start again"
+    check_listed(rejects, num_images, max_rejects, f"{root.rstrip('/')}/{REJECTS}", otherwise)
+
+
+def check_listed(rejects: Sequence[Reject], num_images: int, max_rejects: float, listed: str, otherwise: str) -> None:
+    """As ``check``, for rejects that are ``listed`` elsewhere. ``otherwise`` ends the advice to take a larger share.
+
+    Raises:
+        TooManyRejects: more than ``max_rejects`` are left out.
+    """
     share = len(rejects) / num_images
     if share <= max_rejects:
         return
     enough = math.ceil(100 * share) / 100
     raise TooManyRejects(
         f"at most {max_rejects:.4g} of the images may be left out (--max-rejects). {len(rejects):,} of {num_images:,} are "
-        f"({share:.1%}): {summary(rejects)}. All are listed in {root.rstrip('/')}/{REJECTS}. Take the rest with "
-        f"--max-rejects {enough:g}, which ends at once, or fix the source, delete {root} and start again"
+        f"({share:.1%}): {summary(rejects)}. All are listed in {listed}. Take the rest with --max-rejects {enough:g}{otherwise}"
     )

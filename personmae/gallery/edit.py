@@ -4,9 +4,8 @@ A change writes new segments beside the old ones and then replaces the manifest.
 so that a removal copies little. Small ones are joined when rows are added, so that there are never many.
 """
 
-import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -14,50 +13,28 @@ from typing import Any, Final, Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
-from personmae.data import rejects
 from personmae.errors import UserError
-from personmae.gallery import approximate, segment, sources, store
+from personmae.gallery import approximate, incoming, segment, store
 from personmae.gallery.catalog import Gallery, open_gallery, open_gallery_of
+from personmae.gallery.incoming import Inputs, Progress, Target
 from personmae.gallery.segment import Piece
 from personmae.gallery.sources import Source
 from personmae.gallery.store import Log, Manifest, audit_line, commit
-from personmae.monitor.progress import counted
-from personmae.weights import extract
-from personmae.weights.extract_images import open_images
-from personmae.weights.loading import load_for_command
-from personmae.weights.staging import partial_folder, partial_of, put_in_place, require_free
+from personmae.weights.staging import partial_folder, put_in_place, require_free
 
 SEGMENT_ROWS: Final = 1 << 17
-_EXTRACTED, _PLAN = "extracted.parquet", "extracted.json"
-Progress = Callable[[int, int], None]
 IndexKind = Literal["exact", "faiss"]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Where rows come from, and what goes with them.
-
-    ``where`` is a file of features or a place of images. Images need a ``model``. ``images`` are for thumbnails of features.
-    ``table`` has cameras and times.
-    """
-
-    where: str
-    model: str | None = None
-    images: str | None = None
-    table: Path | None = None
-    column: str | None = None
-    thumbnails: bool = True
-    unfinished: bool = False
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """What a change did. ``passed_over`` ids were removed earlier and are not added again."""
+    """What a change did. ``passed_over`` ids were removed earlier and are not added again. ``skipped`` ones are there."""
 
     num_changed: int
     num_images: int
     index: dict[str, Any] | None = None
     passed_over: int = 0
+    skipped: int = 0
 
 
 # --- build ---
@@ -76,6 +53,7 @@ def build(
 
     Raises:
         UserError: there are no features, they do not fit each other, ``out`` exists, or FAISS is wanted and not installed.
+        TooManyRejects: too many images cannot be read. What is computed stays.
         Stopped: images were being extracted, and what is finished is kept.
         OSError: it cannot be written.
     """
@@ -83,7 +61,8 @@ def build(
     if index == "faiss":
         approximate.load()
     with partial_folder(out, keep=True) as folder:
-        source = _source(inputs, folder, out, None, progress, log)
+        source = incoming.receive(inputs, folder, Target(out), progress, log).source
+        assert source  # all of them are new
         made = folder / "gallery"
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir()
@@ -109,54 +88,47 @@ def add(
     inputs: Inputs,
     *,
     again: bool = False,
+    skip_existing: bool = False,
     progress: Progress = lambda done, total: None,
     log: Log = lambda line: None,
 ) -> Outcome:
     """Add rows to a gallery. Ids that were removed from it earlier are passed over, unless ``again``.
 
     Raises:
-        UserError: an id is there already, or features are of another model or length.
+        UserError: an id is there already and not to be skipped, or features are of another model or length.
+        TooManyRejects: too many images cannot be read.
         Unavailable: another process writes for too long.
         OSError: it cannot be written.
     """
-    model = (store.read_manifest(where).model or {}).get("place")
+    store.read_manifest(where)  # before a folder is made in it
+    target = Target(where, again, skip_existing)
     with store.incoming(where) as folder:
-        source = _source(inputs, folder, where, model, progress, log)
+        found = incoming.receive(inputs, folder, target, progress, log)
         with store.writing(where, log):
             gallery = open_gallery(where)
-            _require_fitting(gallery, source)
-            removed = set() if again else store.removed_ids(where)
-            keep = np.array([store.hash_id(name) not in removed for name in source.ids])
-            if not keep.any():
-                return Outcome(0, len(gallery), gallery.manifest.index, len(keep))
-            manifest = _append(where, gallery.manifest, source, keep)
+            _require_fitting(gallery, found.source)
+            keep, num_there, num_removed = target.choose(gallery, found.source.ids if found.source else [])
+            num_there, num_removed = num_there + found.num_there, num_removed + found.num_removed
+            if not found.source or not keep.any():
+                return Outcome(0, len(gallery), gallery.manifest.index, num_removed, num_there)
+            manifest = _append(where, gallery.manifest, found.source, keep)
             manifest = replace(manifest, index=_index_with_new(gallery, manifest))
-            known = {"num_images": int(keep.sum()), "passed_over": int((~keep).sum()), "generation": manifest.generation}
+            known = {"num_images": int(keep.sum()), "passed_over": num_removed, "generation": manifest.generation}
             commit(where, replace(manifest, last=audit_line("add", **known)))
-    return Outcome(int(keep.sum()), manifest.num_rows, manifest.index, int((~keep).sum()))
+    return Outcome(int(keep.sum()), manifest.num_rows, manifest.index, num_removed, num_there)
 
 
-def _require_fitting(gallery: Gallery, source: Source) -> None:
-    """Raise a UserError where rows cannot be compared with those of a gallery, or are in it."""
+def _require_fitting(gallery: Gallery, source: Source | None) -> None:
+    """Raise a UserError where rows cannot be compared with those of a gallery."""
+    if source is None:
+        return
     ours, theirs = gallery.manifest, source.model
     if source.dim != ours.dim:
         raise UserError(f"features of {ours.dim} numbers are required. {source.path} has {source.dim}: use the same model")
     if theirs and ours.model and theirs["digest"] != ours.model["digest"]:
         place = ours.model["place"] or "it was built with"
         raise UserError(f"features of the gallery's own model are required. {source.path} has another's: use {place}")
-    if source.facts.kind and ours.times and source.facts.kind != ours.times:
-        raise UserError(f"times must be written as {ours.times}s, as in the gallery. Those of {source.path} are not")
-    _require_new(gallery, source.ids)
-
-
-def _require_new(gallery: Gallery, ids: list[str]) -> None:
-    """Raise a UserError where ids are in a gallery already."""
-    there = gallery.rows_of(ids) >= 0
-    if there.any():
-        raise UserError(
-            f"ids that are not in the gallery are required. {int(there.sum()):,} of {len(there):,} are, such as "
-            f"{ids[int(there.argmax())]}: leave them out, or remove them first"
-        )
+    incoming.require_kind(gallery, source.facts.kind, str(source.path))
 
 
 def _append(where: Path, manifest: Manifest, source: Source, keep: Bool[np.ndarray, " N"]) -> Manifest:
@@ -303,57 +275,3 @@ def _index_without(before: Gallery, manifest: Manifest, rows: Int[np.ndarray, " 
     index = approximate.read(before.folder / before.manifest.index["file"], to_change=True)
     approximate.remove(index, before.rows["key"].to_numpy()[rows])
     return _put_index(index, open_gallery_of(before.folder, manifest), manifest.generation)
-
-
-# --- where rows come from ---
-
-
-def _source(inputs: Inputs, folder: Path, gallery: Path, model: str | None, progress: Progress, log: Log) -> Source:
-    """The rows to add: a file of features as it is, or features of images, computed into ``folder``."""
-    if sources.is_features(inputs.where):
-        images = inputs.images if inputs.thumbnails else None
-        found = sources.open_features(Path(inputs.where), table=inputs.table, images=images, column=inputs.column)
-        return replace(found, model=found.model and found.model | {"place": _place(inputs.model)})
-    if (inputs.model or model) is None:
-        raise UserError(f"a model is required for the features of images. {inputs.where} has images: give --model RUN")
-    if inputs.images:
-        raise UserError(f"--images are for a file of features. {inputs.where} has images itself: leave it out")
-    inputs = replace(inputs, model=inputs.model or model)
-    features = _extracted(inputs, folder, gallery, progress, log)
-    images = inputs.where if inputs.thumbnails else None
-    found = sources.open_features(features, table=inputs.table, images=images, column=inputs.column)
-    return replace(found, model=found.model and found.model | {"place": _place(inputs.model)})
-
-
-def _place(model: str | None) -> str | None:
-    return str(Path(model).resolve()) if model and Path(model).exists() else model
-
-
-def _extracted(inputs: Inputs, folder: Path, gallery: Path, progress: Progress, log: Log) -> Path:
-    """Features of images in ``folder``. Those of an earlier call of the same images and model are taken."""
-    features, plan, model = folder / _EXTRACTED, folder / _PLAN, str(inputs.model)
-    images = open_images(inputs.where, column=inputs.column)
-    if gallery.exists():  # seen again when the features are there, for others may add in the meantime
-        _require_new(open_gallery(gallery), images.ids)
-    encoder = load_for_command(model, log, unfinished=inputs.unfinished)
-    record = json.dumps([images.digest(), extract.digest(encoder)])
-    if plan.exists() and plan.read_text(encoding="utf-8") == record:
-        return features
-    if not (features.exists() and partial_of(features).exists()):
-        features.unlink(missing_ok=True)
-    outcome = extract.run(
-        inputs.where,
-        features,
-        model=model,
-        column=inputs.column,
-        unfinished=inputs.unfinished,
-        progress=progress,
-        log=lambda line: None,  # the model has said all that it has to say
-    )
-    if outcome.rejects:
-        listed = extract.rejects_beside(gallery)
-        extract.rejects_beside(features).replace(listed)
-        number = counted(len(outcome.rejects), "image")
-        log(f"{number} left out, listed in {listed}: {rejects.summary(outcome.rejects)}")
-    plan.write_text(record, encoding="utf-8")
-    return features

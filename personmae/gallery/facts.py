@@ -5,6 +5,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -14,6 +15,7 @@ from jaxtyping import Float
 
 from personmae.errors import UserError
 from personmae.gallery.segment import UNKNOWN_CAMERA
+from personmae.monitor.progress import counted
 from personmae.reid.samples import CAMERA
 
 DATE, NUMBER = "date", "number"
@@ -52,30 +54,65 @@ def of_columns(cameras: Sequence[object] | None, times: Sequence[object] | None,
     return Facts(named, *parse_times(texts, where))
 
 
-def of_table(path: Path, ids: Sequence[str]) -> Facts:
-    """Cameras and times of a CSV file with the columns id and camera, time, or both. Ids without a line are unknown.
+@dataclass(frozen=True)
+class Table:
+    """Cameras and times of a CSV file, in the order of its rows. ``places`` has the row of each id."""
+
+    path: Path
+    places: dict[str, int]
+    facts: Facts
+
+    def in_words(self, ids: Sequence[str]) -> str:
+        """How many images it names, and how many of its rows name none.
+
+        Raises:
+            UserError: it names none of ``ids``.
+        """
+        known = set(ids)
+        others = [name for name in self.places if name not in known]
+        num_named = len(self.places) - len(others)
+        if not num_named:
+            raise UserError(f"{self.path} must name ids of the images, such as {ids[0]}. It names none of them")
+        words = f"{self.path} names {num_named:,} of {counted(len(ids), 'image')}"
+        if not others:
+            return words
+        rows = "1 row names" if len(others) == 1 else f"{len(others):,} rows name"
+        return f"{words}, and {rows} no image, such as {others[0]}"
+
+    def over(self, ids: Sequence[str], known: Facts) -> Facts:
+        """What it has of ``ids``, and what is ``known`` already where it has nothing.
+
+        Times that are known and written another way than its own are left out.
+        """
+        rows = [self.places.get(name, -1) for name in ids]  # -1 is the unknown one, behind the last
+        cameras, times = [*self.facts.cameras, UNKNOWN_CAMERA], np.append(self.facts.times, np.nan)[rows]
+        if self.facts.kind is None or known.kind in (None, self.facts.kind):
+            times = np.where(np.isnan(times), known.times, times)
+        found = [cameras[row] or camera for row, camera in zip(rows, known.cameras, strict=True)]
+        return Facts(found, times, self.facts.kind or known.kind)
+
+
+def read_table(path: Path) -> Table:
+    """A CSV file with the columns id and camera, time, or both.
 
     Raises:
-        UserError: it cannot be read as one, names an id twice, or names none of ``ids``.
+        UserError: it cannot be read as one, names an id twice, or has a time that is none.
     """
     try:
         reader = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig")))
-    except (OSError, UnicodeDecodeError) as error:
+        columns, rows = reader.fieldnames or [], [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"a CSV file in UTF-8 is required as --table. {path} cannot be read: {error}") from error
-    columns = reader.fieldnames or []
     if "id" not in columns or not set(_COLUMNS) & set(columns):
         raise UserError(f"{path} needs the columns id and camera, time, or both in its first line. It has {list(columns)}")
-    lines: dict[str, dict[str, str]] = {}
-    for cells in reader:
-        if (cells["id"] or "") in lines:
-            raise UserError(f"{path}, line {reader.line_num}, names {cells['id']} a second time: remove one of them")
-        lines[cells["id"] or ""] = cells
-    found = [lines.get(name, {}) for name in ids]
-    if not any(found):
-        raise UserError(f"{path} must name ids of the images, such as {ids[0]}. It names none of them")
-    times, kind = parse_times([(cells.get("time") or "").strip() for cells in found], str(path))
-    cameras = [(cells.get("camera") or "").strip() for cells in found]
-    return Facts(cameras if "camera" in columns else of_names(ids).cameras, times, kind)
+    places: dict[str, int] = {}
+    for place, (line, row) in enumerate(rows):
+        if not row["id"] or row["id"] in places:
+            wrong = f"names {row['id']} a second time: remove one of them" if row["id"] else "has no id: give one"
+            raise UserError(f"{path}, line {line}, {wrong}")
+        places[row["id"]] = place
+    cameras, texts = ([(row.get(name) or "").strip() for _, row in rows] for name in _COLUMNS)
+    return Table(path, places, Facts(cameras, *parse_times(texts, str(path))))
 
 
 def parse_times(texts: Sequence[str], where: str) -> tuple[Float[np.ndarray, " n"], str | None]:

@@ -156,7 +156,8 @@ def search(
         UserError: the gallery is empty, or an option is out of range or does not go with it.
     """
     filters = filters or Filters()
-    _require_sound(gallery, queries, filters, top, rerank)
+    require_sound(gallery, filters, top, rerank)
+    _require_cameras(queries, filters)
     wanted = min(max(top or len(gallery), rerank or 0), len(gallery))
     features = torch.stack([query.feature for query in queries])
     index = (
@@ -191,23 +192,38 @@ def in_words(gallery: Gallery) -> str:
     )
 
 
-def _require_sound(gallery: Gallery, queries: Sequence[Query], filters: Filters, top: int, rerank: int | None) -> None:
+def require_sound(gallery: Gallery, filters: Filters, top: int = TOP, rerank: int | None = None) -> None:
+    """Raise a UserError where an option is out of range or does not go with a gallery, whatever is searched for."""
     if not len(gallery):
         raise UserError(f"a gallery with an image is required. {gallery.folder} is empty: add some")
-    if not queries:
-        raise UserError("something to search for is required: give images, or ids with --id")
     if top < 0:
         raise UserError(f"--top must be at least 1, or 0 for all. Got {top}")
     if rerank is not None and rerank < 2:
         raise UserError(f"--rerank must be at least 2 images. Got {rerank}")
-    if (filters.since is not None or filters.until is not None) and gallery.manifest.times is None:
-        raise UserError(f"times are required for --since and --until. {gallery.folder} has none: build it with --table")
-    if filters.other_cameras and (unknown := next((query for query in queries if not query.cameras), None)):
-        raise UserError(f"--other-cameras needs the camera of each query. That of {unknown.names[0]} is not known")
+    if filters.min_score is not None and not -1 <= filters.min_score <= 1:
+        raise UserError(f"--min-score must be a cosine, from -1 to 1. Got {filters.min_score:g}")
+    _require_times(gallery, filters.since, filters.until)
     known = set(gallery.rows["camera"].unique().to_pylist()) if filters.cameras else set()
     if unknown_cameras := [name for name in filters.cameras if name not in known]:
         there = ", ".join(sorted(filter(None, known))) or "none"
         raise UserError(f"cameras of the gallery are required. It has no {unknown_cameras[0]!r}. Known are {there}")
+
+
+def _require_times(gallery: Gallery, since: float | None, until: float | None) -> None:
+    kind = gallery.manifest.times
+    if (since is not None or until is not None) and kind is None:
+        raise UserError(f"times are required for --since and --until. {gallery.folder} has none: build it with --table")
+    if since is not None and until is not None and since > until:
+        one, other = (facts.in_words(time, kind) for time in (since, until))
+        raise UserError(f"--since must not be later than --until. Got {one} and {other}: exchange them")
+
+
+def _require_cameras(queries: Sequence[Query], filters: Filters) -> None:
+    """Raise a UserError where there is no query, or its own cameras are to be left out and are not known."""
+    if not queries:
+        raise UserError("something to search for is required: give images, or ids with --id")
+    if filters.other_cameras and (unknown := next((query for query in queries if not query.cameras), None)):
+        raise UserError(f"--other-cameras needs the camera of each query. That of {unknown.names[0]} is not known")
 
 
 def _allowed(gallery: Gallery, filters: Filters) -> Bool[np.ndarray, " N"] | None:

@@ -1,6 +1,8 @@
-"""An answer as one picture: a row for each query, the query first, then what was found from best to worst."""
+"""An answer as one picture: each query, and beside it what was found from best to worst, in rows of ten."""
 
 import io
+import math
+import os
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +20,10 @@ from personmae.system import files
 FORMATS: Final = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 CELL: Final = sources.THUMBNAIL  # (height, width) in pixels
 MOST_CELLS: Final = 2000
+ROW: Final = 10  # images that were found
 _GAP, _LINE, _TITLE, _FONT = 12, 15, 19, 11
 _COLUMN: Final = 126  # pixels, in which a date with its time has room
+_CELL_HEIGHT: Final = CELL[0] + 3 * _LINE + _GAP
 _WHITE, _INK, _FAINT, _EMPTY, _QUERY = "#ffffff", "#1a1a1a", "#5f6368", "#e8eaed", "#1a5fb4"
 
 
@@ -27,21 +31,37 @@ def write(path: Path, gallery: Gallery, answer: Answer) -> None:
     """Write a PNG or JPEG of an answer.
 
     Raises:
-        UserError: the file has another suffix, or there is too much for one picture.
+        UserError: the file has another suffix or cannot have this name, or there is too much for one picture.
         OSError: it cannot be written.
     """
-    require_suffix(path)
-    content = io.BytesIO()
-    draw(gallery, answer).save(
-        content, FORMATS[path.suffix.lower()], **({} if path.suffix.lower() == ".png" else {"quality": 92})
-    )
+    require_place(path)
+    content, sheet, kind = io.BytesIO(), draw(gallery, answer), FORMATS[path.suffix.lower()]
+    if kind == "JPEG" and sheet.height > images.LONGEST_SIDE:
+        raise UserError(
+            f"a JPEG has at most {images.LONGEST_SIDE:,} pixels a side. {path} would have {sheet.height:,}: "
+            f"name it {path.stem}.png"
+        )
+    sheet.save(content, kind, **({"quality": 92} if kind == "JPEG" else {}))
     files.replace(path, content.getvalue())
 
 
-def require_suffix(path: Path) -> None:
-    """Raise a UserError unless a picture can be written under this name."""
+def require_place(path: Path) -> None:
+    """Make the folder of a picture. So what cannot be written is seen before the search.
+
+    Raises:
+        UserError: a picture cannot have this name, or its folder cannot be written to.
+    """
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"a picture named .png or .jpg is required. Got {path}: name it {path.stem}.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"a folder for the picture is required. {path.parent} cannot be made: {error.strerror}. Choose another"
+        ) from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        wrong = "is a folder" if path.is_dir() else "is in a folder that cannot be written to"
+        raise UserError(f"a place for the picture is required. {path} {wrong}: choose another")
 
 
 def draw(gallery: Gallery, answer: Answer) -> Image.Image:
@@ -50,22 +70,28 @@ def draw(gallery: Gallery, answer: Answer) -> Image.Image:
     Raises:
         UserError: there is too much for one picture.
     """
-    num_columns = 1 + max(len(hits) for hits in answer.hits)
-    if num_columns * len(answer.hits) > MOST_CELLS:
+    most = max(len(hits) for hits in answer.hits)
+    if (1 + most) * len(answer.hits) > MOST_CELLS:
         raise UserError(
             f"at most {MOST_CELLS:,} images fit into one picture. {len(answer.hits):,} queries of "
-            f"{num_columns - 1:,} are more: give a smaller --top"
+            f"{most:,} are more: give a smaller --top"
         )
-    height, width = CELL[0] + 3 * _LINE + _TITLE + _GAP, _COLUMN + _GAP
-    sheet = Image.new("RGB", (num_columns * width + _GAP, len(answer.hits) * height + _GAP), _WHITE)
+    heights = [_TITLE + max(1, math.ceil(len(hits) / ROW)) * _CELL_HEIGHT for hits in answer.hits]
+    width = (1 + min(most, ROW)) * (_COLUMN + _GAP) + _GAP
+    sheet, top = Image.new("RGB", (width, _GAP + sum(heights)), _WHITE), _GAP
     canvas, font = ImageDraw.Draw(sheet), _font()
-    for number, (query, hits) in enumerate(zip(answer.queries, answer.hits, strict=True)):
-        top = _GAP + number * height
+    for query, hits, height in zip(answer.queries, answer.hits, heights, strict=True):
         _write_text(canvas, font, (_GAP, top), title(query), sheet.width - 2 * _GAP, _INK)
-        _draw_query(sheet, canvas, gallery, query, (_GAP, top + _TITLE), font)
-        for place, hit in enumerate(hits, 1):
-            _draw_hit(sheet, canvas, gallery, hit, (_GAP + place * width, top + _TITLE), font)
+        _draw_query(sheet, canvas, gallery, query, place(0, 0, top), font)
+        for number, hit in enumerate(hits):
+            _draw_hit(sheet, canvas, gallery, hit, place(number // ROW, 1 + number % ROW, top), font)
+        top += height
     return sheet
+
+
+def place(row: int, column: int, top: int = _GAP) -> tuple[int, int]:
+    """The left upper corner (x, y) of a cell, in pixels. The query, whose title is at ``top``, is in column 0."""
+    return _GAP + column * (_COLUMN + _GAP), top + _TITLE + row * _CELL_HEIGHT
 
 
 def _draw_query(

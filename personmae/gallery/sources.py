@@ -21,11 +21,11 @@ from jaxtyping import Float, UInt8
 from personmae import dist
 from personmae.errors import UserError
 from personmae.gallery import facts
-from personmae.gallery.facts import Facts
+from personmae.gallery.facts import Facts, Table
 from personmae.gallery.segment import PIECE_ROWS
 from personmae.images import BadImage
 from personmae.system import files
-from personmae.weights.extract_images import Images, open_images
+from personmae.weights.extract_images import Images
 from personmae.weights.feature_file import ABOUT, ids_beside
 
 THUMBNAIL: Final = (128, 96)  # (height, width) in pixels that a thumbnail fits into
@@ -110,11 +110,13 @@ def is_features(location: str) -> bool:
         return False
 
 
-def open_features(path: Path, *, table: Path | None = None, images: str | None = None, column: str | None = None) -> Source:
+def open_features(path: Path, *, table: Table | None = None) -> Source:
     """The rows of a file that ``personmae extract`` wrote, or of any .npy with a list of ids beside it.
 
+    What ``table`` has of them comes before what their names or the file's columns have.
+
     Raises:
-        UserError: it cannot be read, an id is in it twice, or ``table`` or ``images`` do not go with it.
+        UserError: it cannot be read, or an id is in it twice, empty or with a line break.
     """
     try:
         found = _open_npy(path) if path.suffix.lower() == _NPY else _open_parquet(path)
@@ -124,14 +126,10 @@ def open_features(path: Path, *, table: Path | None = None, images: str | None =
         raise UserError(f"a file of 'personmae extract' is required. {path} cannot be read as one: {error}") from error
     if not found.ids or not found.dim:
         raise UserError(f"a file with at least one feature is required. {path} has none")
-    _require_different(found.ids, path)
-    if table:
-        found = replace(found, facts=facts.of_table(table, found.ids))
-    if images:
-        pictures = Pictures(open_images(images, column=column))
-        pictures.require_some(found.ids)
-        found = replace(found, images=pictures)
-    return found
+    require_different(found.ids, str(path))
+    if odd := [name for name in found.ids if not name or "\n" in name]:
+        raise UserError(f"ids may not be empty or hold a line break. {path} has {odd[0]!r}: rename it")
+    return replace(found, facts=table.over(found.ids, found.facts)) if table else found
 
 
 def _open_npy(path: Path) -> Source:
@@ -187,9 +185,8 @@ def _of_length_one(features: Float[np.ndarray, "n D"], ids: list[str], path: Pat
     return features / lengths[:, None]
 
 
-def _require_different(ids: list[str], path: Path) -> None:
+def require_different(ids: list[str], where: str) -> None:
+    """Raise a UserError where an id is there twice."""
     if len(set(ids)) < len(ids):
         twice = next(name for name, count in collections.Counter(ids).items() if count > 1)
-        raise UserError(f"each id may be there once. {path} has {twice} more than once: name images by their path")
-    if "" in ids or any("\n" in name for name in ids):
-        raise UserError(f"ids may not be empty or hold a line break. {path} has such a one: rename it")
+        raise UserError(f"each id may be there once. {where} has {twice} more than once: leave out all but one")

@@ -73,7 +73,7 @@ class Plan:
 
 
 def run(
-    source: str,
+    source: str | Images,
     out: Path,
     *,
     model: str,
@@ -87,7 +87,7 @@ def run(
     progress: Progress = lambda done, total: None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Outcome:
-    """Write features of all images of ``source`` to ``out``, by the model at ``model``.
+    """Write features of all images of ``source`` to ``out``, by the model at ``model``. It may be images that are open.
 
     ``out`` ends in .parquet or .npy. An image that cannot be read is left out and listed in ``OUT.rejects.jsonl``.
     ``num_processes`` is one a core by default, or one a GPU, and fewer for little work. ``progress(done, total)`` counts
@@ -111,7 +111,8 @@ def run(
     encoder = load_for_command(model, log, device=device, unfinished=unfinished)
     settings = _settings(model, encoder, precision, num_processes, unfinished)
     with kept_when_stopped():
-        plan = make_plan(encoder, settings, open_images(source, boxes=boxes, column=column, log=log))
+        opened = open_images(source, boxes=boxes, column=column, log=log) if isinstance(source, str) else source
+        plan = make_plan(encoder, settings, opened)
         with partial_folder(out, keep=True) as folder:
             return _carry_out(plan, out, folder, num_processes, max_rejects, progress)
 

@@ -4,7 +4,7 @@ Nothing is decoded before it is asked for. A part of the images can be pickled a
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
@@ -38,7 +38,7 @@ class Images(Protocol):
     @property
     def passed_over(self) -> str: ...
     def digest(self) -> str: ...
-    def part(self, numbers: range) -> "Images": ...
+    def part(self, numbers: Sequence[int]) -> "Images": ...
     def pixels(self, number: int) -> Pixels: ...
     def close(self) -> None: ...
 
@@ -90,8 +90,8 @@ class SourceImages:
     def digest(self) -> str:
         return _digest(f"{entry.key}\0{entry.num_bytes}" for entry in self.entries)
 
-    def part(self, numbers: range) -> "SourceImages":
-        return replace(self, entries=self.entries[numbers.start : numbers.stop])
+    def part(self, numbers: Sequence[int]) -> "SourceImages":
+        return replace(self, entries=[self.entries[number] for number in numbers])
 
     def pixels(self, number: int) -> Pixels:
         """An upright image.
@@ -138,9 +138,9 @@ class ListedImages:
     def digest(self) -> str:
         return _digest(f"{name}\0{size}" for name, size in zip(self.names, self.sizes, strict=True))
 
-    def part(self, numbers: range) -> "ListedImages":
-        chosen = slice(numbers.start, numbers.stop)
-        return replace(self, names=self.names[chosen], sizes=self.sizes[chosen])
+    def part(self, numbers: Sequence[int]) -> "ListedImages":
+        names, sizes = ([values[number] for number in numbers] for values in (self.names, self.sizes))
+        return replace(self, names=names, sizes=sizes)
 
     def pixels(self, number: int) -> Pixels:
         """As of ``SourceImages``."""
@@ -194,9 +194,9 @@ class BoxedImages:
     def digest(self) -> str:
         return _digest([self.frames.digest(), *map(repr, self.boxes)])
 
-    def part(self, numbers: range) -> "BoxedImages":
+    def part(self, numbers: Sequence[int]) -> "BoxedImages":
         """Some boxes with the frames that they are in."""
-        boxes = self.boxes[numbers.start : numbers.stop]
+        boxes = [self.boxes[number] for number in numbers]
         places = sorted({box.place for box in boxes})
         new = {place: number for number, place in enumerate(places)}
         frames = replace(self.frames, entries=[self.frames.entries[place] for place in places])

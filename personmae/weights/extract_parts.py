@@ -131,6 +131,8 @@ def decoded(
 
 def _pixels(images: Images, number: int, name: str, size: tuple[int, int]) -> np.ndarray | Reject:
     try:
+        if "\n" in name:  # lists of ids have one a line
+            raise BadImage("a line break is in its name: rename it", "a line break in the name")
         return fitted(images.pixels(number), size)
     except BadImage as error:
         return {"key": name, "reason": str(error), "kind": error.kind}

@@ -27,7 +27,7 @@ def partial_folder(out: Path, *, keep: bool) -> Iterator[Path]:
     """``OUT.partial``, for this process alone until the end of the block.
 
     With ``keep`` what an earlier process left there stays, and stays when the block fails. Else the folder begins empty, and
-    a failure deletes it.
+    a failure deletes it. A failure before anything was begun leaves no empty folder.
 
     Raises:
         UserError: it cannot be made, or another process is at work in it.
@@ -45,8 +45,19 @@ def partial_folder(out: Path, *, keep: bool) -> Iterator[Path]:
         _take(lock, out)
         if not keep:
             _empty(folder)
-        with contextlib.nullcontext() if keep else deleted_when_stopped(folder):
+        with _deleted_if_empty(folder) if keep else deleted_when_stopped(folder):
             yield folder
+
+
+@contextlib.contextmanager
+def _deleted_if_empty(folder: Path) -> Iterator[None]:
+    """Delete a folder where the block fails before it has put anything there."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what is kept is in it
+            folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager

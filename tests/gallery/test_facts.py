@@ -2,6 +2,7 @@
 
 import math
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,16 +19,53 @@ def test_a_camera_is_read_from_a_file_s_own_name(name, camera):
     assert facts.camera_of(name) == camera
 
 
+def of_table(path: Path, ids: list[str]) -> facts.Facts:
+    """What a table has of ids, over what their names have."""
+    table = facts.read_table(path)
+    assert table.in_words(ids)
+    return table.over(ids, facts.of_names(ids))
+
+
 def test_a_table_gives_cameras_and_times_by_id_in_any_order(tmp_path):
     (tmp_path / "t.csv").write_text("\ufefftime,id,camera,more\n7.5,b,door,x\n,a,,y\n", encoding="utf-8")
-    found = facts.of_table(tmp_path / "t.csv", ["a", "b", "c"])
+    found = of_table(tmp_path / "t.csv", ["a", "b", "c"])
     assert found.cameras == ["", "door", ""]
     assert np.isnan(found.times).tolist() == [True, False, True]
     assert (found.times[1], found.kind) == (7.5, facts.NUMBER)
     (tmp_path / "t.csv").write_text("id,time\nx_c4s1.jpg,2026-05-31T14:00:00+02:00\n")
-    found = facts.of_table(tmp_path / "t.csv", ["x_c4s1.jpg"])
+    found = of_table(tmp_path / "t.csv", ["x_c4s1.jpg"])
     assert found.cameras == ["4"]
     assert found.times.tolist() == [datetime(2026, 5, 31, 12, tzinfo=UTC).timestamp()]
+
+
+def test_what_a_table_does_not_have_stays_as_it_was_known(tmp_path):
+    ids = ["a_c1s1.jpg", "b_c2s1.jpg", "c_c3s1.jpg", "d.jpg"]
+    (tmp_path / "t.csv").write_text("id,camera,time\na_c1s1.jpg,door,5\nb_c2s1.jpg,,6\nnosuch.jpg,7,7\n")
+    table = facts.read_table(tmp_path / "t.csv")
+    assert table.over(ids, facts.of_names(ids)).cameras == ["door", "2", "3", ""]
+    frames = facts.of_columns(None, [1, 2, 3, 4], ids, "here")
+    assert table.over(ids, frames).times.tolist() == [5, 6, 3, 4]
+    assert table.over(ids, frames).kind == facts.NUMBER
+    (tmp_path / "t.csv").write_text("id,time\nb_c2s1.jpg,2026-05-31\n")
+    dated = facts.read_table(tmp_path / "t.csv").over(ids, frames)  # no frame number becomes a date
+    assert (dated.kind, np.isnan(dated.times).tolist()) == (facts.DATE, [True, False, True, True])
+    (tmp_path / "t.csv").write_text("id,camera\nd.jpg,9\n")
+    named = facts.read_table(tmp_path / "t.csv").over(ids, frames)
+    assert (named.cameras, named.times.tolist(), named.kind) == (["1", "2", "3", "9"], [1, 2, 3, 4], facts.NUMBER)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("a,1\nb,2\n", "names 2 of 2 images"),
+        ("a,1\n", "names 1 of 2 images"),
+        ("a,1\nz,2\n", "names 1 of 2 images, and 1 row names no image, such as z"),
+        ("a,1\nz,2\ny,2\n", "names 1 of 2 images, and 2 rows name no image, such as z"),
+    ],
+)
+def test_how_much_of_a_table_is_used_is_counted(tmp_path, rows, words):
+    (tmp_path / "t.csv").write_text(f"id,time\n{rows}")
+    assert facts.read_table(tmp_path / "t.csv").in_words(["a", "b"]) == f"{tmp_path / 't.csv'} {words}"
 
 
 def test_a_date_without_a_zone_is_utc_and_comes_back_as_it_was():
@@ -56,10 +94,12 @@ def test_a_date_without_a_zone_is_utc_and_comes_back_as_it_was():
         ("id,where\na,1\n", "needs the columns id and camera"),
         ("", "needs the columns id and camera"),
         ("id,time\nz,1\n", "names none of them"),
+        ("id,time\n,1\n", "line 2, has no id"),
+        ("id,time\n" + "a" * 200_000 + ",1\n", "cannot be read: field larger than"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_one_line(tmp_path, text, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
-        facts.of_table(tmp_path / "t.csv", ["a", "b"])
+        of_table(tmp_path / "t.csv", ["a", "b"])
     assert "\n" not in str(caught.value)

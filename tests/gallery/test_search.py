@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 
 import galleries
@@ -11,13 +12,14 @@ import torch
 from galleries import feature, inputs, named
 from PIL import Image
 
-from personmae.errors import UserError
+from personmae.__main__ import main
+from personmae.errors import EXIT_COMPLETE, EXIT_USER_ERROR, UserError
 from personmae.gallery import edit, output, search, sheet
 from personmae.gallery.catalog import Gallery, open_gallery
 from personmae.gallery.search import Filters
 from personmae.reid.rerank import k_reciprocal
 
-IDS = named(120)
+IDS = [*named(9), "a0009.jpg", *named(120)[10:]]  # the tenth names no camera
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,11 @@ def ranked(query: np.ndarray, but: set[int]) -> list[str]:
 
 def ids(answer: search.Answer) -> list[list[str]]:
     return [[hit.id for hit in hits] for hits in answer.hits]
+
+
+@pytest.fixture(autouse=True)
+def _signals(restore_signals: None) -> None:
+    """Programs that run in this process take signals."""
 
 
 # --- queries ---
@@ -123,11 +130,44 @@ def test_re_ranking_orders_the_best_by_k_reciprocal_neighbours_and_leaves_the_ot
         ({"filters": Filters(cameras=("9",))}, "It has no '9'. Known are 0, 1, 2, 3"),
         ({"top": -1}, "--top must be at least 1"),
         ({"rerank": 1}, "--rerank must be at least 2"),
+        ({"filters": Filters(min_score=2)}, "--min-score must be a cosine, from -1 to 1. Got 2"),
+        ({"filters": Filters(min_score=math.nan)}, "--min-score must be a cosine, from -1 to 1. Got nan"),
+        ({"filters": Filters(since=9, until=8)}, "--since must not be later than --until. Got 9 and 8: exchange them"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(gallery, options, message):
     with pytest.raises(UserError, match=message):
         search.search(gallery, search.by_ids(gallery, IDS[:1]), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["."], "images are required, and . is a folder"),
+        (["no.jpg"], "There is none at no.jpg"),
+        (["--min-score", "2"], "--min-score must be a cosine"),
+        (["--cameras", ","], "--cameras needs names of cameras"),
+        (["--picture", "found"], "a picture named .png or .jpg is required. Got found: name it found.png"),
+        (["--picture", "folder.png"], "folder.png is a folder: choose another"),
+        (["--picture", "t.csv/x.png"], "t.csv cannot be made"),
+    ],
+)
+def test_a_query_that_cannot_be_answered_is_refused_before_a_model_is_read(
+    where, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "t.csv").write_text("")
+    (tmp_path / "a.jpg").write_bytes(b"")
+    assert main(["gallery", "query", str(where), "a.jpg", *options, "--model", "no_model"]) == EXIT_USER_ERROR
+    assert message in capsys.readouterr().err
+
+
+def test_the_folder_of_a_picture_is_made(where, tmp_path):
+    picture = tmp_path / "new" / "folder" / "found.png"
+    assert main(["gallery", "query", str(where), "--id", IDS[0], "--picture", str(picture)]) == EXIT_COMPLETE
+    with Image.open(picture) as drawn:
+        assert drawn.format == "PNG"
 
 
 def test_what_cannot_be_searched_for_is_one_line(gallery, tmp_path):
@@ -186,15 +226,39 @@ def test_a_picture_shows_the_query_and_what_was_found(tmp_path, images):
             assert picture.size[0] > 5 * sheet.CELL[1]
             assert picture.size[1] > 2 * sheet.CELL[0]
             drawn = np.asarray(picture.convert("RGB")).astype(int)
-    hit = answer.hits[0][0]
-    with Image.open(io.BytesIO(gallery.thumbnail(hit.row))) as image:
-        thumbnail = np.asarray(image).astype(int)
-    top, left = (
-        sheet._GAP + sheet._TITLE + (sheet.CELL[0] - thumbnail.shape[0]) // 2,
-        sheet._GAP + (sheet._COLUMN + sheet._GAP) + (sheet.CELL[1] - thumbnail.shape[1]) // 2,
-    )
-    there = drawn[top : top + thumbnail.shape[0], left : left + thumbnail.shape[1]]
-    assert np.abs(there - thumbnail).mean() < 6  # it went through a JPEG once more
-    assert np.abs(there - thumbnail[::-1]).mean() > 12
+    require_drawn(drawn, gallery, answer.hits[0][0].row, at=sheet.place(0, 1))
     with pytest.raises(UserError, match=r"a picture named .png or .jpg is required"):
         sheet.write(tmp_path / "a.gif", gallery, answer)
+
+
+def require_drawn(drawn: np.ndarray, gallery: Gallery, row: int, at: tuple[int, int]) -> None:
+    """The thumbnail of a row is in the middle of the cell whose corner (x, y) is given, upright."""
+    with Image.open(io.BytesIO(gallery.thumbnail(row))) as image:
+        thumbnail = np.asarray(image).astype(int)
+    left, top = (
+        corner + (side - size) // 2 for corner, side, size in zip(at, sheet.CELL[::-1], thumbnail.shape[1::-1], strict=True)
+    )
+    there = drawn[top : top + thumbnail.shape[0], left : left + thumbnail.shape[1]]
+    assert np.abs(there - thumbnail).mean() < 6  # it may have gone through a JPEG once more
+    assert np.abs(there - thumbnail[::-1]).mean() > 12
+
+
+def test_much_that_was_found_is_drawn_in_rows_of_ten(tmp_path, images):
+    names = sorted(str(path.relative_to(images)) for path in images.rglob("*.jp*g"))
+    edit.build(edit.Inputs(str(galleries.write(tmp_path / "f.npy", names)), images=str(images)), tmp_path / "gallery")
+    gallery = open_gallery(tmp_path / "gallery")
+    answer = search.search(gallery, search.by_ids(gallery, names[:2], each=True), top=23)
+    picture = sheet.draw(gallery, answer)
+    height = sheet._TITLE + 3 * sheet._CELL_HEIGHT
+    assert picture.size == (sheet.place(0, 11)[0], sheet._GAP + 2 * height)
+    drawn = np.asarray(picture).astype(int)
+    for number, hits in enumerate(answer.hits):
+        for hit in hits:
+            row, column = divmod(hit.rank - 1, 10)
+            require_drawn(drawn, gallery, hit.row, at=sheet.place(row, 1 + column, sheet._GAP + number * height))
+    many = search.search(gallery, search.by_ids(gallery, names, each=True) * 8, top=1)
+    with pytest.raises(UserError, match=r"a JPEG has at most 65,500 pixels a side. .*b.jpg would have .*: name it b.png"):
+        sheet.write(tmp_path / "b.jpg", gallery, many)
+    assert not (tmp_path / "b.jpg").exists()
+    with pytest.raises(UserError, match=r"at most 2,000 images fit into one picture. 400 queries of 49 are more"):
+        sheet.draw(gallery, search.search(gallery, search.by_ids(gallery, names, each=True) * 8, top=0))
