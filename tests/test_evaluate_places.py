@@ -61,7 +61,7 @@ def test_a_benchmark_that_is_not_there_or_a_file_is_one_line_for_each_program(pe
         ):
             command[1] = str(Path(__file__).parents[1] / command[1]) if command[0] != "evaluate" else command[1]
             line = error_of(capsys, *command)
-            assert line.startswith(f"error: {benchmark} is expected in a folder as ")
+            assert line.startswith(f"error: benchmark {benchmark} is expected in a directory as ")
             assert line.endswith(f"but {root} {problem}")
     assert not (tmp_path / "run").exists()
 

@@ -162,7 +162,7 @@ def _require_folder(name: str, root: Path) -> None:
             raise
         problems = {errno.ENOENT: "does not exist", errno.ENOTDIR: "is a file"}
         problem = problems.get(error.errno or 0, f"cannot be read: {error.strerror}")
-        raise UserError(f"{name} is expected in a folder as {_parts(name)}, but {root} {problem}") from error
+        raise UserError(f"benchmark {name} is expected in a directory as {_parts(name)}, but {root} {problem}") from error
 
 
 def _parts(name: str) -> str:

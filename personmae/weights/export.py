@@ -19,7 +19,7 @@ from torch import Tensor
 from personmae import dist
 from personmae.errors import Incomplete, UserError
 from personmae.reid import retrieval
-from personmae.reid.datasets import load_benchmark
+from personmae.reid.datasets import Benchmark, load_benchmark
 from personmae.reid.retrieval import Features
 from personmae.reid.transforms import ImageSet, normalise
 from personmae.weights import export_check, export_formats, export_onnx, flat, stored
@@ -89,11 +89,12 @@ def run(
     ``benchmark`` (name, root) adds the scores of the checkpoint and of an exported file on it.
 
     Raises:
-        UserError: there is no such model, ``out`` exists or cannot be written to, or a package is not installed.
+        UserError: there is no such model or benchmark, ``out`` exists or cannot be written to, or a package is not installed.
         Incomplete: a file does not agree with the checkpoint. ``out`` is not there then.
     """
     _require_fitting(formats, precision)
     require_free(out)
+    found = load_benchmark(*benchmark, splits=("query", "gallery")) if benchmark else None
     encoder = load_for_command(where, log, device="cpu", unfinished=unfinished)
     people = export_check.drawn_people()
     pixels = torch.from_numpy(np.stack([to_pixels(image, encoder.config["size"]) for image in people]))
@@ -110,7 +111,7 @@ def run(
             _require_agreement(each)
             log(f"{each.path}: {each.agreement}")
             written.append(each)
-        scores = _scores(job, written, benchmark, log) if benchmark else None
+        scores = _scores(job, written, found, log) if found else None
         resized, nearest = export_check.resizings(encoder, people), _nearest(job.of_model())
         text = readme(encoder, job.flat, lacking, written, resized, nearest, scores, origin(encoder))
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -267,9 +268,8 @@ def _nearest(features: Tensor) -> float:
 # --- on a benchmark ---
 
 
-def _scores(job: Job, written: Sequence[Written], benchmark: tuple[str, str], log: Callable[[str], None]) -> Scores:
+def _scores(job: Job, written: Sequence[Written], benchmark: Benchmark, log: Callable[[str], None]) -> Scores:
     """mAP of the checkpoint, and of the ONNX file that was written or else of timm's model."""
-    found = load_benchmark(*benchmark, splits=("query", "gallery"))
     config = job.encoder.config
     if any(each.path == "onnx/unit.onnx" for each in written):
         file, run_file, mean, std = (
@@ -289,7 +289,7 @@ def _scores(job: Job, written: Sequence[Written], benchmark: tuple[str, str], lo
     def measured(features: Features) -> dict[str, float]:
         if whitening:
             features = retrieval.for_each_camera(features, "whiten", **whitening)
-        record = retrieval.measure(found, features, **shared)
+        record = retrieval.measure(benchmark, features, **shared)
         assert record  # one process
         return record
 

@@ -238,7 +238,9 @@ def test_a_root_that_is_missing_or_a_file_or_unreadable_is_named_with_what_is_ex
     (tmp_path / "file").touch()
     (tmp_path / "closed").mkdir(mode=0)
     for folder, problem in (("nope", "does not exist"), ("file", "is a file")):
-        with pytest.raises(UserError, match=f"^{name} is expected in a folder as .*, but {tmp_path}/{folder} {problem}$"):
+        with pytest.raises(
+            UserError, match=f"^benchmark {name} is expected in a directory as .*, but {tmp_path}/{folder} {problem}$"
+        ):
             load_benchmark(name, tmp_path / folder)
     with without_root(), pytest.raises(UserError, match=f"as .*, but {tmp_path}/closed cannot be read: Permission denied$"):
         load_benchmark(name, tmp_path / "closed")

@@ -358,7 +358,8 @@ def test_bad_input_is_one_line_and_code_78(tmp_path, capsys):
         ("export", run, tmp_path / "there"): "there exists: delete it or choose another",
         ("export", run, tmp_path / "file" / "out"): "a place that can be written to is required",
         ("export", run, "/proc/out"): "a place that can be written to is required",
-        ("export", tmp_path / "nothing", tmp_path / "out"): "nothing has none",
+        ("export", tmp_path / "nothing", tmp_path / "out"): "nothing does not exist",
+        ("export", tmp_path / "nothing", tmp_path / "out", "--benchmark", "csv", tmp_path / "file"): "file is a file",
         ("export", run, tmp_path / "out", "--formats", "tim"): "--formats takes some of timm,",
         ("export", run, tmp_path / "out", "--formats", "reid"): "Add timm to --formats",
         (

@@ -306,7 +306,7 @@ def test_bad_input_is_one_line_and_code_78(run, images, tmp_path, capsys):
         (images, "/proc/f.npy", "--model", run): "a place that can be written to is required",
         (images, tmp_path / "f.txt", "--model", run): "a file named .parquet or .npy is required",
         (images, out, "--model", unfinished): "must be a finished run and is at step 3 of 9",
-        (images, out, "--model", tmp_path / "nothing"): "has none",
+        (images, out, "--model", tmp_path / "nothing"): "nothing does not exist",
         (tmp_path / "empty.txt", out, "--model", run): "is empty",
         (tmp_path / "absent.txt", out, "--model", run): "None is there, such as a.jpg",
         (tmp_path / "frames", out, "--model", run, "--boxes", tmp_path / "boxes.txt"): "line 1, must begin with FRAME,TRACK",
