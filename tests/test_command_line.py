@@ -141,6 +141,23 @@ def test_an_old_option_sets_the_new_one_prints_its_name_and_is_in_no_help(capsys
     assert capsys.readouterr().err == "note: --wait-data-seconds is called --data-wait-seconds now\n"
 
 
+@pytest.mark.parametrize(
+    "typed",
+    [
+        *("synth s3://b/x", "import a.pth s3://b/x", "export RUN s3://b/x", "extract SRC s3://b/x.npy --model RUN"),
+        *("gallery build SRC s3://b/x", "gallery query s3://b/x a.jpg", "serve s3://b/x", "report s3://b/x"),
+        *("visualise RUN --out s3://b/x", "evaluate RUN folder ROOT --out s3://b/x", "bench counts --out s3://b/x"),
+    ],
+)
+def test_what_must_be_on_a_disk_is_not_taken_for_a_folder_named_s3(capsys, typed):
+    assert "must be on a disk of this machine. s3://b/x" in refusal(capsys, *typed.split())
+
+
+def test_an_option_of_synth_that_is_out_of_range_is_called_by_its_name(capsys):
+    for option, value in (("--pool-images", "-3"), ("--people", "0"), ("--processes", "0"), ("--seed", "-1")):
+        assert refusal(capsys, "synth", "OUT", option, value).startswith(f"argument {option}: must be a whole number")
+
+
 # --- what was meant ---
 
 

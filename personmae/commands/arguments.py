@@ -93,7 +93,10 @@ class Renamed(argparse.Action):
 
 def local_path(text: str) -> Path:
     """A path with ``~`` and ``$VAR`` expanded. The type ``Path`` of any argument means this."""
-    return Path(place(text))
+    expanded = place(text)
+    if locations.is_remote(expanded):
+        raise argparse.ArgumentTypeError(f"must be on a disk of this machine. {expanded} is in an object store: give a path")
+    return Path(expanded)
 
 
 def place(text: str) -> str:
@@ -118,6 +121,13 @@ def counting(text: str) -> int:
         if int(text) > 0:
             return int(text)
     raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+
+
+def natural(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) >= 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
 
 
 def size(text: str) -> tuple[int, int]:

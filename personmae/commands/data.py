@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from personmae.commands.arguments import Progress, add_max_rejects, place, positive
+from personmae.commands.arguments import Progress, add_max_rejects, counting, natural, place, positive
 from personmae.monitor.progress import counted, ending, log_to_stderr, stamped
 
 _SHARDS_WRITE = """\
@@ -41,9 +41,18 @@ examples:
 def add_synth(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("synth", help="draw synthetic pedestrians: an unlabelled pool and two ReID benchmarks")
     verb.add_argument("out", type=Path, metavar="OUT", help="directory to create")
-    verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--pool-images", type=int, default=20_000, help="size of the unlabelled pool (default 20000)")
-    verb.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    verb.add_argument("--seed", type=natural, default=0)
+    verb.add_argument(
+        "--pool-images", type=counting, default=20_000, metavar="N", help="size of the unlabelled pool (default 20000)"
+    )
+    verb.add_argument(
+        "--people",
+        type=counting,
+        default=300,
+        metavar="N",
+        help="of market1501 to train on. All else of both benchmarks is in proportion (default 300: 9,700 images)",
+    )
+    verb.add_argument("--processes", type=counting, default=os.cpu_count() or 1, metavar="N")
     verb.add_argument(
         "--cameras",
         choices=["usual", "hard"],
@@ -52,10 +61,12 @@ def add_synth(verbs: argparse._SubParsersAction) -> None:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from personmae.synthetic.benchmarks import SynthSettings, write_synthetic
+        from personmae.synthetic.benchmarks import write_synthetic
+        from personmae.synthetic.plan import SynthSettings, counts_of
 
         began = time.monotonic()
-        settings = SynthSettings(seed=args.seed, pool_images=args.pool_images, cameras=args.cameras)
+        people = counts_of(args.people)
+        settings = SynthSettings(seed=args.seed, pool_images=args.pool_images, cameras=args.cameras, **people)
         with Progress("synth", "images") as progress:
             counts = write_synthetic(args.out, settings, num_processes=args.processes, progress=progress)
         for split, count in counts.items():

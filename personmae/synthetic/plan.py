@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ CAMERAS_PER_IDENTITY = 4
 MAX_PIDS = 9999  # four digits in a file name
 MARKET_CAMERAS, DUKE_CAMERAS = 6, 8
 OCCLUSION_GRADES = (0.25, 0.45, 0.65)  # mild, medium, severe: the share of the image that is hidden, roughly
+MOST_PEOPLE = MAX_PIDS // 2  # of a benchmark to train on, for as many are to be tested on
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,23 @@ class SynthSettings:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"synth.{name} must be in [0, 1], got {getattr(self, name)}")
 
+
+def counts_of(people: int) -> dict[str, Any]:
+    """Settings of both benchmarks for so many people of market1501 to train on. The rest is in proportion to the defaults.
+
+    Raises:
+        UserError: file names have no room for so many.
+    """
+    if people > MOST_PEOPLE:
+        raise UserError(f"--people must be at most {MOST_PEOPLE:,}, got {people:,}. Lower it")
+    usual = SynthSettings()
+    return {name: max(1, round(getattr(usual, name) * people / usual.market_train_ids)) for name in _IN_PROPORTION}
+
+
+_IN_PROPORTION = (
+    *("market_train_ids", "market_test_ids", "market_distractors", "market_junk"),
+    *("occluded_duke_train_ids", "occluded_duke_test_ids"),
+)
 
 # A query needs a gallery image from another camera, hence two images on two cameras.
 _LEAST = {
