@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from personmae import dist
@@ -105,13 +106,12 @@ def open_pretrained(where: str | Path, *, device: str | torch.device | None = No
         UserError: there is no checkpoint, it is damaged, or it has no decoder of pixels.
         Unavailable: it cannot be read at present.
     """
-    if (Path(where) / stored.DESCRIPTION).is_file():
-        raise UserError(f"{_REQUIRED} {where} is an exported folder, which holds no decoder: name the run itself")
+    _require_no_export(where)
     path = portable.locate(where, moments=False)
     student = portable.read_kind(path, "student")
     tensors = {name: stored.as_fp32(tensor) for name, tensor in student.items() if name.startswith(_PARTS)}
-    if "pixel_decoder.mask_token" not in tensors:
-        raise UserError(f"{_REQUIRED} {path} has no decoder of pixels: name a run of 'personmae pretrain'")
+    if _DECODER not in tensors:
+        raise UserError(_without_decoder(path))
     state = portable.read_state(path)
     with blank():
         model = PersonMAE(**_model_arguments(state, tensors))
@@ -122,6 +122,38 @@ def open_pretrained(where: str | Path, *, device: str | torch.device | None = No
 
 
 _REQUIRED: Final = "a pre-training run with its decoder is required to predict hidden patches."
+_DECODER: Final = "pixel_decoder.mask_token"
+
+
+def require_decoder(where: str | Path) -> None:
+    """Raise a UserError where there is no checkpoint, or none with a decoder. No tensor is read, so damage is not found."""
+    _require_no_export(where)
+    there = [Path(where)] if (Path(where) / portable.MANIFEST).is_file() else portable.folders(where)
+    if not there:
+        raise UserError(f"{_REQUIRED} {where} has no checkpoint: name a run of 'personmae pretrain'")
+    if not any(_may_have_decoder(path) for path in there):
+        raise UserError(_without_decoder(there[0]))
+
+
+def _require_no_export(where: str | Path) -> None:
+    if (Path(where) / stored.DESCRIPTION).is_file():
+        raise UserError(f"{_REQUIRED} {where} is an exported folder, which holds no decoder: name the run itself")
+
+
+def _without_decoder(path: Path) -> str:
+    return f"{_REQUIRED} {path} has no decoder of pixels: name a run of 'personmae pretrain'"
+
+
+def _may_have_decoder(path: Path) -> bool:
+    """Whether the decoder's name is in a file of a checkpoint. True where one is damaged, which reading it will explain."""
+    names: set[str] = set()
+    try:
+        for file in path.glob("student*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                names.update(opened.keys())
+    except (SafetensorError, OSError):
+        return True
+    return _DECODER in names
 
 
 def reconstruct(

@@ -77,4 +77,4 @@ class Models:
             self.error = error
             self._end()
         else:
-            self._log(f"uploads cannot be searched for. {error}")
+            self._log(f"uploads cannot be searched for: {error}")

@@ -64,6 +64,7 @@ def run(settings: Settings) -> None:
         UserError: there is no such gallery or model, the address cannot be used, or strangers could use it.
     """
     watched, password = Watched(settings.gallery), read_password(settings.password_file)
+    require_models(settings)
     with listening(settings.host, settings.port) as sock:
         require_safe(sock, settings, password)
         limits = Limits(body=settings.most_bytes)
@@ -104,7 +105,34 @@ def _load(settings: Settings, watched: Watched, models: Models) -> None:
     models.load(wanted)
 
 
+def require_models(settings: Settings) -> None:
+    """Check what is asked for, as far as that takes no tensor: an address is printed only for a page that stays.
+
+    Raises:
+        UserError: there is no model at a place, or it has no decoder.
+    """
+    for option, place in (("--model", settings.model), ("--pretrained", settings.pretrained)):
+        if place and not place.startswith("timm:") and not os.path.exists(place):
+            raise UserError(f"a run or a checkpoint is required as {option}. {place} does not exist: correct the path")
+    if settings.model and os.path.isdir(settings.model):
+        _require_weights(settings.model)
+    if settings.pretrained:
+        from personmae.explain import reconstruction
+
+        reconstruction.require_decoder(settings.pretrained)
+
+
+def _require_weights(place: str) -> None:
+    from personmae.checkpoint import portable
+    from personmae.weights import stored
+
+    if not any(Path(place, name).is_file() for name in (stored.DESCRIPTION, portable.MANIFEST)) and not portable.folders(place):
+        raise UserError(f"a run or a checkpoint is required as --model. {place} holds none: correct the path")
+
+
 def _open_encoder(place: str, watched: Watched, settings: Settings) -> Any:
+    if not settings.model and not place.startswith("timm:") and not os.path.exists(place):
+        raise UserError(f"the gallery was built with {place}, which is not there any more. If it was moved, give --model RUN")
     from personmae.gallery import search
     from personmae.weights.loading import load_for_command
 

@@ -103,9 +103,9 @@ def test_a_signal_ends_it_as_complete(made: Made, number: int):
 
 
 def serve(*arguments: str | Path, env: dict[str, str] | None = None) -> str:
-    """The one line of an error."""
+    """The one line of an error, before any address is printed."""
     done = warm.run(["-m", "personmae", "serve", *arguments], env=env)
-    assert done.returncode == 78, done.stderr
+    assert (done.returncode, done.stdout) == (78, ""), done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "Traceback" not in done.stderr
     return line
@@ -118,8 +118,23 @@ def test_what_cannot_be_served_ends_with_one_line(made: Made, tmp_path: Path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert f"127.0.0.1 port {port} cannot be used (Address already in use)" in serve(made.gallery, "--port", str(port))
-    assert str(tmp_path) in serve(made.gallery, "--port", "0", "--model", tmp_path)
-    assert "no decoder" in serve(made.gallery, "--port", "0", "--pretrained", made.run)
+
+
+def test_a_model_that_cannot_be_served_is_found_before_the_address_is_printed(made: Made, tmp_path: Path):
+    def refused(*options: str | Path) -> str:
+        return serve(made.gallery, "--port", "0", *options)
+
+    for option in ("--model", "--pretrained"):
+        assert f"is required as {option}. nope does not exist: correct the path" in refused(option, "nope")
+    assert f"{tmp_path} holds none: correct the path" in refused("--model", tmp_path)
+    assert f"{tmp_path} has no checkpoint: name a run of 'personmae pretrain'" in refused("--pretrained", tmp_path)
+    assert "no decoder of pixels: name a run of 'personmae pretrain'" in refused("--pretrained", made.run)
+
+
+def test_where_the_gallerys_own_model_was_moved_the_log_says_what_to_give(made: Made):
+    moved = str(made.run.with_name("moved"))
+    with pytest.raises(UserError, match=f"built with {moved}, which is not there any more. If it was moved, give --model RUN"):
+        server._open_encoder(moved, server.Watched(made.gallery), server.Settings(made.gallery))
 
 
 def test_a_gallery_whose_model_has_gone_is_served_without_uploads(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -133,7 +148,7 @@ def test_a_gallery_whose_model_has_gone_is_served_without_uploads(made: Made, tm
 
     models.load([(models.encoder, fail, False)]).join()
     assert (models.encoder.state, models.error, ended) == ("failed", None, [])
-    assert "uploads cannot be searched for. nothing is there: look" in capsys.readouterr().out
+    assert "uploads cannot be searched for: nothing is there: look" in capsys.readouterr().out
     models.load([(models.encoder, fail, True)]).join()
     assert (str(models.error), ended) == ("nothing is there: look", [1])
 
