@@ -138,7 +138,10 @@ class StopSignal:
             signals.log(f"stopping after this step. {again}")
         self.requested = True
         if number == signal.SIGINT:  # a second Ctrl-C ends at once. Checkpoints are whole or absent
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, self._end)
+
+    def _end(self, *_: object) -> None:
+        raise KeyboardInterrupt("The last checkpoint stands. Run the same command again to go on from it")
 
 
 def any_rank(flag: bool) -> bool:

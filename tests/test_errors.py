@@ -53,7 +53,10 @@ def test_a_stop_is_one_line_and_75(capsys):
 
 
 def test_the_keyboards_interrupt_is_one_line_and_130(capsys):
-    assert ending(KeyboardInterrupt(), capsys) == (130, "stopped: interrupted by the keyboard\n")
+    code, line = ending(KeyboardInterrupt(), capsys)
+    assert (code, line.startswith("stopped: by Ctrl-C. Nothing half-written is left.")) == (130, True)
+    code, line = ending(KeyboardInterrupt("The last checkpoint stands"), capsys)
+    assert (code, line) == (130, "stopped: by Ctrl-C. The last checkpoint stands\n")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from personmae import dist
 from personmae.errors import UserError
 from personmae.precision import AUTO, choose, dtype_of
+from personmae.system import signals
 
 Product = tuple[int, int, int]  # (M, K, N): of a matrix (M, K) and one (K, N)
 # Square ones, and those of the first layer of an MLP on many tokens: ViT-S, ViT-B and ViT-L; on a CPU also the micro encoder.
@@ -58,7 +59,7 @@ def require_native(precisions: Sequence[str], device: torch.device) -> tuple[str
 def measure_alone(precisions: Sequence[str]) -> Ceilings:
     """The ceilings of the device that a program would take, from a process that leaves nothing behind."""
     print(f"measuring the most that this machine can do, in {' and '.join(precisions)} ...", flush=True)
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signals.end_quietly) as pool:
         return pool.submit(_measure_here, tuple(precisions)).result()
 
 

@@ -19,7 +19,7 @@ from personmae.errors import UserError
 from personmae.monitor import environment, progress
 from personmae.reid.cluster import pseudo_labels
 from personmae.reid.cluster_quality import ClusterQuality, quality
-from personmae.system import files
+from personmae.system import files, signals
 
 OURS = "pseudo_labels"
 BASELINE = "dense N x N"  # matrices, filled image by image, as cluster-contrast and its ports compute it
@@ -96,7 +96,7 @@ def run_cluster(bench: ClusterBench, out: Path | None = None) -> dict[str, Any]:
 
 def _in_own_process(name: str, bench: ClusterBench) -> tuple[float, int, int, np.ndarray]:
     """Measure in a new process, since only then its peak of memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signals.end_quietly) as pool:
         return pool.submit(measure, name, bench).result()
 
 

@@ -26,7 +26,7 @@ from personmae.data.stream import BatchReader, JpegReader
 from personmae.errors import UserError
 from personmae.model.inputs import RegionSpec, prepare_batch
 from personmae.monitor import environment, progress
-from personmae.system import files
+from personmae.system import files, signals
 
 IMG_SIZE = (256, 128)
 BATCH_SIZE = 256
@@ -222,7 +222,7 @@ def _from_store(bench: DataBench, root: str, scratch: Path, mean_bytes: float) -
 
 def _in_own_process(root: Path, bench: DataBench, crop: bool) -> float:
     """Measure the baseline in a new process, since it has shared memory and locks of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signals.end_quietly) as pool:
         return pool.submit(baseline, str(root), bench.num_images, bench.num_threads, crop).result()
 
 

@@ -18,7 +18,7 @@ from personmae.checkpoint import portable
 from personmae.errors import UserError
 from personmae.monitor import environment, progress
 from personmae.reid.ranking import BLOCK_SIZE, Labels, cosine, evaluate
-from personmae.system import files
+from personmae.system import files, signals
 
 OURS = "evaluate"
 PRODUCT = "matrix product alone"
@@ -98,7 +98,7 @@ def run_retrieval(bench: RetrievalBench, out: Path | None = None) -> dict[str, A
 
 def _in_own_process(name: str, bench: RetrievalBench, num_queries: int) -> tuple[float, int, float | None]:
     """Measure in a new process, since only then its peak of memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signals.end_quietly) as pool:
         return pool.submit(measure, name, bench, num_queries).result()
 
 

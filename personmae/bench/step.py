@@ -45,7 +45,7 @@ from personmae.model.compiled import CropBackend, require_kernel
 from personmae.model.vit import SIZES, ActivationCheckpointing
 from personmae.monitor import environment, progress
 from personmae.precision import AUTO, NAMES
-from personmae.system import files
+from personmae.system import files, signals
 
 T = TypeVar("T")
 _KEYS = ("size", "batch_size", "engine", "precision", "compile", "checkpointing", "crop_backend", "source")
@@ -148,7 +148,7 @@ class _Alone:
     """A process of its own. After a failure it gets no more work."""
 
     def __init__(self) -> None:
-        self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signals.end_quietly)
         self.failed = ""
 
     def __enter__(self) -> "_Alone":

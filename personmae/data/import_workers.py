@@ -53,6 +53,7 @@ def workers(num_processes: int, *, preload: str = "personmae.data.importer") -> 
 
 
 def _become_worker(watched: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all. The parent answers it, and ends this one
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
 

@@ -7,12 +7,10 @@ nothing. The other modules of this package define the people and the scenes.
 """
 
 import json
-import multiprocessing
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,11 +18,13 @@ from typing import Any
 
 import cv2
 
-from personmae.errors import UserError
+from personmae.data.import_workers import workers
+from personmae.errors import Unavailable, UserError
 from personmae.synthetic.contact_sheet import contact_sheet
 from personmae.synthetic.image import draw_shot
 from personmae.synthetic.plan import Shot, SynthSettings, plan
 from personmae.system import storage
+from personmae.weights.staging import partial_folder
 
 FORMAT_VERSION = 2
 COMPLETION_MARK = "synthetic.json"
@@ -40,41 +40,54 @@ def write_synthetic(
 ) -> dict[str, int]:
     """Draw everything into ``out`` and return the number of images per folder.
 
-    ``out`` appears complete or not at all: the work is done in ``out.partial`` next to it and renamed. If ``out`` is
+    ``out`` appears complete or not at all: the work is done in ``out.partial`` next to it and renamed. A failure or a stop
+    deletes that, and the next run deletes what a kill has left. If ``out`` is
     there with the same settings, nothing is done. ``progress(done, total)`` counts images. Next to the images
     are ``contact_sheet.png``, ``occluded_duke/query_occlusion.json`` (file name -> share hidden) and, written last,
     the completion mark ``synthetic.json``. Each benchmark has a copy of it, by which its readers know that people are drawn.
 
     Raises:
-        UserError: ``out`` was written with other settings, or holds something else.
+        UserError: ``out`` was written with other settings, holds something else, or cannot be written.
     """
     if num_processes < 1:
-        raise UserError(f"synth.num_processes must be at least 1, got {num_processes}. Use 1 to draw in this process")
+        raise UserError(f"--processes must be at least 1, got {num_processes}. Use 1 to draw in this process")
     out = out.resolve()
     counts = finished_counts(out, settings)
     if counts is not None:
         return counts
-    partial_out = out.with_name(out.name + ".partial")
-    if partial_out.exists():
-        shutil.rmtree(partial_out)
     shots = plan(settings)
+    with partial_folder(out, keep=False) as partial_out:
+        _draw(partial_out, settings, shots, num_processes, progress)
+        counts = _write_records(partial_out, settings, shots)
+        partial_out.rename(out)
+    return counts
+
+
+def _draw(
+    out: Path, settings: SynthSettings, shots: list[Shot], num_processes: int, progress: Callable[[int, int], None]
+) -> None:
+    """Draw all images and the contact sheet."""
     for folder in sorted({str(Path(shot.path).parent) for shot in shots}):
-        (partial_out / folder).mkdir(parents=True)
+        (out / folder).mkdir(parents=True)
     with _one_opencv_thread():
         done = 0
-        for written in _draw_all(partial_out, settings, shots, num_processes):
-            done += written
-            progress(done, len(shots))
+        with closing(_draw_all(out, settings, shots, num_processes)) as chunks:
+            for written in chunks:
+                done += written
+                progress(done, len(shots))
         _, sheet = cv2.imencode(".png", contact_sheet(settings, shots))
-    (partial_out / "contact_sheet.png").write_bytes(sheet.tobytes())
+    (out / "contact_sheet.png").write_bytes(sheet.tobytes())
+
+
+def _write_records(out: Path, settings: SynthSettings, shots: list[Shot]) -> dict[str, int]:
+    """Write what is known of the images, the completion mark last. Returns the number of images per folder."""
     hidden = {Path(shot.path).name: shot.occlusion for shot in shots if shot.path.startswith("occluded_duke/query/")}
-    (partial_out / "occluded_duke" / "query_occlusion.json").write_text(json.dumps(hidden, indent=0) + "\n", encoding="utf-8")
+    (out / "occluded_duke" / "query_occlusion.json").write_text(json.dumps(hidden, indent=0) + "\n", encoding="utf-8")
     counts = _count(shots)
     record = {"format_version": FORMAT_VERSION, "settings": asdict(settings), "counts": counts}
     for benchmark in sorted({Path(folder).parent.name for folder in counts} - {""}):  # it may be copied alone
-        _write_mark(partial_out / benchmark, record)
-    _write_mark(partial_out, record)
-    partial_out.rename(out)
+        _write_mark(out / benchmark, record)
+    _write_mark(out, record)
     return counts
 
 
@@ -124,6 +137,8 @@ def finished_counts(out: Path, settings: SynthSettings) -> dict[str, int] | None
     if not mark.is_file():
         if out.is_dir() and not any(out.iterdir()):
             return None
+        if out.exists() and not out.is_dir():
+            raise UserError(f"a directory to create is required. {out} is a file: choose another place")
         if out.exists():
             raise UserError(f"{out} must be absent or empty, but it holds something else. Choose another directory")
         return None
@@ -135,13 +150,16 @@ def finished_counts(out: Path, settings: SynthSettings) -> dict[str, int] | None
             f"{mark} must be the record of a finished run, but it cannot be read ({error}). Delete {out}"
         ) from error
     if found != (FORMAT_VERSION, asdict(settings)):
-        wanted = asdict(settings)
-        other = {key: found[1].get(key) for key in wanted if found[1].get(key) != wanted[key]}
-        raise UserError(
-            f"{out} must have format version {FORMAT_VERSION} and the settings asked for, but it has version "
-            f"{found[0]} and {other or 'the same settings'}. Choose another directory or delete it"
-        )
+        raise UserError(_differences(out, *found, settings))
     return counts
+
+
+def _differences(out: Path, version: int, found: dict[str, Any], settings: SynthSettings) -> str:
+    """What was asked for and what is there, in words."""
+    has, wanted = {"format_version": version, **found}, {"format_version": FORMAT_VERSION, **asdict(settings)}
+    other = [name for name in wanted if has.get(name) != wanted[name]]
+    asked, there = (", ".join(f"{name} {side.get(name)}" for name in other) for side in (wanted, has))
+    return f"{out} must have {asked}. It was drawn with {there}: choose another directory or delete it"
 
 
 def _count(shots: Iterable[Shot]) -> dict[str, int]:
@@ -159,16 +177,19 @@ def _one_opencv_thread() -> Iterator[None]:
         cv2.setNumThreads(threads)
 
 
-def _draw_all(out: Path, settings: SynthSettings, shots: list[Shot], num_processes: int) -> Iterator[int]:
+def _draw_all(out: Path, settings: SynthSettings, shots: list[Shot], num_processes: int) -> Generator[int, None, None]:
     """Draw in chunks, and yield the number of images of each finished chunk."""
     draw = partial(_draw_chunk, out, settings)
     chunks = [shots[start : start + CHUNK_IMAGES] for start in range(0, len(shots), CHUNK_IMAGES)]
     if num_processes == 1:
         yield from map(draw, chunks)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        yield from pool.map(draw, chunks)
+    with workers(num_processes, preload=__name__) as pool:
+        try:
+            yield from pool.map(draw, chunks)
+        except BrokenProcessPool as error:
+            what = "a worker process was killed, usually for lack of memory"
+            raise Unavailable(f"{what}. Run the same command again, with fewer --processes") from error
 
 
 def _draw_chunk(out: Path, settings: SynthSettings, shots: list[Shot]) -> int:

@@ -43,7 +43,7 @@ def replace(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError:
+    except BaseException:  # a stop too
         partial.unlink(missing_ok=True)
         raise
 

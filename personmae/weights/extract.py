@@ -108,9 +108,9 @@ def run(
         require_free(out)
     if out.suffix.lower() == ".npy" and not left.exists():
         require_free(feature_file.ids_beside(out))
-    encoder = load_for_command(model, log, device=device, unfinished=unfinished)
-    settings = _settings(model, encoder, precision, num_processes, unfinished)
     with kept_when_stopped():
+        encoder = load_for_command(model, log, device=device, unfinished=unfinished)
+        settings = _settings(model, encoder, precision, num_processes, unfinished)
         opened = open_images(source, boxes=boxes, column=column, log=log) if isinstance(source, str) else source
         plan = make_plan(encoder, settings, opened)
         with partial_folder(out, keep=True) as folder:

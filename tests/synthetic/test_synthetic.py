@@ -4,8 +4,13 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -22,7 +27,7 @@ from personmae.synthetic.body import BACK, FRONT, LEFT, VIEWS
 from personmae.synthetic.canvas import ACCENT, BAG, Canvas, Image
 from personmae.synthetic.figure import Pose, draw_person
 from personmae.synthetic.image import draw_shot
-from personmae.synthetic.plan import Shot, SynthSettings, plan
+from personmae.synthetic.plan import Shot, SynthSettings, counts_of, plan
 from personmae.synthetic.wardrobe import Identity, Item, look_alikes, sample_identity
 
 SMALL = SynthSettings(
@@ -266,7 +271,9 @@ def test_the_second_domain_is_visibly_darker() -> None:
     assert second < first - 15
 
 
-def test_a_killed_run_shows_nothing_and_is_restarted(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_leaves_nothing_and_a_killed_one_is_restarted(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     drawn = itertools.count()
 
@@ -279,7 +286,8 @@ def test_a_killed_run_shows_nothing_and_is_restarted(written: Path, tmp_path: Pa
         patch.setattr(benchmarks, "draw_shot", killed)
         with pytest.raises(KeyboardInterrupt):
             write_synthetic(out, SMALL, num_processes=1)
-    assert not out.exists()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "out.partial" / "pool").mkdir(parents=True)  # as a kill leaves it
     (tmp_path / "out.partial" / "pool" / "left-over.jpg").write_bytes(b"")
     write_synthetic(out, SMALL, num_processes=1)
     assert hashes(out) == hashes(written)
@@ -287,15 +295,56 @@ def test_a_killed_run_shows_nothing_and_is_restarted(written: Path, tmp_path: Pa
 
 
 def test_other_settings_and_foreign_directories_are_user_errors(written: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"'seed': 3.*Choose another directory or delete it"):
+    with pytest.raises(UserError, match=r"must have seed 9. It was drawn with seed 3: choose another directory or delete it"):
         write_synthetic(written, dataclasses.replace(SMALL, seed=9), num_processes=1)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else"):
         write_synthetic(tmp_path, SMALL, num_processes=1)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(UserError, match=r"notes.txt is a file: choose another place"):
+        write_synthetic(tmp_path / "notes.txt", SMALL, num_processes=1)
+    with pytest.raises(UserError, match=r"a place that can be written to is required. /proc/people is none"):
+        write_synthetic(Path("/proc/people"), SMALL, num_processes=1)
 
 
 @pytest.mark.parametrize("wrong", [{"pool_images": 0}, {"queries_per_id": 5}, {"occluded_fraction": 1.5}])
 def test_settings_out_of_range_are_user_errors(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
         dataclasses.replace(SMALL, **wrong)  # type: ignore[arg-type]
+
+
+def test_fewer_people_are_drawn_in_the_proportions_of_the_benchmarks() -> None:
+    assert SynthSettings(**counts_of(300)) == SynthSettings()
+    assert SynthSettings(**counts_of(30)) == SynthSettings(
+        market_train_ids=30,
+        market_test_ids=30,
+        market_distractors=20,
+        market_junk=10,
+        occluded_duke_train_ids=20,
+        occluded_duke_test_ids=15,
+    )
+    assert set(counts_of(1).values()) == {1}
+    SynthSettings(**counts_of(4_999))
+    with pytest.raises(UserError, match="--people must be at most 4,999, got 5,000"):
+        counts_of(5_000)
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """As a terminal sends it: to the command and to the processes that draw."""
+    script, said = tmp_path / "personmae", tmp_path / "said"
+    script.write_text("from personmae.__main__ import console\nif __name__ == '__main__':\n    console()\n")
+    command = [sys.executable, script, "synth", tmp_path / "two words" / "people", "--processes", "2"]
+    with said.open("w") as stderr, subprocess.Popen(command, stderr=stderr, start_new_session=True) as process:
+        try:
+            while "of 29,700 images" not in said.read_text():
+                assert process.poll() is None, said.read_text()
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert said.read_text().splitlines()[-1].startswith("stopped: by Ctrl-C. Nothing half-written is left.")
+    assert said.read_text().count("stopped:") == 1
+    assert "Traceback" not in said.read_text()
+    assert list((tmp_path / "two words").iterdir()) == []

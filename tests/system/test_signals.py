@@ -28,6 +28,7 @@ PROGRAMS = {
     ],
     "agent": ["-m", "launcher.elastic", "run", "--", "launcher/pretrain.py"],
 }
+STARTS_OVER = "Nothing half-written is left. Run the same command again: it starts over\n"
 LINE = "stopped: before anything was begun. Run this again\n"
 
 
@@ -99,9 +100,9 @@ leave(run_program(work))
 
 
 def test_a_program_without_an_answer_of_its_own_cleans_up_and_ends_with_75(tmp_path: Path) -> None:
-    output = "cleaned up\nstopped: by SIGTERM. Run this again\n"
+    output = f"cleaned up\nstopped: by SIGTERM. {STARTS_OVER}"
     assert ended(["-c", AT_WORK], signal.SIGTERM, tmp_path) == (75, output)
-    output = "cleaned up\nstopped: interrupted by the keyboard\n"
+    output = f"cleaned up\nstopped: by Ctrl-C. {STARTS_OVER}"
     assert ended(["-c", AT_WORK], signal.SIGINT, tmp_path) == (130, output)
 
 
@@ -121,13 +122,37 @@ leave(run_program(work))
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "line"),
-    [(signal.SIGTERM, 75, "by SIGTERM. Run this again"), (signal.SIGINT, 130, "interrupted by the keyboard")],
+    ("number", "code", "by_whom"),
+    [(signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")],
 )
-def test_a_signal_during_a_late_import_leaves_nothing_half_written(number: int, code: int, line: str, tmp_path: Path) -> None:
+def test_a_signal_during_a_late_import_leaves_nothing_half_written(
+    number: int, code: int, by_whom: str, tmp_path: Path
+) -> None:
     slow_import(tmp_path, "slow")
-    assert ended(["-c", BEGUN, str(tmp_path / "out")], number, tmp_path) == (code, f"stopped: {line}\n")
+    assert ended(["-c", BEGUN, str(tmp_path / "out")], number, tmp_path) == (code, f"stopped: by {by_whom}. {STARTS_OVER}")
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != "") == ["slow.py"]
+
+
+def test_a_program_at_work_that_imports_something_ends_in_good_order_after_that_import(tmp_path: Path) -> None:
+    """A function of the package is at work, so it has begun: an end on the spot would pass over all that ends it well."""
+    (tmp_path / "late.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(1)\nprint('imported', flush=True)\n")
+    at_work = """
+from personmae.system import signals
+signals.answer_early()
+import sys
+from personmae.errors import leave, run_program
+def work():
+    try:
+        at_work(lambda: __import__("late"))
+        signals.threading.Event().wait(60)
+    finally:
+        print("cleaned up", file=sys.stderr)
+code = compile("def at_work(function): function()", signals._PACKAGE / "evaluate.py", "exec")
+exec(code)
+leave(run_program(work))
+"""
+    for number, code, by_whom in ((signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")):
+        assert ended(["-c", at_work], number, tmp_path) == (code, f"cleaned up\nstopped: by {by_whom}. {STARTS_OVER}")
 
 
 @pytest.fixture
