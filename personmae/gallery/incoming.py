@@ -24,6 +24,7 @@ from personmae.monitor.progress import counted
 from personmae.system import files
 from personmae.weights import extract
 from personmae.weights.encoder import Encoder
+from personmae.weights.extract import NothingReadable
 from personmae.weights.extract_images import Images, open_images
 from personmae.weights.loading import load_for_command
 from personmae.weights.staging import partial_of
@@ -120,8 +121,15 @@ def receive(inputs: Inputs, folder: Path, target: Target, progress: Progress, lo
     keep, num_there, num_removed = target.choose(gallery, images.ids)  # again when the features are there: others may add
     if num_there:
         log(f"{num_there:,} of {counted(len(keep), 'image')} skipped: the gallery has them already")
-    found = _computed(inputs, images.part(np.flatnonzero(keep).tolist()), folder, target, gallery, table, progress, log)
-    return Incoming(found, num_there, num_removed)
+    chosen = images.part(np.flatnonzero(keep).tolist())
+    features, left_out = _computed(inputs, chosen, folder, gallery, progress, log) if chosen.ids else (None, [])
+    if left_out:
+        _answer_for(left_out, len(keep), inputs, target, log)
+    if features is None:
+        return Incoming(None, num_there, num_removed)
+    found = sources.open_features(features, table=table)
+    found = replace(found, images=Pictures(chosen) if inputs.thumbnails else None)
+    return Incoming(_from(found, inputs.model), num_there, num_removed)
 
 
 def _with_model(inputs: Inputs, gallery: Gallery | None) -> Inputs:
@@ -136,30 +144,39 @@ def _with_model(inputs: Inputs, gallery: Gallery | None) -> Inputs:
 
 
 def _computed(
-    inputs: Inputs,
-    images: Images,
-    folder: Path,
-    target: Target,
-    gallery: Gallery | None,
-    table: Table | None,
-    progress: Progress,
-    log: Log,
-) -> Source | None:
-    """Rows of images by a model that is the gallery's, or None where there is no image."""
-    if not images.ids:
-        return None
+    inputs: Inputs, images: Images, folder: Path, gallery: Gallery | None, progress: Progress, log: Log
+) -> tuple[Path | None, list[Reject]]:
+    """Features by a model that is the gallery's, None where no image can be read, and the images that were left out."""
     encoder = load_for_command(str(inputs.model), log, unfinished=inputs.unfinished)
     if gallery is not None:
         search.require_model(gallery, encoder)
-    features = _extracted(inputs, images, encoder, folder, progress)
-    left_out = _left_out(features, target.where)
-    if left_out:
-        listed = extract.rejects_beside(target.where)
-        otherwise = f"{', which computes nothing again' if gallery is None else ''}, or fix them and run this again"
-        rejects.check_listed(left_out, len(images.ids), inputs.max_rejects, str(listed), otherwise)
-        log(f"{counted(len(left_out), 'image')} left out, listed in {listed}: {rejects.summary(left_out)}")
-    found = sources.open_features(features, table=table)
-    return _from(replace(found, images=Pictures(images) if inputs.thumbnails else None), inputs.model)
+    try:
+        features = _extracted(inputs, images, encoder, folder, progress)
+    except NothingReadable as error:
+        return None, error.rejects
+    listed = extract.rejects_beside(features)
+    return features, [json.loads(line) for line in files.whole_lines(listed)]
+
+
+def _answer_for(left_out: list[Reject], num_images: int, inputs: Inputs, target: Target, log: Log) -> None:
+    """List what was left out beside the gallery.
+
+    The share is one of all images of the source. So a folder that grows is not refused for what is broken in it.
+
+    Raises:
+        UserError: it is all of them.
+        TooManyRejects: it is more than the share that may be.
+    """
+    listed, words = extract.rejects_beside(target.where), rejects.summary(left_out)
+    files.replace(listed, "".join(f"{json.dumps(reject)}\n" for reject in left_out))
+    if len(left_out) == num_images:
+        raise UserError(
+            f"images that can be decoded are required. All {num_images:,} of {inputs.where} were left out, listed in {listed}: "
+            f"{words}"
+        )
+    otherwise = f"{'' if target.where.exists() else ', which computes nothing again'}, or fix them and run this again"
+    rejects.check_listed(left_out, num_images, inputs.max_rejects, str(listed), otherwise)
+    log(f"{counted(len(left_out), 'image')} left out, listed in {listed}: {words}")
 
 
 def _of_features(inputs: Inputs, table: Table | None, log: Log) -> Source:
@@ -215,13 +232,3 @@ def _extracted(inputs: Inputs, images: Images, encoder: Encoder, folder: Path, p
     )
     plan.write_text(record, encoding="utf-8")
     return features
-
-
-def _left_out(features: Path, gallery: Path) -> list[Reject]:
-    """The images without features. They are listed beside the gallery too."""
-    found = extract.rejects_beside(features)
-    if not found.exists():
-        return []
-    content = found.read_bytes()
-    files.replace(extract.rejects_beside(gallery), content)
-    return [json.loads(line) for line in content.splitlines()]

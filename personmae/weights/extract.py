@@ -41,6 +41,14 @@ _BATCH: Final = {"cpu": 64, "cuda": 256}
 Progress = Callable[[int, int], None]
 
 
+class NothingReadable(UserError):  # noqa: N818 - what was found
+    """None of the images could be read. ``rejects`` has all of them."""
+
+    def __init__(self, message: str, rejects: list[Reject]):
+        super().__init__(message)
+        self.rejects = rejects
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How an extraction ended."""
@@ -252,9 +260,10 @@ def _end(plan: Plan, out: Path, folder: Path, left_out: list[Reject], max_reject
     """Join the parts. What was left out is listed beside the result."""
     if len(left_out) == plan.num_images:
         shutil.rmtree(folder)
-        raise UserError(
+        raise NothingReadable(
             f"images that can be decoded are required. All {len(left_out):,} of {plan.images.location} were left out: "
-            f"{rejects.summary(left_out)}"
+            f"{rejects.summary(left_out)}",
+            left_out,
         )
     lines = "".join(f"{json.dumps(reject)}\n" for reject in left_out)
     if left_out:

@@ -185,6 +185,33 @@ def test_a_folder_that_has_grown_adds_what_is_new_and_computes_nothing_else(run,
     assert ids_of(open_gallery(where)) == [*names[2:], *names[:2]]
 
 
+def test_a_folder_that_grows_is_not_refused_for_an_image_that_stays_broken(run, images, tmp_path, capsys):
+    names = [f"{number}.jpg" for number in range(20)]
+    source, where = fill(tmp_path / "some", images, names, ["bad.jpg"]), tmp_path / "g"
+    command = ["--model", str(run), str(source)]
+    assert main(["gallery", "build", *command, str(where)]) == EXIT_COMPLETE
+    for new, added in ([], 0), (["new.jpg"], 1):
+        (tmp_path / "g.rejects.jsonl").unlink()
+        fill(source, images, new, [])
+        capsys.readouterr()
+        assert main(["gallery", "add", str(where), str(source), "--skip-existing"]) == EXIT_COMPLETE
+        out, err = capsys.readouterr()
+        assert "1 image left out, listed in" in err
+        assert out.startswith(f"{added} image")
+        assert "20 that are there already are skipped" in out
+        assert rejected(tmp_path / "g.rejects.jsonl") == ["bad.jpg"]
+    assert ids_of(open_gallery(where)) == [*sorted(names), "new.jpg"]
+
+
+def test_a_folder_without_a_single_good_image_is_refused_with_their_list(run, images, tmp_path, capsys):
+    source, where = fill(tmp_path / "bad", images, [], ["a.jpg", "b.jpg"]), tmp_path / "g"
+    command = ["gallery", "build", str(source), str(where), "--model", str(run), "--max-rejects", "1"]
+    assert main(command) == EXIT_USER_ERROR
+    assert f"All 2 of {source} were left out, listed in {where}.rejects.jsonl: 2 no image" in capsys.readouterr().err
+    assert rejected(tmp_path / "g.rejects.jsonl") == ["a.jpg", "b.jpg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "g.rejects.jsonl"]
+
+
 def test_features_that_are_there_already_are_skipped_too(tmp_path):
     ids = galleries.named(20)
     where = galleries.build(tmp_path, ids[:15])
