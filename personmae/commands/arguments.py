@@ -132,8 +132,10 @@ def natural(text: str) -> int:
 
 def size(text: str) -> tuple[int, int]:
     """(height, width) in pixels from "256x128"."""
-    height, _, width = text.partition("x")
-    return counting(height), counting(width)
+    height, _, width = text.lower().partition("x")
+    with contextlib.suppress(argparse.ArgumentTypeError):
+        return counting(height), counting(width)
+    raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, such as 256x128, got {text!r}")
 
 
 class Progress:

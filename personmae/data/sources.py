@@ -82,6 +82,8 @@ class Source:
         files = self._files.files(self.passed_over)
         parts = self._parts(files)
         containers += [part for part in parts if isinstance(part, Container)]
+        if self._column and not any(isinstance(container, Mds | Parquet) for container in containers):
+            raise UserError(f"--column is of MDS shards and parquet files. {self.location} has none: leave it out")
         with ThreadPoolExecutor(_NUM_LISTERS) as threads:
             listings = threads.map(_listing, containers)
             found = list(itertools.chain.from_iterable(self._merged(parts, listings)))
@@ -251,5 +253,5 @@ def _require_single(name: str, location: str) -> None:
     """Raise a ``UserError`` for a single file that can hold no images."""
     if name.lower().endswith(COMPRESSED_TARS):
         raise compressed(location)
-    if not name.lower().endswith(_SINGLE):
+    if not name.lower().endswith((*_SINGLE, *images.SUFFIXES)):
         raise UserError(f"{_WANTED} are required. {location} is a file of another kind")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from personmae import dist
 from personmae.checkpoint import portable
+from personmae.errors import UserError
 from personmae.model.vit import VisionTransformer, build_encoder
 from personmae.reid.heads import Neck, NeckPool, ReIDModel, build_head
 from personmae.reid.transforms import normalise
@@ -97,11 +98,31 @@ def load(where: str | Path, *, device: str | torch.device | None = None, unfinis
         UserError: there are no such weights, they are damaged, or they are not of an encoder that can be read.
         Unavailable: they cannot be read at present.
     """
+    if not isinstance(where, str | Path) or not str(where):
+        raise UserError(f"the path of a run, a checkpoint, a folder or a file of weights is required. Got {where!r}")
+    chosen = _device(device)
     is_foreign = str(where).startswith(importer.TIMM) or Path(where).is_file()
     weights = importer.read(str(where), importer.Options()) if is_foreign else stored.read(where, unfinished=unfinished)
     _warn_of_weak_features(weights)
-    chosen = torch.device(device or ("cuda" if dist.use_cuda() else "cpu"))
     return Encoder(Features(build(weights)), weights, chosen)
+
+
+def _device(wanted: str | torch.device | None) -> torch.device:
+    """The device that is asked for, else a GPU where there is one.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    if wanted is None:
+        return torch.device("cuda" if dist.use_cuda() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch's, for what it does not know and what is not there
+        usable = (
+            f"'cpu' or 'cuda', of {torch.cuda.device_count()} GPUs" if torch.cuda.is_available() else "'cpu', without a GPU"
+        )
+        raise UserError(f"a device that PyTorch can use here is required: {usable}. Got device={wanted!r}") from error
+    return torch.device(wanted)
 
 
 def build(weights: Stored) -> ReIDModel:

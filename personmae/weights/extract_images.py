@@ -60,6 +60,8 @@ def open_images(
     if location.lower().endswith(LIST_SUFFIX) and Path(location).is_file():
         if boxes:
             raise UserError(f"--boxes needs a folder of frames. {location} is a list: give the folder")
+        if column:
+            raise UserError(f"--column is of MDS shards and parquet files. {location} is a list: leave it out")
         return _listed(Path(location))
     source = open_source(location, column)
     entries = source.images(log)
@@ -213,9 +215,8 @@ class BoxedImages:
         top, left = (max(0, round(edge)) for edge in (box.y, box.x))
         crop = frame[top : max(0, round(box.y + box.height)), left : max(0, round(box.x + box.width))]
         if not crop.size:
-            raise BadImage(
-                f"its box is outside of the frame of {frame.shape[0]}x{frame.shape[1]} pixels", "outside of its frame"
-            )
+            high, wide = frame.shape[:2]
+            raise BadImage(f"its box is outside of the frame, {high} pixels high and {wide} wide", "outside of its frame")
         return np.ascontiguousarray(crop)
 
     def close(self) -> None:

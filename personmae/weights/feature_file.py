@@ -29,7 +29,9 @@ class Rows(NamedTuple):
 def require_suffix(out: Path) -> None:
     """Raise a UserError unless ``out`` names a file of a kind that can be written."""
     if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"a file named .parquet or .npy is required for features. Got {out}: name it {out}.parquet")
+        raise UserError(
+            f"a file named .parquet or .npy is required for features. Got {out}: name it {out.with_suffix('.parquet')}"
+        )
 
 
 def ids_beside(out: Path) -> Path:

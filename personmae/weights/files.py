@@ -46,7 +46,7 @@ def _explained(path: Path, said: str) -> str:
         return f"a file of tensors alone is required. {path} wants to run {found[1]}, which was not done: {_AS_SAFETENSORS}"
     if "eights only" in said or "nsupported" in said:
         return f"a file of tensors alone is required. {path} wants to run code, which was not done: {_AS_SAFETENSORS}"
-    reason = said.strip().partition("\n")[0][:120] or "it ends early"
+    reason = re.split(r"\n|\. |\.$", said.strip())[0] or "it ends early"
     return f"a whole file of torch or .safetensors is required. {path} is damaged or something else ({reason}). Copy it again"
 
 

@@ -1,5 +1,8 @@
 """An encoder that was found among the weights of another project, and whether all of it is there."""
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,6 +49,12 @@ def checked(found: Found, where: str) -> Found:
         raise UserError(f"all {len(needed)} tensors of a ViT of size {found.size} are required. {where} has {fitting}: {wrong}")
     lines = (*found.lines, f"all {len(needed)} tensors that the encoder needs are there, and all have its shapes")
     return replace(found, options=options, lines=lines)
+
+
+def left_out(names: Iterable[str]) -> str:
+    """What was not taken, as counts by the first part of the names."""
+    counts = Counter(re.split(r"\.|_\d", name)[0] for name in names)
+    return ". Left out: " + ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())) if counts else ""
 
 
 def _shape(tensor: Tensor) -> str:

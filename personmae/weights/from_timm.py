@@ -1,5 +1,6 @@
 """Vision Transformers of timm by their names: weights of a file or of timm's own cache, nothing from the network."""
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from personmae.weights import positions
 from personmae.weights.architecture import is_part, size_of
 from personmae.weights.families import Family
 from personmae.weights.files import read_file, unwrap
-from personmae.weights.found import Found, checked
+from personmae.weights.found import Found, checked, left_out
 from personmae.weights.stored import as_fp32
 
 ACTIVATIONS = {"GELU": "gelu", "GELUTanh": None, "QuickGELU": "quick_gelu"}
@@ -46,7 +47,7 @@ def find(name: str, file: Path | None) -> Found:
     family = Family(f"timm's {name}", (tuple(cfg["mean"]), tuple(cfg["std"])), "as timm says", _pool(model))
     lines = (
         f"{path} is {family.name}, a ViT of size {size} with patches of {patch_size} pixels",
-        f"{len(kept)} of {len(tensors)} tensors are the encoder's",
+        f"{len(kept)} of {len(tensors)} tensors are the encoder's{left_out(name for name in tensors if name not in kept)}",
         f"positions: {placed.words}",
     )
     return checked(Found(placed.tensors, family, size, patch_size, placed, _options(model), lines), str(path))
@@ -56,12 +57,21 @@ def _create(name: str) -> Any:
     try:
         model = timm.create_model(name, pretrained=False, num_classes=0)
     except RuntimeError as error:
-        near = timm.list_models(f"*{name.partition('.')[0]}*")[:3]
-        known = f". Near it are {', '.join(near)}" if near else ""
+        near = _nearest(name)
+        known = f". Near it {'are' if len(near) > 1 else 'is'} {', '.join(near)}" if near else ""
         raise UserError(f"the name of one of timm's models is required. Got {name!r}{known}") from error
     if not isinstance(model, vision_transformer.VisionTransformer):
         raise UserError(f"a plain Vision Transformer is required. timm's {name} is a {type(model).__name__}")
     return model
+
+
+def _nearest(name: str) -> list[str]:
+    """Vision Transformers of timm's that a wrong name may mean: of its architecture where that is right, by other weights."""
+    known = timm.list_models(module="vision_transformer")
+    architecture = name.partition(".")[0]
+    if architecture in known:
+        return timm.list_models(f"{architecture}.*", pretrained=True)[:3]
+    return difflib.get_close_matches(architecture, known, n=3)
 
 
 def _require_plain(model: Any, name: str) -> None:

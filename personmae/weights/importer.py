@@ -5,10 +5,9 @@ model and where the weights came from, and ``manifest.json`` with their hashes.
 """
 
 import os
-import re
+import shlex
 import shutil
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +18,7 @@ from personmae.errors import UserError
 from personmae.weights import architecture, families, positions
 from personmae.weights.families import HALF, Triple
 from personmae.weights.files import read_file, unwrap
-from personmae.weights.found import Found, checked
+from personmae.weights.found import Found, checked, left_out
 from personmae.weights.staging import deleted_when_stopped
 from personmae.weights.stored import Stored, as_fp32
 
@@ -60,7 +59,7 @@ def run(source: str, out: Path, options: Options, log: Callable[[str], None] = p
 
 def _given(model: Mapping[str, Any], out: Path) -> str:
     patch = f" model.patch_size={model['patch_size']}" if model["patch_size"] != 16 else ""
-    return f"init={out} model.size={model['size']}{patch}"
+    return f"init={shlex.quote(str(out))} model.size={model['size']}{patch}"
 
 
 def read(source: str, options: Options, log: Callable[[str], None] = lambda _: None) -> Stored:
@@ -122,22 +121,15 @@ def find_in_file(path: Path, img_size: Size | None = None) -> Found:
     family = families.identify(inner, prefix, way, beside, tall=tall, fixed=fixed)
     below = " > ".join([*way, *([prefix.rstrip(".")] if prefix else [])])
     first = f"{path} is {family.name}, a ViT of size {size} with patches of {patch_size} pixels"
-    left_out = _left_out([name for name in inner if name not in kept], outer, branch)
+    of_branch = ("b1.",) if branch else ()
+    others = [name for name in inner if name not in kept] + [name for name in outer if not name.startswith(of_branch)]
     lines = (
         first + (f", within {below}" if below else ""),
-        f"{len(kept)} of {len(tensors)} tensors are the encoder's{left_out}",
+        f"{len(kept)} of {len(tensors)} tensors are the encoder's{left_out(others)}",
         f"positions: {placed.words}",
         *([branch] if branch else []),
     )
     return checked(Found(placed.tensors, family, size, patch_size, placed, options, lines), str(path))
-
-
-def _left_out(inner: Collection[str], outer: Collection[str], branch: str | None) -> str:
-    """What was not taken, as counts by the first part of the names."""
-    used = ("b1.",) if branch else ()
-    names = [name for name in (*inner, *outer) if not name.startswith(used)]
-    counts = Counter(re.split(r"\.|_\d", name)[0] for name in names)
-    return ". Left out: " + ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())) if counts else ""
 
 
 def _numbers(values: Triple) -> str:

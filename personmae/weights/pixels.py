@@ -46,7 +46,8 @@ def to_rgb(image: ImageLike) -> UInt8[np.ndarray, "H W 3"]:
     """
     if isinstance(image, str | Path):
         if not Path(image).is_file():
-            raise UserError(f"a file with an image is required. There is none at {image}")
+            found = "is a folder: give the files in it" if Path(image).is_dir() else "does not exist"
+            raise UserError(f"a file with an image is required. {image} {found}")
         return decode_image(str(image))
     if isinstance(image, Image.Image):
         try:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import made_weights
@@ -140,7 +141,8 @@ def test_batches_change_nothing_and_no_image_gives_no_row(loaded, paths):
         (torch.full((3, 8, 4), 2.0), "reaches from 2 to 2: normalised images go to .model"),
         (torch.full((3, 8, 4), torch.nan), "reaches from nan"),
         (torch.zeros(3, 8, 4, dtype=torch.int64), "int64"),
-        ("gone.jpg", "a file with an image is required. There is none at gone.jpg"),
+        ("gone.jpg", "a file with an image is required. gone.jpg does not exist"),
+        ("tests", "a file with an image is required. tests is a folder: give the files in it"),
         (Image.new("F", (4, 8)), "pixels of a known range is required. Got mode F"),
     ],
 )
@@ -156,8 +158,20 @@ def test_a_run_that_is_not_finished_is_taken_only_when_asked_for(tmp_path):
         personmae.load(run)
     with pytest.warns(UserWarning, match="pre-trained only"):
         assert personmae.load(run, unfinished=True, device="cpu").config["dim"]
-    with pytest.raises(UserError, match="a checkpoint or a run directory with one is required"):
+    with pytest.raises(UserError, match=r"a checkpoint or a run directory with one is required.*nothing does not exist"):
         personmae.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("where", [None, "", 3])
+def test_what_is_no_place_of_weights_is_refused(where: Any):
+    with pytest.raises(UserError, match=r"the path of a run, .* is required\. Got "):
+        personmae.load(where)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", ""])
+def test_a_device_that_cannot_be_used_is_refused_before_weights_are_read(device, tmp_path):
+    with pytest.raises(UserError, match=rf"a device that PyTorch can use here is required: 'cpu'.* Got device='{device}'"):
+        personmae.load(tmp_path / "nothing", device=device)
 
 
 def test_damaged_weights_are_refused_and_damaged_moments_do_not_matter(tmp_path):

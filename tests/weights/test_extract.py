@@ -96,6 +96,14 @@ def test_npy_is_what_numpy_writes_and_a_full_disk_is_an_error(tmp_path):
     assert not (tmp_path / "g.npy").exists()
 
 
+def test_one_image_is_a_source_too(run, images, tmp_path):
+    path = next(images.glob("*.jpg"))
+    extract.run(str(path), tmp_path / "f.npy", model=str(run), num_processes=1)
+    found = feature_file.read(tmp_path / "f.npy")
+    assert found.ids == [path.name]
+    torch.testing.assert_close(torch.tensor(found.features), loaded(run, [path]), rtol=1e-5, atol=1e-6)
+
+
 def test_a_list_of_paths_is_taken_in_its_order(run, images, tmp_path):
     names = [str(path) for path in sorted(images.rglob("*.jp*g"))[5:0:-1]]
     (tmp_path / "list.txt").write_text("\n".join(names) + "\n\n")
@@ -137,6 +145,7 @@ def test_boxes_of_a_tracker_are_cut_out_of_their_frames(run, tmp_path):
     ours = package.load(run, device="cpu").features([np.ascontiguousarray(crop[..., ::-1]) for crop in crops])
     torch.testing.assert_close(torch.tensor(found.features), ours, rtol=1e-5, atol=1e-6)
     assert [(reject["key"], reject["kind"]) for reject in outcome.rejects] == [("000002.png:9", "outside of its frame")]
+    assert outcome.rejects[0]["reason"] == "its box is outside of the frame, 120 pixels high and 160 wide"
 
 
 def test_a_part_of_boxes_takes_its_frames_along(tmp_path):
@@ -304,9 +313,11 @@ def test_bad_input_is_one_line_and_code_78(run, images, tmp_path, capsys):
         (tmp_path / "nothing", out, "--model", run): "is not there",
         (images, tmp_path / "there.npy", "--model", run): "there.npy exists",
         (images, "/proc/f.npy", "--model", run): "a place that can be written to is required",
-        (images, tmp_path / "f.txt", "--model", run): "a file named .parquet or .npy is required",
+        (images, tmp_path / "f.txt", "--model", run): f"name it {tmp_path / 'f.parquet'}",
         (images, out, "--model", unfinished): "must be a finished run and is at step 3 of 9",
         (images, out, "--model", tmp_path / "nothing"): "nothing does not exist",
+        (images, out, "--model", run, "--column", "x"): "--column is of MDS shards and parquet files. ",
+        (tmp_path / "absent.txt", out, "--model", run, "--column", "x"): "absent.txt is a list: leave it out",
         (tmp_path / "empty.txt", out, "--model", run): "is empty",
         (tmp_path / "absent.txt", out, "--model", run): "None is there, such as a.jpg",
         (tmp_path / "frames", out, "--model", run, "--boxes", tmp_path / "boxes.txt"): "line 1, must begin with FRAME,TRACK",

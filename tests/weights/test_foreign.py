@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.testing import assert_close
 import personmae
 from personmae.__main__ import main
 from personmae.checkpoint import portable
+from personmae.commands import arguments
 from personmae.errors import UserError
 from personmae.model.positions import x_first
 from personmae.model.vit import build_encoder, patchify
@@ -88,7 +90,10 @@ def test_the_family_is_found_by_its_names(imported):
     assert f"is {FAMILIES[name]}, a ViT of size tiny with patches of 16 pixels" in said
     needed = {"MAE": 149, "HAP": 149, "PASS": 151, "CLIP-ReID": 151}.get(name, 150)
     assert f"all {needed} tensors that the encoder needs are there" in said
-    assert f"{out} is written. It starts finetune, unsupervised and pretrain with init={out} model.size=tiny" in said
+    assert (
+        f"{out} is written. It starts finetune, unsupervised and pretrain with init={shlex.quote(str(out))} model.size=tiny"
+        in said
+    )
 
 
 def test_what_was_left_out_is_counted_by_name(imported):
@@ -207,7 +212,11 @@ def test_a_model_of_timms_gives_timms_own_tokens(name, tmp_path):
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    importer.run(f"timm:{name}", tmp_path / "out", Options(file=tmp_path / "weights.pth"), lambda _: None)
+    lines: list[str] = []
+    importer.run(f"timm:{name}", tmp_path / "my out", Options(file=tmp_path / "weights.pth"), lines.append)
+    (tmp_path / "my out").rename(tmp_path / "out")
+    assert ("tensors are the encoder's. Left out: head (2)" in "\n".join(lines)) == (name == "deit_tiny_patch16_224")
+    assert f"init='{tmp_path}/my out' model.size=" in lines[-1]
     images = foreign.images("plain")
     with torch.no_grad():
         assert_close(tokens(tmp_path / "out", images), model.forward_features(images), rtol=0, atol=1e-4)
@@ -217,6 +226,8 @@ def test_a_model_of_timms_gives_timms_own_tokens(name, tmp_path):
     ("name", "reason"),
     [
         ("vit_nothing", "the name of one of timm's models is required. Got 'vit_nothing'"),
+        ("vit_tinny_patch16_224", "Got 'vit_tinny_patch16_224'. Near it are vit_tiny_patch16_224, "),
+        ("vit_tiny_patch16_224.nope", "Near it are vit_tiny_patch16_224.augreg_in21k, "),
         ("resnet18", "a plain Vision Transformer is required. timm's resnet18 is a ResNet"),
         ("deit3_small_patch16_224", "its blocks have a layer scale"),
         ("vit_tiny_patch16_224", "weights in timm's cache are required. Those of vit_tiny_patch16_224 are not there"),
@@ -311,6 +322,7 @@ def test_a_truncated_file_is_refused_in_one_line(suffix, share, tmp_path, capsys
     assert main(["import", str(path), "out"]) == 78
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.match(rf"error: a whole .*file.* is required\. weights\{suffix} is damaged", error)
+    assert "If yo" not in error  # torch goes on for three sentences more
     assert sorted(os.listdir()) == [path.name]
 
 
@@ -351,6 +363,15 @@ def test_an_option_out_of_range_is_refused_before_anything_is_said_to_be_found(g
     assert reason in said.err.splitlines()[-1]
     assert "the encoder's" not in said.out
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", ["256", "256x", "x128", "0x128", "256*128", "256x128x3"])
+def test_a_size_that_is_none_is_told_how_one_looks(given, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["import", "weights.pth", str(tmp_path / "out"), "--img-size", given])
+    assert ended.value.code == 78
+    assert f"must be HEIGHTxWIDTH in pixels, such as 256x128, got '{given}'" in capsys.readouterr().err
+    assert arguments.size("256X128") == (256, 128)
 
 
 def test_importing_needs_no_deepspeed_and_no_streaming(folder, tmp_path):
