@@ -88,7 +88,8 @@ def find(root: Path) -> list[Finding]:
         UserError: there is no such folder.
     """
     if not root.is_dir():
-        raise UserError(f"a folder of benchmarks or of crops is required. {root} is none")
+        problem = "is a file" if root.exists() else "does not exist"
+        raise UserError(f"a folder of benchmarks or of crops is required. {root} {problem}")
     return list(_below(root, DEPTH))
 
 

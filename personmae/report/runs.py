@@ -155,7 +155,8 @@ def find_runs(run_dir: Path) -> list[RunFolder]:
         UserError: there is no such directory, or nothing to report in it.
     """
     if not run_dir.is_dir():
-        raise UserError(f"a directory with runs is required. {run_dir} is not a directory")
+        problem = "is not a directory" if os.path.lexists(run_dir) else "does not exist"
+        raise UserError(f"a directory with runs is required. {run_dir} {problem}")
     folders = [run_dir, *sorted(entry for entry in run_dir.iterdir() if entry.is_dir())]
     runs = [read_run(folder) for folder in folders if any((folder / n).is_file() for n in ("run.json", "result.json"))]
     if not runs:

@@ -164,10 +164,18 @@ def test_junk_is_not_opened_as_nothing_reads_it(tmp_path):
     inventory.run(tmp_path)
 
 
-@pytest.mark.parametrize("place", ["nowhere", "empty"])
-def test_a_place_without_images_is_a_user_error(tmp_path, place):
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        ("nowhere", "is required. .*nowhere does not exist"),
+        ("file", "is required. .*file is a file"),
+        ("empty", "no image below"),
+    ],
+)
+def test_a_place_without_images_is_a_user_error(tmp_path, place, problem):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"a folder of benchmarks or of crops is required|there is no image below"):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=problem):
         inventory.run(tmp_path / place)
 
 

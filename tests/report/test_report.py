@@ -297,8 +297,11 @@ def test_a_baseline_alone_makes_a_page(runs: Path) -> None:
 def test_a_directory_with_nothing_to_report_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds neither"):
         report.run(tmp_path)
-    with pytest.raises(UserError, match="is not a directory"):
+    with pytest.raises(UserError, match="absent does not exist"):
         report.run(tmp_path / "absent")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is not a directory"):
+        report.run(tmp_path / "file")
 
 
 def test_a_damaged_result_is_named(runs: Path) -> None:
