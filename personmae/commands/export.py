@@ -23,8 +23,9 @@ below 0.9999 in fp32, nothing is written and the exit code is 1. OUT/README.md h
 a ViT without the model's head. ONNX files need 'personmae[export]'.
 """
 _EXTRACT = """\
-SRC is what 'shards write' takes: a folder, a bucket, tars, an LMDB, MDS shards, parquet files. Or it is a list: a text file
-of paths, one a line. With --boxes it is a folder of a video's frames, and a tracker's boxes are cut out of them.
+SRC is what 'shards write' takes: a folder, a bucket, tars, an LMDB, MDS shards, parquet files, one image. Or it is a list: a
+.txt file of paths, one a line, absolute or below its own folder. With --boxes it is a folder of a video's frames, and a
+tracker's boxes are cut out of them.
 
 OUT.parquet has the columns id and feature (and frame and track of boxes). OUT.npy has the features, and OUT.ids.txt their ids.
 Images that cannot be read are left out and listed in OUT.rejects.jsonl. Killed at any moment, the same command goes on, and

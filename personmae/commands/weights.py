@@ -28,7 +28,7 @@ def add_import(verbs: argparse._SubParsersAction) -> None:
             type=float,
             nargs=3,
             metavar="X",
-            help=f"{name} of red, green and blue in 0 ... 1 (default the family's)",
+            help=f"{name} of red, green and blue, on the scale 0 ... 1 (default the family's)",
         )
     verb.add_argument("--file", type=Path, help="weights of timm:NAME, instead of those in timm's cache")
 

@@ -113,6 +113,17 @@ def test_a_list_of_paths_is_taken_in_its_order(run, images, tmp_path):
     torch.testing.assert_close(torch.tensor(found.features), loaded(run, [Path(n) for n in names]), rtol=1e-5, atol=1e-6)
 
 
+def test_a_list_is_of_paths_below_its_own_folder_and_of_nothing_else(run, images, tmp_path, monkeypatch):
+    (tmp_path / "lists").mkdir()
+    for name in ("a.jpg", "#b.jpg"):
+        (tmp_path / "lists" / name).write_bytes(next(images.glob("*.jpg")).read_bytes())
+    (tmp_path / "lists" / "list.txt").write_text("a.jpg\n\n# a remark\na.jpg\n#b.jpg\n")
+    monkeypatch.chdir(tmp_path)
+    outcome = extract.run("lists/list.txt", Path("f.npy"), model=str(run), num_processes=1, max_rejects=0.5)
+    assert feature_file.read(Path("f.npy")).ids == ["a.jpg", "a.jpg", "#b.jpg"]
+    assert [reject["key"] for reject in outcome.rejects] == ["# a remark"]
+
+
 def test_shards_give_the_features_of_the_images_by_their_names(run, images, shard_dir, tmp_path):
     extract.run(str(images), tmp_path / "folder.npy", model=str(run), num_processes=1)
     extract.run(str(shard_dir), tmp_path / "shards.npy", model=str(run), num_processes=1)
@@ -284,6 +295,7 @@ def test_too_many_of_them_end_it_and_a_larger_share_goes_on(run, many, tmp_path)
     with pytest.raises(TooManyRejects, match="1 of 300 are"):
         extract.run(str(many), tmp_path / "f.npy", model=str(run), num_processes=1, max_rejects=0.001)
     assert not (tmp_path / "f.npy").exists()
+    assert "150.jpg" in (tmp_path / "f.npy.partial" / "rejects.jsonl").read_text()
     seen: list[tuple[int, int]] = []
     extract.run(
         str(many), tmp_path / "f.npy", model=str(run), num_processes=1, max_rejects=1, progress=lambda *at: seen.append(at)
