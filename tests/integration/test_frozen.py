@@ -183,7 +183,7 @@ def test_two_ranks_that_share_the_parameters_log_the_probe_of_all_of_them(shard_
     ("overrides", "expected"),
     [
         (["probe.benchmark=market1501"], "'probe' in the command line: benchmark=market1501 and root=None belong together"),
-        (["probe.benchmark=market1501", "probe.root=/nowhere"], "market1501 is expected in /nowhere"),
+        (["probe.benchmark=market1501", "probe.root=/nowhere"], "but /nowhere does not exist"),
     ],
 )
 def test_a_probe_that_cannot_be_measured_is_told_before_the_first_step(shard_dir, tmp_path, capsys, overrides, expected):
