@@ -18,7 +18,7 @@ def store() -> Iterator[str]:
         assert process.stdout
         yield "127.0.0.1:" + process.stdout.readline().rsplit(" ", 1)[1].strip()
         process.terminate()
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=60) == 0
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def serving(service: Service, *, password: str | None = None, hosts: Any = ("loc
             yield Page(f"http://127.0.0.1:{sock.getsockname()[1]}", service)
         finally:
             running.end()
-            thread.join(timeout=30)
+            thread.join(timeout=60)
             assert not thread.is_alive()
 
 
