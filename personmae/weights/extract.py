@@ -34,7 +34,7 @@ from personmae.weights.loading import load_for_command
 from personmae.weights.staging import partial_folder, partial_of, require_free
 
 PLAN: Final = "plan.json"
-_FORMAT: Final = 1  # one more with each rule of what a file of features holds
+_FORMAT: Final = 2  # one more with each rule of what a file of features holds
 _FEW_IMAGES, _SMALL_PART = 4096, 64  # so that a short work is shared by all cores too
 _WORTH_STARTING: Final = 10.0  # seconds of work for one process, above which others save more than their start costs
 _BATCH: Final = {"cpu": 64, "cuda": 256}
