@@ -42,7 +42,7 @@ def workers(num_processes: int, *, preload: str = "personmae.data.importer") -> 
         return
     context = _prepared(preload)
     watched, held = context.Pipe(duplex=False)
-    pool = ProcessPoolExecutor(num_processes, context, initializer=_become_worker, initargs=(watched,))
+    pool = ProcessPoolExecutor(num_processes, context, initializer=_become_worker, initargs=(watched, dict(os.environ)))
     try:
         yield pool
         pool.shutdown()
@@ -52,7 +52,9 @@ def workers(num_processes: int, *, preload: str = "personmae.data.importer") -> 
         watched.close()
 
 
-def _become_worker(watched: Connection) -> None:
+def _become_worker(watched: Connection, environ: dict[str, str]) -> None:
+    os.environ.clear()  # it is what the first pool of this process found, without credentials that were set since
+    os.environ.update(environ)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all. The parent answers it, and ends this one
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
