@@ -17,10 +17,10 @@ EXIT_FAILED = 1  # counts against a restart budget
 EXIT_STOPPED = 75  # stopped early with its state saved: run it again
 EXIT_USER_ERROR = 78  # wrong configuration or data: running it again cannot help
 EXIT_INTERRUPTED = 130  # as by SIGINT: Ctrl-C, and the same command starts over
-FIRST_RANK_SECONDS = 10.0  # how much later than another rank the first may find what all find
 EXIT_UNREAD = 141  # as by SIGPIPE: nobody reads the output any more, as of a command before "head"
 
-STARTS_OVER = "Nothing half-written is left. Run the same command again: it starts over"
+FIRST_RANK_SECONDS = 10.0  # how much later than another rank the first may find what all find
+NOTHING_LEFT = "Nothing half-written is left. Run the same command again"  # not how it goes on: a run may have checkpoints
 _CALLED = {
     "pretrain": "a pre-training",
     "finetune": "a fine-tuning",
@@ -137,9 +137,9 @@ def run_program(program: Callable[[], None], *, quiet: bool = False) -> int:
     except Stopped as stop:
         message, code = f"stopped: {stop}", EXIT_STOPPED
     except Terminated:
-        message, code = f"stopped: by SIGTERM. {STARTS_OVER}", EXIT_STOPPED
+        message, code = f"stopped: by SIGTERM. {NOTHING_LEFT}", EXIT_STOPPED
     except KeyboardInterrupt as stop:
-        message, code = f"stopped: by Ctrl-C. {str(stop) or STARTS_OVER}", EXIT_INTERRUPTED
+        message, code = f"stopped: by Ctrl-C. {str(stop) or NOTHING_LEFT}", EXIT_INTERRUPTED
     else:
         return EXIT_COMPLETE
     finally:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from personmae.errors import EXIT_INTERRUPTED, EXIT_STOPPED, STARTS_OVER, Terminated, is_running
+from personmae.errors import EXIT_INTERRUPTED, EXIT_STOPPED, NOTHING_LEFT, Terminated, is_running
 
 _IMPORTING = "<frozen importlib"
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -99,7 +99,7 @@ def _undone(number: int) -> int:
     for undo in reversed(_undoing):
         undo()
     by_whom, code = ("Ctrl-C", EXIT_INTERRUPTED) if number == signal.SIGINT else ("SIGTERM", EXIT_STOPPED)
-    log(f"stopped: by {by_whom}. {STARTS_OVER}")
+    log(f"stopped: by {by_whom}. {NOTHING_LEFT}")
     return code
 
 

@@ -28,7 +28,7 @@ PROGRAMS = {
     ],
     "agent": ["-m", "launcher.elastic", "run", "--", "launcher/pretrain.py"],
 }
-STARTS_OVER = "Nothing half-written is left. Run the same command again: it starts over\n"
+NOTHING_LEFT = "Nothing half-written is left. Run the same command again\n"
 LINE = "stopped: before anything was begun. Run this again\n"
 
 
@@ -100,9 +100,9 @@ leave(run_program(work))
 
 
 def test_a_program_without_an_answer_of_its_own_cleans_up_and_ends_with_75(tmp_path: Path) -> None:
-    output = f"cleaned up\nstopped: by SIGTERM. {STARTS_OVER}"
+    output = f"cleaned up\nstopped: by SIGTERM. {NOTHING_LEFT}"
     assert ended(["-c", AT_WORK], signal.SIGTERM, tmp_path) == (75, output)
-    output = f"cleaned up\nstopped: by Ctrl-C. {STARTS_OVER}"
+    output = f"cleaned up\nstopped: by Ctrl-C. {NOTHING_LEFT}"
     assert ended(["-c", AT_WORK], signal.SIGINT, tmp_path) == (130, output)
 
 
@@ -129,7 +129,7 @@ def test_a_signal_during_a_late_import_leaves_nothing_half_written(
     number: int, code: int, by_whom: str, tmp_path: Path
 ) -> None:
     slow_import(tmp_path, "slow")
-    assert ended(["-c", BEGUN, str(tmp_path / "out")], number, tmp_path) == (code, f"stopped: by {by_whom}. {STARTS_OVER}")
+    assert ended(["-c", BEGUN, str(tmp_path / "out")], number, tmp_path) == (code, f"stopped: by {by_whom}. {NOTHING_LEFT}")
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != "") == ["slow.py"]
 
 
@@ -152,7 +152,7 @@ exec(code)
 leave(run_program(work))
 """
     for number, code, by_whom in ((signal.SIGTERM, 75, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")):
-        assert ended(["-c", at_work], number, tmp_path) == (code, f"cleaned up\nstopped: by {by_whom}. {STARTS_OVER}")
+        assert ended(["-c", at_work], number, tmp_path) == (code, f"cleaned up\nstopped: by {by_whom}. {NOTHING_LEFT}")
 
 
 @pytest.fixture
